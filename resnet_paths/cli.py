@@ -1,0 +1,62 @@
+"""The command line: ``resnet-paths COMMAND --help``. Each command is a thin view over library calls."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+# Everything heavy is imported inside the commands, so that --help answers at once.
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Residual networks as ensembles of paths (Veit, Wilber and Belongie 2016).",
+)
+
+
+@app.command()
+def train(
+    network: Annotated[str, typer.Argument(help="Name of the network; see 'resnet-paths networks'.")],
+    dataset: Annotated[str, typer.Option(help="'fashion-mnist' or 'cifar-10'.")] = "fashion-mnist",
+    epochs: Annotated[int, typer.Option(help="Passes over the training split.")] = 12,
+    seed: Annotated[int, typer.Option(help="Seed of initialisation, order and augmentation.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Images a step, over all devices together.")] = 128,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 0.1,
+    precision: Annotated[str, typer.Option(help="Fabric's: '32-true', 'bf16-mixed', '16-mixed'.")] = "32-true",
+    accelerator: Annotated[str, typer.Option(help="Fabric's: 'auto', 'cpu', 'gpu', 'mps'.")] = "auto",
+    devices: Annotated[str, typer.Option(help="Fabric's: number of devices a machine, or 'auto'.")] = "1",
+    num_nodes: Annotated[int, typer.Option(help="Fabric's: number of machines.")] = 1,
+    strategy: Annotated[str, typer.Option(help="Fabric's: 'auto' or 'ddp'.")] = "auto",
+    folder: Annotated[Path, typer.Option(help="Where weights, log and checkpoint go.")] = Path("runs"),
+) -> None:
+    """Train a network by name; a run that was stopped goes on where it was."""
+    from resnet_paths.training import TrainingSettings, train
+
+    settings = TrainingSettings(
+        network=network, dataset=dataset, epochs=epochs, seed=seed, batch_size=batch_size,
+        learning_rate=learning_rate, precision=precision,
+    )  # fmt: skip
+    path = train(
+        settings, folder, accelerator=accelerator, num_nodes=num_nodes, strategy=strategy,
+        devices=int(devices) if devices.lstrip("-").isdigit() else devices,
+    )  # fmt: skip
+    typer.echo(f"wrote {path}")
+
+
+def main() -> None:
+    """Entry point: a refusal is one line on standard error and exit status 2, never a traceback."""
+    from resnet_paths.errors import ResnetPathsError
+
+    try:
+        app()
+    except ResnetPathsError as error:
+        typer.echo(f"resnet-paths: {error}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,320 @@
+"""Training by name: ``resnet-paths train NAME``. The same seed gives the same weights, stopped and resumed or not.
+
+All randomness of epoch `e` comes from a generator seeded by (seed, e), and a checkpoint is written at each epoch's
+end; a killed run starts again at the last finished epoch and repeats the unfinished one exactly. Devices, precision
+and several machines are Lightning Fabric's business (Fabric's `accelerator`, `devices`, `num_nodes`, `precision`).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from resnet_paths.datasets import DATASETS, ImageDataset, load_dataset
+from resnet_paths.errors import ResnetPathsError, nearest_names
+from resnet_paths.files import write_then_rename
+from resnet_paths.zoo import build_network, find_network
+from resnet_paths.zoo.weights import read_metadata, read_tensors, write_tensors
+
+__all__ = ["TrainingSettings", "evaluate", "train"]
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """Everything that the trained weights depend on. Defaults are those of the shipped networks.
+
+    The optimizer is SGD with Nesterov momentum; the learning rate rises linearly over the first `warmup_epochs` and
+    falls to zero on a cosine. Images are padded by `crop_padding` pixels, cropped at random and flipped at random
+    (He et al. 2016a, section 4.2). `precision` is Fabric's: ``"bf16-mixed"`` is the one for GPUs and for processors
+    with bfloat16 matrix units; on others it is slower than ``"32-true"``.
+    """
+
+    network: str
+    dataset: str = "fashion-mnist"
+    epochs: int = 12
+    seed: int = 0
+    batch_size: int = 128
+    learning_rate: float = 0.1
+    warmup_epochs: float = 1.0
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    crop_padding: int = 2
+    precision: str = "32-true"
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot be trained with."""
+        find_network(self.network)
+        if self.dataset not in DATASETS:
+            raise ResnetPathsError("dataset", self.dataset, nearest_names(self.dataset, DATASETS))
+        for name, least in (("epochs", 1), ("batch_size", 2), ("crop_padding", 0), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ResnetPathsError(name, getattr(self, name), f"an int of at least {least}")
+        if not self.learning_rate > 0 or not math.isfinite(self.learning_rate):
+            raise ResnetPathsError("learning_rate", self.learning_rate, "a positive number")
+
+
+def train(
+    settings: TrainingSettings,
+    folder: str | Path = "runs",
+    *,
+    accelerator: str = "auto",
+    devices: int | str = 1,
+    num_nodes: int = 1,
+    strategy: str = "auto",
+    train_set: ImageDataset | None = None,
+    test_set: ImageDataset | None = None,
+    progress: bool = True,
+) -> Path:
+    """Train a network, or go on where a stopped run left off.
+
+    Args:
+        settings: What to train and how.
+        folder: Where to write ``NAME-seedS.safetensors`` (weights, settings inside) and ``NAME-seedS.csv`` (the log, a
+            row an epoch); while the run lasts also ``NAME-seedS.checkpoint.safetensors``.
+        accelerator: Fabric's: ``"auto"``, ``"cpu"``, ``"gpu"``...
+        devices: Fabric's: how many processes a machine.
+        num_nodes: Fabric's: how many machines.
+        strategy: Fabric's: ``"auto"`` or ``"ddp"``.
+        train_set: Training images instead of the data set's own training split.
+        test_set: Test images instead of its own test split; only measured, never selected on.
+        progress: Whether to show a bar.
+
+    Returns:
+        Path of the weights file.
+
+    Raises:
+        ResnetPathsError: If the loss stops being finite, or `folder` holds a run of this name with other settings.
+    """
+    from lightning_fabric import Fabric  # noqa: PLC0415  seconds to import
+
+    fabric = Fabric(
+        accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy=strategy,
+        precision=settings.precision,  # type: ignore[arg-type]
+    )  # fmt: skip
+    fabric.launch()
+    stem = Path(folder) / f"{settings.network}-seed{settings.seed}"
+    weights, checkpoint = stem.with_suffix(".safetensors"), stem.with_suffix(".checkpoint.safetensors")
+    if weights.is_file():
+        _refuse_other_settings(weights, settings)
+        return weights
+    if train_set is None:
+        train_set = load_dataset(settings.dataset, "train")
+    if test_set is None:
+        test_set = load_dataset(settings.dataset, "test")
+    facts = DATASETS[settings.dataset]
+    shape = {"in_channels": facts.shape[0], "num_classes": len(facts.classes)}
+    raw = build_network(settings.network, torch.Generator().manual_seed(settings.seed), **shape)
+    raw = raw.to(memory_format=torch.channels_last)
+    optimizer: torch.optim.Optimizer = torch.optim.SGD(
+        raw.parameters(), settings.learning_rate, settings.momentum,
+        weight_decay=settings.weight_decay, nesterov=True,
+    )  # fmt: skip
+    log: list[dict[str, Any]] = []
+    if checkpoint.is_file():
+        _refuse_other_settings(checkpoint, settings)
+        log = _resume(checkpoint, raw, optimizer)
+    model, optimizer = fabric.setup(raw, optimizer)
+    fabric.barrier()
+    steps = -(-len(train_set) // settings.batch_size)
+    with tqdm(
+        total=settings.epochs * steps, initial=len(log) * steps, desc=settings.network, unit="batch",
+        disable=not progress or fabric.global_rank > 0, mininterval=1.0,
+    ) as bar:  # fmt: skip
+        for epoch in range(len(log), settings.epochs):
+            started = time.perf_counter()
+            row = _train_one_epoch(fabric, model, optimizer, train_set, settings, epoch, bar)
+            row |= _measure(fabric, model, test_set, settings.batch_size)
+            row["seconds"] = round(time.perf_counter() - started, 1)
+            log.append({"network": settings.network, "seed": settings.seed, **row})
+            bar.set_postfix(test_error=f"{row['test_error_rate']:.2%}")
+            if fabric.global_rank == 0:
+                _write_checkpoint(checkpoint, raw, optimizer, settings, log)
+                _write_log(stem.with_suffix(".csv"), log)
+    if fabric.global_rank == 0:
+        loss, error_rate = evaluate(raw, test_set)
+        metadata = {
+            **asdict(settings), **shape, "log": log, "test_error_rate": error_rate, "test_loss": loss,
+            "num_parameters": sum(p.numel() for p in raw.parameters()), "torch": torch.__version__,
+        }  # fmt: skip
+        write_tensors(weights, raw.state_dict(), metadata)
+        checkpoint.unlink(missing_ok=True)
+    fabric.barrier()
+    return weights
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, dataset: ImageDataset, batch_size: int = 500) -> tuple[float, float]:
+    """Loss and error rate in float32, in eval mode; the model's mode is put back.
+
+    Args:
+        model: A classifier; images are moved to the device of its parameters.
+        dataset: The images.
+        batch_size: Images at a time.
+
+    Returns:
+        Mean cross-entropy in nats, and error rate in [0, 1].
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    try:
+        loss_sum, num_wrong = _sum_losses(model, dataset, torch.arange(len(dataset)), batch_size, device)
+    finally:
+        model.train(was_training)
+    return loss_sum / len(dataset), num_wrong / len(dataset)
+
+
+def learning_rate_at(settings: TrainingSettings, epoch: float) -> float:
+    """The learning rate at a moment of training, counted in epochs.
+
+    Args:
+        settings: The run's settings.
+        epoch: Epochs done, in [0, settings.epochs].
+
+    Returns:
+        Linear from 0 to the peak over the warm-up, then a half cosine to 0.
+    """
+    warmup = min(settings.warmup_epochs, settings.epochs / 2)
+    if epoch < warmup:
+        return settings.learning_rate * epoch / warmup
+    done = (epoch - warmup) / (settings.epochs - warmup)
+    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _train_one_epoch(
+    fabric: Any, model: nn.Module, optimizer: torch.optim.Optimizer, dataset: ImageDataset,
+    settings: TrainingSettings, epoch: int, bar: tqdm[Any],
+) -> dict[str, Any]:  # fmt: skip
+    model.train()
+    loss_sum, num_wrong, num_seen = (torch.zeros((), device=fabric.device) for _ in range(3))
+    num_steps = -(-len(dataset) // settings.batch_size)
+    batches = _augmented_batches(dataset, settings, epoch, fabric.global_rank, fabric.world_size)
+    rate = 0.0
+    for step, (images, labels) in enumerate(batches):
+        rate = learning_rate_at(settings, epoch + (step + 1) / num_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        images = images.to(fabric.device, memory_format=torch.channels_last)
+        labels = labels.to(fabric.device)
+        logits = model(images)
+        loss = F.cross_entropy(logits.float(), labels)
+        optimizer.zero_grad()
+        fabric.backward(loss)
+        optimizer.step()
+        loss_sum += loss.detach() * len(labels)
+        num_wrong += (logits.detach().argmax(1) != labels).sum()
+        num_seen += len(labels)
+        bar.update()
+        # Looked at now and then: each look waits for the device.
+        if (step % 50 == 49 or step == num_steps - 1) and not math.isfinite(loss_sum.item()):
+            raise ResnetPathsError(
+                "learning_rate", settings.learning_rate,
+                f"a rate at which the loss stays finite; it did not in epoch {epoch + 1}",
+                "Nothing was written for this epoch. Try a third of the rate.",
+            )  # fmt: skip
+    loss_sum, num_wrong, num_seen = fabric.all_reduce(
+        torch.stack([loss_sum, num_wrong, num_seen]), reduce_op="sum"
+    )
+    return {
+        "epoch": epoch + 1,
+        "learning_rate": rate,
+        "train_loss": (loss_sum / num_seen).item(),
+        "train_error_rate": (num_wrong / num_seen).item(),
+    }
+
+
+def _augmented_batches(
+    dataset: ImageDataset, settings: TrainingSettings, epoch: int, rank: int, world_size: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """This process's share of an epoch, in an order and with crops and flips that (seed, epoch) determine."""
+    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch + 1)
+    order = torch.randperm(len(dataset), generator=generator)
+    labels = torch.tensor(dataset.labels)
+    padding = settings.crop_padding
+    height, width = dataset.images.shape[-2:]
+    for batch in order.split(settings.batch_size):
+        # Drawn for the whole batch on every process, so that the draws do not depend on their number.
+        rows = torch.randint(2 * padding + 1, (len(batch), 1), generator=generator)
+        columns = torch.randint(2 * padding + 1, (len(batch), 1), generator=generator)
+        flipped = torch.rand(len(batch), 1, generator=generator) < 0.5
+        rows = rows + torch.arange(height)
+        columns = columns + torch.where(flipped, torch.arange(width - 1, -1, -1), torch.arange(width))
+        mine = slice(rank, None, world_size)
+        padded = F.pad(dataset.images[batch[mine]], [padding] * 4)
+        number = torch.arange(len(padded))[:, None, None]
+        cropped = padded[number, :, rows[mine, :, None], columns[mine, None, :]]
+        yield dataset.normalise(cropped.permute(0, 3, 1, 2)), labels[batch[mine]]
+
+
+def _measure(fabric: Any, model: nn.Module, dataset: ImageDataset, batch_size: int) -> dict[str, Any]:
+    """Test loss and error in the training precision, each process measuring its share."""
+    model.eval()
+    mine = torch.arange(fabric.global_rank, len(dataset), fabric.world_size)
+    with torch.inference_mode():
+        sums = torch.tensor(_sum_losses(model, dataset, mine, batch_size * 4, fabric.device))
+    loss_sum, num_wrong = fabric.all_reduce(sums.to(fabric.device), reduce_op="sum").tolist()
+    return {"test_loss": loss_sum / len(dataset), "test_error_rate": num_wrong / len(dataset)}
+
+
+def _sum_losses(
+    model: nn.Module, dataset: ImageDataset, indices: torch.Tensor, batch_size: int, device: torch.device
+) -> tuple[float, int]:
+    labels = torch.tensor(dataset.labels)
+    loss_sum, num_wrong = 0.0, 0
+    for batch in indices.split(batch_size):
+        images = dataset.normalise(dataset.images[batch]).to(device, memory_format=torch.channels_last)
+        truth = labels[batch].to(device)
+        logits = model(images).float()
+        loss_sum += F.cross_entropy(logits, truth, reduction="sum").item()
+        num_wrong += int((logits.argmax(1) != truth).sum())
+    return loss_sum, num_wrong
+
+
+def _write_checkpoint(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: TrainingSettings, log: list[dict[str, Any]]
+) -> None:
+    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        tensors[f"momentum.{name}"] = optimizer.state[parameter]["momentum_buffer"]
+    write_tensors(path, tensors, {**asdict(settings), "log": log})
+
+
+def _resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    tensors = read_tensors(path)
+    try:
+        model.load_state_dict(
+            {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+        )
+        for name, parameter in model.named_parameters():
+            momentum = torch.empty_like(parameter).copy_(tensors[f"momentum.{name}"])
+            optimizer.state[parameter]["momentum_buffer"] = momentum
+    except (KeyError, RuntimeError) as error:
+        raise ResnetPathsError(
+            f"checkpoint {path}", str(error), "a checkpoint of this network", "Delete it to start again."
+        ) from error
+    return list(read_metadata(path)["log"])
+
+
+def _refuse_other_settings(path: Path, settings: TrainingSettings) -> None:
+    stored = read_metadata(path)
+    for key, value in asdict(settings).items():
+        if stored.get(key) != value:
+            raise ResnetPathsError(
+                key, value, f"{stored.get(key)!r}, as in {path}",
+                "Pass the same settings to go on, or another folder to start anew.",
+            )  # fmt: skip
+
+
+def _write_log(path: Path, log: list[dict[str, Any]]) -> None:
+    with write_then_rename(path) as temporary:
+        pd.DataFrame(log).to_csv(temporary, index=False, float_format="%.6g")

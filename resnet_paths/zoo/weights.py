@@ -1,0 +1,136 @@
+"""Weights files: safetensors with the settings inside, checked before a single value reaches a network.
+
+The file's metadata holds one entry, ``resnet_paths``, a JSON object: the network's name, its training settings,
+its log and its test error. Nothing is ever read through pickle.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from resnet_paths.errors import ResnetPathsError
+from resnet_paths.files import write_then_rename
+
+__all__ = ["read_metadata", "read_tensors", "read_weights", "write_tensors"]
+
+_ENTRY = "resnet_paths"
+_ADVICE = "Weights files are written by 'resnet-paths train'; convert others with safetensors.torch.save_file."
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write tensors and a JSON-able mapping to `path`, whole or not at all.
+
+    Args:
+        path: The ``.safetensors`` file.
+        tensors: Tensors by name, on any device.
+        metadata: What the file says of itself.
+    """
+    from safetensors.torch import save_file  # noqa: PLC0415
+
+    plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    with write_then_rename(path) as temporary:
+        save_file(plain, temporary, metadata={_ENTRY: json.dumps(dict(metadata))})
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What a weights file says of itself; reads the header only.
+
+    Args:
+        path: The ``.safetensors`` file.
+
+    Returns:
+        The mapping given to `write_tensors`; empty if another program wrote the file.
+
+    Raises:
+        ResnetPathsError: If the file is missing, cut short, a pickle, or not safetensors.
+    """
+    from safetensors import SafetensorError, safe_open  # noqa: PLC0415
+
+    _refuse_pickle(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            entries = file.metadata() or {}
+        metadata = json.loads(entries.get(_ENTRY, "{}"))
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ResnetPathsError(
+            f"weights file {path}", str(error), "a whole safetensors file", _ADVICE
+        ) from error
+    return dict(metadata)
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a weights file, on the CPU.
+
+    Args:
+        path: The ``.safetensors`` file.
+
+    Returns:
+        Tensors by name.
+
+    Raises:
+        ResnetPathsError: If the file is missing, cut short, a pickle, not safetensors, or holds values that are not
+            finite.
+    """
+    from safetensors import SafetensorError  # noqa: PLC0415
+    from safetensors.torch import load_file  # noqa: PLC0415
+
+    _refuse_pickle(path)
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ResnetPathsError(
+            f"weights file {path}", str(error), "a whole safetensors file", _ADVICE
+        ) from error
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ResnetPathsError(
+                f"weights file {path}", f"NaN or infinity in {name!r}", "finite values", "Train it again."
+            )
+    return tensors
+
+
+def read_weights(path: Path, model: nn.Module, network: str) -> None:
+    """Fill `model` with the tensors of a weights file; `model` is untouched if anything is wrong with them.
+
+    Args:
+        path: The ``.safetensors`` file.
+        model: The network to fill, on any device; values are converted to its dtypes.
+        network: Its name, held against the name in the file.
+
+    Raises:
+        ResnetPathsError: As `read_tensors`, or if the file is of another network or names and shapes do not fit.
+    """
+    stated = read_metadata(path).get("network", network)
+    if stated != network:
+        raise ResnetPathsError(
+            f"weights file {path}", f"weights of {stated!r}", f"weights of {network!r}"
+        )
+    tensors = read_tensors(path)
+    expected = model.state_dict()
+    for name in expected.keys() | tensors.keys():
+        have, want = tensors.get(name), expected.get(name)
+        if have is None or want is None or have.shape != want.shape:
+            raise ResnetPathsError(
+                f"weights file {path}",
+                f"{name!r} {'missing' if have is None else list(have.shape)}",
+                f"{'no such tensor' if want is None else list(want.shape)} for {network!r}",
+                "The file is of another network.",
+            )
+    model.load_state_dict(tensors)
+
+
+def _refuse_pickle(path: Path) -> None:
+    if not path.is_file():
+        raise ResnetPathsError("weights file", str(path), "an existing file")
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start[:2] == b"\x80\x02" or start[:2] == b"PK":  # torch.save's old format and its zip format
+        raise ResnetPathsError(
+            f"weights file {path}", "a pickle", "a safetensors file, since a pickle can run code when read", _ADVICE
+        )
