@@ -1,0 +1,87 @@
+"""Residual networks as ensembles of paths (Veit, Wilber and Belongie 2016).
+
+    import resnet_paths as rp
+
+    chain = rp.unravel(model, example_inputs)      # any residual network as a chain of blocks
+    rp.path_histogram(chain)                       # its 2^n paths by length, exactly
+    rp.delete_block(chain, "layer2.0")             # a new network that shares every weight
+    rp.lesion_study(chain, loader, rp.single_deletions(chain))
+
+Names are loaded when they are first used, so that ``import resnet_paths`` costs little more than importing torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "ResnetPathsError": "errors",
+    "enumerate_paths": "paths",
+    "path_histogram": "paths",
+    "sample_paths": "paths",
+    "Block": "chain",
+    "ResidualChain": "chain",
+    "path_network": "chain",
+    "unravel": "unravel",
+    "delete_block": "edits",
+    "delete_blocks": "edits",
+    "duplicate_block": "edits",
+    "parallel_blocks": "edits",
+    "permute_blocks": "edits",
+    "reverse_blocks": "edits",
+    "scale_block": "edits",
+    "swap_blocks": "edits",
+    "list_networks": "zoo",
+    "load_network": "zoo",
+    "load_dataset": "datasets",
+    "lesion_study": "lesions",
+    "single_deletions": "lesions",
+    "unraveled_graph": "graph",
+    "figures": "",
+}
+
+__all__ = [  # noqa: PLE0604
+    "Block", "ResidualChain", "ResnetPathsError", "delete_block", "delete_blocks", "duplicate_block",
+    "enumerate_paths", "figures", "lesion_study", "list_networks", "load_dataset", "load_network", "parallel_blocks",
+    "path_histogram", "path_network", "permute_blocks", "reverse_blocks", "sample_paths", "scale_block",
+    "single_deletions", "swap_blocks", "unravel", "unraveled_graph",
+]  # fmt: skip
+
+if TYPE_CHECKING:
+    from resnet_paths import figures
+    from resnet_paths.chain import Block, ResidualChain, path_network
+    from resnet_paths.datasets import load_dataset
+    from resnet_paths.edits import (
+        delete_block,
+        delete_blocks,
+        duplicate_block,
+        parallel_blocks,
+        permute_blocks,
+        reverse_blocks,
+        scale_block,
+        swap_blocks,
+    )
+    from resnet_paths.errors import ResnetPathsError
+    from resnet_paths.graph import unraveled_graph
+    from resnet_paths.lesions import lesion_study, single_deletions
+    from resnet_paths.paths import enumerate_paths, path_histogram, sample_paths
+    from resnet_paths.unravel import unravel
+    from resnet_paths.zoo import list_networks, load_network
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name from its file when it is first used."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'resnet_paths' has no attribute {name!r}")
+    home = _HOME[name]
+    value = getattr(importlib.import_module(f"resnet_paths.{home}"), name) if home else importlib.import_module(f"resnet_paths.{name}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """Public names, for completion."""
+    return sorted([*globals(), *_HOME])

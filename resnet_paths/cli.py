@@ -47,6 +47,14 @@ def train(
     typer.echo(f"wrote {path}")
 
 
+@app.command()
+def networks() -> None:
+    """List the known networks, and how good those with shipped weights are."""
+    from resnet_paths.zoo import list_networks
+
+    typer.echo(list_networks().to_string(index=False, na_rep="-"))
+
+
 def main() -> None:
     """Entry point: a refusal is one line on standard error and exit status 2, never a traceback."""
     from resnet_paths.errors import ResnetPathsError

@@ -1,0 +1,302 @@
+"""The one abstraction: stem, then blocks in series, then head; a block is a skip and a branch in parallel.
+
+    ResidualChain = stem -> Block -> Block -> ... -> head
+    Block         : y = post(skip(h) + branch(h)) with h = pre(x)
+
+Chains are values: nothing here changes one in place. `resnet_paths.edits` makes new chains from old ones, sharing
+every weight. `resnet_paths.unravel` makes a chain from any model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from resnet_paths.errors import ResnetPathsError, nearest_names
+from resnet_paths.paths import Path, check_path, num_paths
+
+__all__ = ["Block", "Parallel", "ResidualChain", "Scaled", "path_network"]
+
+
+class Block(nn.Module):
+    """One residual block: ``y = post(skip(h) + branch(h))`` with ``h = pre(x)``.
+
+    Args:
+        branch: The residual function f; None once deleted.
+        skip: Identity, or the projection at a change of shape; None in a plain net.
+        pre: What skip and branch share: the pre-activation at a change of stage (He et al. 2016b), a downsampling
+            layer that stands between two stages.
+        post: What follows the addition: nothing in a pre-activation network, ReLU in a post-activation ResNet.
+        name: Where the block stands in the model it was read from, such as ``"layer2.0"``.
+        skip_kind: ``"identity"``, ``"projection"`` or ``"concat"``; None where there is no skip. Told from `skip` if
+            not given.
+        stage: Number of the run of blocks with outputs of one shape, counted from 0.
+        in_shape: Shape of an input without its batch dimension; None if not known.
+        out_shape: Shape of an output without its batch dimension; None if not known.
+
+    Raises:
+        ResnetPathsError: If there is neither a skip nor a branch.
+    """
+
+    def __init__(
+        self,
+        branch: nn.Module | None,
+        skip: nn.Module | None,
+        *,
+        pre: nn.Module | None = None,
+        post: nn.Module | None = None,
+        name: str = "",
+        skip_kind: str | None = None,
+        stage: int = 0,
+        in_shape: Sequence[int] | None = None,
+        out_shape: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        if branch is None and skip is None:
+            raise ResnetPathsError("skip", None, "a module where branch is None", f"Block {name!r} would cut the chain.")
+        self.pre = pre if pre is not None else nn.Identity()
+        self.skip = skip
+        self.branch = branch
+        self.post = post if post is not None else nn.Identity()
+        self.name = name
+        if skip_kind is None and skip is not None:
+            skip_kind = "identity" if isinstance(skip, nn.Identity) else "projection"
+        self.skip_kind = skip_kind
+        self.stage = stage
+        self.in_shape = None if in_shape is None else tuple(in_shape)
+        self.out_shape = None if out_shape is None else tuple(out_shape)
+
+    def forward(self, x: Any) -> Any:
+        """``post(skip(h) + branch(h))`` with ``h = pre(x)``, [batch, *in_shape] to [batch, *out_shape]."""
+        x = self.pre(x)
+        if self.branch is None:
+            assert self.skip is not None  # held by __init__
+            return self.post(self.skip(x))
+        if self.skip is None:
+            return self.post(self.branch(x))
+        return self.post(self.skip(x) + self.branch(x))
+
+    @property
+    def path_choices(self) -> Path:
+        """The entries it offers to a path: False for the skip, 1, 2... for its branches; see `resnet_paths.paths`."""
+        branches = len(self.branch) if isinstance(self.branch, Parallel) else int(self.branch is not None)
+        skips = (False,) if self.skip is not None else ()
+        return (*skips, *((True, *range(2, branches + 1)) if branches else ()))
+
+    @property
+    def keeps_shape(self) -> bool:
+        """Whether outputs have the shape of inputs, as far as known: such blocks of a stage may trade places."""
+        return self.in_shape == self.out_shape
+
+    def replace(self, **changes: Any) -> Block:
+        """A block that shares all parts with this one but those in `changes`, named as in `Block`."""
+        fields = (
+            "branch", "skip", "pre", "post", "name", "skip_kind", "stage", "in_shape", "out_shape",
+        )  # fmt: skip
+        block = Block(**({field: getattr(self, field) for field in fields} | changes))
+        block.training = self.training  # not block.train(): the parts are shared
+        return block
+
+    def summary(self) -> str:
+        """One line: name, stage, skip, what is left of the branch, shapes."""
+        skip = f"{self.skip_kind} skip" if self.skip is not None else "no skip"
+        branch = "branch deleted" if self.branch is None else f"{_count_parameters(self.branch):,} parameters in the branch"
+        shapes = "" if self.in_shape is None else f", {_dims(self.in_shape)} -> {_dims(self.out_shape)}"
+        return f"{self.name or '(unnamed)'}: stage {self.stage}, {skip}, {branch}{shapes}"
+
+
+class ResidualChain(nn.Module):
+    """A network as a chain of residual blocks; ``chain(x)`` is ``head(block_n(... block_1(stem(x))))``.
+
+    Args:
+        stem: Everything before the first block; takes the model's inputs.
+        blocks: The blocks, first to last; their names must differ.
+        head: Everything after the last block.
+
+    Raises:
+        ResnetPathsError: If two blocks have one name, or an output shape does not fit the next block's input.
+
+    Example:
+        >>> blocks = [Block(nn.Linear(4, 4), nn.Identity(), name=f"block{i}") for i in range(3)]
+        >>> chain = ResidualChain(nn.Linear(2, 4), blocks, nn.Linear(4, 5))
+        >>> len(chain), chain.num_paths, chain.blocks[2].name
+        (3, 8, 'block2')
+    """
+
+    def __init__(self, stem: nn.Module, blocks: Iterable[Block], head: nn.Module) -> None:
+        super().__init__()
+        blocks = list(blocks)
+        seen: set[str] = set()
+        for block in blocks:
+            if block.name and block.name in seen:
+                raise ResnetPathsError("blocks", block.name, "blocks with different names")
+            seen.add(block.name)
+        for left, right in zip(blocks, blocks[1:], strict=False):
+            if None not in (left.out_shape, right.in_shape) and left.out_shape != right.in_shape:
+                raise ResnetPathsError(
+                    "blocks",
+                    f"{right.name!r} after {left.name!r}",
+                    f"a block that takes {_dims(left.out_shape)}; {right.name!r} takes {_dims(right.in_shape)}",
+                    "Only blocks of one stage that keep the shape may trade places.",
+                )
+        self.stem = stem
+        self.blocks = nn.ModuleList(blocks)
+        self.head = head
+
+    def forward(self, *inputs: Any) -> Any:
+        """What the network returns."""
+        x = self.stem(*inputs)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+    def train(self, mode: bool = True) -> ResidualChain:
+        """Set the mode of all parts; a chain that was read from a model stays as it was read.
+
+        Args:
+            mode: True for training mode.
+
+        Returns:
+            The chain itself.
+
+        Raises:
+            ResnetPathsError: If `mode` is True and a part was exported in eval mode.
+        """
+        if mode and any(getattr(module, "eval_only", False) for module in self.modules()):
+            raise ResnetPathsError(
+                "mode", mode, "False: the chain was read from a model in eval mode",
+                "Train the model itself, which shares its weights with the chain.",
+            )  # fmt: skip
+        super().train(mode)
+        return self
+
+    def __len__(self) -> int:
+        """Number of blocks, deleted ones included: positions never shift."""
+        return len(self.blocks)
+
+    @property
+    def path_choices(self) -> tuple[Path, ...]:
+        """The entries that each block offers to a path; see `resnet_paths.paths`."""
+        return tuple(block.path_choices for block in self)
+
+    @property
+    def num_paths(self) -> int:
+        """Number of paths from input to output, an exact int: 2^n for n residual blocks (Veit et al. 2016, section 3)."""
+        return num_paths(self.path_choices)
+
+    def __iter__(self) -> Any:
+        """The blocks, first to last."""
+        return iter(self.blocks)
+
+    def block_index(self, block: int | str) -> int:
+        """Position of a block, counted from 0.
+
+        Args:
+            block: Position (negative counts from the end) or name.
+
+        Returns:
+            Its position.
+
+        Raises:
+            ResnetPathsError: If there is no such block; the nearest names are given.
+        """
+        if isinstance(block, str):
+            names = [b.name for b in self]
+            if block not in names:
+                raise ResnetPathsError("block", block, f"the name of a block, nearest {nearest_names(block, names)}")
+            return names.index(block)
+        if isinstance(block, bool) or not hasattr(block, "__index__"):
+            raise ResnetPathsError("block", block, "the position or the name of a block")
+        index = block.__index__()
+        if not -len(self) <= index < len(self):
+            raise ResnetPathsError("block", index, f"a position from {-len(self)} to {len(self) - 1}")
+        return index % len(self)
+
+    def with_blocks(self, blocks: Iterable[Block]) -> ResidualChain:
+        """A chain of other blocks between the same stem and head."""
+        chain = ResidualChain(self.stem, blocks, self.head)
+        chain.training = chain.blocks.training = self.training  # not chain.train(): the parts are shared
+        return chain
+
+    def __repr__(self) -> str:
+        """A line for the whole and a line a block."""
+        lines = [f"ResidualChain of {len(self)} blocks, {self.num_paths:,} paths"]
+        lines += [f"  {index:>3} {block.summary()}" for index, block in enumerate(self)]
+        return "\n".join(lines)
+
+
+class Scaled(nn.Module):
+    """A branch times a number: ``factor * branch(x)``."""
+
+    def __init__(self, branch: nn.Module, factor: float) -> None:
+        super().__init__()
+        self.branch = branch
+        self.factor = factor
+        self.training = branch.training
+
+    def forward(self, x: Any) -> Any:
+        """``factor * branch(x)``."""
+        return self.factor * self.branch(x)
+
+    def extra_repr(self) -> str:
+        """The factor."""
+        return f"factor={self.factor}"
+
+
+class Parallel(nn.ModuleList):
+    """Branches side by side, added up: ``sum(branch(x) for branch in branches)``, each one an alternative for a path."""
+
+    def __init__(self, branches: Iterable[nn.Module]) -> None:
+        super().__init__(branches)
+        self.training = any(branch.training for branch in self)
+
+    def forward(self, x: Any) -> Any:
+        """The sum of all branches at `x`."""
+        first, *others = self
+        total = first(x)
+        for branch in others:
+            total = total + branch(x)
+        return total
+
+
+def path_network(chain: ResidualChain, path: Sequence[int]) -> ResidualChain:
+    """One path run alone, forward: each block reduced to its skip or to its branch.
+
+    The forward pass does not split into a sum over paths, since branches are not linear; this is the network that Dong
+    et al. (2021, section 2.2) run for each path of a transformer.
+
+    Args:
+        chain: The chain.
+        path: An entry a block: False = skip, True = branch.
+
+    Returns:
+        A chain of one path that shares all weights with `chain`.
+
+    Raises:
+        ResnetPathsError: If the path does not fit the chain.
+    """
+    path = check_path(chain.path_choices, path)
+    return chain.with_blocks(_take(block, entry) for block, entry in zip(chain, path, strict=True))
+
+
+def _take(block: Block, entry: int) -> Block:
+    if not entry:
+        return block.replace(branch=None)
+    branch = block.branch[entry - 1] if isinstance(block.branch, Parallel) else block.branch
+    return block.replace(branch=branch, skip=None, skip_kind=None)
+
+
+def _count_parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _dims(shape: Sequence[int] | None) -> str:
+    return "unknown" if shape is None else "x".join(map(str, shape)) or "scalar"
+
+
+def is_identity(module: nn.Module | None) -> bool:
+    """Whether a part does nothing."""
+    return isinstance(module, nn.Identity)

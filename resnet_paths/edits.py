@@ -1,0 +1,263 @@
+"""Edits of a chain, each a pure function: a new chain that shares every weight, the old one untouched.
+
+No hooks, no context managers, nothing to restore. A block is named by its position (negative counts from the end) or
+its name. A plain `nn.Module` may stand in for the chain if `example_inputs` are given; it is unraveled first.
+
+Positions never shift when a block is deleted: it stays in its place with its skip alone. So deletions commute, and
+``delete_blocks(chain, [3, 7])`` is ``delete_block(delete_block(chain, 3), 7)``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+from torch import nn
+
+from resnet_paths.chain import Block, Parallel, ResidualChain, Scaled, is_identity
+from resnet_paths.errors import ResnetPathsError
+from resnet_paths.unravel import unravel
+
+__all__ = [
+    "delete_block", "delete_blocks", "duplicate_block", "parallel_blocks", "permute_blocks", "reverse_blocks",
+    "scale_block", "swap_blocks",
+]  # fmt: skip
+
+
+def delete_block(model: nn.Module, block: int | str, *, example_inputs: Any = None) -> ResidualChain:
+    """The network without a block's branch; its skip, projection included, and what follows the addition stay.
+
+    The lesion of Veit et al. 2016, section 4.1. Nothing is retrained, and BatchNorm keeps the statistics of the intact
+    network. A block without skip is replaced by the identity where input and output have one shape.
+
+    Args:
+        model: A chain, or a model together with `example_inputs`.
+        block: Position or name.
+        example_inputs: As for `unravel`; only for a model that is not a chain.
+
+    Returns:
+        A chain with half the paths.
+
+    Raises:
+        ResnetPathsError: If there is no such block, or it has no skip and changes the shape.
+
+    Example:
+        >>> from resnet_paths import load_network, unravel
+        >>> import torch
+        >>> chain = unravel(load_network("preact-resnet-20"), torch.zeros(2, 1, 28, 28))
+        >>> chain.num_paths, delete_block(chain, "layer1.2").num_paths
+        (512, 256)
+    """
+    return delete_blocks(model, [block], example_inputs=example_inputs)
+
+
+def delete_blocks(model: nn.Module, blocks: Iterable[int | str], *, example_inputs: Any = None) -> ResidualChain:
+    """The network without several blocks' branches; see `delete_block`.
+
+    Args:
+        model: A chain, or a model together with `example_inputs`.
+        blocks: Positions or names, in any order.
+        example_inputs: As for `unravel`; only for a model that is not a chain.
+
+    Returns:
+        A chain; deleting nothing gives an equal chain.
+
+    Raises:
+        ResnetPathsError: As `delete_block`.
+    """
+    chain = _as_chain(model, example_inputs)
+    lost = {chain.block_index(block) for block in _listed(blocks)}
+    return chain.with_blocks(_without_branch(b) if i in lost else b for i, b in enumerate(chain))
+
+
+def permute_blocks(model: nn.Module, order: Sequence[int | str], *, example_inputs: Any = None) -> ResidualChain:
+    """The blocks in another order (Veit et al. 2016, section 4.2).
+
+    Args:
+        model: A chain, or a model together with `example_inputs`.
+        order: For each place the block that comes to stand there; each block once.
+        example_inputs: As for `unravel`; only for a model that is not a chain.
+
+    Returns:
+        A chain whose block i is the old block ``order[i]``.
+
+    Raises:
+        ResnetPathsError: If `order` is not a permutation, or shapes do not fit.
+    """
+    chain = _as_chain(model, example_inputs)
+    positions = [chain.block_index(block) for block in _listed(order)]
+    if sorted(positions) != list(range(len(chain))):
+        raise ResnetPathsError("order", list(order), f"a permutation of the {len(chain)} blocks")
+    return chain.with_blocks(chain.blocks[i] for i in positions)
+
+
+def swap_blocks(model: nn.Module, first: int | str, second: int | str, *, example_inputs: Any = None) -> ResidualChain:
+    """Two blocks in each other's place.
+
+    Args:
+        model: A chain, or a model together with `example_inputs`.
+        first: Position or name.
+        second: Position or name.
+        example_inputs: As for `unravel`; only for a model that is not a chain.
+
+    Returns:
+        A chain.
+
+    Raises:
+        ResnetPathsError: If there is no such block, or shapes do not fit.
+    """
+    chain = _as_chain(model, example_inputs)
+    order = list(range(len(chain)))
+    i, j = chain.block_index(first), chain.block_index(second)
+    order[i], order[j] = order[j], order[i]
+    return permute_blocks(chain, order)
+
+
+def duplicate_block(model: nn.Module, block: int | str, *, example_inputs: Any = None) -> ResidualChain:
+    """A block run twice in a row; the copy shares its weights and is named ``NAME#2``.
+
+    Args:
+        model: A chain, or a model together with `example_inputs`.
+        block: Position or name.
+        example_inputs: As for `unravel`; only for a model that is not a chain.
+
+    Returns:
+        A chain of one block more.
+
+    Raises:
+        ResnetPathsError: If there is no such block, or it changes the shape.
+    """
+    chain = _as_chain(model, example_inputs)
+    index = chain.block_index(block)
+    names = {b.name for b in chain}
+    original = chain.blocks[index]
+    stem = original.name.split("#")[0]
+    name = next(f"{stem}#{k}" for k in range(2, len(chain) + 3) if f"{stem}#{k}" not in names)
+    blocks = list(chain)
+    blocks.insert(index + 1, original.replace(name=name))
+    return chain.with_blocks(blocks)
+
+
+def scale_block(model: nn.Module, block: int | str, factor: float, *, example_inputs: Any = None) -> ResidualChain:
+    """A block's branch times a number: ``y = post(skip(x) + factor * branch(x))``.
+
+    Args:
+        model: A chain, or a model together with `example_inputs`.
+        block: Position or name.
+        factor: Any finite number; 1 changes nothing, 0 gives what deletion gives, on the same paths.
+        example_inputs: As for `unravel`; only for a model that is not a chain.
+
+    Returns:
+        A chain.
+
+    Raises:
+        ResnetPathsError: If there is no such block, its branch is deleted, or the factor is not finite.
+    """
+    if not isinstance(factor, int | float) or not math.isfinite(factor):
+        raise ResnetPathsError("factor", factor, "a finite number")
+    chain = _as_chain(model, example_inputs)
+    index = chain.block_index(block)
+    scaled = chain.blocks[index]
+    if scaled.branch is None:
+        raise ResnetPathsError("block", block, "a block with a branch", "This one's branch is deleted.")
+    branch = scaled.branch
+    by_factor: nn.Module = (
+        Parallel([Scaled(b, factor) for b in branch]) if isinstance(branch, Parallel) else Scaled(branch, factor)
+    )
+    return chain.with_blocks(b.replace(branch=by_factor) if i == index else b for i, b in enumerate(chain))
+
+
+def reverse_blocks(model: nn.Module, stage: int, *, example_inputs: Any = None) -> ResidualChain:
+    """A stage's blocks in reverse order; the block that opens the stage by changing the shape stays first.
+
+    Args:
+        model: A chain, or a model together with `example_inputs`.
+        stage: Number of the stage, counted from 0.
+        example_inputs: As for `unravel`; only for a model that is not a chain.
+
+    Returns:
+        A chain.
+
+    Raises:
+        ResnetPathsError: If there is no such stage.
+    """
+    chain = _as_chain(model, example_inputs)
+    stages = sorted({b.stage for b in chain})
+    if stage not in stages:
+        raise ResnetPathsError("stage", stage, f"one of {stages}")
+    places = [i for i, b in enumerate(chain) if b.stage == stage and b.keeps_shape]
+    order = list(range(len(chain)))
+    for place, block in zip(places, reversed(places), strict=True):
+        order[place] = block
+    return permute_blocks(chain, order)
+
+
+def parallel_blocks(
+    model: nn.Module,
+    blocks: Sequence[int | str],
+    *,
+    combine: Literal["mean", "sum"] = "mean",
+    example_inputs: Any = None,
+) -> ResidualChain:
+    """Neighbouring blocks run side by side on one input: ``y = post(x + mean_i branch_i(x))``.
+
+    With the mean this is the average of the blocks' outputs, "parallel" in Sun et al. 2024 (Layers as Painters). With
+    the sum, paths through two of the branches vanish and all others stay as they were. `post` is that of the last one.
+
+    Args:
+        model: A chain, or a model together with `example_inputs`.
+        blocks: Positions or names of at least two blocks that stand side by side, all with identity skips.
+        combine: ``"mean"`` or ``"sum"`` of the branches.
+        example_inputs: As for `unravel`; only for a model that is not a chain.
+
+    Returns:
+        A chain in which one block, named by joining the names with "|", stands for all of them.
+
+    Raises:
+        ResnetPathsError: If the blocks do not stand side by side, have other than identity skips, or are deleted.
+    """
+    if combine not in ("mean", "sum"):
+        raise ResnetPathsError("combine", combine, "'mean' or 'sum'")
+    chain = _as_chain(model, example_inputs)
+    places = sorted(chain.block_index(block) for block in _listed(blocks))
+    if len(places) < 2 or places != list(range(places[0], places[-1] + 1)):
+        raise ResnetPathsError("blocks", list(blocks), "at least two blocks that stand side by side")
+    members = [chain.blocks[i] for i in places]
+    for member in members:
+        if not (is_identity(member.skip) and is_identity(member.pre) and member.branch is not None):
+            raise ResnetPathsError("blocks", member.name, "blocks with a branch and an identity skip")
+    branches = [b for m in members for b in (m.branch if isinstance(m.branch, Parallel) else [m.branch])]
+    if combine == "mean":
+        branches = [Scaled(branch, 1 / len(members)) for branch in branches]
+    joined = members[-1].replace(branch=Parallel(branches), name="|".join(m.name for m in members))
+    return chain.with_blocks([*chain.blocks[: places[0]], joined, *chain.blocks[places[-1] + 1 :]])
+
+
+def _as_chain(model: nn.Module, example_inputs: Any) -> ResidualChain:
+    if isinstance(model, ResidualChain):
+        return model
+    if example_inputs is None:
+        raise ResnetPathsError(
+            "example_inputs", None, f"inputs for {type(model).__name__}, which is not a chain yet",
+            "Pass example_inputs=x, or unravel the model once and edit the chain.",
+        )  # fmt: skip
+    return unravel(model, example_inputs)
+
+
+def _listed(blocks: Iterable[int | str]) -> list[int | str]:
+    if isinstance(blocks, str | int):
+        raise ResnetPathsError("blocks", blocks, "a list of positions or names", f"Write [{blocks!r}].")
+    return list(blocks)
+
+
+def _without_branch(block: Block) -> Block:
+    if block.skip is not None:
+        return block.replace(branch=None)
+    if not block.keeps_shape or block.in_shape is None:
+        raise ResnetPathsError(
+            "block", block.name,
+            "a block with a skip, or one that keeps the shape",
+            f"Without its branch nothing would lead from {block.in_shape} to {block.out_shape}.",
+        )  # fmt: skip
+    return block.replace(branch=None, skip=nn.Identity().train(block.training), skip_kind="identity")

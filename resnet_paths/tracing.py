@@ -1,0 +1,311 @@
+"""Any module as one flat functional graph that shares the module's parameters.
+
+`torch.export` traces the module with a dynamic batch; its decompositions take in-place operations out. What comes back
+is cut into single-input segments by `Trace.segment`; each is a `torch.fx.GraphModule` whose parameters and buffers are
+those of the module, under their own names.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import traceback
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Graph, GraphModule, Node
+
+from resnet_paths.errors import ResnetPathsError
+
+__all__ = ["Segment", "Trace", "module_path", "trace"]
+
+_BATCH_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
+_RANDOM = {
+    torch.ops.aten.dropout.default, torch.ops.aten.native_dropout.default, torch.ops.aten.bernoulli.p,
+    torch.ops.aten.rand.default, torch.ops.aten.randn.default, torch.ops.aten.rand_like.default,
+    torch.ops.aten.randn_like.default, torch.ops.aten._native_batch_norm_legit.default,
+    torch.ops.aten._native_batch_norm_legit_functional.default,
+}  # fmt: skip
+
+
+class Segment(GraphModule):
+    """A piece of an exported graph as a module; it holds the operations of eval mode and knows no other."""
+
+    eval_only = True
+
+
+class Trace:
+    """The flat graph of a module.
+
+    Attributes:
+        graph: Operations in order; placeholders for inputs only, ``get_attr`` nodes for parameters and buffers.
+        inputs: The placeholders.
+        output: The node that the module returns.
+        tensors: Parameters, buffers and constants by the names that the graph uses.
+    """
+
+    def __init__(self, graph: Graph, inputs: list[Node], output: Node, tensors: dict[str, Any]) -> None:
+        self.graph = graph
+        self.inputs = inputs
+        self.output = output
+        self.tensors = tensors
+        self._position = {node: i for i, node in enumerate(graph.nodes)}
+        self._dependent: set[Node] = set(inputs)
+        for node in graph.nodes:
+            if not is_shape(node) and any(arg in self._dependent for arg in node.all_input_nodes):
+                self._dependent.add(node)
+
+    def depends_on_input(self, node: Node) -> bool:
+        """Whether a node's values, not only its shape, depend on the module's input."""
+        return node in self._dependent
+
+    def dependent_inputs(self, node: Node) -> list[Node]:
+        """The inputs of a node that depend on the module's input, each once."""
+        return [arg for arg in node.all_input_nodes if arg in self._dependent]
+
+    def region(self, sources: Iterable[Node], target: Node) -> set[Node]:
+        """The dependent nodes on the way from `sources` to `target`: without the sources, with the target."""
+        stop = set(sources)
+        found: set[Node] = set()
+        waiting = [target]
+        while waiting:
+            node = waiting.pop()
+            if node in found or node in stop:
+                continue
+            found.add(node)
+            waiting.extend(self.dependent_inputs(node))
+        return found
+
+    def in_order(self, nodes: Iterable[Node]) -> list[Node]:
+        """`nodes` in the order of the graph."""
+        return sorted(nodes, key=self._position.__getitem__)
+
+    def segment(self, sources: list[Node], target: Node) -> nn.Module:
+        """The module that computes `target` from `sources`.
+
+        Args:
+            sources: Nodes that become the module's inputs, in this order.
+            target: The node that it returns.
+
+        Returns:
+            An `nn.Identity` if `target` is the only source, else a `Segment` in eval mode.
+
+        Raises:
+            ResnetPathsError: If something besides the sources is needed.
+        """
+        if sources == [target]:
+            return nn.Identity().eval()
+        graph = Graph()
+        copies: dict[Node, Node] = {}
+        for source in sources:
+            copies[source] = graph.placeholder(source.name)
+        for node in self.in_order(self._needed(set(sources), target)):
+            if node.op == "placeholder":
+                raise ResnetPathsError(
+                    "model", node.name, f"a chain; {target.name} ({describe(target)}) also reads the model's input",
+                    "Only the stem may read the input.",
+                )  # fmt: skip
+            size = self._size_of(node, sources)
+            if size is None:
+                copies[node] = graph.node_copy(node, copies.__getitem__)
+            else:
+                source, dim = size
+                copies[node] = graph.call_function(torch.ops.aten.sym_size.int, (copies[source], dim))
+        graph.output(copies[target])
+        names = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
+        return Segment({name: self.tensors[name] for name in names}, graph).eval()
+
+    def _needed(self, stop: set[Node], target: Node) -> set[Node]:
+        found: set[Node] = set()
+        waiting = [target]
+        while waiting:
+            node = waiting.pop()
+            if node in found or node in stop:
+                continue
+            found.add(node)
+            if self._size_of(node, list(stop)) is None:
+                waiting.extend(node.all_input_nodes)
+        return found
+
+    @staticmethod
+    def _size_of(node: Node, sources: list[Node]) -> tuple[Node, int] | None:
+        """Where among the sources' dimensions a size can be read that the graph reads off another tensor."""
+        if node.target is not torch.ops.aten.sym_size.int:
+            return None
+        wanted = node.meta["val"]
+        for source in sources:
+            shape = getattr(source.meta.get("val"), "shape", ())
+            for dim, size in enumerate(shape):
+                if isinstance(size, torch.SymInt) and isinstance(wanted, torch.SymInt) and size.node.expr == wanted.node.expr:
+                    return source, dim
+        return None
+
+
+def trace(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Trace:
+    """The flat graph of `model`, for any batch size.
+
+    Args:
+        model: The module, in eval mode as far as the mode matters.
+        inputs: Example tensors, the batch in dimension 0.
+
+    Returns:
+        Its graph; nothing of the module is copied or changed.
+
+    Raises:
+        ResnetPathsError: If the module cannot be exported (naming where), is bound to one batch size, holds operations
+            of training mode, changes its buffers, or does not return one tensor.
+    """
+    # A batch of one would be traced as if it were the number 1.
+    example = tuple(torch.cat([x, x]) if x.dim() and x.shape[0] == 1 else x for x in inputs)
+    dynamic: Any = tuple({0: torch.export.Dim.AUTO} if x.dim() else {} for x in example)
+    if _takes_any_number_of_inputs(model):
+        dynamic = (dynamic,)
+    try:
+        with torch.no_grad():
+            program = torch.export.export(model, example, dynamic_shapes=dynamic, strict=False)
+            program = program.run_decompositions({})
+    except Exception as error:
+        raise ResnetPathsError(
+            "model", f"{type(model).__name__}: {_first_line(error)}",
+            f"a model whose operations do not depend on the data; export failed at {_user_frame(error, model)}",
+            "Replace the data-dependent branch by tensor operations such as torch.where.",
+        ) from error  # fmt: skip
+    return _flatten(model, program)
+
+
+def _flatten(model: nn.Module, program: torch.export.ExportedProgram) -> Trace:
+    kinds = torch.export.graph_signature.InputKind
+    graph, inputs, tensors = program.graph, [], {}
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    for node, spec in zip(placeholders, program.graph_signature.input_specs, strict=True):
+        if spec.kind == kinds.USER_INPUT:
+            inputs.append(node)
+            continue
+        name = str(spec.target)
+        tensors[name] = _tensor_of(model, program, name)
+        with graph.inserting_before(node):
+            attribute = graph.create_node("get_attr", name, name=node.name)
+        attribute.meta = dict(node.meta)
+        node.replace_all_uses_with(attribute)
+        graph.erase_node(node)
+    specs = program.graph_signature.output_specs
+    output_node = next(n for n in graph.nodes if n.op == "output")
+    values = output_node.args[0]
+    changed = [s.target for s in specs if s.kind != torch.export.graph_signature.OutputKind.USER_OUTPUT]
+    if changed:
+        raise ResnetPathsError(
+            "model", f"{type(model).__name__} changes {changed[0]!r} when it runs", "a model that only computes",
+            "Call model.eval() first.",
+        )  # fmt: skip
+    leaf = program.call_spec.out_spec
+    if len(values) != 1 or leaf is None or not leaf.is_leaf():
+        raise ResnetPathsError(
+            "model", f"{type(model).__name__} returns {len(values)} values in a container", "a model that returns one tensor",
+            "Wrap it in a module whose forward returns the tensor you study.",
+        )  # fmt: skip
+    for node in list(graph.nodes):
+        if node.target in _RANDOM and _is_active(node):
+            raise ResnetPathsError(
+                "model", f"{node.name} ({describe(node)})", "a model without random or training-mode operations",
+                "Call model.eval() first.",
+            )  # fmt: skip
+    for node in inputs:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and value.dim() and not isinstance(value.shape[0], torch.SymInt):
+            raise ResnetPathsError(
+                "model", f"{type(model).__name__} works for a batch of {value.shape[0]} only",
+                "a model that takes any batch size",
+                "Write sizes as x.shape[0] or -1 instead of a number.",
+            )  # fmt: skip
+    _restore_batch_norm(graph)
+    return Trace(graph, inputs, values[0], tensors)
+
+
+def _restore_batch_norm(graph: Graph) -> None:
+    """Put back the operation that the model runs: same kernels, same bits, same derivative on every device."""
+    for node in list(graph.nodes):
+        if node.target is not _BATCH_NORM:
+            continue
+        x, weight, bias, mean, variance, momentum, eps = node.args
+        for item in list(node.users):
+            with graph.inserting_before(item):
+                restored = graph.call_function(
+                    torch.ops.aten.batch_norm.default,
+                    (x, weight, bias, mean, variance, False, momentum, eps, torch.backends.cudnn.enabled),
+                )
+            restored.meta = dict(item.meta)
+            item.replace_all_uses_with(restored)
+            graph.erase_node(item)
+        graph.erase_node(node)
+
+
+def _tensor_of(model: nn.Module, program: torch.export.ExportedProgram, name: str) -> Any:
+    try:
+        return operator.attrgetter(name)(model)
+    except AttributeError:
+        constants: dict[str, Any] = dict(program.constants)
+        return constants[name] if name in constants else program.state_dict[name]
+
+
+def module_path(node: Node) -> str:
+    """Name of the innermost module whose forward made a node, such as ``"layer2.0"``; empty for the model itself."""
+    stack = module_stack(node)
+    return stack[-1][0] if stack else ""
+
+
+def module_stack(node: Node) -> list[tuple[str, str]]:
+    """Names and types of the modules that a node was made in, outermost first."""
+    stack = node.meta.get("nn_module_stack") or {}
+    # A module that is called twice is told apart by "@1"; the name is the same.
+    return [(str(name).split("@")[0], getattr(kind, "__name__", str(kind))) for name, kind in stack.values()]
+
+
+def describe(node: Node) -> str:
+    """Where a node comes from, for people: operation, module and line of the user's code."""
+    operation = getattr(node.target, "__name__", str(node.target))
+    where = module_path(node) or "the model's own forward"
+    lines = [line for line in str(node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File")]
+    outside = [line for line in lines if "/torch/nn/" not in line]
+    line = f", {outside[-1].strip()}" if outside else ""
+    return f"{operation} in {where}{line}"
+
+
+def is_shape(node: Node) -> bool:
+    """Whether a node's value is a number read off a shape, not a tensor."""
+    return isinstance(node.meta.get("val"), torch.SymInt | torch.SymBool | torch.SymFloat | int | bool | float)
+
+
+def _is_active(node: Node) -> bool:
+    if node.target is torch.ops.aten.dropout.default:
+        return bool(node.args[2])
+    return True
+
+
+def _takes_any_number_of_inputs(model: nn.Module) -> bool:
+    return any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(model.forward).parameters.values())
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _user_frame(error: BaseException, model: nn.Module) -> str:
+    """The deepest frame of the traceback that is not torch's own."""
+    library = str(Path(torch.__file__).parent)
+    frames: list[traceback.FrameSummary] = []
+    cause: BaseException | None = error
+    while cause is not None and not frames:
+        frames = [
+            f for f in traceback.extract_tb(cause.__traceback__)
+            if not f.filename.startswith(library) and f.filename != __file__ and not f.filename.startswith("<")
+        ]  # fmt: skip
+        cause = cause.__cause__ or cause.__context__
+    if not frames:
+        return f"{type(model).__name__}.forward"
+    frame = frames[-1]
+    return f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}: {frame.line}"
+
+

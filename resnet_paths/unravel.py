@@ -1,0 +1,428 @@
+"""Any trained residual network as a chain of its blocks: `unravel(model, example_inputs)`.
+
+The model is exported to one flat graph (`resnet_paths.tracing`). On that graph
+
+- the *trunk* is the nodes that every route from input to output passes (the dominators of the output),
+- a *merge* is an addition on the trunk of two values that both depend on the input,
+- its *fork* is its immediate dominator: the point where skip and branch part.
+
+Additions inside a branch, in a squeeze-and-excitation gate or in a polynomial activation are not on the trunk and fall
+away by themselves. What is not a chain is refused with the name of the node that breaks it: never guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import networkx as nx
+import torch
+from torch import nn
+from torch.fx import Interpreter, Node
+
+from resnet_paths.chain import Block, ResidualChain
+from resnet_paths.errors import ResnetPathsError
+from resnet_paths.tracing import Trace, describe, module_path, module_stack, trace
+
+__all__ = ["unravel"]
+
+_ADD = torch.ops.aten.add.Tensor
+_CAT = torch.ops.aten.cat.default
+_WEIGHTED = {
+    torch.ops.aten.conv1d.default, torch.ops.aten.conv2d.default, torch.ops.aten.conv3d.default,
+    torch.ops.aten.convolution.default, torch.ops.aten.linear.default, torch.ops.aten.matmul.default,
+    torch.ops.aten.addmm.default, torch.ops.aten.mm.default, torch.ops.aten.bmm.default,
+    torch.ops.aten.conv_transpose2d.input, torch.ops.aten.conv2d.padding, torch.ops.aten.einsum.default,
+}  # fmt: skip
+_CONTAINERS = {"Sequential", "ModuleList", "ModuleDict"}
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One block on the graph: ``start -pre-> fork -(skip, branch)-> merge -post-> end``; skip and branch by operand."""
+
+    start: Node
+    fork: Node
+    merge: Node
+    end: Node
+    skip: Node | None
+    branch: Node
+
+
+def unravel(
+    model: nn.Module, example_inputs: torch.Tensor | tuple[torch.Tensor, ...]
+) -> ResidualChain:
+    """The chain of residual blocks that a model is (Veit et al. 2016, section 3).
+
+    Works for any model whose forward `torch.export` can trace and whose blocks stand in series. Nothing is copied: the
+    chain shares every parameter and buffer with the model, and works for any batch size. A model without any skips
+    becomes a chain of its modules, with one path.
+
+    Args:
+        model: The network, in eval mode. A `ResidualChain` is returned as it is.
+        example_inputs: A tensor, or a tuple of tensors for several positional inputs, with the batch in dimension 0,
+            on the model's device and of its dtype.
+
+    Returns:
+        A chain with ``chain(x) == model(x)``, which is checked on `example_inputs`.
+
+    Raises:
+        ResnetPathsError: If the model is in training mode, does not take the example, cannot be exported (naming
+            where), is not a chain (naming the node), or the chain does not return what the model returns (naming the
+            first block that differs).
+
+    Example:
+        >>> import torch, torchvision
+        >>> model = torchvision.models.resnet18(weights=None).eval()
+        >>> chain = unravel(model, torch.zeros(2, 3, 64, 64))
+        >>> len(chain), chain.num_paths, chain.blocks[2].name, chain.blocks[2].skip_kind
+        (8, 256, 'layer2.0', 'projection')
+    """
+    if isinstance(model, ResidualChain):
+        return model
+    inputs = _check_arguments(model, example_inputs)
+    expected = _run(model, inputs)
+    traced = trace(model, inputs)
+    trunk = _trunk(traced)
+    parts = _residual_parts(traced, trunk) or _plain_parts(traced, trunk)
+    chain = _assemble(traced, parts)
+    _check_chain(chain, model, traced, parts, inputs, expected)
+    return chain
+
+
+def _check_arguments(model: nn.Module, example_inputs: object) -> tuple[torch.Tensor, ...]:
+    if not isinstance(model, nn.Module):
+        raise ResnetPathsError("model", type(model).__name__, "a torch.nn.Module")
+    inputs = tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)
+    if not inputs or not all(isinstance(x, torch.Tensor) for x in inputs):
+        raise ResnetPathsError(
+            "example_inputs", [type(x).__name__ for x in inputs], "a tensor or a tuple of tensors",
+            "Pass a batch such as torch.zeros(2, 3, 224, 224).",
+        )  # fmt: skip
+    moving = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+    for name, module in model.named_modules():
+        if module.training and isinstance(module, moving):
+            raise ResnetPathsError(
+                "model", f"{type(module).__name__} {name!r} in training mode", "a model in eval mode",
+                "Call model.eval() first.",
+            )  # fmt: skip
+    return inputs
+
+
+def _run(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    try:
+        with torch.no_grad():
+            output: torch.Tensor = model(*inputs)
+    except Exception as error:
+        shapes = ", ".join(f"{x.dtype} {list(x.shape)} on {x.device}" for x in inputs)
+        raise ResnetPathsError(
+            "example_inputs", shapes, f"inputs that {type(model).__name__} takes",
+            f"It answered: {type(error).__name__}: {error}",
+        ) from error  # fmt: skip
+    return output
+
+
+def _trunk(traced: Trace) -> list[Node]:
+    """The nodes that every route from the inputs to the output passes, in order, from the first after the inputs."""
+    if not traced.depends_on_input(traced.output):
+        raise ResnetPathsError("model", traced.output.name, "a model whose output depends on its input")
+    graph = nx.DiGraph()
+    for node in traced.in_order(traced.region([], traced.output)):
+        before = traced.dependent_inputs(node) or ["inputs"]
+        graph.add_edges_from((source, node) for source in before)
+    dominators = nx.immediate_dominators(graph, "inputs")
+    trunk = [traced.output]
+    while dominators[trunk[-1]] != "inputs":
+        trunk.append(dominators[trunk[-1]])
+    return trunk[::-1]
+
+
+def _residual_parts(traced: Trace, trunk: list[Node]) -> list[_Part]:
+    """The blocks of a network with skips; empty if there is no merge on the trunk."""
+    cores = []
+    for fork, node in pairwise(trunk):
+        operands = traced.dependent_inputs(node)
+        if node.target is _ADD and len(operands) == 2 and fork.meta["val"].is_floating_point():
+            skip, branch = _skip_and_branch(traced, fork, node, operands)
+            cores.append((fork, node, skip, branch))
+        else:
+            _refuse_concatenation(traced, fork, node)
+    if not cores:
+        return []
+    position = {node: i for i, node in enumerate(trunk)}
+    merges = [merge for _, merge, _, _ in cores]
+    ends = [_end_of_post(trunk, position, merges, index, cores) for index in range(len(cores))]
+    starts = [_start_of_first(trunk, position, merges[0], cores[0][0]), *ends[:-1]]
+    return [
+        _Part(start, fork, merge, end, skip, branch)
+        for start, (fork, merge, skip, branch), end in zip(starts, cores, ends, strict=True)
+    ]
+
+
+def _skip_and_branch(traced: Trace, fork: Node, merge: Node, operands: Sequence[Node]) -> tuple[Node, Node]:
+    """Which operand of a merge is the skip: the fork itself, else the one that computes less."""
+    if merge.kwargs.get("alpha", 1) != 1:
+        raise _not_a_chain(merge, "an addition with alpha=1")
+    sides = [traced.region([fork], operand) for operand in operands]
+    shared = sides[0] & sides[1]
+    if shared:
+        node = traced.in_order(shared)[0]
+        raise _not_a_chain(node, f"a skip and a branch that share nothing between fork {fork.name} and merge {merge.name}")
+
+    def cost(index: int) -> tuple[int, int, int]:
+        weights = {a for n in sides[index] for a in n.all_input_nodes if a.op == "get_attr"}
+        sizes = sum(a.meta["val"].numel() for a in weights if hasattr(a.meta.get("val"), "numel"))
+        return sum(n.target in _WEIGHTED for n in sides[index]), sizes, len(sides[index])
+
+    costs = [cost(0), cost(1)]
+    if costs[0] == costs[1]:
+        raise _not_a_chain(merge, "a skip that computes less than the branch; here both sides look alike")
+    index = costs.index(min(costs))
+    if any(n.target is _ADD and len(traced.dependent_inputs(n)) == 2 for n in sides[index]):
+        raise _not_a_chain(merge, "one skip and one branch at a merge; here the skip holds an addition itself")
+    return operands[index], operands[1 - index]
+
+
+def _refuse_concatenation(traced: Trace, fork: Node, node: Node) -> None:
+    """Refuse a concatenation that joins computed branches; one of mere slices (patch merging) is no merge."""
+    if node.target is not _CAT or len(traced.dependent_inputs(node)) < 2:
+        return
+    region = traced.region([fork], node)
+    if any(n.target in _WEIGHTED for n in region):
+        raise _not_a_chain(node, "blocks that add their branch to the skip, not concatenate it")
+
+
+def _end_of_post(
+    trunk: list[Node], position: dict[Node, int], merges: list[Node], index: int, cores: Sequence[tuple[Node, ...]]
+) -> Node:
+    """The last trunk node that belongs to block `index`: the merge itself or what follows it in the same module."""
+    merge = merges[index]
+    last = index == len(merges) - 1
+    limit = len(trunk) - 1 if last else position[cores[index + 1][0]]
+    own = module_path(merge)
+    following = None if last else module_path(merges[index + 1])
+    end = merge
+    for node in trunk[position[merge] + 1 : limit + 1]:
+        if not _within(module_path(node), own):
+            break
+        clear = own != "" and own != following
+        if clear and following is not None and _within(following, own) and _within(module_path(node), following):
+            break  # the next block stands inside this one's module and owns the node
+        if not clear and not _keeps_the_state(node, merge):
+            break
+        if last and own == "" and not _follows_every_merge(trunk, position, merges, node):
+            break
+        end = node
+    return end
+
+
+def _keeps_the_state(node: Node, merge: Node) -> bool:
+    """Whether a node after a merge can be an activation or a normalisation: same shape, no weighted sum."""
+    same_shape = getattr(node.meta.get("val"), "shape", None) == merge.meta["val"].shape
+    return same_shape and node.target not in _WEIGHTED and len(node.users) > 0
+
+
+def _follows_every_merge(trunk: list[Node], position: dict[Node, int], merges: list[Node], node: Node) -> bool:
+    """Whether the node after the last merge has its like after the merge before: then it is no part of the head."""
+    if len(merges) < 2:
+        return module_path(node) == ""
+    distance = position[node] - position[merges[-1]]
+    twin = position[merges[-2]] + distance
+    return twin < position[merges[-1]] and trunk[twin].target == node.target
+
+
+def _start_of_first(trunk: list[Node], position: dict[Node, int], merge: Node, fork: Node) -> Node:
+    """Where the first block begins: at the trunk nodes before its fork that stand in its module."""
+    own = module_path(merge)
+    start = position[fork]
+    while own and start > 0 and _within(module_path(trunk[start]), own):
+        start -= 1
+    return trunk[start]
+
+
+def _plain_parts(traced: Trace, trunk: list[Node]) -> list[_Part]:
+    """The modules of a network without skips, as blocks without skip."""
+    for node in traced.in_order(traced.region([], traced.output)):
+        if node.target in (_ADD, _CAT) and len(traced.dependent_inputs(node)) > 1 and _weighs(traced, node):
+            raise _not_a_chain(node, "merges that every route passes; some route leads around this one")
+    groups = _plain_groups(traced, trunk)
+    if len(groups) < 1:
+        raise ResnetPathsError(
+            "model", "no block found", "a model that adds branches to skips, or a stack of modules with weights"
+        )
+    return [_Part(start, start, end, end, None, end) for start, end in groups]
+
+
+def _plain_groups(traced: Trace, trunk: list[Node]) -> list[tuple[Node, Node]]:
+    """(Start, end) of each plain block: the composite modules on the trunk, or else its weight layers.
+
+    Of a stack of weight layers the first belongs to the stem and the last, which makes the logits, to the head.
+    """
+    units = [_unit(node) for node in trunk]
+    weighs = {name: False for name, _ in units}
+    for before, node, (name, _) in zip([None, *trunk], trunk, units, strict=False):
+        region = traced.region([before] if before is not None else [], node)
+        weighs[name] |= any(n.target in _WEIGHTED for n in region)
+    composites = {name for name, composite in units if composite and weighs[name]}
+    groups: list[list[int]] = []
+    previous = None
+    for index, (name, _) in enumerate(units):
+        if composites:
+            if name in composites and name == previous:
+                groups[-1][1] = index
+            elif name in composites:
+                groups.append([index - 1, index])
+        elif weighs[name] and name != previous:
+            groups.append([index - 1, index])
+        elif groups:
+            groups[-1][1] = index
+        previous = name
+    if not composites:
+        groups = groups[1:-1]
+    return [(trunk[a], trunk[b]) for a, b in groups if a >= 0]
+
+
+def _unit(node: Node) -> tuple[str, bool]:
+    """The outermost module below the root that is no mere container, and whether it holds modules itself."""
+    below = [(name, kind) for name, kind in module_stack(node) if name]
+    for depth, (name, kind) in enumerate(below):
+        if kind.rsplit(".", 1)[-1] not in _CONTAINERS:
+            return name, depth < len(below) - 1
+    return "", False
+
+
+def _weighs(traced: Trace, node: Node) -> bool:
+    return any(n.target in _WEIGHTED for operand in traced.dependent_inputs(node) for n in [operand, *operand.all_input_nodes])
+
+
+def _assemble(traced: Trace, parts: list[_Part]) -> ResidualChain:
+    names = _names(traced, parts)
+    blocks, stage, previous_shape = [], 0, None
+    for part, name in zip(parts, names, strict=True):
+        in_shape, out_shape = _shape(part.start), _shape(part.end)
+        if previous_shape is not None and out_shape != previous_shape:
+            stage += 1
+        previous_shape = out_shape
+        block = Block(
+            traced.segment([part.fork], part.branch),
+            None if part.skip is None else traced.segment([part.fork], part.skip),
+            pre=traced.segment([part.start], part.fork),
+            post=traced.segment([part.merge], part.end),
+            name=name, stage=stage, in_shape=in_shape, out_shape=out_shape,
+        )  # fmt: skip
+        block.training = False
+        blocks.append(block)
+    # Between blocks of a plain net there may be trunk nodes that belong to neither: they go before the later block.
+    for index, (left, right) in enumerate(pairwise(parts)):
+        if left.end is not right.start:
+            gap = traced.segment([left.end], right.start)
+            blocks[index + 1] = blocks[index + 1].replace(pre=gap, in_shape=_shape(left.end))
+    stem = traced.segment(traced.inputs, parts[0].start)
+    head = traced.segment([parts[-1].end], traced.output)
+    chain = ResidualChain(stem, blocks, head)
+    chain.training = chain.blocks.training = False
+    return chain
+
+
+def _names(traced: Trace, parts: list[_Part]) -> list[str]:
+    """A name a block: the module whose forward merges; where several merge in one, the module of the branch."""
+    by_merge = [_unit_name(part) for part in parts]
+    names = []
+    for index, (part, name) in enumerate(zip(parts, by_merge, strict=True)):
+        if not name or by_merge.count(name) > 1:
+            region = traced.region([part.fork], part.branch) - ({part.skip} if part.skip else set())
+            paths = [module_path(n).split(".") for n in region if n.target in _WEIGHTED]
+            common = ".".join(p[0] for p in _common_prefix(paths)) if paths else ""
+            name = common if common and common not in names and common not in by_merge else f"{name or 'block'}#{index}"
+        names.append(name)
+    return names
+
+
+def _unit_name(part: _Part) -> str:
+    return _unit(part.end)[0] if part.skip is None else module_path(part.merge)
+
+
+def _common_prefix(paths: list[list[str]]) -> list[tuple[str, ...]]:
+    prefix = []
+    for level in zip(*paths, strict=False):
+        if len(set(level)) > 1:
+            break
+        prefix.append(level)
+    return prefix
+
+
+def _check_chain(
+    chain: ResidualChain, model: nn.Module, traced: Trace, parts: list[_Part],
+    inputs: tuple[torch.Tensor, ...], expected: torch.Tensor,
+) -> None:  # fmt: skip
+    """Raise, naming the first block that differs, unless the chain returns what the model returns."""
+    with torch.no_grad():
+        if _agree(chain(*inputs), expected):
+            return
+        values = _Recorder(traced, [parts[0].start, *(part.end for part in parts)]).values_on(inputs)
+        state = chain.stem(*inputs)
+        place = "the stem"
+        for block, part in zip(chain, parts, strict=True):
+            if not _agree(state, values[part.start]) and block is chain.blocks[0]:
+                break
+            state, place = block(state), f"block {block.name!r}"
+            if not _agree(state, values[part.end]):
+                break
+        else:
+            place = "the head, or the export itself"
+    raise ResnetPathsError(
+        "model", f"{type(model).__name__}: the chain's output differs from the model's", "a model that unravels exactly",
+        f"The first difference is in {place}. Please report the model.",
+    )  # fmt: skip
+
+
+class _Recorder(Interpreter):
+    """Runs the flat graph on real inputs and keeps the values of some nodes."""
+
+    def __init__(self, traced: Trace, wanted: list[Node]) -> None:
+        self._tensors = traced.tensors
+        self._wanted = set(wanted)
+        self._kept: dict[Node, torch.Tensor] = {}
+        super().__init__(nn.Module(), graph=traced.graph, garbage_collect_values=False)
+
+    def fetch_attr(self, target: str) -> object:
+        return self._tensors[target]
+
+    def run_node(self, n: Node) -> object:
+        value = super().run_node(n)
+        if n in self._wanted and isinstance(value, torch.Tensor):
+            self._kept[n] = value
+        return value
+
+    def values_on(self, inputs: tuple[torch.Tensor, ...]) -> dict[Node, torch.Tensor]:
+        self.run(*inputs)
+        return self._kept
+
+
+def _agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Equal bit for bit, or, where kernels are not deterministic, to rounding of the dtype."""
+    if torch.equal(found, expected):
+        return True
+    if found.shape != expected.shape or found.dtype != expected.dtype or not found.is_floating_point():
+        return False
+    tolerance = min(1000 * torch.finfo(found.dtype).eps, 0.05)
+    largest = expected.abs().max().clamp_min(torch.finfo(found.dtype).tiny)
+    same_holes = torch.equal(torch.isfinite(found), torch.isfinite(expected))
+    return same_holes and bool(((found - expected).abs().nan_to_num() <= tolerance * largest.nan_to_num()).all())
+
+
+def _not_a_chain(node: Node, allowed: str) -> ResnetPathsError:
+    return ResnetPathsError(
+        "model", f"{node.name} ({describe(node)})", allowed,
+        "Only networks whose blocks stand in series can be unraveled.",
+    )  # fmt: skip
+
+
+def _within(path: str, module: str) -> bool:
+    return module == "" or path == module or path.startswith(module + ".")
+
+
+def _shape(node: Node) -> tuple[int, ...]:
+    """Shape without the batch; a dimension that varies with the batch is -1."""
+    return tuple(int(d) if isinstance(d, int) else -1 for d in node.meta["val"].shape[1:])
