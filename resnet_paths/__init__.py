@@ -43,7 +43,7 @@ _HOME = {
     "figures": "",
 }
 
-__all__ = [  # noqa: PLE0604
+__all__ = [
     "Block", "ResidualChain", "ResnetPathsError", "delete_block", "delete_blocks", "duplicate_block",
     "enumerate_paths", "figures", "lesion_study", "list_networks", "load_dataset", "load_network", "parallel_blocks",
     "path_histogram", "path_network", "permute_blocks", "reverse_blocks", "sample_paths", "scale_block",
@@ -73,15 +73,15 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """Load a public name from its file when it is first used."""
+    # A public name is loaded from its file when it is first used.
     if name not in _HOME:
         raise AttributeError(f"module 'resnet_paths' has no attribute {name!r}")
     home = _HOME[name]
-    value = getattr(importlib.import_module(f"resnet_paths.{home}"), name) if home else importlib.import_module(f"resnet_paths.{name}")
+    module = importlib.import_module(f"resnet_paths.{home or name}")
+    value = getattr(module, name) if home else module
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    """Public names, for completion."""
     return sorted([*globals(), *_HOME])

@@ -9,10 +9,10 @@ every weight. `resnet_paths.unravel` makes a chain from any model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, cast
 
-import torch
 from torch import nn
 
 from resnet_paths.errors import ResnetPathsError, nearest_names
@@ -56,7 +56,9 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         if branch is None and skip is None:
-            raise ResnetPathsError("skip", None, "a module where branch is None", f"Block {name!r} would cut the chain.")
+            raise ResnetPathsError(
+                "skip", None, "a module where branch is None", f"Block {name!r} would cut the chain."
+            )
         self.pre = pre if pre is not None else nn.Identity()
         self.skip = skip
         self.branch = branch
@@ -93,9 +95,7 @@ class Block(nn.Module):
 
     def replace(self, **changes: Any) -> Block:
         """A block that shares all parts with this one but those in `changes`, named as in `Block`."""
-        fields = (
-            "branch", "skip", "pre", "post", "name", "skip_kind", "stage", "in_shape", "out_shape",
-        )  # fmt: skip
+        fields = ("branch", "skip", "pre", "post", "name", "skip_kind", "stage", "in_shape", "out_shape")
         block = Block(**({field: getattr(self, field) for field in fields} | changes))
         block.training = self.training  # not block.train(): the parts are shared
         return block
@@ -103,7 +103,9 @@ class Block(nn.Module):
     def summary(self) -> str:
         """One line: name, stage, skip, what is left of the branch, shapes."""
         skip = f"{self.skip_kind} skip" if self.skip is not None else "no skip"
-        branch = "branch deleted" if self.branch is None else f"{_count_parameters(self.branch):,} parameters in the branch"
+        branch = (
+            "branch deleted" if self.branch is None else f"{_count_parameters(self.branch):,} parameters in the branch"
+        )
         shapes = "" if self.in_shape is None else f", {_dims(self.in_shape)} -> {_dims(self.out_shape)}"
         return f"{self.name or '(unnamed)'}: stage {self.stage}, {skip}, {branch}{shapes}"
 
@@ -134,7 +136,7 @@ class ResidualChain(nn.Module):
             if block.name and block.name in seen:
                 raise ResnetPathsError("blocks", block.name, "blocks with different names")
             seen.add(block.name)
-        for left, right in zip(blocks, blocks[1:], strict=False):
+        for left, right in itertools.pairwise(blocks):
             if None not in (left.out_shape, right.in_shape) and left.out_shape != right.in_shape:
                 raise ResnetPathsError(
                     "blocks",
@@ -184,12 +186,16 @@ class ResidualChain(nn.Module):
 
     @property
     def num_paths(self) -> int:
-        """Number of paths from input to output, an exact int: 2^n for n residual blocks (Veit et al. 2016, section 3)."""
+        """Number of paths from input to output, exact: 2^n for n residual blocks (Veit et al. 2016, section 3)."""
         return num_paths(self.path_choices)
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[Block]:
         """The blocks, first to last."""
-        return iter(self.blocks)
+        return iter(cast("Iterable[Block]", self.blocks))
+
+    def __getitem__(self, block: int | str) -> Block:
+        """A block by position or name."""
+        return cast("Block", self.blocks[self.block_index(block)])
 
     def block_index(self, block: int | str) -> int:
         """Position of a block, counted from 0.
@@ -247,7 +253,7 @@ class Scaled(nn.Module):
 
 
 class Parallel(nn.ModuleList):
-    """Branches side by side, added up: ``sum(branch(x) for branch in branches)``, each one an alternative for a path."""
+    """Branches side by side, added up: ``sum(branch(x) for branch in branches)``; a path takes one of them."""
 
     def __init__(self, branches: Iterable[nn.Module]) -> None:
         super().__init__(branches)

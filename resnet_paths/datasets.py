@@ -7,17 +7,22 @@
 from __future__ import annotations
 
 import gzip
-from collections.abc import Sequence
+import http.client
+import math
+import shutil
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from resnet_paths.errors import ResnetPathsError, nearest_names
-from resnet_paths.files import cache_folder, check_sha256, shipped_folder
+from resnet_paths.files import cache_folder, check_sha256, shipped_folder, write_then_rename
 
 __all__ = ["DATASETS", "ImageDataset", "load_dataset"]
 
@@ -71,21 +76,25 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int]]):
 
     Args:
         name: Key of `DATASETS`.
-        images: uint8, [N, C, H, W].
+        images: uint8, [N, C, H, W], at least one.
         labels: integers in [0, number of classes), [N].
 
     Raises:
-        ResnetPathsError: If shapes, dtypes or labels are not as stated.
+        ResnetPathsError: If the name is unknown, or shapes, dtypes or labels are not as stated.
     """
 
     def __init__(self, name: str, images: torch.Tensor, labels: torch.Tensor) -> None:
+        if name not in DATASETS:
+            raise ResnetPathsError("name", name, nearest_names(name, DATASETS))
         facts = DATASETS[name]
-        if images.dtype != torch.uint8 or tuple(images.shape[1:]) != facts.shape:
+        if images.dtype != torch.uint8 or tuple(images.shape[1:]) != facts.shape or not len(images):
             raise ResnetPathsError(
                 "images",
                 f"{images.dtype} {list(images.shape)}",
-                f"torch.uint8 [N, {', '.join(map(str, facts.shape))}] for {name}",
+                f"torch.uint8 [N, {', '.join(map(str, facts.shape))}] with N of at least 1 for {name}",
             )
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise ResnetPathsError("labels", str(labels.dtype), "integers")
         if labels.shape != images.shape[:1]:
             raise ResnetPathsError("labels", list(labels.shape), f"[{len(images)}], one an image")
         outside = (labels < 0) | (labels >= len(facts.classes))
@@ -150,7 +159,7 @@ def load_dataset(
         raise ResnetPathsError("name", name, nearest_names(name, DATASETS))
     if split not in ("train", "test"):
         raise ResnetPathsError("split", split, "'train' or 'test'")
-    place = None if folder is None else Path(folder)
+    place = None if folder is None else Path(folder).expanduser()
     if name == "fashion-mnist":
         images, labels = _read_fashion_mnist(split, place, download)
     else:
@@ -183,8 +192,12 @@ def _read_fashion_mnist(
             "Restore it from the repository, install the package dataset-fashion-mnist, "
             "or pass download=True.",
         )
+    advice = {
+        _DEBIAN_FASHION_MNIST: "Install the package dataset-fashion-mnist again.",
+        cache: "Delete it, and it is downloaded again.",
+    }.get(found, "Restore it from the repository.")
     for name in names:
-        check_sha256(found / name, _FASHION_MNIST_SHA256[name])
+        check_sha256(found / name, _FASHION_MNIST_SHA256[name], advice)
     return read_idx(found / names[0]).unsqueeze(1), read_idx(found / names[1]).long()
 
 
@@ -192,16 +205,32 @@ def _download_fashion_mnist(folder: Path, names: Sequence[str]) -> None:
     from torchvision.datasets import FashionMNIST  # noqa: PLC0415  torchvision takes a second to import
     from torchvision.datasets.utils import download_url  # noqa: PLC0415
 
-    for name in names:
-        _attempt_download(
-            lambda n=name: download_url(FashionMNIST.mirrors[0] + n, folder), "fashion-mnist"
-        )
+    def download(unfinished: Path) -> None:
+        for name in missing:
+            download_url(FashionMNIST.mirrors[0] + name, unfinished)
+            check_sha256(unfinished / name, _FASHION_MNIST_SHA256[name], "Try again.")
+
+    missing = [name for name in names if not (folder / name).is_file()]
+    _download_then_move(download, folder, missing, "fashion-mnist")
 
 
-def _attempt_download(download: Any, name: str) -> None:
+def _download_then_move(
+    download: Callable[[Path], None], folder: Path, files: Sequence[str], name: str
+) -> None:
+    """Call `download` with a temporary folder inside `folder`, then move the `files` that it left there to `folder`.
+
+    A file is in `folder` only once it is whole, however the download ends.
+    """
     try:
-        download()
-    except (OSError, RuntimeError) as error:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as unfinished:
+            download(Path(unfinished))
+            for file in files:
+                with write_then_rename(folder / file) as temporary:
+                    shutil.copyfile(Path(unfinished) / file, temporary)
+    except (
+        OSError, EOFError, RuntimeError, http.client.HTTPException, tarfile.TarError, zlib.error
+    ) as error:  # fmt: skip
         raise ResnetPathsError(
             f"download of {name}", str(error), "a reachable server and an intact file",
             "Try again, or fetch the files by hand and pass their folder.",
@@ -222,16 +251,16 @@ def read_idx(path: Path) -> torch.Tensor:
     """
     try:
         content = gzip.decompress(path.read_bytes())
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ResnetPathsError(f"data file {path}", str(error), "a whole gzip file") from error
     if len(content) < 4 or content[:3] != b"\x00\x00\x08" or len(content) < 4 + 4 * content[3]:
         raise ResnetPathsError(f"data file {path}", content[:4], "an IDX file of unsigned bytes")
     dims = content[3]
-    shape = np.frombuffer(content, dtype=">i4", count=dims, offset=4).tolist()
+    shape = np.frombuffer(content, dtype=">u4", count=dims, offset=4).tolist()
     values = np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * dims)
-    if values.size != int(np.prod(shape)):
+    if values.size != math.prod(shape):
         raise ResnetPathsError(
-            f"data file {path}", f"{values.size} bytes", f"{int(np.prod(shape))} bytes, as its header says"
+            f"data file {path}", f"{values.size} bytes", f"{math.prod(shape)} bytes, as its header says"
         )
     return torch.from_numpy(values.reshape(shape).copy())
 
@@ -242,14 +271,23 @@ def _read_cifar_10(
     root = folder or cache_folder() / "cifar-10"
     batches = root / "cifar-10-batches-bin"
     numbers = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
-    if not batches.is_dir() and download:
-        from torchvision.datasets.utils import download_and_extract_archive  # noqa: PLC0415
-
-        _attempt_download(
-            lambda: download_and_extract_archive(_CIFAR_10_URL, root, md5=_CIFAR_10_MD5), "cifar-10"
-        )
+    if download and not all((batches / n).is_file() for n in numbers):
+        _download_cifar_10(root)
     records = torch.cat([_read_cifar_batch(batches / n) for n in numbers])
     return records[:, 1:].reshape(-1, 3, 32, 32).contiguous(), records[:, 0].long()
+
+
+def _download_cifar_10(root: Path) -> None:
+    from torchvision.datasets.utils import download_and_extract_archive  # noqa: PLC0415
+
+    def download(unfinished: Path) -> None:
+        # The archive stays in root: torchvision holds it against the MD5 before it is used again.
+        download_and_extract_archive(_CIFAR_10_URL, root, unfinished, md5=_CIFAR_10_MD5)
+
+    numbers = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+    files = [f"cifar-10-batches-bin/{number}.bin" for number in numbers]
+    missing = [file for file in files if not (root / file).is_file()]
+    _download_then_move(download, root, missing, "cifar-10")
 
 
 def _read_cifar_batch(path: Path) -> torch.Tensor:

@@ -89,7 +89,7 @@ def permute_blocks(model: nn.Module, order: Sequence[int | str], *, example_inpu
     positions = [chain.block_index(block) for block in _listed(order)]
     if sorted(positions) != list(range(len(chain))):
         raise ResnetPathsError("order", list(order), f"a permutation of the {len(chain)} blocks")
-    return chain.with_blocks(chain.blocks[i] for i in positions)
+    return chain.with_blocks(chain[i] for i in positions)
 
 
 def swap_blocks(model: nn.Module, first: int | str, second: int | str, *, example_inputs: Any = None) -> ResidualChain:
@@ -131,7 +131,7 @@ def duplicate_block(model: nn.Module, block: int | str, *, example_inputs: Any =
     chain = _as_chain(model, example_inputs)
     index = chain.block_index(block)
     names = {b.name for b in chain}
-    original = chain.blocks[index]
+    original = chain[index]
     stem = original.name.split("#")[0]
     name = next(f"{stem}#{k}" for k in range(2, len(chain) + 3) if f"{stem}#{k}" not in names)
     blocks = list(chain)
@@ -158,10 +158,9 @@ def scale_block(model: nn.Module, block: int | str, factor: float, *, example_in
         raise ResnetPathsError("factor", factor, "a finite number")
     chain = _as_chain(model, example_inputs)
     index = chain.block_index(block)
-    scaled = chain.blocks[index]
-    if scaled.branch is None:
+    branch = chain[index].branch
+    if branch is None:
         raise ResnetPathsError("block", block, "a block with a branch", "This one's branch is deleted.")
-    branch = scaled.branch
     by_factor: nn.Module = (
         Parallel([Scaled(b, factor) for b in branch]) if isinstance(branch, Parallel) else Scaled(branch, factor)
     )
@@ -223,15 +222,19 @@ def parallel_blocks(
     places = sorted(chain.block_index(block) for block in _listed(blocks))
     if len(places) < 2 or places != list(range(places[0], places[-1] + 1)):
         raise ResnetPathsError("blocks", list(blocks), "at least two blocks that stand side by side")
-    members = [chain.blocks[i] for i in places]
+    members = [chain[i] for i in places]
     for member in members:
         if not (is_identity(member.skip) and is_identity(member.pre) and member.branch is not None):
             raise ResnetPathsError("blocks", member.name, "blocks with a branch and an identity skip")
-    branches = [b for m in members for b in (m.branch if isinstance(m.branch, Parallel) else [m.branch])]
+    branches: list[nn.Module] = []
+    for member in members:
+        branches += member.branch if isinstance(member.branch, Parallel) else [member.branch]  # type: ignore[list-item]
     if combine == "mean":
         branches = [Scaled(branch, 1 / len(members)) for branch in branches]
     joined = members[-1].replace(branch=Parallel(branches), name="|".join(m.name for m in members))
-    return chain.with_blocks([*chain.blocks[: places[0]], joined, *chain.blocks[places[-1] + 1 :]])
+    rest = list(chain)
+    rest[places[0] : places[-1] + 1] = [joined]
+    return chain.with_blocks(rest)
 
 
 def _as_chain(model: nn.Module, example_inputs: Any) -> ResidualChain:

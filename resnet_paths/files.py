@@ -44,27 +44,28 @@ def cache_folder() -> Path:
     return Path(configured) if configured else Path.home() / ".cache" / "resnet_paths"
 
 
-def check_sha256(path: Path, expected: str) -> None:
+def check_sha256(
+    path: Path, expected: str, advice: str = "Restore it from the repository."
+) -> None:
     """Refuse a file whose content is not the one that was shipped.
 
     Args:
         path: The file.
         expected: Its SHA-256 in hexadecimal.
+        advice: How to get the right file, as a sentence.
 
     Raises:
         ResnetPathsError: If the file is missing or its checksum differs.
     """
     if not path.is_file():
-        raise ResnetPathsError(
-            "data file", str(path), "an existing file", "Restore it from the repository."
-        )
+        raise ResnetPathsError("data file", str(path), "an existing file", advice)
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != expected:
         raise ResnetPathsError(
             f"data file {path}",
             f"sha256 {found}",
             f"sha256 {expected}",
-            "The file is corrupt or incomplete: restore it from the repository.",
+            f"The file is corrupt or incomplete. {advice}",
         )
 
 

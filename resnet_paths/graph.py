@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import networkx as nx
 
+from resnet_paths.chain import ResidualChain
 from resnet_paths.errors import ResnetPathsError
-from resnet_paths.paths import HasPathChoices, choices_of
+from resnet_paths.paths import HasPathChoices, Path, choices_of
 
 __all__ = ["unraveled_graph"]
 
@@ -44,12 +45,12 @@ def unraveled_graph(chain: HasPathChoices | int, *, max_nodes: int = 100_000) ->
             f"a graph of at most {max_nodes} nodes",
             "Draw a shallower chain, use enumerate_paths, or raise max_nodes.",
         )  # fmt: skip
-    names = [f"block {i}" for i in range(len(choices))] if isinstance(chain, int) else [b.name for b in chain]  # type: ignore[attr-defined]
+    names = [b.name for b in chain] if isinstance(chain, ResidualChain) else [f"block{i}" for i in range(len(choices))]
     graph = nx.DiGraph(block_names=names)
     graph.add_node("input", depth=0)
-    level = [((), "input")]
+    level: list[tuple[Path, Path | str]] = [((), "input")]
     for index, offered in enumerate(choices):
-        following = []
+        following: list[tuple[Path, Path | str]] = []
         for prefix, node in level:
             for choice in offered:
                 longer = (*prefix, choice)

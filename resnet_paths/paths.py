@@ -50,8 +50,8 @@ def choices_of(chain: HasPathChoices | int) -> tuple[Path, ...]:
         >>> choices_of(2)
         ((False, True), (False, True))
     """
-    if isinstance(chain, int) and not isinstance(chain, bool):
-        if chain < 0:
+    if isinstance(chain, int):
+        if chain < 0 or isinstance(chain, bool):
             raise ResnetPathsError("chain", chain, "a chain, or a number of blocks of at least 0")
         return ((False, True),) * chain
     if not hasattr(chain, "path_choices"):
@@ -105,14 +105,12 @@ def path_histogram(chain: HasPathChoices | int) -> pd.DataFrame:
     """
     counts = path_polynomial(chain)
     total = sum(counts)
-    return pd.DataFrame(
-        {
-            "path_length": range(len(counts)),
-            "num_paths": pd.Series(counts, dtype=object),
-            # Division of Python ints rounds correctly, whatever their size.
-            "fraction": [count / total for count in counts],
-        }
-    )
+    return pd.DataFrame({
+        "path_length": range(len(counts)),
+        "num_paths": pd.Series(counts, dtype=object),
+        # Division of Python ints rounds correctly, whatever their size.
+        "fraction": [count / total for count in counts],
+    })
 
 
 def enumerate_paths(chain: HasPathChoices | int, length: int | None = None) -> Iterator[Path]:
@@ -146,14 +144,10 @@ def _paths_of_length(choices: Sequence[Path], length: int) -> Iterator[Path]:
     optional = [i for i, c in enumerate(choices) if any(c) and not all(c)]
     for chosen in itertools.combinations(optional, length - len(forced)):
         taken = {*forced, *chosen}
-        yield from itertools.product(
-            *(tuple(e for e in c if bool(e) == (i in taken)) for i, c in enumerate(choices))
-        )
+        yield from itertools.product(*(tuple(e for e in c if bool(e) == (i in taken)) for i, c in enumerate(choices)))
 
 
-def sample_paths(
-    chain: HasPathChoices | int, length: int, num_samples: int, generator: torch.Generator
-) -> list[Path]:
+def sample_paths(chain: HasPathChoices | int, length: int, num_samples: int, generator: torch.Generator) -> list[Path]:
     """Paths drawn uniformly, with replacement, from all paths of one length.
 
     The protocol of Veit et al. 2016, section 4.3, draws blocks in the same way.
@@ -184,7 +178,9 @@ def sample_paths(
     for c in reversed(choices):
         num_branches = sum(1 for e in c if e)
         after = completions[0]
-        here = [(len(c) - num_branches) * after[k] + (num_branches * after[k - 1] if k else 0) for k in range(length + 1)]
+        here = [
+            (len(c) - num_branches) * after[k] + (num_branches * after[k - 1] if k else 0) for k in range(length + 1)
+        ]
         completions.insert(0, here)
     draws = torch.rand(num_samples, len(choices), 2, generator=generator, dtype=torch.float64, device=generator.device)
     paths = []

@@ -7,10 +7,13 @@ those of the module, under their own names.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import io
+import logging
 import operator
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +119,7 @@ class Trace:
                 copies[node] = graph.call_function(torch.ops.aten.sym_size.int, (copies[source], dim))
         graph.output(copies[target])
         names = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
-        return Segment({name: self.tensors[name] for name in names}, graph).eval()
+        return Segment({name: self.tensors[name] for name in names}, graph, class_name="Segment").eval()
 
     def _needed(self, stop: set[Node], target: Node) -> set[Node]:
         found: set[Node] = set()
@@ -139,7 +142,11 @@ class Trace:
         for source in sources:
             shape = getattr(source.meta.get("val"), "shape", ())
             for dim, size in enumerate(shape):
-                if isinstance(size, torch.SymInt) and isinstance(wanted, torch.SymInt) and size.node.expr == wanted.node.expr:
+                if (
+                    isinstance(size, torch.SymInt)
+                    and isinstance(wanted, torch.SymInt)
+                    and size.node.expr == wanted.node.expr
+                ):
                     return source, dim
         return None
 
@@ -164,7 +171,7 @@ def trace(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Trace:
     if _takes_any_number_of_inputs(model):
         dynamic = (dynamic,)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _quiet():
             program = torch.export.export(model, example, dynamic_shapes=dynamic, strict=False)
             program = program.run_decompositions({})
     except Exception as error:
@@ -214,7 +221,7 @@ def _flatten(model: nn.Module, program: torch.export.ExportedProgram) -> Trace:
             )  # fmt: skip
     for node in inputs:
         value = node.meta.get("val")
-        if isinstance(value, torch.Tensor) and value.dim() and not isinstance(value.shape[0], torch.SymInt):
+        if isinstance(value, torch.Tensor) and value.dim() and not _varies(value.shape[0]):
             raise ResnetPathsError(
                 "model", f"{type(model).__name__} works for a batch of {value.shape[0]} only",
                 "a model that takes any batch size",
@@ -288,6 +295,23 @@ def _takes_any_number_of_inputs(model: nn.Module) -> bool:
     return any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(model.forward).parameters.values())
 
 
+def _varies(size: int | torch.SymInt) -> bool:
+    return isinstance(size, torch.SymInt) and not size.node.expr.is_number
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter from printing the whole graph when it fails: the error says what is needed."""
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    was_disabled = logger.disabled
+    logger.disabled = True
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.disabled = was_disabled
+
+
 def _first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
@@ -307,5 +331,3 @@ def _user_frame(error: BaseException, model: nn.Module) -> str:
         return f"{type(model).__name__}.forward"
     frame = frames[-1]
     return f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}: {frame.line}"
-
-

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pandas as pd
 import torch
@@ -28,6 +28,10 @@ from resnet_paths.zoo.weights import read_metadata, read_tensors, write_tensors
 
 __all__ = ["TrainingSettings", "evaluate", "train"]
 
+# Those of Fabric's that keep the weights in float32.
+_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+_LARGEST_SEED = 2**32 - 1
+
 
 @dataclass(frozen=True)
 class TrainingSettings:
@@ -35,7 +39,8 @@ class TrainingSettings:
 
     The optimizer is SGD with Nesterov momentum; the learning rate rises linearly over the first `warmup_epochs` and
     falls to zero on a cosine. Images are padded by `crop_padding` pixels, cropped at random and flipped at random
-    (He et al. 2016a, section 4.2). `precision` is Fabric's: ``"bf16-mixed"`` is the one for GPUs and for processors
+    (He et al. 2016a, section 4.2). `precision` is Fabric's, ``"32-true"``, ``"bf16-mixed"`` or ``"16-mixed"``:
+    ``"bf16-mixed"`` is the one for GPUs and for processors
     with bfloat16 matrix units; on others it is slower than ``"32-true"``.
     """
 
@@ -57,10 +62,21 @@ class TrainingSettings:
         if self.dataset not in DATASETS:
             raise ResnetPathsError("dataset", self.dataset, nearest_names(self.dataset, DATASETS))
         for name, least in (("epochs", 1), ("batch_size", 2), ("crop_padding", 0), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ResnetPathsError(name, getattr(self, name), f"an int of at least {least}")
-        if not self.learning_rate > 0 or not math.isfinite(self.learning_rate):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ResnetPathsError(name, value, f"an int of at least {least}")
+        if self.seed > _LARGEST_SEED:
+            raise ResnetPathsError("seed", self.seed, f"an int from 0 to {_LARGEST_SEED}")
+        for name in ("learning_rate", "warmup_epochs", "momentum", "weight_decay"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+                raise ResnetPathsError(name, value, "a finite number of at least 0")
+        if not self.learning_rate > 0:
             raise ResnetPathsError("learning_rate", self.learning_rate, "a positive number")
+        if not 0 < self.momentum < 1:
+            raise ResnetPathsError("momentum", self.momentum, "a number between 0 and 1, both excluded")
+        if self.precision not in _PRECISIONS:
+            raise ResnetPathsError("precision", self.precision, f"one of {', '.join(map(repr, _PRECISIONS))}")
 
 
 def train(
@@ -93,15 +109,19 @@ def train(
         Path of the weights file.
 
     Raises:
-        ResnetPathsError: If the loss stops being finite, or `folder` holds a run of this name with other settings.
+        ResnetPathsError: If the loss stops being finite, `folder` cannot be made or holds a run of this name with other
+            settings, the images are of another data set, or Fabric cannot work with the devices asked for.
     """
-    from lightning_fabric import Fabric  # noqa: PLC0415  seconds to import
-
-    fabric = Fabric(
-        accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy=strategy,
-        precision=settings.precision,  # type: ignore[arg-type]
-    )  # fmt: skip
-    fabric.launch()
+    for argument, images in (("train_set", train_set), ("test_set", test_set)):
+        if images is not None and images.name != settings.dataset:
+            raise ResnetPathsError(argument, images.name, f"images of {settings.dataset!r}, as in the settings")
+    fabric = _launch(
+        accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy=strategy, precision=settings.precision
+    )
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ResnetPathsError("folder", str(folder), "a folder that can be written to", f"{error}.") from error
     stem = Path(folder) / f"{settings.network}-seed{settings.seed}"
     weights, checkpoint = stem.with_suffix(".safetensors"), stem.with_suffix(".checkpoint.safetensors")
     if weights.is_file():
@@ -111,19 +131,27 @@ def train(
         train_set = load_dataset(settings.dataset, "train")
     if test_set is None:
         test_set = load_dataset(settings.dataset, "test")
+    last_batch = len(train_set) % settings.batch_size or settings.batch_size
+    if last_batch < fabric.world_size:
+        raise ResnetPathsError(
+            "batch_size", settings.batch_size,
+            f"a size that leaves at least one image of each batch to each of {fabric.world_size} processes",
+            f"The last batch of {len(train_set)} images would hold {last_batch}.",
+        )  # fmt: skip
     facts = DATASETS[settings.dataset]
     shape = {"in_channels": facts.shape[0], "num_classes": len(facts.classes)}
     raw = build_network(settings.network, torch.Generator().manual_seed(settings.seed), **shape)
     raw = raw.to(memory_format=torch.channels_last)
-    optimizer: torch.optim.Optimizer = torch.optim.SGD(
+    sgd = torch.optim.SGD(
         raw.parameters(), settings.learning_rate, settings.momentum,
         weight_decay=settings.weight_decay, nesterov=True,
     )  # fmt: skip
+    model, optimizer = fabric.setup(raw, sgd)
     log: list[dict[str, Any]] = []
     if checkpoint.is_file():
         _refuse_other_settings(checkpoint, settings)
-        log = _resume(checkpoint, raw, optimizer)
-    model, optimizer = fabric.setup(raw, optimizer)
+        # After the set-up: what is read here must be on the device where the weights are now.
+        log = _resume(checkpoint, raw, sgd, fabric.strategy.precision)
     fabric.barrier()
     steps = -(-len(train_set) // settings.batch_size)
     with tqdm(
@@ -134,13 +162,16 @@ def train(
             started = time.perf_counter()
             row = _train_one_epoch(fabric, model, optimizer, train_set, settings, epoch, bar)
             row |= _measure(fabric, model, test_set, settings.batch_size)
+            if not math.isfinite(row["test_loss"]):
+                _refuse_diverged(settings, epoch)
             row["seconds"] = round(time.perf_counter() - started, 1)
             log.append({"network": settings.network, "seed": settings.seed, **row})
             bar.set_postfix(test_error=f"{row['test_error_rate']:.2%}")
             if fabric.global_rank == 0:
-                _write_checkpoint(checkpoint, raw, optimizer, settings, log)
+                _write_checkpoint(checkpoint, raw, sgd, fabric.strategy.precision, settings, log)
                 _write_log(stem.with_suffix(".csv"), log)
     if fabric.global_rank == 0:
+        _write_log(stem.with_suffix(".csv"), log)  # again: the last kill may have come just before it
         loss, error_rate = evaluate(raw, test_set)
         metadata = {
             **asdict(settings), **shape, "log": log, "test_error_rate": error_rate, "test_loss": loss,
@@ -165,12 +196,13 @@ def evaluate(model: nn.Module, dataset: ImageDataset, batch_size: int = 500) -> 
         Mean cross-entropy in nats, and error rate in [0, 1].
     """
     device = next(model.parameters()).device
-    was_training = model.training
+    was_training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         loss_sum, num_wrong = _sum_losses(model, dataset, torch.arange(len(dataset)), batch_size, device)
     finally:
-        model.train(was_training)
+        for module, training in was_training:
+            module.training = training
     return loss_sum / len(dataset), num_wrong / len(dataset)
 
 
@@ -216,12 +248,10 @@ def _train_one_epoch(
         num_seen += len(labels)
         bar.update()
         # Looked at now and then: each look waits for the device.
-        if (step % 50 == 49 or step == num_steps - 1) and not math.isfinite(loss_sum.item()):
-            raise ResnetPathsError(
-                "learning_rate", settings.learning_rate,
-                f"a rate at which the loss stays finite; it did not in epoch {epoch + 1}",
-                "Nothing was written for this epoch. Try a third of the rate.",
-            )  # fmt: skip
+        if step % 50 == 49 or step == num_steps - 1:
+            # Over all processes, so that they stop together and none waits for another.
+            if not math.isfinite(fabric.all_reduce(loss_sum.clone(), reduce_op="sum").item()):
+                _refuse_diverged(settings, epoch)
     loss_sum, num_wrong, num_seen = fabric.all_reduce(
         torch.stack([loss_sum, num_wrong, num_seen]), reduce_op="sum"
     )
@@ -231,6 +261,31 @@ def _train_one_epoch(
         "train_loss": (loss_sum / num_seen).item(),
         "train_error_rate": (num_wrong / num_seen).item(),
     }
+
+
+def _launch(**options: Any) -> Any:
+    """Fabric with its processes started; what it cannot work with is refused."""
+    from lightning_fabric import Fabric  # noqa: PLC0415  seconds to import
+    from lightning_fabric.utilities.exceptions import MisconfigurationException  # noqa: PLC0415
+
+    try:
+        fabric = Fabric(**options)
+    except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
+        names = "accelerator, devices, num_nodes, strategy, precision"
+        values = ", ".join(str(options[name]) for name in names.split(", "))
+        raise ResnetPathsError(
+            names, values, "what Lightning Fabric can work with on this machine", " ".join(str(error).split())
+        ) from error
+    fabric.launch()
+    return fabric
+
+
+def _refuse_diverged(settings: TrainingSettings, epoch: int) -> NoReturn:
+    raise ResnetPathsError(
+        "learning_rate", settings.learning_rate,
+        f"a rate at which the loss stays finite; it did not in epoch {epoch + 1}",
+        "Nothing was written for this epoch. Try a third of the rate.",
+    )  # fmt: skip
 
 
 def _augmented_batches(
@@ -281,16 +336,20 @@ def _sum_losses(
 
 
 def _write_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: TrainingSettings, log: list[dict[str, Any]]
-) -> None:
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, precision: Any,
+    settings: TrainingSettings, log: list[dict[str, Any]],
+) -> None:  # fmt: skip
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
     for name, parameter in model.named_parameters():
         tensors[f"momentum.{name}"] = optimizer.state[parameter]["momentum_buffer"]
-    write_tensors(path, tensors, {**asdict(settings), "log": log})
+    # The loss scale of "16-mixed"; nothing at other precisions.
+    write_tensors(path, tensors, {**asdict(settings), "log": log, "scaler": precision.state_dict()})
 
 
-def _resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    tensors = read_tensors(path)
+def _resume(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, precision: Any
+) -> list[dict[str, Any]]:
+    tensors, metadata = read_tensors(path), read_metadata(path)
     try:
         model.load_state_dict(
             {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
@@ -298,11 +357,13 @@ def _resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> l
         for name, parameter in model.named_parameters():
             momentum = torch.empty_like(parameter).copy_(tensors[f"momentum.{name}"])
             optimizer.state[parameter]["momentum_buffer"] = momentum
+        if metadata.get("scaler"):
+            precision.load_state_dict(metadata["scaler"])
+        return list(metadata["log"])
     except (KeyError, RuntimeError) as error:
         raise ResnetPathsError(
             f"checkpoint {path}", str(error), "a checkpoint of this network", "Delete it to start again."
         ) from error
-    return list(read_metadata(path)["log"])
 
 
 def _refuse_other_settings(path: Path, settings: TrainingSettings) -> None:

@@ -12,9 +12,10 @@ away by themselves. What is not a chain is refused with the name of the node tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from typing import Any
 
 import networkx as nx
 import torch
@@ -50,9 +51,7 @@ class _Part:
     branch: Node
 
 
-def unravel(
-    model: nn.Module, example_inputs: torch.Tensor | tuple[torch.Tensor, ...]
-) -> ResidualChain:
+def unravel(model: nn.Module, example_inputs: torch.Tensor | tuple[torch.Tensor, ...]) -> ResidualChain:
     """The chain of residual blocks that a model is (Veit et al. 2016, section 3).
 
     Works for any model whose forward `torch.export` can trace and whose blocks stand in series. Nothing is copied: the
@@ -129,7 +128,7 @@ def _trunk(traced: Trace) -> list[Node]:
         raise ResnetPathsError("model", traced.output.name, "a model whose output depends on its input")
     graph = nx.DiGraph()
     for node in traced.in_order(traced.region([], traced.output)):
-        before = traced.dependent_inputs(node) or ["inputs"]
+        before: list[Any] = [*traced.dependent_inputs(node)] or ["inputs"]
         graph.add_edges_from((source, node) for source in before)
     dominators = nx.immediate_dominators(graph, "inputs")
     trunk = [traced.output]
@@ -141,7 +140,7 @@ def _trunk(traced: Trace) -> list[Node]:
 def _residual_parts(traced: Trace, trunk: list[Node]) -> list[_Part]:
     """The blocks of a network with skips; empty if there is no merge on the trunk."""
     cores = []
-    for fork, node in pairwise(trunk):
+    for fork, node in itertools.pairwise(trunk):
         operands = traced.dependent_inputs(node)
         if node.target is _ADD and len(operands) == 2 and fork.meta["val"].is_floating_point():
             skip, branch = _skip_and_branch(traced, fork, node, operands)
@@ -168,7 +167,9 @@ def _skip_and_branch(traced: Trace, fork: Node, merge: Node, operands: Sequence[
     shared = sides[0] & sides[1]
     if shared:
         node = traced.in_order(shared)[0]
-        raise _not_a_chain(node, f"a skip and a branch that share nothing between fork {fork.name} and merge {merge.name}")
+        raise _not_a_chain(
+            node, f"a skip and a branch that share nothing between fork {fork.name} and merge {merge.name}"
+        )
 
     def cost(index: int) -> tuple[int, int, int]:
         weights = {a for n in sides[index] for a in n.all_input_nodes if a.op == "get_attr"}
@@ -293,7 +294,9 @@ def _unit(node: Node) -> tuple[str, bool]:
 
 
 def _weighs(traced: Trace, node: Node) -> bool:
-    return any(n.target in _WEIGHTED for operand in traced.dependent_inputs(node) for n in [operand, *operand.all_input_nodes])
+    return any(
+        n.target in _WEIGHTED for operand in traced.dependent_inputs(node) for n in [operand, *operand.all_input_nodes]
+    )
 
 
 def _assemble(traced: Trace, parts: list[_Part]) -> ResidualChain:
@@ -314,7 +317,7 @@ def _assemble(traced: Trace, parts: list[_Part]) -> ResidualChain:
         block.training = False
         blocks.append(block)
     # Between blocks of a plain net there may be trunk nodes that belong to neither: they go before the later block.
-    for index, (left, right) in enumerate(pairwise(parts)):
+    for index, (left, right) in enumerate(itertools.pairwise(parts)):
         if left.end is not right.start:
             gap = traced.segment([left.end], right.start)
             blocks[index + 1] = blocks[index + 1].replace(pre=gap, in_shape=_shape(left.end))
@@ -328,14 +331,16 @@ def _assemble(traced: Trace, parts: list[_Part]) -> ResidualChain:
 def _names(traced: Trace, parts: list[_Part]) -> list[str]:
     """A name a block: the module whose forward merges; where several merge in one, the module of the branch."""
     by_merge = [_unit_name(part) for part in parts]
-    names = []
+    names: list[str] = []
     for index, (part, name) in enumerate(zip(parts, by_merge, strict=True)):
-        if not name or by_merge.count(name) > 1:
-            region = traced.region([part.fork], part.branch) - ({part.skip} if part.skip else set())
-            paths = [module_path(n).split(".") for n in region if n.target in _WEIGHTED]
-            common = ".".join(p[0] for p in _common_prefix(paths)) if paths else ""
-            name = common if common and common not in names and common not in by_merge else f"{name or 'block'}#{index}"
-        names.append(name)
+        if name and by_merge.count(name) == 1:
+            names.append(name)
+            continue
+        region = traced.region([part.fork], part.branch)
+        candidates = (_common_module(region), _common_module(n for n in region if n.target in _WEIGHTED))
+        taken = {"", *names, *by_merge}
+        fallback = f"{name}#{index}" if name else f"block{index}"
+        names.append(next((c for c in candidates if c not in taken), fallback))
     return names
 
 
@@ -343,13 +348,11 @@ def _unit_name(part: _Part) -> str:
     return _unit(part.end)[0] if part.skip is None else module_path(part.merge)
 
 
-def _common_prefix(paths: list[list[str]]) -> list[tuple[str, ...]]:
-    prefix = []
-    for level in zip(*paths, strict=False):
-        if len(set(level)) > 1:
-            break
-        prefix.append(level)
-    return prefix
+def _common_module(nodes: Iterable[Node]) -> str:
+    """The innermost module that holds all nodes, those of the model's own forward aside."""
+    paths = [path.split(".") for path in map(module_path, nodes) if path]
+    levels = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*paths, strict=False))
+    return ".".join(level[0] for level in levels)
 
 
 def _check_chain(
@@ -364,7 +367,7 @@ def _check_chain(
         state = chain.stem(*inputs)
         place = "the stem"
         for block, part in zip(chain, parts, strict=True):
-            if not _agree(state, values[part.start]) and block is chain.blocks[0]:
+            if not _agree(state, values[part.start]) and block is chain[0]:
                 break
             state, place = block(state), f"block {block.name!r}"
             if not _agree(state, values[part.end]):

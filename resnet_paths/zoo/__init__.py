@@ -150,12 +150,12 @@ def load_network(name: str, weights: str | Path | None = None) -> nn.Module:
             f"Train it with 'resnet-paths train {name}' and pass the file as weights=.",
         )
     metadata = read_metadata(path)
-    model = build_network(
-        name,
-        torch.Generator(),
-        in_channels=metadata.get("in_channels", 1),
-        num_classes=metadata.get("num_classes", 10),
-    )
+    shape = {"in_channels": 1, "num_classes": 10}
+    for key, default in shape.items():
+        shape[key] = metadata.get(key, default)
+        if not isinstance(shape[key], int) or not 1 <= shape[key] <= 100_000:
+            raise ResnetPathsError(f"{key} of weights file {path}", shape[key], "an int from 1 to 100000")
+    model = build_network(name, torch.Generator(), **shape)
     read_weights(path, model, name)
     model.training_log = pd.DataFrame(metadata.get("log", []))  # type: ignore[assignment]
     return model.eval()

@@ -40,7 +40,8 @@ class PreactBasicBlock(nn.Module):
         """[batch, in_channels, H, W] to [batch, channels, H / stride, W / stride]."""
         activated = F.relu(self.bn1(x))
         skip = x if self.projection is None else self.projection(activated)
-        return skip + self.conv2(F.relu(self.bn2(self.conv1(activated))))
+        branch: torch.Tensor = self.conv2(F.relu(self.bn2(self.conv1(activated))))
+        return skip + branch
 
 
 class PreactBottleneckBlock(nn.Module):
@@ -65,7 +66,8 @@ class PreactBottleneckBlock(nn.Module):
         activated = F.relu(self.bn1(x))
         skip = x if self.projection is None else self.projection(activated)
         hidden = self.conv2(F.relu(self.bn2(self.conv1(activated))))
-        return skip + self.conv3(F.relu(self.bn3(hidden)))
+        branch: torch.Tensor = self.conv3(F.relu(self.bn3(hidden)))
+        return skip + branch
 
 
 class PlainBlock(nn.Module):
@@ -121,7 +123,8 @@ class PreactResNet(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits [batch, num_classes] of images [batch, in_channels, H, W]."""
         x = self.layer3(self.layer2(self.layer1(self.conv(x))))
-        return self.fc(F.relu(self.bn(x)).mean((2, 3)))
+        logits: torch.Tensor = self.fc(F.relu(self.bn(x)).mean((2, 3)))
+        return logits
 
 
 class PlainNet(nn.Module):
@@ -143,4 +146,5 @@ class PlainNet(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits [batch, num_classes] of images [batch, in_channels, H, W]."""
         x = F.relu(self.bn(self.conv(x)))
-        return self.fc(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
+        logits: torch.Tensor = self.fc(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
+        return logits

@@ -57,11 +57,15 @@ def read_metadata(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             entries = file.metadata() or {}
         metadata = json.loads(entries.get(_ENTRY, "{}"))
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except (SafetensorError, json.JSONDecodeError, OSError) as error:
         raise ResnetPathsError(
             f"weights file {path}", str(error), "a whole safetensors file", _ADVICE
         ) from error
-    return dict(metadata)
+    if not isinstance(metadata, dict):
+        raise ResnetPathsError(
+            f"weights file {path}", metadata, f"a JSON object as its metadata {_ENTRY!r}", _ADVICE
+        )
+    return metadata
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -83,15 +87,12 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     _refuse_pickle(path)
     try:
         tensors = load_file(path)
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ResnetPathsError(
             f"weights file {path}", str(error), "a whole safetensors file", _ADVICE
         ) from error
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ResnetPathsError(
-                f"weights file {path}", f"NaN or infinity in {name!r}", "finite values", "Train it again."
-            )
+        _refuse_not_finite(path, name, tensor)
     return tensors
 
 
@@ -104,7 +105,8 @@ def read_weights(path: Path, model: nn.Module, network: str) -> None:
         network: Its name, held against the name in the file.
 
     Raises:
-        ResnetPathsError: As `read_tensors`, or if the file is of another network or names and shapes do not fit.
+        ResnetPathsError: As `read_tensors`, or if the file is of another network or names, shapes or kinds of numbers
+            do not fit.
     """
     stated = read_metadata(path).get("network", network)
     if stated != network:
@@ -113,7 +115,7 @@ def read_weights(path: Path, model: nn.Module, network: str) -> None:
         )
     tensors = read_tensors(path)
     expected = model.state_dict()
-    for name in expected.keys() | tensors.keys():
+    for name in sorted(expected.keys() | tensors.keys()):
         have, want = tensors.get(name), expected.get(name)
         if have is None or want is None or have.shape != want.shape:
             raise ResnetPathsError(
@@ -122,15 +124,34 @@ def read_weights(path: Path, model: nn.Module, network: str) -> None:
                 f"{'no such tensor' if want is None else list(want.shape)} for {network!r}",
                 "The file is of another network.",
             )
+        if have.is_floating_point() != want.is_floating_point() or have.is_complex():
+            raise ResnetPathsError(
+                f"weights file {path}", f"{name!r} of {have.dtype}", f"a tensor like {want.dtype}", _ADVICE
+            )
+        tensors[name] = have.to(want.dtype)
+        _refuse_not_finite(path, name, tensors[name])  # a float64 may be too large for a float32
     model.load_state_dict(tensors)
+
+
+def _refuse_not_finite(path: Path, name: str, tensor: torch.Tensor) -> None:
+    if tensor.is_floating_point() and tensor.itemsize == 1:
+        tensor = tensor.float()  # the 8-bit kinds know no isfinite
+    if not bool(torch.isfinite(tensor).all()):
+        raise ResnetPathsError(
+            f"weights file {path}", f"NaN or infinity in {name!r}", "finite values", "Train it again."
+        )
 
 
 def _refuse_pickle(path: Path) -> None:
     if not path.is_file():
         raise ResnetPathsError("weights file", str(path), "an existing file")
     with path.open("rb") as file:
-        start = file.read(4)
-    if start[:2] == b"\x80\x02" or start[:2] == b"PK":  # torch.save's old format and its zip format
+        start = file.read(9)
+    # A safetensors file starts with the length of its header, which may happen to look like either of the two.
+    is_safetensors = start[4:] == b"\0\0\0\0{"
+    # Pickles of protocol 2 to 5 (torch.save's old format is one) and torch.save's zip format.
+    is_pickle = (start[:1] == b"\x80" and start[1:2] in b"\2\3\4\5") or start[:4] == b"PK\3\4"
+    if is_pickle and not is_safetensors:
         raise ResnetPathsError(
             f"weights file {path}", "a pickle", "a safetensors file, since a pickle can run code when read", _ADVICE
         )

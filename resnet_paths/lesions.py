@@ -1,0 +1,258 @@
+"""Lesion studies: many edited chains on the same images, no step computed twice.
+
+A chain is a sequence of steps, one a block. All lesions of a study form a trie over those sequences, and every edge of
+the trie is computed once a batch: the single deletions of n blocks cost about (n + 1) / 2 forward passes, not n. Each
+prediction is the one that the lesioned chain gives on its own, bit for bit: the same modules run on the same inputs.
+Activations live while a branch of the trie still needs them; cheap branches go first, so that few are alive at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+import torch
+from scipy import stats
+from torch import nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from resnet_paths.chain import Block, Parallel, ResidualChain, Scaled, is_identity
+from resnet_paths.edits import delete_blocks
+from resnet_paths.errors import ResnetPathsError
+
+__all__ = ["Lesion", "lesion_study", "single_deletions"]
+
+_NORMAL_975 = float(stats.norm.ppf(0.975))
+
+
+@dataclass(frozen=True)
+class Lesion:
+    """An edit with a name.
+
+    Attributes:
+        name: What people read, such as ``"delete layer2.0"``.
+        edit: From the intact chain to the lesioned one.
+        blocks: Positions of the blocks that it touches.
+    """
+
+    name: str
+    edit: Callable[[ResidualChain], ResidualChain]
+    blocks: tuple[int, ...]
+
+
+def single_deletions(chain: ResidualChain) -> list[Lesion]:
+    """The deletion of each block in turn (Veit et al. 2016, section 4.1, figure 3).
+
+    Args:
+        chain: The intact chain.
+
+    Returns:
+        A lesion a block, first to last. Blocks without skip that change the shape cannot be deleted and are left out.
+    """
+    return [
+        Lesion(f"delete {block.name or index}", lambda c, index=index: delete_blocks(c, [index]), (index,))
+        for index, block in enumerate(chain)
+        if block.skip is not None or (block.keeps_shape and block.in_shape is not None)
+    ]
+
+
+def lesion_study(
+    chain: ResidualChain,
+    loader: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    lesions: Sequence[Lesion | Callable[[ResidualChain], ResidualChain]],
+    *,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """What each lesion does to the error, all on the same images.
+
+    Nothing is retrained and BatchNorm keeps the statistics of the intact network, as in the paper. The study runs where
+    the chain's parameters lie, in their dtype; the chain is not changed. An image whose logits are not finite counts as
+    wrong.
+
+    Args:
+        chain: The intact chain, in eval mode.
+        loader: Batches of (inputs, labels); labels are class indices [batch]. Read once.
+        lesions: Lesions, or functions from chain to chain.
+        progress: Whether to show a bar over batches.
+
+    Returns:
+        A row a lesion, in the order given: ``lesion`` (name), ``blocks`` (tuple of positions), ``num_lesions``;
+        ``error_rate`` in [0, 1] with its 95 % Wilson interval ``error_rate_low`` and ``error_rate_high``;
+        ``error_increase`` over the intact chain with its paired 95 % interval (same images, normal approximation)
+        ``error_increase_low`` and ``error_increase_high``; ``loss``, the mean cross-entropy in nats; ``num_examples``;
+        ``intact_error_rate``. The frame's ``attrs`` hold ``block_evaluations`` and ``block_evaluations_one_by_one``:
+        how many block evaluations a batch took, and how many a loop over lesions takes.
+
+    Raises:
+        ResnetPathsError: If the chain is in training mode, the loader is empty or does not give such batches, or labels
+            are out of range.
+    """
+    _refuse_training_mode(chain)
+    named = [
+        lesion if isinstance(lesion, Lesion) else Lesion(getattr(lesion, "__name__", repr(lesion)), lesion, ())
+        for lesion in lesions
+    ]
+    # The intact chain comes first: increases are taken against it on the same images.
+    chains = [chain, *(lesion.edit(chain) for lesion in named)]
+    trie = _Trie(chains)
+    tally = _Tally(len(chains))
+    device = next((t.device for t in [*chain.parameters(), *chain.buffers()]), torch.device("cpu"))
+    with torch.inference_mode():
+        for batch in tqdm(loader, desc="lesion study", unit="batch", disable=not progress):
+            inputs, labels = _unpack(batch)
+            labels = labels.to(device)
+            for index, logits in trie.logits(inputs.to(device)):
+                tally.add(index, logits, labels)
+            tally.close_batch(len(labels))
+    if not tally.num_examples:
+        raise ResnetPathsError("loader", "no batches", "a loader of at least one batch")
+    rows = [
+        {"lesion": lesion.name, "blocks": lesion.blocks, "num_lesions": len(lesion.blocks), **tally.row(index)}
+        for index, lesion in enumerate(named, start=1)
+    ]
+    frame = pd.DataFrame(rows)
+    frame.attrs["block_evaluations"] = trie.num_edges
+    frame.attrs["block_evaluations_one_by_one"] = sum(len(_steps(c)) for c in chains)
+    return frame
+
+
+@dataclass
+class _Node:
+    """A state that several chains pass: what to compute next from it, and which chains end here."""
+
+    step: nn.Module | None = None
+    children: dict[Hashable, _Node] = field(default_factory=dict)
+    ends: list[int] = field(default_factory=list)
+    weight: int = 0
+
+
+class _Trie:
+    """All chains as one tree of steps from the stem."""
+
+    def __init__(self, chains: Sequence[ResidualChain]) -> None:
+        self.chains = chains  # kept alive: steps are told apart by the identity of their parts
+        self.roots: dict[int, _Node] = {}
+        self.num_edges = 0
+        for index, chain in enumerate(chains):
+            node = self.roots.setdefault(id(chain.stem), _Node(chain.stem))
+            for block in _steps(chain):
+                key = _block_key(block)
+                if key not in node.children:
+                    node.children[key] = _Node(block)
+                    self.num_edges += 1
+                node = node.children[key]
+                node.weight += 1
+            node.ends.append(index)
+
+    def logits(self, inputs: torch.Tensor) -> Iterable[tuple[int, torch.Tensor]]:
+        """(Index, logits) of every chain, each edge computed once."""
+        stack: list[tuple[_Node, Any]] = [(root, inputs) for root in self.roots.values()]
+        while stack:
+            node, state = stack.pop()
+            assert node.step is not None
+            state = node.step(state)
+            heads: dict[int, torch.Tensor] = {}
+            for index in node.ends:
+                head = self.chains[index].head
+                if id(head) not in heads:
+                    heads[id(head)] = head(state)
+                yield index, heads[id(head)]
+            # The lightest child is popped first; while the heaviest runs, no other holds this state.
+            stack += [(child, state) for child in sorted(node.children.values(), key=lambda c: -c.weight)]
+            del state
+
+
+class _Tally:
+    """Counts over the batches of a study, for every chain; chain 0 is the intact one."""
+
+    def __init__(self, num_chains: int) -> None:
+        self.num_examples = 0
+        self.num_wrong = [0] * num_chains
+        self.num_newly_wrong = [0] * num_chains
+        self.num_newly_right = [0] * num_chains
+        self.loss_sum = [0.0] * num_chains
+        self._wrong: dict[int, torch.Tensor] = {}
+
+    def add(self, index: int, logits: torch.Tensor, labels: torch.Tensor) -> None:
+        if logits.dim() != 2 or len(logits) != len(labels):
+            raise ResnetPathsError(
+                "loader", f"labels {list(labels.shape)} for logits {list(logits.shape)}", "one label a row of logits"
+            )
+        if not self._wrong and bool(((labels < 0) | (labels >= logits.shape[1])).any()):
+            raise ResnetPathsError(
+                "labels", [int(labels.min()), int(labels.max())], f"class indices from 0 to {logits.shape[1] - 1}"
+            )
+        finite = torch.isfinite(logits).all(1)
+        self._wrong[index] = (logits.argmax(1) != labels) | ~finite
+        self.loss_sum[index] += F.cross_entropy(logits.float(), labels, reduction="sum").item()
+
+    def close_batch(self, num_examples: int) -> None:
+        intact = self._wrong[0]
+        for index, wrong in self._wrong.items():
+            self.num_wrong[index] += int(wrong.sum())
+            self.num_newly_wrong[index] += int((wrong & ~intact).sum())
+            self.num_newly_right[index] += int((intact & ~wrong).sum())
+        self.num_examples += num_examples
+        self._wrong.clear()
+
+    def row(self, index: int) -> dict[str, float | int]:
+        n = self.num_examples
+        interval = stats.binomtest(self.num_wrong[index], n).proportion_ci(method="wilson")
+        up, down = self.num_newly_wrong[index] / n, self.num_newly_right[index] / n
+        increase = up - down
+        # Each image changes by -1, 0 or 1: the variance of the paired difference is (up + down) - increase^2.
+        half_width = _NORMAL_975 * max(up + down - increase**2, 0.0) ** 0.5 / n**0.5
+        return {
+            "error_rate": self.num_wrong[index] / n,
+            "error_rate_low": float(interval.low),
+            "error_rate_high": float(interval.high),
+            "error_increase": increase,
+            "error_increase_low": increase - half_width,
+            "error_increase_high": increase + half_width,
+            "loss": self.loss_sum[index] / n,
+            "num_examples": n,
+            "intact_error_rate": self.num_wrong[0] / n,
+        }
+
+
+def _steps(chain: ResidualChain) -> list[Block]:
+    """The blocks that do something: a deleted block with an identity skip is no step."""
+    return [b for b in chain if not (b.branch is None and all(map(is_identity, (b.pre, b.skip, b.post))))]
+
+
+def _block_key(block: Block) -> Hashable:
+    return tuple(_part_key(part) for part in (block.pre, block.skip, block.branch, block.post))
+
+
+def _part_key(part: nn.Module | None) -> Hashable:
+    """Equal for parts that compute the same thing; wrappers are made anew by each edit, so their content counts."""
+    if part is None or is_identity(part):
+        return type(part)
+    if isinstance(part, Scaled):
+        return ("scaled", part.factor, _part_key(part.branch))
+    if isinstance(part, Parallel):
+        return ("parallel", *map(_part_key, part))
+    return id(part)
+
+
+def _refuse_training_mode(chain: ResidualChain) -> None:
+    for name, module in chain.named_modules():
+        moving = isinstance(module, nn.modules.batchnorm._BatchNorm | nn.modules.dropout._DropoutNd)
+        if moving and module.training:
+            raise ResnetPathsError(
+                "chain", f"{type(module).__name__} {name!r} in training mode", "a chain in eval mode",
+                "Call chain.eval() first.",
+            )  # fmt: skip
+
+
+def _unpack(batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    if not isinstance(batch, tuple | list) or len(batch) != 2 or not all(isinstance(b, torch.Tensor) for b in batch):
+        raise ResnetPathsError(
+            "loader", type(batch).__name__, "batches of (inputs, labels), both tensors",
+            "Wrap a data set in torch.utils.data.DataLoader.",
+        )  # fmt: skip
+    inputs, labels = batch
+    return inputs, labels
