@@ -25,7 +25,7 @@ _HOME = {
     "Block": "chain",
     "ResidualChain": "chain",
     "path_network": "chain",
-    "unravel": "unravel",
+    "unravel": "unraveling",
     "delete_block": "edits",
     "delete_blocks": "edits",
     "duplicate_block": "edits",
@@ -68,7 +68,7 @@ if TYPE_CHECKING:
     from resnet_paths.graph import unraveled_graph
     from resnet_paths.lesions import lesion_study, single_deletions
     from resnet_paths.paths import enumerate_paths, path_histogram, sample_paths
-    from resnet_paths.unravel import unravel
+    from resnet_paths.unraveling import unravel
     from resnet_paths.zoo import list_networks, load_network
 
 

@@ -48,6 +48,33 @@ def train(
 
 
 @app.command()
+def reproduce(
+    profile: Annotated[str, typer.Option(help="'quick' (minutes on a laptop) or 'full' (all images).")] = "quick",
+    only: Annotated[list[str] | None, typer.Option(help="Beginning of a notebook's name, such as 02.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder for figures and executed notebooks.")] = Path("figures"),
+) -> None:
+    """Run all notebooks in order and write every figure as PDF, SVG, PNG and CSV."""
+    from resnet_paths.reproduce import reproduce
+
+    results = reproduce(output, profile=profile, only=only or ())
+    for result in results:
+        typer.echo(f"{'failed' if result.error else 'passed'}  {result.name}{f': {result.error}' if result.error else ''}")
+    typer.echo(f"figures in {output.resolve()}")
+    if any(result.error for result in results):
+        raise typer.Exit(1)
+
+
+@app.command()
+def paths(
+    num_blocks: Annotated[int, typer.Argument(help="Number of residual blocks; 54 for ResNet-110.")],
+) -> None:
+    """Print the number and the fraction of paths of each length through n residual blocks."""
+    from resnet_paths.paths import path_histogram
+
+    typer.echo(path_histogram(num_blocks).to_string(index=False))
+
+
+@app.command()
 def networks() -> None:
     """List the known networks, and how good those with shipped weights are."""
     from resnet_paths.zoo import list_networks

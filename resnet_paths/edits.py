@@ -17,7 +17,7 @@ from torch import nn
 
 from resnet_paths.chain import Block, Parallel, ResidualChain, Scaled, is_identity
 from resnet_paths.errors import ResnetPathsError
-from resnet_paths.unravel import unravel
+from resnet_paths.unraveling import unravel
 
 __all__ = [
     "delete_block", "delete_blocks", "duplicate_block", "parallel_blocks", "permute_blocks", "reverse_blocks",

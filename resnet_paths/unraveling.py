@@ -330,7 +330,7 @@ def _assemble(traced: Trace, parts: list[_Part]) -> ResidualChain:
 
 def _names(traced: Trace, parts: list[_Part]) -> list[str]:
     """A name a block: the module whose forward merges; where several merge in one, the module of the branch."""
-    by_merge = [_unit_name(part) for part in parts]
+    by_merge = [_module_of(traced, part) for part in parts]
     names: list[str] = []
     for index, (part, name) in enumerate(zip(parts, by_merge, strict=True)):
         if name and by_merge.count(name) == 1:
@@ -344,8 +344,11 @@ def _names(traced: Trace, parts: list[_Part]) -> list[str]:
     return names
 
 
-def _unit_name(part: _Part) -> str:
-    return _unit(part.end)[0] if part.skip is None else module_path(part.merge)
+def _module_of(traced: Trace, part: _Part) -> str:
+    """The module whose forward merges; of a block without skip, its outermost module that is no container."""
+    if part.skip is None:
+        return _unit(traced.in_order(traced.region([part.start], part.end))[0])[0]
+    return module_path(part.merge)
 
 
 def _common_module(nodes: Iterable[Node]) -> str:

@@ -1,0 +1,90 @@
+"""The house: files import only from floors below, no file is long, and the package is light to import."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import resnet_paths as rp
+
+PACKAGE = Path(rp.__file__).parent
+FLOORS = [
+    {"errors", "files", "paths", "device"},
+    {"chain", "tracing"},
+    {"unraveling", "zoo", "zoo.resnet", "zoo.weights", "datasets"},
+    {"edits", "training"},
+    {"lesions", "graph"},
+    {"figures"},
+    {"reproduce"},
+    {"cli"},
+]
+"""From the ground up. Files of one floor do not import each other, but for the zoo's own and errors."""
+ALLOWED_SIDEWAYS = {("files", "errors"), ("paths", "errors"), ("device", "errors")} | {
+    ("zoo", "zoo.resnet"), ("zoo", "zoo.weights"),
+}  # fmt: skip
+FILES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "resnet_paths":
+            inner = node.module.removeprefix("resnet_paths").removeprefix(".")
+            found |= {inner} if inner else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {a.name.removeprefix("resnet_paths.") for a in node.names if a.name.startswith("resnet_paths.")}
+    return found
+
+
+def floor_of(name: str) -> int:
+    return next(number for number, names in enumerate(FLOORS) if name in names)
+
+
+def test_every_file_has_a_floor():
+    assert set().union(*FLOORS) == set(FILES) - {"__init__"}
+
+
+@pytest.mark.parametrize("name", sorted(set(FILES) - {"__init__"}))
+def test_imports_go_down(name):
+    for imported in imports(FILES[name]):
+        sideways = (name, imported) in ALLOWED_SIDEWAYS
+        assert sideways or floor_of(imported) < floor_of(name), f"{name} imports {imported}"
+
+
+def test_the_walk_sees_imports():
+    assert {"chain", "errors", "unraveling"} <= imports(FILES["edits"])
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_file_is_long(name):
+    assert len(FILES[name].read_text().splitlines()) <= 500
+
+
+def test_every_public_name_is_there_and_has_a_docstring():
+    for name in rp.__all__:
+        assert getattr(rp, name).__doc__, name
+    assert set(rp.__all__) == set(rp._HOME)
+    with pytest.raises(AttributeError, match="no attribute 'remove_block'"):
+        _ = rp.remove_block
+
+
+def test_a_name_stays_a_function_whatever_is_imported_first():
+    code = "import resnet_paths.edits, resnet_paths.lesions, resnet_paths as rp; print(callable(rp.unravel), callable(rp.path_histogram))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "True"]
+
+
+@pytest.mark.parametrize("module", ["resnet_paths", "resnet_paths.cli"])
+def test_importing_is_light(module):
+    code = f"import {module}, sys, json; print(json.dumps(sorted(m for m in sys.modules if '.' not in m)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy = {"torch", "pandas", "networkx", "seaborn", "matplotlib", "torchvision", "lightning_fabric", "scipy"}
+    assert not heavy & set(json.loads(done.stdout))

@@ -1,0 +1,77 @@
+"""Running notebooks: parameters replaced, failures named, the others still run."""
+
+from __future__ import annotations
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+import resnet_paths as rp
+from resnet_paths.reproduce import find_notebooks, reproduce
+from tests.test_cli import run_cli
+
+
+def write(folder, name, *sources):
+    cells = [new_code_cell('profile = "none"\nfigures_folder = "none"', metadata={"tags": ["parameters"]})]
+    notebook = new_notebook(cells=[new_markdown_cell("# Title"), *cells, *map(new_code_cell, sources)])
+    nbformat.write(notebook, folder / f"{name}.ipynb")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    write(folder, "01_good", "from pathlib import Path", "Path(figures_folder, 'one.txt').write_text(profile)")
+    write(folder, "02_bad", "x = 1", "raise ValueError('the claim does not hold')", "x = 3")
+    write(folder, "03_good", "Path = 1")
+    return folder
+
+
+def test_a_failing_notebook_is_named_and_the_others_run(folder, tmp_path):
+    results = reproduce(tmp_path / "out", profile="full", folder=folder, progress=False)
+    assert [r.name for r in results] == ["01_good", "02_bad", "03_good"]
+    assert [r.error is None for r in results] == [True, False, True]
+    # Cells: title, parameters, injected, x = 1, raise.
+    assert results[1].error.startswith("""cell 5 ("raise ValueError('the claim does not hold')"): ValueError: the claim""")
+    assert (tmp_path / "out" / "one.txt").read_text() == "full"
+    executed = nbformat.read(tmp_path / "out" / "notebooks" / "02_bad.ipynb", as_version=4)
+    assert executed.cells[3].execution_count is not None
+    assert executed.cells[5].execution_count is None
+    shipped = nbformat.read(folder / "02_bad.ipynb", as_version=4)
+    assert len(shipped.cells) == 5
+
+
+def test_only_some(folder, tmp_path):
+    results = reproduce(tmp_path / "out", only=["03"], folder=folder, progress=False)
+    assert [(r.name, r.error) for r in results] == [("03_good", None)]
+
+
+def test_bad_input(folder, tmp_path):
+    with pytest.raises(rp.ResnetPathsError, match="only: got '99'; .*01_good, 02_bad, 03_good"):
+        reproduce(tmp_path, only=["99"], folder=folder)
+    with pytest.raises(rp.ResnetPathsError, match="profile: got 'fast'; allowed: 'quick' or 'full'"):
+        reproduce(tmp_path, profile="fast", folder=folder)
+
+
+def test_a_notebook_without_parameters_is_reported(tmp_path):
+    nbformat.write(new_notebook(cells=[new_code_cell("1")]), tmp_path / "01.ipynb")
+    assert reproduce(tmp_path / "out", folder=tmp_path, progress=False)[0].error == "no cell tagged 'parameters'"
+
+
+def test_the_exit_status_says_so(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("resnet_paths.reproduce.shipped_folder", lambda name: folder)
+    assert run_cli("reproduce", "--output", str(tmp_path / "o"), "--only", "01").exit_code == 0
+    failed = run_cli("reproduce", "--output", str(tmp_path / "o"), "--only", "02")
+    assert failed.exit_code == 1
+    assert "failed  02_bad: cell 5" in failed.output
+
+
+def test_shipped_notebooks_are_stripped_ask_one_question_and_assert():
+    for path in find_notebooks():
+        notebook = nbformat.read(path, as_version=4)
+        code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+        assert all(cell.execution_count is None and not cell.outputs for cell in code), path.name
+        assert notebook.cells[0].source.splitlines()[0].endswith("?"), path.name
+        assert "parameters" in code[0].metadata["tags"], path.name
+        assert "assert" in code[-1].source, path.name
+        assert path.stat().st_size < 100_000
