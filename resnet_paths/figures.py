@@ -12,13 +12,9 @@ it draws, and draws the numbers as they are in the frame: nothing is smoothed, e
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from itertools import cycle
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -26,140 +22,29 @@ import networkx as nx
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.path import Path as Curve
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import ScaledTranslation
 
 from resnet_paths.errors import ResnetPathsError
-from resnet_paths.files import write_then_rename
+from resnet_paths.paper import paper_style, save_figure
 from resnet_paths.paths import check_path
-
-if TYPE_CHECKING:
-    from matplotlib.artist import Artist
 
 __all__ = [
     "paper_style", "plot_path_histogram", "plot_single_deletions", "plot_training_curves", "plot_unraveled_graph",
     "save_figure",
 ]  # fmt: skip
 
-COLUMN_INCHES = {"single": 3.25, "double": 6.75}
-"""Width of a column and of the whole text in the ICML style."""
-
-# Every key is set to None, so that matplotlib writes no date and no version of itself.
-_METADATA: dict[str, dict[str, Any]] = {
-    "pdf": dict.fromkeys(("Creator", "Producer", "CreationDate")),
-    "svg": dict.fromkeys(("Creator", "Date")),
-    "png": {"Software": None},
-}
-# TrueType in PDF, as publishers ask; SVG text as outlines, so that it looks the same where the font is not installed.
-_EXPORT = {"pdf.fonttype": 42, "ps.fonttype": 42, "svg.fonttype": "path", "svg.hashsalt": "resnet_paths"}
 _MARKERS = "osD^vP"
 _INK, _MUTED = "0.2", "0.75"
 _CURVE_LABELS = {
     "train_loss": "training loss (nats)", "train_error_rate": "training error (%)",
     "test_loss": "test loss (nats)", "test_error_rate": "test error (%)",
 }  # fmt: skip
-
-
-def paper_style(
-    column: Literal["single", "double"] | float = "single", aspect: float = 0.62
-) -> AbstractContextManager[None]:
-    """Settings for figures that stand in a paper at their own size: nothing is scaled, 8 pt is 8 pt.
-
-    Args:
-        column: ``"single"`` (3.25 in, the column of the ICML style), ``"double"`` (6.75 in, its text width), or a width
-            in inches.
-        aspect: Height over width.
-
-    Returns:
-        A context manager that sets matplotlib's settings and restores them.
-
-    Raises:
-        ResnetPathsError: If `column` or `aspect` is not one of these, or not positive.
-
-    Example:
-        >>> with paper_style("single"):
-        ...     [round(float(inches), 3) for inches in mpl.rcParams["figure.figsize"]]
-        [3.25, 2.015]
-    """
-    width = COLUMN_INCHES.get(column) if isinstance(column, str) else column
-    if not _is_positive(width):
-        raise ResnetPathsError("column", column, "'single', 'double', or a width in inches above 0")
-    if not _is_positive(aspect):
-        raise ResnetPathsError("aspect", aspect, "a ratio of height to width above 0")
-    assert width is not None  # held by _is_positive
-    small = dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize", "legend.title_fontsize"), 7.0)
-    large = dict.fromkeys(("font.size", "axes.labelsize", "axes.titlesize", "figure.titlesize"), 8.0)
-    settings: dict[str, Any] = {
-        **sns.axes_style("ticks", rc={"axes.spines.top": False, "axes.spines.right": False}),
-        **sns.plotting_context("paper", rc=small | large),
-        **_EXPORT,
-        "axes.linewidth": 0.6,
-        "axes.prop_cycle": mpl.cycler(color=sns.color_palette("colorblind")),
-        "figure.constrained_layout.use": True,
-        "figure.constrained_layout.h_pad": 0.02,
-        "figure.constrained_layout.w_pad": 0.02,
-        "figure.dpi": 150,
-        "figure.figsize": (float(width), float(width) * aspect),
-        # The font that comes with matplotlib: the same figure, and the same bytes, on every machine.
-        "font.family": "DejaVu Sans",
-        "legend.frameon": False,
-        "lines.linewidth": 1.0,
-        "lines.markersize": 3.0,
-        "savefig.bbox": None,
-        "savefig.dpi": 300,
-        **{f"{axis}tick.major.{key}": value for axis in "xy" for key, value in (("width", 0.6), ("size", 2.5), ("pad", 2))},
-    }
-    return mpl.rc_context(settings)  # type: ignore[arg-type]
-
-
-def save_figure(fig: Figure, stem: str | Path, data: pd.DataFrame | None = None) -> list[Path]:
-    """Write a figure as PDF, SVG and PNG (300 dots an inch), and the frame behind it as CSV.
-
-    The page is exactly as wide as the figure; PDF fonts are embedded as TrueType. The same figure gives the same bytes:
-    no date and no version is written. All files take their places together once all are written; if one fails, what
-    stood there before is still there.
-
-    Args:
-        fig: The figure.
-        stem: Path without suffix; its folder is created.
-        data: The frame that the figure shows, if it is to lie beside it.
-
-    Returns:
-        The paths written: ``.pdf``, ``.svg``, ``.png`` and, with `data`, ``.csv``.
-
-    Raises:
-        ResnetPathsError: If `fig` is not a figure, `data` not a frame, or `stem` has one of the suffixes or no name.
-    """
-    if not isinstance(fig, Figure):
-        raise ResnetPathsError("fig", type(fig).__name__, "a matplotlib Figure", "Of Axes, pass ax.figure.")
-    if data is not None and not isinstance(data, pd.DataFrame):
-        raise ResnetPathsError("data", type(data).__name__, "a pandas DataFrame, or None")
-    stem = Path(stem)
-    suffixes = [f".{kind}" for kind in _METADATA] + [".csv"]
-    if not stem.name or stem.name == ".." or stem.suffix.lower() in suffixes:
-        raise ResnetPathsError(
-            "stem", str(stem), f"a path that ends in a name without {', '.join(suffixes)}",
-            "One file of each kind is written.",
-        )  # fmt: skip
-    contents: dict[str, bytes] = {}
-    # Also for figures that were not made in `paper_style`; its tight box would change the width of the page.
-    with mpl.rc_context({**_EXPORT, "savefig.bbox": None}):  # type: ignore[arg-type]
-        for kind, metadata in _METADATA.items():
-            buffer = io.BytesIO()
-            fig.savefig(buffer, format=kind, dpi=300, metadata=metadata)
-            contents[kind] = buffer.getvalue()
-    if data is not None:
-        contents["csv"] = data.to_csv(index=False, lineterminator="\n").encode()
-    # Not with_suffix, which would take "fig1.5" for "fig1".
-    paths = [stem.with_name(f"{stem.name}.{kind}") for kind in contents]
-    with contextlib.ExitStack() as unfinished:
-        for path, content in zip(paths, contents.values(), strict=True):
-            unfinished.enter_context(write_then_rename(path)).write_bytes(content)
-    return paths
 
 
 def plot_path_histogram(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
@@ -179,16 +64,15 @@ def plot_path_histogram(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     by = ["network"] if isinstance(frame, pd.DataFrame) and "network" in frame else []
     frame = _checked("frame", frame, "fraction", [*by, "path_length"], rate=True)
     ax = plt.gca() if ax is None else ax
-    groups = list(frame.groupby("network", sort=False)) if by else [(None, frame)]
+    groups = _groups(frame, by, "path_length")
     for index, ((network, rows), marker) in enumerate(zip(groups, cycle(_MARKERS), strict=False)):
         x, y, colour = rows["path_length"], 100 * rows["fraction"], f"C{index}"
         if len(groups) == 1:
             ax.bar(x, y, width=0.8, color=colour, label=network)
         else:
-            ax.plot(x, y, marker=marker, color=colour, label=network, linewidth=0.7)
+            ax.plot(x, y, marker=marker, color=colour, label=network, linewidth=0.7, markersize=2.5)
     ax.set(xlabel="path length (blocks)", ylabel="paths (%)")
-    ax.set_ylim(bottom=0)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _whole_numbers_from_zero(ax)
     if by:
         _legend_above(ax, ax.get_legend_handles_labels()[0])
     return ax
@@ -232,47 +116,48 @@ def plot_single_deletions(
     ax = plt.gca() if ax is None else ax
     handles: list[Artist] = []
     behind: list[Artist] = []
+    style: dict[str, Any]
     if published is not None:
         greys = cycle(("0.5", "0.7", "0.6", "0.8"))
-        groups = published.groupby(["network", "dataset"], sort=False)
-        for ((network, dataset), rows), grey in zip(groups, greys, strict=False):
-            label = f"Veit et al. 2016, {network} ({dataset})"
-            style: dict[str, Any] = {"color": grey, "linewidth": 0.6, "zorder": 1.5}
+        for (name, rows), grey in zip(_groups(published, ["network", "dataset"], "block_index"), greys, strict=False):
+            label = f"Veit et al. 2016, {name[0]} ({name[1]})"
+            style = {"color": grey, "linewidth": 0.7, "zorder": 1.5}
             behind += ax.plot(rows["block_index"], rows["error_percent"], label=label, **style)
             _intact_line(ax, rows["block_index"], rows["intact_error_percent"], style)
-    for index, ((network, rows), marker) in enumerate(
-        zip(frame.groupby("network", sort=False), cycle(_MARKERS), strict=False)
-    ):
+    networks = _groups(frame, ["network"], "block_index")
+    for index, ((network, rows), marker) in enumerate(zip(networks, cycle(_MARKERS), strict=False)):
         x, colour = rows["block_index"], f"C{index}"
         ax.vlines(x, 100 * rows["error_rate_low"], 100 * rows["error_rate_high"], color=colour, linewidth=0.8)
-        handles += ax.plot(x, 100 * rows["error_rate"], marker=marker, color=colour, linewidth=0.8, label=str(network))
-        _intact_line(ax, x, 100 * rows["intact_error_rate"], {"color": colour, "linewidth": 0.8})
+        style = {"color": colour, "linewidth": 0.8}
+        handles += ax.plot(x, 100 * rows["error_rate"], marker=marker, markersize=2.5, label=str(network), **style)
+        _intact_line(ax, x, 100 * rows["intact_error_rate"], style)
     handles.append(Line2D([], [], color=_INK, linestyle="--", linewidth=0.8, label="intact"))
     if chance is not None:
         ax.axhline(100 * chance, color=_INK, linestyle=":", linewidth=0.8, zorder=1)
         # No room above the line where chance is near 100 %: then below it.
-        above = chance <= 0.92
+        above = chance <= 0.9
         ax.annotate(
             "chance", (1, 100 * chance), xycoords=("axes fraction", "data"), xytext=(0, 1 if above else -1),
             textcoords="offset points", ha="right", va="bottom" if above else "top", fontsize="small", color=_INK,
         )  # fmt: skip
-    top = max(ax.get_ylim()[1], 0 if chance is None else 100 * chance + 8)
-    ax.set_ylim(0, min(top, 101))
+        ax.set_ylim(top=max(ax.get_ylim()[1], 100 * chance + 12))
     ax.set(xlabel="deleted block (index from 0)", ylabel="test error (%)")
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    last = max(data["block_index"].max() for data in (frame, published) if data is not None)
+    ax.set(xlim=(-1, last + 1), ylim=(0, min(ax.get_ylim()[1], 102)))
+    _whole_numbers_from_zero(ax)
     if len(stage_starts):
         _mark_stages(ax, sorted(stage_starts))
-    _legend_above(ax, [*handles, *behind], strip=1.5 if len(stage_starts) else 0.4)
+    _legend_above(ax, behind, handles, gap_points=11 if len(stage_starts) else 3)
     return ax
 
 
 def plot_unraveled_graph(graph: nx.DiGraph, ax: Axes | None = None, highlight: Sequence[int] | None = None) -> Axes:
-    """All paths as a tree from left to right that joins in one sum (Veit et al. 2016, figure 1b).
+    """All paths from copies of the input to the sum at the output (Veit et al. 2016, figure 1b).
 
-    A line with a box goes through a branch, labelled as in the paper from $f_1$ on (block 0 is $f_1$); a plain line is a
-    skip. At each split the skip goes up and the branches down, so that the top path takes no branch and the bottom path
-    all of them. Boxes shrink as paths get many and lose their labels where these could not be read: beyond 32 paths
-    always.
+    A line with a box goes through a branch, labelled as in the paper from f_1 on (block 0 is f_1); a plain line is a
+    skip. At each sum the skip comes from above and the branches from below, so that the top path takes no branch and
+    the bottom path all of them. Boxes shrink as paths get many and lose their labels where these could not be read:
+    beyond 32 paths always.
 
     Args:
         graph: From `resnet_paths.unraveled_graph`.
@@ -289,50 +174,53 @@ def plot_unraveled_graph(graph: nx.DiGraph, ax: Axes | None = None, highlight: S
     route: set[Any] = set()
     if highlight is not None:
         path = check_path([tuple(entries) for entries in offered], highlight)
-        route = {"input", "output", *(path[: i + 1] for i in range(len(path)))}
+        route = {"input", "output", *(path[i:] for i in range(len(path)))}
     ax = plt.gca() if ax is None else ax
     ax.set_axis_off()
     num_blocks = len(offered)
-    leaves = list(graph.predecessors("output"))
+    # By the last block first: so no two lines cross.
+    leaves = sorted(graph.successors("input"), key=lambda leaf: leaf[::-1])
     height = {leaf: -float(index) for index, leaf in enumerate(leaves)}
-    for node in reversed(list(nx.topological_sort(graph))):
-        if node != "output" and node not in height:
-            height[node] = float(np.mean([height[child] for child in graph.successors(node)]))
-    height["output"] = height["input"]
-    stub = 0.7
-    ax.set(xlim=(-stub - 0.1, num_blocks + 1 + stub + 0.1), ylim=(-len(leaves) + 0.3, 0.7))
+    for node in nx.topological_sort(graph):
+        if node != "input" and node not in height:
+            height[node] = float(np.mean([height[tail] for tail in graph.predecessors(node)]))
+    height["input"] = height["output"]
+    stub = 0.19 * (num_blocks + 1)
+    ax.set(xlim=(-1.1 * stub, num_blocks + 1 + 1.1 * stub), ylim=(-len(leaves) + 0.3, 0.7))
     # Labels have a size in points: lay the figure out to know how many a row has.
     ax.figure.canvas.figure.draw_without_rendering()
     row_points = ax.bbox.height / ax.figure.dpi * 72 / len(leaves)
     most_branches = max((sum(map(bool, entries)) for entries in offered), default=0)
     font_points = min(mpl.rcParams["font.size"], row_points * (0.8 if most_branches < 2 else 0.6))
+    thin = min(max(0.15 * row_points, 0.3), 0.8)
     labelled = len(leaves) <= 32 and font_points >= 4
 
     layers: dict[bool, list[Curve]] = {False: [], True: []}
     for tail, head, edge in graph.edges(data=True):
         x, on = graph.nodes[tail]["depth"], tail in route and head in route
-        layers[on].append(_edge_curve(x, height[tail], height[head], joins=head == "output"))
+        layers[on].append(_edge_curve(x, height[tail], height[head], fans_out=tail == "input"))
         if edge["choice"]:
             _draw_box(
-                ax, (x + 0.72, height[head]), on, muted=bool(route),
+                ax, (x + 0.36, height[tail]), on, muted=bool(route),
                 label=_branch_label(edge["block"], edge["choice"], offered) if labelled else None,
-                points=font_points if labelled else min(0.8 * row_points, 4.0),
+                points=font_points if labelled else 4.0 if on else min(0.8 * row_points, 4.0),
             )  # fmt: skip
     middle = height["input"]
-    layers[bool(route)] += [Curve([(a, middle), (b, middle)]) for a, b in ((-stub, 0), (num_blocks + 1, num_blocks + 1 + stub))]
+    joined = num_blocks + 1
+    layers[bool(route)] += [Curve([(x, middle), (x + stub, middle)]) for x in (-stub, joined)]
     for on, curves in layers.items():
         colour = "C0" if on else _MUTED if route else _INK
         lines = PathCollection(
-            curves, facecolors="none", edgecolors=colour, linewidths=1.8 if on else 0.8,
+            curves, facecolors="none", edgecolors=colour, linewidths=1.8 if on else thin,
             zorder=2 if on else 1, transform=ax.transData,
         )  # fmt: skip
         lines.set_gid("highlighted-route" if on else "routes")
         ax.add_collection(lines, autolim=False)
-    colour = "C0" if route else _INK
-    ax.plot([0], [middle], marker="o", color=colour, markersize=3, zorder=4)
-    ax.plot([num_blocks + 1], [middle], marker="o", markersize=9, color="white", markeredgecolor=colour, zorder=4)
-    ax.plot([num_blocks + 1], [middle], marker="+", markersize=6, color=colour, zorder=5)
-    for x, name in ((-stub / 2 - 0.05, "input"), (num_blocks + 1 + stub / 2 + 0.05, "output")):
+    ax.plot([0], [middle], marker="o", color="C0" if route else _INK, markersize=3, zorder=4)
+    for node in graph:
+        if graph.in_degree(node) > 1:
+            _draw_sum(ax, (graph.nodes[node]["depth"], height[node]), node in route, bool(route), min(0.8 * row_points, 8.0))
+    for x, name in ((-0.55 * stub, "input"), (joined + 0.6 * stub, "output")):
         ax.annotate(name, (x, middle), (0, 5), textcoords="offset points", ha="center", va="bottom", fontsize="small")
     return ax
 
@@ -358,25 +246,21 @@ def plot_training_curves(frame: pd.DataFrame, ax: Axes | None = None, value: str
     rate = value.endswith("_rate")
     frame = _checked("frame", frame, value, ["network", "seed", "epoch"], rate=rate)
     ax = plt.gca() if ax is None else ax
+    colours = [f"C{index}" for index in range(frame["network"].nunique())]
+    frame = frame.assign(**{value: frame[value] * (100 if rate else 1)})
     sns.lineplot(
-        frame.assign(**{value: frame[value] * (100 if rate else 1)}), x="epoch", y=value, hue="network", style="network",
-        palette=[f"C{index}" for index in range(frame["network"].nunique())], errorbar=("pi", 100), ax=ax,
-    )  # fmt: skip
+        frame, x="epoch", y=value, hue="network", style="network", palette=colours, errorbar=("pi", 100), ax=ax
+    )
     ax.set(xlabel="epoch", ylabel=_CURVE_LABELS[value])
-    ax.set_ylim(bottom=0)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _whole_numbers_from_zero(ax)
     _legend_above(ax, ax.get_legend_handles_labels()[0])
     return ax
 
 
-def _is_positive(number: object) -> bool:
-    return isinstance(number, int | float) and not isinstance(number, bool) and 0 < number < float("inf")
-
-
 def _checked(
-    argument: str, frame: pd.DataFrame, value: str, keys: Sequence[str], others: Sequence[str] = (), *, rate: bool = False
+    argument: str, frame: pd.DataFrame, value: str, keys: Sequence[str], others: Sequence[str] = (), rate: bool = False
 ) -> pd.DataFrame:
-    """`frame` sorted along its last numeric key, once all it needs is known to be there."""
+    """`frame`, once all columns are known to be there with numbers in `value` and one row for each of `keys`."""
     needed = [*keys, value, *others]
     if not isinstance(frame, pd.DataFrame):
         raise ResnetPathsError(argument, type(frame).__name__, f"a pandas DataFrame with columns {', '.join(needed)}")
@@ -386,47 +270,69 @@ def _checked(
             argument, f"columns {', '.join(map(str, frame.columns)) or '(none)'}", f"columns {', '.join(needed)}",
             f"Missing: {', '.join(missing)}.",
         )  # fmt: skip
+    for name in (value, *others):
+        if not pd.api.types.is_numeric_dtype(frame[name]):
+            raise ResnetPathsError(f"{argument}[{name!r}]", f"dtype {frame[name].dtype}", "a column of numbers")
     if not frame[value].notna().any():
         raise ResnetPathsError(argument, f"{len(frame)} rows", f"at least one row with a number in {value}")
-    twice = frame[frame.duplicated(list(keys))]
+    twice = frame.loc[frame.duplicated(list(keys)), list(keys)]
     if len(twice):
-        names = ", ".join(keys)
         raise ResnetPathsError(
-            argument, f"{len(twice)} rows that repeat another, first {twice[list(keys)].iloc[0].to_dict()}",
-            f"one row for each {names}", "Name different networks in a column network." if "network" not in keys else "",
+            argument, f"{len(twice)} repeated rows, first {', '.join(f'{k} {v}' for k, v in twice.iloc[0].items())}",
+            f"one row for each {', '.join(keys)}",
+            "" if "network" in keys else "Name different networks in a column network.",
         )  # fmt: skip
     for name in (value, *others) if rate else ():
-        wrong = frame.loc[(frame[name] < 0) | (frame[name] > 1), name]
-        if len(wrong):
-            raise ResnetPathsError(f"{argument}[{name!r}]", wrong.iloc[0], "a rate in [0, 1]", "Percent is not a rate.")
-    along = next(key for key in ("block_index", "path_length", "epoch") if key in keys)
-    return frame.sort_values(along, kind="stable") if along not in keys[:1] else frame.sort_values(along)
+        wrong = frame.loc[(frame[name] < 0) | (frame[name] > 1), name].tolist()
+        if wrong:
+            raise ResnetPathsError(f"{argument}[{name!r}]", wrong[0], "a rate in [0, 1]", "Percent is not a rate.")
+    return frame
 
 
-def _legend_above(ax: Axes, handles: Sequence[Artist], strip: float = 0.4) -> None:
-    """A legend above the axes, where it hides no data, in as many columns as fit into their width."""
-    labels = [str(handle.get_label()) for handle in handles]
-    for columns in range(len(labels), 0, -1):
-        legend = ax.legend(
-            handles, labels, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, title=None, borderaxespad=strip,
-            borderpad=0, labelspacing=0.3, handlelength=2.0, handletextpad=0.5, columnspacing=1.2,
-        )  # fmt: skip
-        if legend.get_window_extent().width <= ax.bbox.width:
-            return
+def _groups(frame: pd.DataFrame, by: Sequence[str], along: str) -> list[tuple[Any, pd.DataFrame]]:
+    """Names and rows of each network in the order of the frame, the rows sorted along the horizontal axis."""
+    if not by:
+        return [(None, frame.sort_values(along))]
+    name = by[0] if len(by) == 1 else list(by)
+    return [(group, rows.sort_values(along)) for group, rows in frame.groupby(name, sort=False)]
+
+
+def _whole_numbers_from_zero(ax: Axes) -> None:
+    ax.set_ylim(bottom=0)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+
+
+def _legend_above(ax: Axes, *groups: Sequence[Artist], gap_points: float = 3) -> None:
+    """Legends above the axes, where they hide no data, the last group on top; each in as many columns as fit."""
+    ax.figure.canvas.figure.draw_without_rendering()  # lays out: the axes get the width that they will have
+    raised, legend = gap_points / 72, None
+    for handles in filter(None, groups):
+        if legend is not None:
+            ax.add_artist(legend)  # kept: the next one would replace it
+        labels = [str(handle.get_label()) for handle in handles]
+        above = ax.transAxes + ScaledTranslation(0, raised, ax.figure.dpi_scale_trans)
+        for columns in range(len(labels), 0, -1):
+            legend = ax.legend(
+                handles, labels, loc="lower left", bbox_to_anchor=(0, 1), bbox_transform=above, ncols=columns,
+                borderaxespad=0, borderpad=0, labelspacing=0.3, handlelength=1.6, handletextpad=0.5, columnspacing=0.8,
+            )  # fmt: skip
+            extent = legend.get_window_extent()
+            if extent.width <= ax.bbox.width:
+                break
+        raised += extent.height / ax.figure.dpi + 2 / 72
 
 
 def _intact_line(ax: Axes, x: pd.Series[Any], percent: pd.Series[Any], style: dict[str, Any]) -> None:
     """A dashed line at each intact error there is (one a network) along the network's blocks."""
-    ax.hlines(percent.dropna().unique(), x.min() - 0.5, x.max() + 0.5, linestyles=[(0, (4, 2))], **style)
+    ax.hlines(percent.dropna().unique(), x.min() - 0.5, x.max() + 0.5, linestyles="dashed", **style)
 
 
 def _mark_stages(ax: Axes, starts: Sequence[int]) -> None:
     """Thin lines with a mark on top, and one label where there is most room between them."""
     along = ax.get_xaxis_transform()
     ax.vlines(starts, 0, 1, color=_MUTED, linewidth=0.5, zorder=0.5, transform=along)
-    ax.plot(
-        starts, [1.0] * len(starts), linestyle="none", marker="v", markersize=3, color=_INK, clip_on=False, transform=along
-    )
+    tops = [1.0] * len(starts)
+    ax.plot(starts, tops, linestyle="none", marker="v", markersize=3, color=_INK, clip_on=False, transform=along)
     gaps = np.diff([*starts, ax.get_xlim()[1]])
     ax.annotate(
         "stage starts", (starts[int(np.argmax(gaps))], 1), xycoords=along, xytext=(4, 0), textcoords="offset points",
@@ -438,11 +344,11 @@ def _offered(graph: nx.DiGraph) -> list[list[int]]:
     """The entries that each block offers, read off the edges; refuses what is not an unraveled graph."""
     allowed, advice = "a graph from resnet_paths.unraveled_graph", "Call unraveled_graph(3), for example."
     if not isinstance(graph, nx.DiGraph) or not {"input", "output"} <= set(graph):
-        raise ResnetPathsError("graph", graph, allowed, advice)
+        raise ResnetPathsError("graph", str(graph), allowed, advice)
     entries: dict[int, dict[int, None]] = {}
     try:
-        for _, head, edge in graph.edges(data=True):
-            if head != "output":
+        for _, _, edge in graph.edges(data=True):
+            if edge["block"] is not None:
                 entries.setdefault(edge["block"], {})[edge["choice"]] = None
         depths = [graph.nodes[node]["depth"] for node in graph]
     except KeyError as error:
@@ -452,12 +358,12 @@ def _offered(graph: nx.DiGraph) -> list[list[int]]:
     return [list(entries[index]) for index in sorted(entries)]
 
 
-def _edge_curve(x: int, start: float, end: float, *, joins: bool) -> Curve:
-    """From one depth to the next: out of the split in a curve, then straight; into the sum all in one curve."""
-    bend = 1.0 if joins else 0.45
-    half = 0.5 * bend
-    points = [(x, start), (x + half, start), (x + half, end), (x + bend, end), (x + 1, end)]
-    return Curve(points, [Curve.MOVETO, Curve.CURVE4, Curve.CURVE4, Curve.CURVE4, Curve.LINETO])
+def _edge_curve(x: int, start: float, end: float, *, fans_out: bool) -> Curve:
+    """From one depth to the next: straight, then in a curve into the sum; out of the input all in one curve."""
+    bend = 1.0 if fans_out else 0.36
+    turn = x + 1 - bend
+    points = [(x, start), (turn, start), (x + 1 - bend / 2, start), (x + 1 - bend / 2, end), (x + 1, end)]
+    return Curve(points, [Curve.MOVETO, Curve.LINETO, Curve.CURVE4, Curve.CURVE4, Curve.CURVE4])
 
 
 def _branch_label(block: int, choice: int, offered: Sequence[Sequence[int]]) -> str:
@@ -474,3 +380,10 @@ def _draw_box(ax: Axes, at: tuple[float, float], on: bool, *, muted: bool, label
     box = {"boxstyle": "round,pad=0.25,rounding_size=0.2", "facecolor": face, "edgecolor": edge, "linewidth": 0.7}
     ink = "white" if on else "0.55" if muted else "black"
     ax.text(*at, label, ha="center", va="center", fontsize=points, color=ink, bbox=box, zorder=3)
+
+
+def _draw_sum(ax: Axes, at: tuple[float, float], on: bool, muted: bool, points: float) -> None:
+    colour = "C0" if on else _MUTED if muted else _INK
+    line = min(0.11 * points, 1.0)
+    ax.plot(*at, marker="o", markersize=points, color="white", markeredgecolor=colour, markeredgewidth=line, zorder=4)
+    ax.plot(*at, marker="+", markersize=0.6 * points, color=colour, markeredgewidth=line, zorder=5)

@@ -1,6 +1,8 @@
-"""The unraveled view as a graph: every path one route (Veit et al. 2016, figure 1b)."""
+"""The unraveled view as a graph: every path one route (Veit et al. 2016, figure 1b and equation 6)."""
 
 from __future__ import annotations
+
+import itertools
 
 import networkx as nx
 
@@ -12,20 +14,23 @@ __all__ = ["unraveled_graph"]
 
 
 def unraveled_graph(chain: HasPathChoices | int, *, max_nodes: int = 100_000) -> nx.DiGraph:
-    """The tree of all paths, joined at the output: each path is exactly one route from ``"input"`` to ``"output"``.
+    """The network written out as the paper's equation 6: each path is one route from ``"input"`` to ``"output"``.
 
-    A node is what a path has taken so far: ``"input"`` for nothing, then the tuple of entries, as in ``(True, False)``
-    for a path behind the second block. After block i there are as many nodes as distinct prefixes, 2^i with skips:
-    module i sees 2^(i-1) different inputs, as the paper notes.
+    The output is y_n = y_{n-1} + f_n(y_{n-1}); both y_{n-1} are written out in the same way, and so on down to 2^n
+    copies of the input. So f_n stands there once, f_1 2^(n-1) times. Nothing is multiplied out: branches are not
+    linear, and f_n is applied to the whole sum that reaches it.
+
+    A node is what a path through it has still to take: a whole path, as in ``(True, False, True)``, for a copy of the
+    input; what is left of it behind each block; ``"output"`` at the end. Where two routes meet they are added up.
 
     Args:
         chain: A chain, or a number of residual blocks.
-        max_nodes: The largest graph to build; 16 residual blocks have 131,072 nodes.
+        max_nodes: The largest graph to build; n residual blocks have 2^(n+1) nodes.
 
     Returns:
-        A directed graph. Node attribute ``depth``: blocks passed. Edge attributes ``block``: index of the block, None
-        for the edges into the output; ``choice``: the entry, False = skip, True = branch. Graph attribute
-        ``block_names``.
+        A directed graph. Node attribute ``depth``: 0 for the input, i + 1 behind i blocks. Edge attributes ``block``:
+        index of the block, None for the edges out of the input; ``choice``: the entry, False = skip, True = branch.
+        Graph attribute ``block_names``.
 
     Raises:
         ResnetPathsError: If the graph would have more than `max_nodes` nodes.
@@ -36,9 +41,7 @@ def unraveled_graph(chain: HasPathChoices | int, *, max_nodes: int = 100_000) ->
         (16, 8)
     """
     choices = choices_of(chain)
-    widths = [1]
-    for c in choices:
-        widths.append(widths[-1] * len(c))
+    widths = list(itertools.accumulate((len(c) for c in reversed(choices)), lambda a, b: a * b, initial=1))
     if sum(widths) + 1 > max_nodes:
         raise ResnetPathsError(
             "chain", f"{len(choices)} blocks, {widths[-1]} paths, {sum(widths) + 1} nodes",
@@ -48,16 +51,16 @@ def unraveled_graph(chain: HasPathChoices | int, *, max_nodes: int = 100_000) ->
     names = [b.name for b in chain] if isinstance(chain, ResidualChain) else [f"block{i}" for i in range(len(choices))]
     graph = nx.DiGraph(block_names=names)
     graph.add_node("input", depth=0)
-    level: list[tuple[Path, Path | str]] = [((), "input")]
-    for index, offered in enumerate(choices):
-        following: list[tuple[Path, Path | str]] = []
-        for prefix, node in level:
-            for choice in offered:
-                longer = (*prefix, choice)
-                graph.add_node(longer, depth=index + 1)
-                graph.add_edge(node, longer, block=index, choice=choice)
-                following.append((longer, longer))
-        level = following
     graph.add_node("output", depth=len(choices) + 1)
-    graph.add_edges_from(((node, "output") for _, node in level), block=None, choice=None)
+    level: list[Path] = [()]
+    for index in reversed(range(len(choices))):
+        earlier = []
+        for rest in level:
+            for choice in choices[index]:
+                longer = (choice, *rest)
+                graph.add_node(longer, depth=index + 1)
+                graph.add_edge(longer, rest or "output", block=index, choice=choice)
+                earlier.append(longer)
+        level = earlier
+    graph.add_edges_from((("input", path or "output") for path in level), block=None, choice=None)
     return graph

@@ -19,6 +19,7 @@ FLOORS = [
     {"unraveling", "zoo", "zoo.resnet", "zoo.weights", "datasets"},
     {"edits", "training"},
     {"lesions", "graph"},
+    {"paper"},
     {"figures"},
     {"reproduce"},
     {"cli"},

@@ -15,8 +15,8 @@ def routes(graph: nx.DiGraph) -> list[tuple]:
     found = []
     for nodes in nx.all_simple_paths(graph, "input", "output"):
         edges = [graph.edges[edge] for edge in nx.utils.pairwise(nodes)]
-        assert [edge["block"] for edge in edges] == [*range(len(edges) - 1), None]
-        found.append(tuple(edge["choice"] for edge in edges[:-1]))
+        assert [edge["block"] for edge in edges] == [None, *range(len(edges) - 1)]
+        found.append(tuple(edge["choice"] for edge in edges[1:]))
     return found
 
 
@@ -33,10 +33,27 @@ def test_nine_blocks_have_512_routes():
     assert sorted(routes(rp.unraveled_graph(9))) == sorted(rp.enumerate_paths(9))
 
 
-def test_block_i_sees_twice_as_many_inputs_as_the_one_before():
+def test_the_last_branch_stands_once_and_the_first_most_often():
+    """As in equation 6 of Veit et al. 2016, written out for four blocks."""
     graph = rp.unraveled_graph(4)
     edges = [(d["block"], d["choice"]) for _, _, d in graph.edges(data=True)]
-    assert [edges.count((i, True)) for i in range(4)] == [1, 2, 4, 8]
+    assert [edges.count((i, True)) for i in range(4)] == [8, 4, 2, 1]
+    assert {graph.in_degree(node) for node in graph if graph.nodes[node]["depth"] > 1} == {2}
+
+
+def test_evaluating_the_graph_gives_the_output():
+    """A sum at every meeting and a branch on every edge that takes one: the forward pass, on numbers."""
+    branches = [lambda x: x**2, lambda x: 3 * x + 1, lambda x: -(x**3)]
+    graph = rp.unraveled_graph(3)
+    value = {"input": 0.7}
+    for node in nx.topological_sort(graph):
+        if node != "input":
+            edges = [(value[tail], graph.edges[tail, node]) for tail in graph.predecessors(node)]
+            value[node] = sum(branches[e["block"]](x) if e["choice"] else x for x, e in edges)
+    expected = 0.7
+    for branch in branches:
+        expected = expected + branch(expected)
+    assert value["output"] == pytest.approx(expected)
 
 
 def test_names_are_the_blocks():
