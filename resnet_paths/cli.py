@@ -58,10 +58,44 @@ def reproduce(
 
     results = reproduce(output, profile=profile, only=only or ())
     for result in results:
-        typer.echo(f"{'failed' if result.error else 'passed'}  {result.name}{f': {result.error}' if result.error else ''}")
+        typer.echo(f"failed  {result.name}: {result.error}" if result.error else f"passed  {result.name}")
     typer.echo(f"figures in {output.resolve()}")
     if any(result.error for result in results):
         raise typer.Exit(1)
+
+
+@app.command()
+def lesion(
+    network: Annotated[str, typer.Argument(help="Name of a network with shipped weights, or of any with --weights.")],
+    weights: Annotated[Path | None, typer.Option(help="A weights file that 'resnet-paths train' wrote.")] = None,
+    dataset: Annotated[str, typer.Option(help="'fashion-mnist' or 'cifar-10'; its test split.")] = "fashion-mnist",
+    num_images: Annotated[int | None, typer.Option(help="The first so many test images; all by default.")] = None,
+    output: Annotated[Path | None, typer.Option(help="CSV file to write; printed by default.")] = None,
+) -> None:
+    """Delete each block in turn and measure the test error."""
+    from torch.utils.data import DataLoader, Subset
+
+    from resnet_paths.datasets import load_dataset
+    from resnet_paths.errors import ResnetPathsError
+    from resnet_paths.files import write_then_rename
+    from resnet_paths.lesions import lesion_study, single_deletions
+    from resnet_paths.unraveling import unravel
+    from resnet_paths.zoo import load_network
+
+    images = load_dataset(dataset, "test")
+    count = len(images) if num_images is None else num_images
+    if not 1 <= count <= len(images):
+        raise ResnetPathsError("num_images", count, f"an int from 1 to {len(images)}")
+    model = load_network(network, weights, device="auto")
+    chain = unravel(model, images[0][0].unsqueeze(0).to(next(model.parameters()).device))
+    loader = DataLoader(Subset(images, range(count)), batch_size=250)
+    frame = lesion_study(chain, loader, single_deletions(chain))
+    if output is None:
+        typer.echo(frame.to_string(index=False, float_format="{:.4f}".format))
+    else:
+        with write_then_rename(output) as temporary:
+            frame.to_csv(temporary, index=False)
+        typer.echo(f"wrote {output}")
 
 
 @app.command()

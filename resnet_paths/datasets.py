@@ -85,7 +85,7 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int]]):
 
     def __init__(self, name: str, images: torch.Tensor, labels: torch.Tensor) -> None:
         if name not in DATASETS:
-            raise ResnetPathsError("name", name, nearest_names(name, DATASETS))
+            raise ResnetPathsError("name", name, f"one of {nearest_names(name, DATASETS, cutoff=0)}")
         facts = DATASETS[name]
         if images.dtype != torch.uint8 or tuple(images.shape[1:]) != facts.shape or not len(images):
             raise ResnetPathsError(
@@ -99,9 +99,7 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int]]):
             raise ResnetPathsError("labels", list(labels.shape), f"[{len(images)}], one an image")
         outside = (labels < 0) | (labels >= len(facts.classes))
         if bool(outside.any()):
-            raise ResnetPathsError(
-                "labels", int(labels[outside][0]), f"0 to {len(facts.classes) - 1}"
-            )
+            raise ResnetPathsError("labels", int(labels[outside][0]), f"0 to {len(facts.classes) - 1}")
         self.name = name
         self.classes = facts.classes
         self.images = images
@@ -156,7 +154,7 @@ def load_dataset(
         (10000, (1, 28, 28), 'ankle boot')
     """
     if name not in DATASETS:
-        raise ResnetPathsError("name", name, nearest_names(name, DATASETS))
+        raise ResnetPathsError("name", name, f"one of {nearest_names(name, DATASETS, cutoff=0)}")
     if split not in ("train", "test"):
         raise ResnetPathsError("split", split, "'train' or 'test'")
     place = None if folder is None else Path(folder).expanduser()
@@ -167,9 +165,7 @@ def load_dataset(
     return ImageDataset(name, images, labels)
 
 
-def _read_fashion_mnist(
-    split: str, folder: Path | None, download: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _read_fashion_mnist(split: str, folder: Path | None, download: bool) -> tuple[torch.Tensor, torch.Tensor]:
     stem = "train" if split == "train" else "t10k"
     names = (f"{stem}-images-idx3-ubyte.gz", f"{stem}-labels-idx1-ubyte.gz")
     cache = folder or cache_folder() / "fashion-mnist"
@@ -189,8 +185,7 @@ def _read_fashion_mnist(
             "data file",
             str(places[0] / names[0]),
             "an existing file",
-            "Restore it from the repository, install the package dataset-fashion-mnist, "
-            "or pass download=True.",
+            "Restore it from the repository, install the package dataset-fashion-mnist, or pass download=True.",
         )
     advice = {
         _DEBIAN_FASHION_MNIST: "Install the package dataset-fashion-mnist again.",
@@ -202,8 +197,8 @@ def _read_fashion_mnist(
 
 
 def _download_fashion_mnist(folder: Path, names: Sequence[str]) -> None:
-    from torchvision.datasets import FashionMNIST  # noqa: PLC0415  torchvision takes a second to import
-    from torchvision.datasets.utils import download_url  # noqa: PLC0415
+    from torchvision.datasets import FashionMNIST
+    from torchvision.datasets.utils import download_url
 
     def download(unfinished: Path) -> None:
         for name in missing:
@@ -214,12 +209,13 @@ def _download_fashion_mnist(folder: Path, names: Sequence[str]) -> None:
     _download_then_move(download, folder, missing, "fashion-mnist")
 
 
-def _download_then_move(
-    download: Callable[[Path], None], folder: Path, files: Sequence[str], name: str
-) -> None:
+def _download_then_move(download: Callable[[Path], None], folder: Path, files: Sequence[str], name: str) -> None:
     """Call `download` with a temporary folder inside `folder`, then move the `files` that it left there to `folder`.
 
     A file is in `folder` only once it is whole, however the download ends.
+
+    Raises:
+        ResnetPathsError: If the download fails.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -265,9 +261,7 @@ def read_idx(path: Path) -> torch.Tensor:
     return torch.from_numpy(values.reshape(shape).copy())
 
 
-def _read_cifar_10(
-    split: str, folder: Path | None, download: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _read_cifar_10(split: str, folder: Path | None, download: bool) -> tuple[torch.Tensor, torch.Tensor]:
     root = folder or cache_folder() / "cifar-10"
     batches = root / "cifar-10-batches-bin"
     numbers = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
@@ -278,7 +272,7 @@ def _read_cifar_10(
 
 
 def _download_cifar_10(root: Path) -> None:
-    from torchvision.datasets.utils import download_and_extract_archive  # noqa: PLC0415
+    from torchvision.datasets.utils import download_and_extract_archive
 
     def download(unfinished: Path) -> None:
         # The archive stays in root: torchvision holds it against the MD5 before it is used again.

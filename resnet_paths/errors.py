@@ -42,17 +42,18 @@ class ResnetPathsError(ValueError):
         return type(self), (self.argument, self.value, self.allowed, self.advice)
 
 
-def nearest_names(name: str, known: Iterable[str], most: int = 3) -> str:
+def nearest_names(name: str, known: Iterable[str], most: int = 3, cutoff: float = 0.3) -> str:
     """The known names closest in spelling to `name`, quoted and joined, as in ``'layer1.0', 'layer1.1'``.
 
     Args:
         name: The name that was not found.
         known: All names that exist.
         most: How many to return at the most.
+        cutoff: How alike a name must be to count as near, from 0 (any is) to 1 (only the same name is).
 
     Returns:
         The quoted names, nearest first; the first `most` known names if none is near.
     """
     known = list(known)
-    near = difflib.get_close_matches(str(name), known, n=most, cutoff=0.3) or known[:most]
+    near = difflib.get_close_matches(str(name), known, n=most, cutoff=cutoff) or known[:most]
     return ", ".join(repr(n) for n in near)

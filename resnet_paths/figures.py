@@ -219,7 +219,8 @@ def plot_unraveled_graph(graph: nx.DiGraph, ax: Axes | None = None, highlight: S
     ax.plot([0], [middle], marker="o", color="C0" if route else _INK, markersize=3, zorder=4)
     for node in graph:
         if graph.in_degree(node) > 1:
-            _draw_sum(ax, (graph.nodes[node]["depth"], height[node]), node in route, bool(route), min(0.8 * row_points, 8.0))
+            at = (graph.nodes[node]["depth"], height[node])
+            _draw_sum(ax, at, node in route, bool(route), min(0.8 * row_points, 8.0))
     for x, name in ((-0.55 * stub, "input"), (joined + 0.6 * stub, "output")):
         ax.annotate(name, (x, middle), (0, 5), textcoords="offset points", ha="center", va="bottom", fontsize="small")
     return ax

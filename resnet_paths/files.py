@@ -44,9 +44,7 @@ def cache_folder() -> Path:
     return Path(configured) if configured else Path.home() / ".cache" / "resnet_paths"
 
 
-def check_sha256(
-    path: Path, expected: str, advice: str = "Restore it from the repository."
-) -> None:
+def check_sha256(path: Path, expected: str, advice: str = "Restore it from the repository.") -> None:
     """Refuse a file whose content is not the one that was shipped.
 
     Args:

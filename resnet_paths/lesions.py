@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from resnet_paths.chain import Block, Parallel, ResidualChain, Scaled, is_identity
-from resnet_paths.edits import delete_blocks
+from resnet_paths.edits import delete_block
 from resnet_paths.errors import ResnetPathsError
 
 __all__ = ["Lesion", "lesion_study", "single_deletions"]
@@ -53,7 +54,7 @@ def single_deletions(chain: ResidualChain) -> list[Lesion]:
         A lesion a block, first to last. Blocks without skip that change the shape cannot be deleted and are left out.
     """
     return [
-        Lesion(f"delete {block.name or index}", lambda c, index=index: delete_blocks(c, [index]), (index,))
+        Lesion(f"delete {block.name or index}", partial(delete_block, block=index), (index,))
         for index, block in enumerate(chain)
         if block.skip is not None or (block.keeps_shape and block.in_shape is not None)
     ]
@@ -230,7 +231,7 @@ def _block_key(block: Block) -> Hashable:
 def _part_key(part: nn.Module | None) -> Hashable:
     """Equal for parts that compute the same thing; wrappers are made anew by each edit, so their content counts."""
     if part is None or is_identity(part):
-        return type(part)
+        return type(part).__name__
     if isinstance(part, Scaled):
         return ("scaled", part.factor, _part_key(part.branch))
     if isinstance(part, Parallel):

@@ -129,7 +129,9 @@ def reproduce(
     paths = find_notebooks(only, folder)
     output = output.resolve()
     parameters = {"profile": profile, "figures_folder": str(output)}
-    num_cells = {path: sum(c.cell_type == "code" for c in nbformat.read(path, as_version=4).cells) + 1 for path in paths}
+    num_cells = {
+        path: sum(c.cell_type == "code" for c in nbformat.read(path, as_version=4).cells) + 1 for path in paths
+    }
     results = []
     with tqdm(total=sum(num_cells.values()), unit="cell", disable=not progress) as bar:
         done = 0

@@ -210,7 +210,8 @@ def _flatten(model: nn.Module, program: torch.export.ExportedProgram) -> Trace:
     leaf = program.call_spec.out_spec
     if len(values) != 1 or leaf is None or not leaf.is_leaf():
         raise ResnetPathsError(
-            "model", f"{type(model).__name__} returns {len(values)} values in a container", "a model that returns one tensor",
+            "model", f"{type(model).__name__} returns {len(values)} values in a container",
+            "a model that returns one tensor",
             "Wrap it in a module whose forward returns the tensor you study.",
         )  # fmt: skip
     for node in list(graph.nodes):

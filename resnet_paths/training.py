@@ -1,6 +1,6 @@
-"""Training by name: ``resnet-paths train NAME``. The same seed gives the same weights, stopped and resumed or not.
+"""Training by name: ``resnet-paths train NAME``.
 
-All randomness of epoch `e` comes from a generator seeded by (seed, e), and a checkpoint is written at each epoch's
+On the CPU the same seed gives the same weights, stopped and resumed or not. All randomness of epoch `e` comes from a generator seeded by (seed, e), and a checkpoint is written at each epoch's
 end; a killed run starts again at the last finished epoch and repeats the unfinished one exactly. Devices, precision
 and several machines are Lightning Fabric's business (Fabric's `accelerator`, `devices`, `num_nodes`, `precision`).
 """
@@ -60,7 +60,7 @@ class TrainingSettings:
         """Refuse settings that cannot be trained with."""
         find_network(self.network)
         if self.dataset not in DATASETS:
-            raise ResnetPathsError("dataset", self.dataset, nearest_names(self.dataset, DATASETS))
+            raise ResnetPathsError("dataset", self.dataset, f"one of {nearest_names(self.dataset, DATASETS, cutoff=0)}")
         for name, least in (("epochs", 1), ("batch_size", 2), ("crop_padding", 0), ("seed", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -126,6 +126,8 @@ def train(
     weights, checkpoint = stem.with_suffix(".safetensors"), stem.with_suffix(".checkpoint.safetensors")
     if weights.is_file():
         _refuse_other_settings(weights, settings)
+        if fabric.global_rank == 0:
+            checkpoint.unlink(missing_ok=True)  # left there by a kill at the very last moment
         return weights
     if train_set is None:
         train_set = load_dataset(settings.dataset, "train")
@@ -250,11 +252,10 @@ def _train_one_epoch(
         # Looked at now and then: each look waits for the device.
         if step % 50 == 49 or step == num_steps - 1:
             # Over all processes, so that they stop together and none waits for another.
-            if not math.isfinite(fabric.all_reduce(loss_sum.clone(), reduce_op="sum").item()):
+            loss_of_all = fabric.all_reduce(loss_sum.clone(), reduce_op="sum").item()
+            if not math.isfinite(loss_of_all):
                 _refuse_diverged(settings, epoch)
-    loss_sum, num_wrong, num_seen = fabric.all_reduce(
-        torch.stack([loss_sum, num_wrong, num_seen]), reduce_op="sum"
-    )
+    loss_sum, num_wrong, num_seen = fabric.all_reduce(torch.stack([loss_sum, num_wrong, num_seen]), reduce_op="sum")
     return {
         "epoch": epoch + 1,
         "learning_rate": rate,
@@ -265,8 +266,8 @@ def _train_one_epoch(
 
 def _launch(**options: Any) -> Any:
     """Fabric with its processes started; what it cannot work with is refused."""
-    from lightning_fabric import Fabric  # noqa: PLC0415  seconds to import
-    from lightning_fabric.utilities.exceptions import MisconfigurationException  # noqa: PLC0415
+    from lightning_fabric import Fabric
+    from lightning_fabric.utilities.exceptions import MisconfigurationException
 
     try:
         fabric = Fabric(**options)
@@ -297,7 +298,7 @@ def _augmented_batches(
     labels = torch.tensor(dataset.labels)
     padding = settings.crop_padding
     height, width = dataset.images.shape[-2:]
-    for batch in order.split(settings.batch_size):
+    for batch in torch.split(order, settings.batch_size):
         # Drawn for the whole batch on every process, so that the draws do not depend on their number.
         rows = torch.randint(2 * padding + 1, (len(batch), 1), generator=generator)
         columns = torch.randint(2 * padding + 1, (len(batch), 1), generator=generator)
@@ -326,7 +327,7 @@ def _sum_losses(
 ) -> tuple[float, int]:
     labels = torch.tensor(dataset.labels)
     loss_sum, num_wrong = 0.0, 0
-    for batch in indices.split(batch_size):
+    for batch in torch.split(indices, batch_size):
         images = dataset.normalise(dataset.images[batch]).to(device, memory_format=torch.channels_last)
         truth = labels[batch].to(device)
         logits = model(images).float()
@@ -346,14 +347,10 @@ def _write_checkpoint(
     write_tensors(path, tensors, {**asdict(settings), "log": log, "scaler": precision.state_dict()})
 
 
-def _resume(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, precision: Any
-) -> list[dict[str, Any]]:
+def _resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, precision: Any) -> list[dict[str, Any]]:
     tensors, metadata = read_tensors(path), read_metadata(path)
     try:
-        model.load_state_dict(
-            {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-        )
+        model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
         for name, parameter in model.named_parameters():
             momentum = torch.empty_like(parameter).copy_(tensors[f"momentum.{name}"])
             optimizer.state[parameter]["momentum_buffer"] = momentum

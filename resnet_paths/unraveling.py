@@ -256,10 +256,7 @@ def _plain_parts(traced: Trace, trunk: list[Node]) -> list[_Part]:
 
 
 def _plain_groups(traced: Trace, trunk: list[Node]) -> list[tuple[Node, Node]]:
-    """(Start, end) of each plain block: the composite modules on the trunk, or else its weight layers.
-
-    Of a stack of weight layers the first belongs to the stem and the last, which makes the logits, to the head.
-    """
+    """(Start, end) of each plain block: the composite modules on the trunk, or else its weight layers."""
     units = [_unit(node) for node in trunk]
     weighs = {name: False for name, _ in units}
     for before, node, (name, _) in zip([None, *trunk], trunk, units, strict=False):
@@ -279,7 +276,7 @@ def _plain_groups(traced: Trace, trunk: list[Node]) -> list[tuple[Node, Node]]:
         elif groups:
             groups[-1][1] = index
         previous = name
-    if not composites:
+    if not composites:  # of a stack of weight layers the first is the stem; the last, which makes the logits, the head
         groups = groups[1:-1]
     return [(trunk[a], trunk[b]) for a, b in groups if a >= 0]
 
@@ -378,7 +375,8 @@ def _check_chain(
         else:
             place = "the head, or the export itself"
     raise ResnetPathsError(
-        "model", f"{type(model).__name__}: the chain's output differs from the model's", "a model that unravels exactly",
+        "model", f"{type(model).__name__}: the chain's output differs from the model's",
+        "a model that unravels exactly",
         f"The first difference is in {place}. Please report the model.",
     )  # fmt: skip
 

@@ -78,7 +78,8 @@ def test_every_public_name_is_there_and_has_a_docstring():
 
 
 def test_a_name_stays_a_function_whatever_is_imported_first():
-    code = "import resnet_paths.edits, resnet_paths.lesions, resnet_paths as rp; print(callable(rp.unravel), callable(rp.path_histogram))"
+    code = "import resnet_paths.edits, resnet_paths.lesions, resnet_paths as rp; "
+    code += "print(callable(rp.unravel), callable(rp.path_histogram))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True", "True"]
 

@@ -11,11 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_model, save_model
-from tests.chains import assert_same, branch, inputs, plans, random_chain, random_model, snapshot
 from torch import nn
 
 import resnet_paths as rp
 from resnet_paths.chain import Block, ResidualChain
+from tests.chains import assert_same, branch, inputs, plans, random_chain, random_model, snapshot
 
 STEADY = (3, ())
 

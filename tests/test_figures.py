@@ -48,28 +48,24 @@ def _style() -> Iterator[None]:
 def deletions(network: str = "preact-resnet-56", num_blocks: int = 27, seed: int = 0) -> pd.DataFrame:
     generator = np.random.default_rng(seed)
     rate = generator.uniform(0.08, 0.9, num_blocks)
-    return pd.DataFrame(
-        {
-            "network": network,
-            "block_index": range(num_blocks),
-            "error_rate": rate,
-            "error_rate_low": rate - 0.03,
-            "error_rate_high": rate + 0.02,
-            "intact_error_rate": 0.07 + 0.01 * seed,
-        }
-    )
+    return pd.DataFrame({
+        "network": network,
+        "block_index": range(num_blocks),
+        "error_rate": rate,
+        "error_rate_low": rate - 0.03,
+        "error_rate_high": rate + 0.02,
+        "intact_error_rate": 0.07 + 0.01 * seed,
+    })
 
 
 def published() -> pd.DataFrame:
-    return pd.DataFrame(
-        {
-            "network": "preact-resnet-20",
-            "dataset": "CIFAR-10",
-            "block_index": [0, 1, 2],
-            "error_percent": [69.98, 19.97, 44.74],
-            "intact_error_percent": 8.495,
-        }
-    )
+    return pd.DataFrame({
+        "network": "preact-resnet-20",
+        "dataset": "CIFAR-10",
+        "block_index": [0, 1, 2],
+        "error_percent": [69.98, 19.97, 44.74],
+        "intact_error_percent": 8.495,
+    })
 
 
 def curves() -> pd.DataFrame:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import networkx as nx
 import pytest
 from hypothesis import given, settings
-from tests.chains import plans, random_chain
 
 import resnet_paths as rp
+from tests.chains import plans, random_chain
 
 
 def routes(graph: nx.DiGraph) -> list[tuple]:

@@ -7,12 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from tests.chains import Plan, assert_same, plans, random_chain, snapshot
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import resnet_paths as rp
 from resnet_paths.lesions import Lesion
+from tests.chains import Plan, assert_same, plans, random_chain, snapshot
 
 STEADY = (3, tuple(Plan(3, "identity", False, False) for _ in range(6)))
 
@@ -174,7 +174,7 @@ def test_bad_loaders(loader, message):
 def test_training_mode_is_refused():
     chain = random_chain(STEADY)
     moving = chain.with_blocks([chain[0].replace(post=torch.nn.BatchNorm1d(3).double()), *list(chain)[1:]])
-    with pytest.raises(rp.ResnetPathsError, match="BatchNorm1d 'blocks.0.post' in training mode"):
+    with pytest.raises(rp.ResnetPathsError, match=r"BatchNorm1d 'blocks.0.post' in training mode"):
         rp.lesion_study(moving, labelled(), [lambda c: c], progress=False)
 
 

@@ -32,7 +32,9 @@ def test_a_failing_notebook_is_named_and_the_others_run(folder, tmp_path):
     assert [r.name for r in results] == ["01_good", "02_bad", "03_good"]
     assert [r.error is None for r in results] == [True, False, True]
     # Cells: title, parameters, injected, x = 1, raise.
-    assert results[1].error.startswith("""cell 5 ("raise ValueError('the claim does not hold')"): ValueError: the claim""")
+    assert results[1].error.startswith(
+        """cell 5 ("raise ValueError('the claim does not hold')"): ValueError: the claim"""
+    )
     assert (tmp_path / "out" / "one.txt").read_text() == "full"
     executed = nbformat.read(tmp_path / "out" / "notebooks" / "02_bad.ipynb", as_version=4)
     assert executed.cells[3].execution_count is not None
@@ -47,7 +49,7 @@ def test_only_some(folder, tmp_path):
 
 
 def test_bad_input(folder, tmp_path):
-    with pytest.raises(rp.ResnetPathsError, match="only: got '99'; .*01_good, 02_bad, 03_good"):
+    with pytest.raises(rp.ResnetPathsError, match=r"only: got '99'; .*01_good, 02_bad, 03_good"):
         reproduce(tmp_path, only=["99"], folder=folder)
     with pytest.raises(rp.ResnetPathsError, match="profile: got 'fast'; allowed: 'quick' or 'full'"):
         reproduce(tmp_path, profile="fast", folder=folder)

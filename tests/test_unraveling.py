@@ -8,16 +8,17 @@ import pytest
 import torch
 import torchvision
 from hypothesis import given, settings
-from tests.chains import assert_same, inputs, plans, random_model, snapshot
 from torch import nn
 from torch.nn import functional as F
 
 import resnet_paths as rp
 from resnet_paths.zoo import NETWORKS, build_network
+from tests.chains import assert_same, inputs, plans, random_model, snapshot
 
 BLOCKS = {
     "resnet18": 8, "resnet34": 16, "resnet50": 16, "resnet101": 33, "resnet152": 50,
-    "resnext50_32x4d": 16, "resnext101_32x8d": 33, "resnext101_64x4d": 33, "wide_resnet50_2": 16, "wide_resnet101_2": 33,
+    "resnext50_32x4d": 16, "resnext101_32x8d": 33, "resnext101_64x4d": 33,
+    "wide_resnet50_2": 16, "wide_resnet101_2": 33,
 }  # fmt: skip
 """Blocks by He et al. 2016a, table 1, and Xie et al. 2017: 2+2+2+2, 3+4+6+3, 3+4+23+3, 3+8+36+3."""
 LARGE = {"resnet101", "resnet152", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet101_2"}
@@ -99,7 +100,9 @@ def test_random_models_as_users_write_them(plan):
         assert torch.equal(rp.delete_block(chain, index)(inputs()), without(inputs()))
 
 
-@pytest.mark.parametrize("name", ["preact-resnet-20", "plain-20", pytest.param("preact-resnet-164", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["preact-resnet-20", "plain-20", pytest.param("preact-resnet-164", marks=pytest.mark.slow)]
+)
 def test_our_networks(name):
     model = build_network(name, torch.Generator().manual_seed(0)).eval()
     chain = rp.unravel(model, images(2, 28, 1))
@@ -252,7 +255,7 @@ def test_a_chain_is_returned_as_it_is():
 def test_an_unraveled_chain_has_no_training_mode():
     chain = rp.unravel(torchvision_model("resnet18"), images(2))
     assert not any(module.training for module in chain.modules())
-    with pytest.raises(rp.ResnetPathsError, match="mode: got True; .*eval mode"):
+    with pytest.raises(rp.ResnetPathsError, match=r"mode: got True; .*eval mode"):
         chain.train()
     assert not any(module.training for module in chain.eval().modules())
 
@@ -344,7 +347,9 @@ def test_bad_arguments():
         rp.unravel(model, images(2, channels=1))
     with pytest.raises(rp.ResnetPathsError, match=r"example_inputs: got \['str'\]; allowed: a tensor"):
         rp.unravel(model, "images")
-    with pytest.raises(rp.ResnetPathsError, match=r"model: got 'builtin_function_or_method'; allowed: a torch.nn.Module"):
+    with pytest.raises(
+        rp.ResnetPathsError, match=r"model: got 'builtin_function_or_method'; allowed: a torch.nn.Module"
+    ):
         rp.unravel(torch.relu, images(2))
     with pytest.raises(rp.ResnetPathsError, match=r"BatchNorm2d 'bn1' in training mode.*Call model.eval\(\) first"):
         rp.unravel(model.train(), images(2))

@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from resnet_paths.device import choose_device
 from resnet_paths.errors import ResnetPathsError, nearest_names
 from resnet_paths.files import shipped_folder
 from resnet_paths.zoo.resnet import PlainNet, PreactResNet
@@ -53,9 +54,7 @@ def _preact(depth: int, *, bottleneck: bool = False) -> NetworkFacts:
 
 def _plain(depth: int) -> NetworkFacts:
     blocks = (depth - 2) // 2
-    return NetworkFacts(
-        partial(PlainNet, depth), f"plain net, {blocks} blocks of 2 convolutions, no skips", blocks, 1
-    )
+    return NetworkFacts(partial(PlainNet, depth), f"plain net, {blocks} blocks of 2 convolutions, no skips", blocks, 1)
 
 
 NETWORKS: dict[str, NetworkFacts] = {
@@ -83,9 +82,7 @@ def find_network(name: str) -> NetworkFacts:
     return NETWORKS[name]
 
 
-def build_network(
-    name: str, generator: torch.Generator, *, in_channels: int = 1, num_classes: int = 10
-) -> nn.Module:
+def build_network(name: str, generator: torch.Generator, *, in_channels: int = 1, num_classes: int = 10) -> nn.Module:
     """An untrained network in training mode, initialised from `generator` alone.
 
     Convolutions are drawn by He's rule (fan-out; He et al. 2015), linear layers by torch's default rule.
@@ -108,9 +105,7 @@ def build_network(
     model.to_empty(device="cpu")
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(
-                module.weight, mode="fan_out", nonlinearity="relu", generator=generator
-            )
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu", generator=generator)
         elif isinstance(module, nn.Linear):
             bound = module.in_features**-0.5
             nn.init.uniform_(module.weight, -bound, bound, generator=generator)
@@ -120,15 +115,16 @@ def build_network(
     return model
 
 
-def load_network(name: str, weights: str | Path | None = None) -> nn.Module:
+def load_network(name: str, weights: str | Path | None = None, *, device: str | torch.device = "cpu") -> nn.Module:
     """A trained network in eval mode; ``model.training_log`` is its training log, a row an epoch.
 
     Args:
         name: Name of a network with shipped weights (see `list_networks`), or of any known network with `weights`.
         weights: A ``.safetensors`` file that ``resnet-paths train`` wrote, instead of the shipped one.
+        device: Where to put it; ``"auto"`` is the accelerator if there is one.
 
     Returns:
-        The module, on the CPU, in float32.
+        The module, in float32.
 
     Raises:
         ResnetPathsError: If the name is unknown, no weights are there, or the file is cut short, a pickle, of
@@ -158,7 +154,7 @@ def load_network(name: str, weights: str | Path | None = None) -> nn.Module:
     model = build_network(name, torch.Generator(), **shape)
     read_weights(path, model, name)
     model.training_log = pd.DataFrame(metadata.get("log", []))  # type: ignore[assignment]
-    return model.eval()
+    return model.eval().to(choose_device(device))
 
 
 def list_networks() -> pd.DataFrame:
@@ -178,20 +174,18 @@ def list_networks() -> pd.DataFrame:
             model = facts.build(in_channels=1, num_classes=10)
         path = _weights_file(name)
         metadata = read_metadata(path) if path.is_file() else {}
-        rows.append(
-            {
-                "name": name,
-                "description": facts.description,
-                "num_blocks": facts.num_blocks,
-                "num_paths": facts.num_paths,
-                "num_parameters": sum(p.numel() for p in model.parameters()),
-                "trained": bool(metadata),
-                "dataset": metadata.get("dataset"),
-                "epochs": metadata.get("epochs"),
-                "seed": metadata.get("seed"),
-                "test_error_rate": metadata.get("test_error_rate"),
-            }
-        )
+        rows.append({
+            "name": name,
+            "description": facts.description,
+            "num_blocks": facts.num_blocks,
+            "num_paths": facts.num_paths,
+            "num_parameters": sum(p.numel() for p in model.parameters()),
+            "trained": bool(metadata),
+            "dataset": metadata.get("dataset"),
+            "epochs": metadata.get("epochs"),
+            "seed": metadata.get("seed"),
+            "test_error_rate": metadata.get("test_error_rate"),
+        })
     frame = pd.DataFrame(rows)
     # Python ints, not floats: 2**81 paths are exact.
     frame["num_paths"] = pd.Series([row["num_paths"] for row in rows], dtype=object)

@@ -109,9 +109,7 @@ class PreactResNet(nn.Module):
         bottleneck: Whether blocks hold three convolutions instead of two.
     """
 
-    def __init__(
-        self, depth: int, in_channels: int = 1, num_classes: int = 10, *, bottleneck: bool = False
-    ) -> None:
+    def __init__(self, depth: int, in_channels: int = 1, num_classes: int = 10, *, bottleneck: bool = False) -> None:
         super().__init__()
         block = PreactBottleneckBlock if bottleneck else PreactBasicBlock
         per_stage = (depth - 2) // (9 if bottleneck else 6)

@@ -31,7 +31,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
         tensors: Tensors by name, on any device.
         metadata: What the file says of itself.
     """
-    from safetensors.torch import save_file  # noqa: PLC0415
+    from safetensors.torch import save_file
 
     plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     with write_then_rename(path) as temporary:
@@ -50,7 +50,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     Raises:
         ResnetPathsError: If the file is missing, cut short, a pickle, or not safetensors.
     """
-    from safetensors import SafetensorError, safe_open  # noqa: PLC0415
+    from safetensors import SafetensorError, safe_open
 
     _refuse_pickle(path)
     try:
@@ -58,13 +58,9 @@ def read_metadata(path: Path) -> dict[str, Any]:
             entries = file.metadata() or {}
         metadata = json.loads(entries.get(_ENTRY, "{}"))
     except (SafetensorError, json.JSONDecodeError, OSError) as error:
-        raise ResnetPathsError(
-            f"weights file {path}", str(error), "a whole safetensors file", _ADVICE
-        ) from error
+        raise ResnetPathsError(f"weights file {path}", str(error), "a whole safetensors file", _ADVICE) from error
     if not isinstance(metadata, dict):
-        raise ResnetPathsError(
-            f"weights file {path}", metadata, f"a JSON object as its metadata {_ENTRY!r}", _ADVICE
-        )
+        raise ResnetPathsError(f"weights file {path}", metadata, f"a JSON object as its metadata {_ENTRY!r}", _ADVICE)
     return metadata
 
 
@@ -81,16 +77,14 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         ResnetPathsError: If the file is missing, cut short, a pickle, not safetensors, or holds values that are not
             finite.
     """
-    from safetensors import SafetensorError  # noqa: PLC0415
-    from safetensors.torch import load_file  # noqa: PLC0415
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
     _refuse_pickle(path)
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ResnetPathsError(
-            f"weights file {path}", str(error), "a whole safetensors file", _ADVICE
-        ) from error
+        raise ResnetPathsError(f"weights file {path}", str(error), "a whole safetensors file", _ADVICE) from error
     for name, tensor in tensors.items():
         _refuse_not_finite(path, name, tensor)
     return tensors
@@ -110,9 +104,7 @@ def read_weights(path: Path, model: nn.Module, network: str) -> None:
     """
     stated = read_metadata(path).get("network", network)
     if stated != network:
-        raise ResnetPathsError(
-            f"weights file {path}", f"weights of {stated!r}", f"weights of {network!r}"
-        )
+        raise ResnetPathsError(f"weights file {path}", f"weights of {stated!r}", f"weights of {network!r}")
     tensors = read_tensors(path)
     expected = model.state_dict()
     for name in sorted(expected.keys() | tensors.keys()):

@@ -1,0 +1,732 @@
+"""The same seed gives the same weights, stopped and resumed or not, and a run that fails leaves nothing finished."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import lightning_fabric
+import pandas as pd
+import pytest
+import torch
+from lightning_fabric.plugins.precision import MixedPrecision, Precision
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from resnet_paths import training
+from resnet_paths.datasets import ImageDataset
+from resnet_paths.errors import ResnetPathsError
+from resnet_paths.training import TrainingSettings, evaluate, learning_rate_at, train
+from resnet_paths.zoo import build_network, load_network
+from resnet_paths.zoo.weights import read_metadata, read_tensors, write_tensors
+
+SETTINGS = TrainingSettings("plain-20", epochs=3, batch_size=16, seed=4)
+NAME = "plain-20-seed4"
+COLUMNS = [
+    "network", "seed", "epoch", "learning_rate", "train_loss", "train_error_rate",
+    "test_loss", "test_error_rate", "seconds",
+]  # fmt: skip
+
+
+@pytest.fixture
+def run(make_images):
+    """Train on 40 images, so that the last batch of each epoch is a smaller one, and measure on 21."""
+    images = {"train_set": make_images(40), "test_set": make_images(21, seed=1)}
+
+    def call(folder, settings=SETTINGS, **options):
+        return train(settings, folder, **{"accelerator": "cpu", "progress": False, **images, **options})
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The folder of a run that nothing stopped; made by the first test that needs it."""
+    return tmp_path_factory.mktemp("uninterrupted")
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def same_run(first, second):
+    """Assert that two weights files and their logs are equal but for the seconds."""
+    one, other = load_file(first), load_file(second)
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        assert torch.equal(value, other[key]), key
+    stated, again = read_metadata(first), read_metadata(second)
+    for metadata in (stated, again):
+        for row in metadata["log"]:
+            assert row.pop("seconds") >= 0
+    assert stated == again
+    logs = [pd.read_csv(path.with_suffix(".csv")).drop(columns="seconds") for path in (first, second)]
+    pd.testing.assert_frame_equal(*logs, check_exact=True)
+
+
+# A run
+
+
+def test_a_run_writes_weights_and_log_and_nothing_else(run, tmp_path):
+    before = torch.get_rng_state()
+    path = run(tmp_path / "new" / "runs")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert path == tmp_path / "new" / "runs" / f"{NAME}.safetensors"
+    assert names_in(path.parent) == [f"{NAME}.csv", f"{NAME}.safetensors"]
+    metadata = read_metadata(path)
+    assert {key: metadata[key] for key in dataclasses.asdict(SETTINGS)} == dataclasses.asdict(SETTINGS)
+    assert (metadata["in_channels"], metadata["num_classes"]) == (1, 10)
+    tensors = load_file(path)
+    assert all(value.dtype == torch.float32 for key, value in tensors.items() if "num_batches" not in key)
+    assert tensors["bn.num_batches_tracked"] == 9
+    assert metadata["num_parameters"] == sum(p.numel() for p in load_network("plain-20", path).parameters())
+
+
+def test_the_log_is_tidy(run, tmp_path):
+    path = run(tmp_path)
+    log = pd.read_csv(path.with_suffix(".csv"))
+    assert list(log.columns) == COLUMNS
+    assert log["epoch"].tolist() == [1, 2, 3]
+    assert set(log["network"]) == {"plain-20"}
+    assert set(log["seed"]) == {4}
+    assert log["train_error_rate"].between(0, 1).all()
+    assert log["test_error_rate"].between(0, 1).all()
+    rates = [learning_rate_at(SETTINGS, epoch) for epoch in (1, 2, 3)]
+    assert log["learning_rate"].tolist() == pytest.approx(rates, rel=1e-5)
+    kept = pd.DataFrame(read_metadata(path)["log"])
+    assert list(kept.columns) == COLUMNS
+    assert kept["train_loss"].tolist() == pytest.approx(log["train_loss"].tolist(), rel=1e-5)
+    assert (kept["test_error_rate"] * 21 % 1).tolist() == pytest.approx([0, 0, 0], abs=1e-9)
+
+
+def test_something_is_learned(run, tmp_path):
+    log = pd.read_csv(run(tmp_path, dataclasses.replace(SETTINGS, epochs=6)).with_suffix(".csv"))
+    assert log["train_loss"].iloc[-1] < 0.8 * log["train_loss"].iloc[0]
+
+
+def test_the_same_seed_gives_the_same_weights(run, tmp_path):
+    torch.manual_seed(1)
+    first = run(tmp_path / "a")
+    torch.manual_seed(2)
+    same_run(first, run(tmp_path / "b"))
+
+
+def test_another_seed_gives_other_weights(run, tmp_path):
+    one = dataclasses.replace(SETTINGS, epochs=1)
+    other = dataclasses.replace(one, seed=5)
+    assert not torch.equal(load_file(run(tmp_path, one))["fc.weight"], load_file(run(tmp_path, other))["fc.weight"])
+    assert len(names_in(tmp_path)) == 4  # runs of several seeds share a folder
+
+
+def test_one_step_by_hand(make_images, tmp_path):
+    """One batch, one epoch: SGD with Nesterov momentum and weight decay, written out."""
+    images = make_images(6)
+    settings = TrainingSettings("preact-resnet-20", epochs=1, batch_size=6, seed=2, warmup_epochs=0, momentum=0.8)
+    model = build_network("preact-resnet-20", torch.Generator().manual_seed(2)).to(memory_format=torch.channels_last)
+    ((inputs, labels),) = training._augmented_batches(images, settings, 0, 0, 1)
+    # With one step in all, the cosine has already reached zero: measure the step half an epoch in.
+    settings = dataclasses.replace(settings, epochs=2)
+    loss = F.cross_entropy(model(inputs), labels)
+    loss.backward()
+    rate = 0.1 * 0.5 * (1 + math.cos(math.pi / 2))
+    expected = {}
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad + 5e-4 * parameter.detach()
+        expected[name] = parameter.detach() - rate * (gradient + 0.8 * gradient)  # the buffer starts as the gradient
+
+    class Stop(Exception):  # noqa: N818
+        pass
+
+    def stop(*args):
+        raise Stop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "_write_log", stop)
+        with pytest.raises(Stop):
+            train(settings, tmp_path, accelerator="cpu", train_set=images, test_set=images, progress=False)
+    found = read_tensors(tmp_path / "preact-resnet-20-seed2.checkpoint.safetensors")
+    for name, value in expected.items():
+        torch.testing.assert_close(found[f"model.{name}"], value, rtol=1e-5, atol=1e-7)
+    assert read_metadata(tmp_path / "preact-resnet-20-seed2.checkpoint.safetensors")["log"][0][
+        "train_loss"
+    ] == pytest.approx(loss.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+@pytest.mark.filterwarnings("ignore:You passed `Fabric")
+def test_mixed_precision_keeps_float32_weights(run, tmp_path, precision):
+    full = run(tmp_path / "full", dataclasses.replace(SETTINGS, epochs=1))
+    mixed = run(tmp_path / "mixed", dataclasses.replace(SETTINGS, epochs=1, precision=precision))
+    tensors = load_file(mixed)
+    assert all(value.dtype == torch.float32 for key, value in tensors.items() if "num_batches" not in key)
+    assert not torch.equal(tensors["fc.weight"], load_file(full)["fc.weight"])
+    assert read_metadata(mixed)["precision"] == precision
+    torch.testing.assert_close(tensors["fc.weight"], load_file(full)["fc.weight"], atol=0.02, rtol=0)
+
+
+def test_a_finished_run_is_returned_at_once(run, tmp_path, monkeypatch):
+    path = run(tmp_path)
+    content = path.read_bytes(), path.stat().st_mtime_ns
+    monkeypatch.setattr(training, "build_network", lambda *args, **kwargs: pytest.fail("trained again"))
+    monkeypatch.setattr(training, "load_dataset", lambda *args: pytest.fail("data read"))
+    assert run(tmp_path, train_set=None, test_set=None) == path
+    assert (path.read_bytes(), path.stat().st_mtime_ns) == content
+
+
+def test_splits_are_those_of_the_data_set(make_images, tmp_path, monkeypatch):
+    asked = []
+
+    def load(name, split):
+        asked.append((name, split))
+        return make_images(20, name=name)
+
+    monkeypatch.setattr(training, "load_dataset", load)
+    settings = TrainingSettings("plain-20", dataset="cifar-10", epochs=1, batch_size=10)
+    path = train(settings, tmp_path, accelerator="cpu", progress=False)
+    assert asked == [("cifar-10", "train"), ("cifar-10", "test")]
+    assert read_metadata(path)["in_channels"] == 3
+    assert load_network("plain-20", path)(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+
+
+def test_progress_goes_to_standard_error(run, tmp_path, capsys):
+    run(tmp_path, dataclasses.replace(SETTINGS, epochs=1), progress=True)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "plain-20" in captured.err
+    run(tmp_path / "quiet", dataclasses.replace(SETTINGS, epochs=1))
+    assert "plain-20" not in capsys.readouterr().err
+
+
+# Stopped and resumed
+
+
+def stop_at(monkeypatch, place, call):
+    """Let the named step of training be interrupted instead of its call number `call` (from 1)."""
+    original, calls = getattr(training, place), []
+
+    def step(*args, **kwargs):
+        calls.append(place)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(training, place, step)
+
+
+@pytest.mark.parametrize(
+    ("place", "call", "epochs_kept"),
+    [
+        ("_train_one_epoch", 1, 0),
+        ("_measure", 1, 0),
+        ("_write_checkpoint", 1, 0),
+        ("_write_log", 1, 1),  # the checkpoint has the epoch, the log has not
+        ("_train_one_epoch", 3, 2),
+        ("_write_checkpoint", 3, 2),
+        ("_write_log", 3, 3),
+        ("evaluate", 1, 3),
+        ("write_tensors", 4, 3),  # the weights themselves
+    ],
+)
+def test_stopped_and_resumed_is_the_same_run(run, uninterrupted, tmp_path, monkeypatch, place, call, epochs_kept):
+    with monkeypatch.context() as patch:
+        stop_at(patch, place, call)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path)
+    assert not (tmp_path / f"{NAME}.safetensors").exists()
+    assert not [name for name in names_in(tmp_path) if "unfinished" in name]
+    checkpoint = tmp_path / f"{NAME}.checkpoint.safetensors"
+    assert checkpoint.exists() == (epochs_kept > 0)
+    if epochs_kept:
+        assert [row["epoch"] for row in read_metadata(checkpoint)["log"]] == list(range(1, epochs_kept + 1))
+    epochs = []
+    original = training._train_one_epoch
+    monkeypatch.setattr(training, "_train_one_epoch", lambda *args: (epochs.append(args[5]), original(*args))[1])
+    path = run(tmp_path)
+    assert epochs == list(range(epochs_kept, 3))
+    same_run(path, run(uninterrupted))
+    assert names_in(tmp_path) == [f"{NAME}.csv", f"{NAME}.safetensors"]
+
+
+def test_stopped_inside_an_epoch_and_resumed_is_the_same_run(run, uninterrupted, tmp_path, monkeypatch):
+    original, seen = training._augmented_batches, []
+
+    def batches(*args):
+        for batch in original(*args):
+            seen.append(batch)
+            if len(seen) == 5:  # the second batch of the second epoch
+                raise KeyboardInterrupt
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_augmented_batches", batches)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path)
+    assert len(pd.read_csv(tmp_path / f"{NAME}.csv")) == 1
+    same_run(run(tmp_path), run(uninterrupted))
+
+
+def test_resuming_in_mixed_precision_is_the_same_run(run, tmp_path, monkeypatch):
+    settings = dataclasses.replace(SETTINGS, precision="bf16-mixed")
+    with monkeypatch.context() as patch:
+        stop_at(patch, "_write_log", 2)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "stopped", settings)
+    same_run(run(tmp_path / "stopped", settings), run(tmp_path / "whole", settings))
+
+
+# Kills itself at the given step, with no chance to clean up.
+SCRIPT = textwrap.dedent("""
+    import os, signal, sys
+    import safetensors.torch, torch
+    from pathlib import Path
+    from resnet_paths import training
+    from resnet_paths.datasets import ImageDataset
+
+    folder, place, call = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    calls = 0
+
+    def dies(function, before):
+        def step(*args, **kwargs):
+            global calls
+            calls += 1
+            if calls < call:
+                return function(*args, **kwargs)
+            before(*args, **kwargs)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step
+
+    def half(tensors, path, metadata):
+        save(tensors, path, metadata)
+        with open(path, "r+b") as file:
+            file.truncate(Path(path).stat().st_size // 2)
+
+    save, replace, backward = safetensors.torch.save_file, Path.replace, torch.Tensor.backward
+    if place == "half a file":
+        safetensors.torch.save_file = dies(save, half)
+    elif place == "before the rename":
+        Path.replace = dies(replace, lambda *args: None)
+    elif place == "after the rename":
+        Path.replace = dies(replace, replace)
+    elif place == "in a batch":
+        torch.Tensor.backward = dies(backward, backward)
+
+    def images(number, seed):
+        generator = torch.Generator().manual_seed(seed)
+        labels = torch.randint(10, (number,), generator=generator)
+        noise = torch.randint(60, (number, 1, 28, 28), generator=generator)
+        return ImageDataset("fashion-mnist", (noise + 20 * labels.view(-1, 1, 1, 1)).to(torch.uint8), labels)
+
+    settings = training.TrainingSettings("plain-20", epochs=3, batch_size=16, seed=4)
+    training.train(
+        settings, folder, accelerator="cpu", train_set=images(40, 0), test_set=images(21, 1), progress=False
+    )
+""")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "moments",
+    [
+        [("half a file", 1), ("in a batch", 4), ("half a file", 2), ("half a file", 2)],
+        # Renames: checkpoint and log after each epoch, then log and weights.
+        [("before the rename", 1), ("after the rename", 1), ("before the rename", 5), ("after the rename", 2)],
+    ],
+)
+def test_killed_at_several_moments_and_resumed_is_the_same_run(run, uninterrupted, tmp_path, moments):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    folder = tmp_path / "runs"
+
+    def start(place, call):
+        command = [sys.executable, str(tmp_path / "script.py"), str(folder), place, str(call)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=200)
+
+    for place, call in moments:
+        killed = start(place, call)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        for path in folder.glob("[!.]*.safetensors"):  # whatever carries a final name is whole
+            read_tensors(path)
+    finished = start("never", 0)
+    assert finished.returncode == 0, finished.stderr
+    assert [name for name in names_in(folder) if name[0] != "."] == [f"{NAME}.csv", f"{NAME}.safetensors"]
+    same_run(folder / f"{NAME}.safetensors", run(uninterrupted))
+
+
+@pytest.mark.parametrize(
+    "field", ["epochs", "batch_size", "learning_rate", "warmup_epochs", "momentum", "weight_decay", "crop_padding"]
+)
+@pytest.mark.parametrize("finished", [True, False])
+def test_other_settings_in_the_same_folder_are_refused(run, uninterrupted, tmp_path, field, finished):
+    path = run(uninterrupted)
+    if finished:
+        for part in (path, path.with_suffix(".csv")):
+            (tmp_path / part.name).write_bytes(part.read_bytes())
+    else:
+        write_tensors(tmp_path / f"{NAME}.checkpoint.safetensors", load_file(path), read_metadata(path))
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    other = dataclasses.replace(SETTINGS, **{field: getattr(SETTINGS, field) / 2 if field == "momentum" else 7})
+    with pytest.raises(ResnetPathsError, match=rf"{field}: got .*; allowed: .*{NAME}.*another folder"):
+        run(tmp_path, other)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_a_checkpoint_that_is_cut_is_refused(run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, "_write_log", 1)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path)
+    checkpoint = tmp_path / f"{NAME}.checkpoint.safetensors"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
+    with pytest.raises(ResnetPathsError, match=r"checkpoint\.safetensors.*whole safetensors file"):
+        run(tmp_path)
+    assert names_in(tmp_path) == [checkpoint.name]
+
+
+@pytest.mark.parametrize("lost", ["momentum.fc.bias", "model.conv.weight", "log"])
+def test_a_checkpoint_that_lacks_a_part_is_refused(run, tmp_path, monkeypatch, lost):
+    with monkeypatch.context() as patch:
+        stop_at(patch, "_write_log", 1)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path)
+    checkpoint = tmp_path / f"{NAME}.checkpoint.safetensors"
+    tensors, metadata = read_tensors(checkpoint), read_metadata(checkpoint)
+    tensors.pop(lost, None)
+    metadata.pop(lost, None)
+    write_tensors(checkpoint, tensors, metadata)
+    name = lost.removeprefix("model.")
+    with pytest.raises(ResnetPathsError, match=rf"checkpoint .*{name}.*Delete it to start again"):
+        run(tmp_path)
+
+
+def test_momentum_is_resumed_on_the_device_of_the_weights(run, tmp_path, monkeypatch):
+    """No GPU is needed to see that a buffer would stay behind: the meta device is another one, too."""
+    stop_at(monkeypatch, "_write_log", 1)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    with torch.device("meta"):
+        model = torch.nn.Module()
+        model.load_state_dict = lambda state: None
+        model.fc = torch.nn.Linear(64, 10)
+    sgd = torch.optim.SGD(model.parameters(), 0.1, 0.9)
+    training._resume(tmp_path / f"{NAME}.checkpoint.safetensors", model, sgd, Precision())
+    assert {state["momentum_buffer"].device.type for state in sgd.state.values()} == {"meta"}
+    assert len(sgd.state) == 2
+
+
+def test_a_checkpoint_is_read_after_the_weights_moved_to_their_device(run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, "_write_log", 1)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path)
+    order = []
+    setup, resume = lightning_fabric.Fabric.setup, training._resume
+    monkeypatch.setattr(lightning_fabric.Fabric, "setup", lambda *args: (order.append("setup"), setup(*args))[1])
+    monkeypatch.setattr(training, "_resume", lambda *args: (order.append("resume"), resume(*args))[1])
+    run(tmp_path)
+    assert order == ["setup", "resume"]
+
+
+def test_the_loss_scale_is_kept_in_the_checkpoint(tmp_path):
+    def float16():
+        return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))
+
+    model = build_network("plain-20", torch.Generator().manual_seed(0))
+    sgd = torch.optim.SGD(model.parameters(), 0.1, 0.9)
+    model(torch.randn(4, 1, 28, 28, generator=torch.Generator().manual_seed(0))).sum().backward()
+    sgd.step()
+    precision = float16()
+    precision.scaler.load_state_dict({**precision.state_dict(), "scale": 64.0, "_growth_tracker": 17})
+    training._write_checkpoint(tmp_path / "x.safetensors", model, sgd, precision, SETTINGS, [])
+    again = float16()
+    assert again.state_dict() != precision.state_dict()
+    training._resume(tmp_path / "x.safetensors", model, sgd, again)
+    assert again.state_dict() == precision.state_dict()
+
+
+# Runs that fail
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path):
+    settings = dataclasses.replace(SETTINGS, learning_rate=1e25)
+    with pytest.raises(ResnetPathsError, match=r"learning_rate: got 1e\+25; .*finite.* epoch 1.*a third of the rate"):
+        run(tmp_path, settings)
+    assert names_in(tmp_path) == []
+
+
+def test_weights_that_are_not_finite_after_the_last_step_are_never_written(run, tmp_path, monkeypatch):
+    original = training._train_one_epoch
+
+    def spoil(fabric, model, *args):
+        row = original(fabric, model, *args)
+        if row["epoch"] == 2:
+            with torch.no_grad():
+                next(model.parameters()).view(-1)[0] = math.nan
+        return row
+
+    monkeypatch.setattr(training, "_train_one_epoch", spoil)
+    with pytest.raises(ResnetPathsError, match="the loss stays finite; it did not in epoch 2"):
+        run(tmp_path)
+    assert names_in(tmp_path) == [f"{NAME}.checkpoint.safetensors", f"{NAME}.csv"]
+    assert len(pd.read_csv(tmp_path / f"{NAME}.csv")) == 1
+    read_tensors(tmp_path / f"{NAME}.checkpoint.safetensors")
+
+
+@pytest.mark.parametrize("argument", ["train_set", "test_set"])
+def test_images_of_another_data_set_are_refused(run, make_images, tmp_path, argument):
+    with pytest.raises(ResnetPathsError, match=f"{argument}: got 'cifar-10'; allowed: images of 'fashion-mnist'"):
+        run(tmp_path / "new", **{argument: make_images(20, name="cifar-10")})
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_training(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ResnetPathsError, match=r"folder: got '.*file/runs'; allowed: a folder that can be written to"):
+        run(tmp_path / "file" / "runs")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"accelerator": "abacus"},
+        {"devices": 0},
+        {"devices": "two"},
+        {"num_nodes": 0},
+        {"strategy": "chess"},
+    ],
+)
+def test_what_fabric_cannot_do_is_refused(run, tmp_path, options):
+    with pytest.raises(ResnetPathsError, match="accelerator, devices, num_nodes, strategy, precision") as caught:
+        run(tmp_path / "new", **options)
+    assert str(*options.values()) in caught.value.value
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("network", "plain-21", "'plain-20'"),
+        ("dataset", "cifar10", "one of 'cifar-10', 'fashion-mnist'"),
+        ("epochs", 0, "an int of at least 1"),
+        ("epochs", 1.5, "an int of at least 1"),
+        ("epochs", "3", "an int of at least 1"),
+        ("batch_size", 1, "an int of at least 2"),
+        ("batch_size", True, "an int of at least 2"),
+        ("crop_padding", -1, "an int of at least 0"),
+        ("seed", -1, "an int of at least 0"),
+        ("seed", 2**32, "an int from 0 to 4294967295"),
+        ("learning_rate", 0, "a positive number"),
+        ("learning_rate", -0.1, "a finite number of at least 0"),
+        ("learning_rate", math.nan, "a finite number of at least 0"),
+        ("learning_rate", math.inf, "a finite number of at least 0"),
+        ("learning_rate", "0.1", "a finite number of at least 0"),
+        ("warmup_epochs", -1, "a finite number of at least 0"),
+        ("weight_decay", -1e-4, "a finite number of at least 0"),
+        ("weight_decay", math.nan, "a finite number of at least 0"),
+        ("momentum", 0, "a number between 0 and 1, both excluded"),
+        ("momentum", 1, "a number between 0 and 1, both excluded"),
+        ("precision", "bf16", "one of '32-true', 'bf16-mixed', '16-mixed'"),
+        ("precision", "16-true", "one of '32-true', 'bf16-mixed', '16-mixed'"),
+        ("precision", 32, "one of '32-true', 'bf16-mixed', '16-mixed'"),
+    ],
+)
+def test_settings_that_cannot_be_trained_with(field, value, allowed):
+    with pytest.raises(ResnetPathsError) as caught:
+        TrainingSettings(**{"network": "plain-20", field: value})
+    assert caught.value.argument == ("name" if field == "network" else field)
+    assert caught.value.value is value
+    assert allowed in caught.value.allowed
+
+
+def test_the_largest_seed_works(run, tmp_path):
+    run(tmp_path, dataclasses.replace(SETTINGS, seed=2**32 - 1, epochs=1))
+
+
+def test_defaults_are_those_of_the_shipped_networks():
+    assert json.loads(json.dumps(dataclasses.asdict(TrainingSettings("plain-20")))) == {
+        "network": "plain-20", "dataset": "fashion-mnist", "epochs": 12, "seed": 0, "batch_size": 128,
+        "learning_rate": 0.1, "warmup_epochs": 1.0, "momentum": 0.9, "weight_decay": 5e-4, "crop_padding": 2,
+        "precision": "32-true",
+    }  # fmt: skip
+
+
+# The learning rate
+
+
+def test_learning_rate_rises_linearly_and_falls_on_a_cosine():
+    settings = TrainingSettings("plain-20", epochs=12, learning_rate=0.2, warmup_epochs=2)
+    assert learning_rate_at(settings, 0) == 0
+    assert learning_rate_at(settings, 0.5) == pytest.approx(0.05)
+    assert learning_rate_at(settings, 2) == pytest.approx(0.2)
+    assert learning_rate_at(settings, 7) == pytest.approx(0.1)
+    assert learning_rate_at(settings, 12) == pytest.approx(0, abs=1e-12)
+    rates = [learning_rate_at(settings, step / 10) for step in range(121)]
+    assert rates[:21] == sorted(rates[:21])
+    assert rates[20:] == sorted(rates[20:], reverse=True)
+
+
+@pytest.mark.parametrize(("epochs", "warmup", "peak_at"), [(1, 1.0, 0.5), (1, 5.0, 0.5), (4, 0.0, 0.0), (4, 9.0, 2.0)])
+def test_warm_up_takes_half_of_the_run_at_the_most(epochs, warmup, peak_at):
+    settings = TrainingSettings("plain-20", epochs=epochs, warmup_epochs=warmup)
+    steps = [step / 100 * epochs for step in range(101)]
+    assert max(steps, key=lambda epoch: learning_rate_at(settings, epoch)) == peak_at
+    assert learning_rate_at(settings, epochs) == pytest.approx(0, abs=1e-12)
+
+
+# Augmentation
+
+
+def random_images(num_images, name="fashion-mnist", shape=(1, 28, 28)):
+    """Every pixel random, so that no two crops are alike; no pixel zero, so that the padding is seen."""
+    generator = torch.Generator().manual_seed(8)
+    images = torch.randint(1, 256, (num_images, *shape), generator=generator, dtype=torch.uint8)
+    return ImageDataset(name, images, torch.arange(num_images) % 10)
+
+
+def all_crops(images, padding):
+    """Where every possible augmented image comes from: bytes to (number, row, column, flipped), by slicing alone."""
+    origin = {}
+    for number, image in enumerate(images.images.numpy()):
+        channels, height, width = image.shape
+        padded = torch.zeros(channels, height + 2 * padding, width + 2 * padding, dtype=torch.uint8).numpy()
+        padded[:, padding : padding + height, padding : padding + width] = image
+        for row in range(2 * padding + 1):
+            for column in range(2 * padding + 1):
+                crop = padded[:, row : row + height, column : column + width]
+                origin[crop.tobytes()] = (number, row, column, False)
+                origin[crop[:, :, ::-1].tobytes()] = (number, row, column, True)
+    return origin
+
+
+def to_bytes(images, inputs):
+    """Undo the normalisation."""
+    values = (inputs.double() * images._std.double() + images._mean.double()) * 255
+    assert (values - values.round()).abs().max() < 1e-3
+    return values.round().to(torch.uint8).numpy()
+
+
+@pytest.mark.parametrize("padding", [0, 2, 3])
+@pytest.mark.parametrize(("name", "shape"), [("fashion-mnist", (1, 28, 28)), ("cifar-10", (3, 32, 32))])
+def test_every_augmented_image_is_a_crop_or_flip_of_its_own_original(name, shape, padding):
+    images = random_images(11, name, shape)
+    settings = TrainingSettings("plain-20", dataset=name, batch_size=4, crop_padding=padding, seed=3)
+    origin = all_crops(images, padding)
+    assert len(origin) == 11 * 2 * (2 * padding + 1) ** 2
+    seen = []
+    for epoch in range(20):
+        order = []
+        batches = list(training._augmented_batches(images, settings, epoch, 0, 1))
+        assert [len(labels) for _, labels in batches] == [4, 4, 3]
+        for inputs, labels in batches:
+            assert inputs.dtype == torch.float32
+            for image, label in zip(to_bytes(images, inputs), labels.tolist(), strict=True):
+                number, *change = origin[image.tobytes()]
+                assert label == images.labels[number]
+                order.append(number)
+                seen.append((number, *change))
+        assert sorted(order) == list(range(11))  # each image once an epoch
+    _, rows, columns, flips = zip(*seen, strict=True)
+    # 220 draws: every offset turns up, and flips are about half.
+    assert set(rows) == set(columns) == set(range(2 * padding + 1))
+    assert 70 < sum(flips) < 150
+    if padding:
+        assert len(set(zip(rows, columns, strict=True))) > (2 * padding + 1) ** 2 // 2  # drawn apart from each other
+
+
+def test_order_and_crops_follow_from_seed_and_epoch_alone():
+    images = random_images(30)
+
+    def epoch_of(seed, epoch):
+        torch.manual_seed(99 + epoch)
+        settings = TrainingSettings("plain-20", batch_size=8, seed=seed)
+        return torch.cat([inputs for inputs, _ in training._augmented_batches(images, settings, epoch, 0, 1)])
+
+    assert torch.equal(epoch_of(1, 2), epoch_of(1, 2))
+    assert not torch.equal(epoch_of(1, 2), epoch_of(1, 3))
+    assert not torch.equal(epoch_of(1, 2), epoch_of(2, 2))
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_several_processes_together_see_the_batches_of_one(world_size):
+    images = random_images(23)
+    settings = TrainingSettings("plain-20", batch_size=8)
+    whole = list(training._augmented_batches(images, settings, 1, 0, 1))
+    parts = [list(training._augmented_batches(images, settings, 1, rank, world_size)) for rank in range(world_size)]
+    assert {len(part) for part in parts} == {len(whole)}
+    for step, (inputs, labels) in enumerate(whole):
+        put_back, labels_back = torch.empty_like(inputs), torch.empty_like(labels)
+        for rank, part in enumerate(parts):
+            put_back[rank::world_size], labels_back[rank::world_size] = part[step]
+        assert torch.equal(put_back, inputs)
+        assert torch.equal(labels_back, labels)
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_network(uninterrupted, run, tmp_path):
+    """Learning rates, images and their order are those of one process; BatchNorm sees halves of each batch."""
+    script = SCRIPT.replace('accelerator="cpu",', 'accelerator="cpu", devices=2, strategy="ddp",')
+    (tmp_path / "script.py").write_text(script)
+    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "runs"), "never", "0"]
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1"}
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert finished.returncode == 0, finished.stderr
+    path = tmp_path / "runs" / f"{NAME}.safetensors"
+    two, one = read_metadata(path), read_metadata(run(uninterrupted))
+    assert names_in(path.parent) == [f"{NAME}.csv", f"{NAME}.safetensors"]
+    assert [row["learning_rate"] for row in two["log"]] == [row["learning_rate"] for row in one["log"]]
+    for row, alone in zip(two["log"], one["log"], strict=True):
+        assert row["train_error_rate"] * 40 == pytest.approx(round(row["train_error_rate"] * 40), abs=1e-4)
+        assert row["test_error_rate"] * 21 == pytest.approx(round(row["test_error_rate"] * 21), abs=1e-4)
+        assert row["train_loss"] == pytest.approx(alone["train_loss"], rel=0.2)
+    stated = {key: two[key] for key in ("test_loss", "test_error_rate")}
+    assert stated["test_error_rate"] == pytest.approx(two["log"][-1]["test_error_rate"], abs=0.1)
+
+
+def test_a_last_batch_too_small_for_the_processes_is_refused(make_images, tmp_path, monkeypatch):
+    class TwoProcesses(lightning_fabric.Fabric):
+        world_size = 2
+
+    monkeypatch.setattr(lightning_fabric, "Fabric", TwoProcesses)
+    with pytest.raises(ResnetPathsError, match=r"batch_size: got 16; .*each of 2 processes.*33 images.*hold 1"):
+        train(SETTINGS, tmp_path, accelerator="cpu", train_set=make_images(33), test_set=make_images(5))
+
+
+# Evaluation
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 21, 500])
+def test_evaluate_agrees_with_a_loop_by_hand(make_images, batch_size):
+    images = make_images(21)
+    model = build_network("preact-resnet-20", torch.Generator().manual_seed(0))
+    model.bn.running_mean.normal_(generator=torch.Generator().manual_seed(1))
+    loss, error_rate = evaluate(model, images, batch_size)
+    model.eval()
+    loss_sum, num_wrong = 0.0, 0
+    with torch.no_grad():
+        for image, label in images:
+            logits = model(image.unsqueeze(0))[0].double()
+            loss_sum -= torch.log_softmax(logits, 0)[label].item()
+            num_wrong += int(logits.argmax()) != label
+    assert loss == pytest.approx(loss_sum / 21, rel=1e-5)
+    assert error_rate == num_wrong / 21
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_evaluate_leaves_modes_weights_and_gradients_alone(make_images, fails):
+    model = build_network("plain-20", torch.Generator().manual_seed(0))
+    model.layer2.eval()  # a mixture of modes
+    modes = [module.training for module in model.modules()]
+    assert len(set(modes)) == 2
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    if fails:
+        with pytest.raises(RuntimeError):
+            evaluate(model, make_images(5, name="cifar-10"))
+    else:
+        evaluate(model, make_images(5))
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+    assert torch.is_grad_enabled()
