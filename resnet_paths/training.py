@@ -1,8 +1,9 @@
 """Training by name: ``resnet-paths train NAME``.
 
-On the CPU the same seed gives the same weights, stopped and resumed or not. All randomness of epoch `e` comes from a generator seeded by (seed, e), and a checkpoint is written at each epoch's
-end; a killed run starts again at the last finished epoch and repeats the unfinished one exactly. Devices, precision
-and several machines are Lightning Fabric's business (Fabric's `accelerator`, `devices`, `num_nodes`, `precision`).
+On the CPU the same seed gives the same weights, stopped and resumed or not. All randomness of epoch `e` comes from a
+generator seeded by (seed, e), and a checkpoint is written at each epoch's end; a killed run starts again at the last
+finished epoch and repeats the unfinished one exactly. Devices, precision and several machines are Lightning Fabric's
+business (Fabric's `accelerator`, `devices`, `num_nodes`, `precision`).
 """
 
 from __future__ import annotations
