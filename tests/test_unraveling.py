@@ -143,19 +143,23 @@ def test_channels_last_double_and_later_changes_of_weights():
 
 def test_nothing_assumes_the_cpu():
     """Under fake tensors on a device that is not there, an operation that mixes devices raises."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
     moved = copy.deepcopy(rp.unravel(torchvision_model("resnet18"), images(2)))
-    with FakeTensorMode(allow_non_fake_inputs=False) as mode:
-        for module in moved.modules():
-            for name, parameter in list(module._parameters.items()):
-                if parameter is not None:
-                    module._parameters[name] = nn.Parameter(mode.from_tensor(parameter).to("cuda"))
-            for name, buffer in list(module._buffers.items()):
-                if buffer is not None:
-                    module._buffers[name] = mode.from_tensor(buffer).to("cuda")
+    mode = FakeTensorMode(allow_non_fake_inputs=False)
+
+    def fake(tensor):
+        return FakeTensor(mode, tensor.detach().to("meta"), torch.device("cuda"))
+
+    for module in moved.modules():
+        for tensors in (module._parameters, module._buffers):
+            tensors.update({name: fake(tensor) for name, tensor in tensors.items() if tensor is not None})
+    x = fake(images(4))
+    with mode, torch.no_grad():
         for edited in (moved, rp.delete_block(moved, 3), rp.scale_block(moved, 2, 0.5), rp.swap_blocks(moved, 1, 1)):
-            assert edited(torch.empty(4, 3, 32, 32, device="cuda")).device.type == "cuda"
+            assert edited(x).device.type == "cuda"
+        with pytest.raises(RuntimeError, match=r"found two different devices|device"):
+            moved(torch.empty(4, 3, 32, 32))
 
 
 class Toy(nn.Module):
