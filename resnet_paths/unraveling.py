@@ -43,6 +43,7 @@ _CONTAINERS = {"Sequential", "ModuleList", "ModuleDict"}
 class _Part:
     """One block on the graph: ``start -pre-> fork -(skip, branch)-> merge -post-> end``; skip and branch by operand."""
 
+    module: str
     start: Node
     fork: Node
     merge: Node
@@ -152,9 +153,9 @@ def _residual_parts(traced: Trace, trunk: list[Node]) -> list[_Part]:
     position = {node: i for i, node in enumerate(trunk)}
     merges = [merge for _, merge, _, _ in cores]
     ends = [_end_of_post(trunk, position, merges, index, cores) for index in range(len(cores))]
-    starts = [_start_of_first(trunk, position, merges[0], cores[0][0]), *ends[:-1]]
+    starts = [_start_of_first(trunk, position, merges, cores[0][0]), *ends[:-1]]
     return [
-        _Part(start, fork, merge, end, skip, branch)
+        _Part(module_path(merge), start, fork, merge, end, skip, branch)
         for start, (fork, merge, skip, branch), end in zip(starts, cores, ends, strict=True)
     ]
 
@@ -163,6 +164,8 @@ def _skip_and_branch(traced: Trace, fork: Node, merge: Node, operands: Sequence[
     """Which operand of a merge is the skip: the fork itself, else the one that computes less."""
     if merge.kwargs.get("alpha", 1) != 1:
         raise _not_a_chain(merge, "an addition with alpha=1")
+    if fork not in operands and any(o.target is _ADD and len(traced.dependent_inputs(o)) == 2 for o in operands):
+        raise _not_a_chain(merge, "one skip and one branch at a merge; here three values are added up")
     sides = [traced.region([fork], operand) for operand in operands]
     shared = sides[0] & sides[1]
     if shared:
@@ -180,8 +183,6 @@ def _skip_and_branch(traced: Trace, fork: Node, merge: Node, operands: Sequence[
     if costs[0] == costs[1]:
         raise _not_a_chain(merge, "a skip that computes less than the branch; here both sides look alike")
     index = costs.index(min(costs))
-    if any(n.target is _ADD and len(traced.dependent_inputs(n)) == 2 for n in sides[index]):
-        raise _not_a_chain(merge, "one skip and one branch at a merge; here the skip holds an addition itself")
     return operands[index], operands[1 - index]
 
 
@@ -197,7 +198,7 @@ def _refuse_concatenation(traced: Trace, fork: Node, node: Node) -> None:
 def _end_of_post(
     trunk: list[Node], position: dict[Node, int], merges: list[Node], index: int, cores: Sequence[tuple[Node, ...]]
 ) -> Node:
-    """The last trunk node that belongs to block `index`: the merge itself or what follows it in the same module."""
+    """The last trunk node that belongs to block `index`: the merge itself, or what follows it in the same module."""
     merge = merges[index]
     last = index == len(merges) - 1
     limit = len(trunk) - 1 if last else position[cores[index + 1][0]]
@@ -205,40 +206,42 @@ def _end_of_post(
     following = None if last else module_path(merges[index + 1])
     end = merge
     for node in trunk[position[merge] + 1 : limit + 1]:
-        if not _within(module_path(node), own):
+        path = module_path(node)
+        if not _within(path, own):
             break
-        clear = own != "" and own != following
-        if clear and following is not None and _within(following, own) and _within(module_path(node), following):
+        if following is not None and following != own and _within(following, own) and _within(path, following):
             break  # the next block stands inside this one's module and owns the node
-        if not clear and not _keeps_the_state(node, merge):
-            break
-        if last and own == "" and not _follows_every_merge(trunk, position, merges, node):
-            break
+        if _makes_several(merges, own):
+            # The module does not tell: an activation or a normalisation that keeps the shape belongs to the merge
+            # before it, but at the end of the chain only if one like it follows the merge before.
+            if node.target in _WEIGHTED or node.meta["val"].shape != merge.meta["val"].shape:
+                break
+            if last and not _follows_the_merge_before(trunk, position, merges, node):
+                break
         end = node
     return end
 
 
-def _keeps_the_state(node: Node, merge: Node) -> bool:
-    """Whether a node after a merge can be an activation or a normalisation: same shape, no weighted sum."""
-    same_shape = getattr(node.meta.get("val"), "shape", None) == merge.meta["val"].shape
-    return same_shape and node.target not in _WEIGHTED and len(node.users) > 0
+def _makes_several(merges: list[Node], path: str) -> bool:
+    """Whether a module's own forward makes several merges, or is the model's."""
+    return path == "" or [module_path(merge) for merge in merges].count(path) > 1
 
 
-def _follows_every_merge(trunk: list[Node], position: dict[Node, int], merges: list[Node], node: Node) -> bool:
+def _follows_the_merge_before(trunk: list[Node], position: dict[Node, int], merges: list[Node], node: Node) -> bool:
     """Whether the node after the last merge has its like after the merge before: then it is no part of the head."""
     if len(merges) < 2:
         return module_path(node) == ""
-    distance = position[node] - position[merges[-1]]
-    twin = position[merges[-2]] + distance
+    twin = position[merges[-2]] + position[node] - position[merges[-1]]
     return twin < position[merges[-1]] and trunk[twin].target == node.target
 
 
-def _start_of_first(trunk: list[Node], position: dict[Node, int], merge: Node, fork: Node) -> Node:
+def _start_of_first(trunk: list[Node], position: dict[Node, int], merges: list[Node], fork: Node) -> Node:
     """Where the first block begins: at the trunk nodes before its fork that stand in its module."""
-    own = module_path(merge)
+    own = module_path(merges[0])
     start = position[fork]
-    while own and start > 0 and _within(module_path(trunk[start]), own):
-        start -= 1
+    if not _makes_several(merges, own):
+        while start > 0 and _within(module_path(trunk[start]), own):
+            start -= 1
     return trunk[start]
 
 
@@ -252,38 +255,37 @@ def _plain_parts(traced: Trace, trunk: list[Node]) -> list[_Part]:
         raise ResnetPathsError(
             "model", "no block found", "a model that adds branches to skips, or a stack of modules with weights"
         )
-    return [_Part(start, start, end, end, None, end) for start, end in groups]
+    return [_Part(module, start, start, end, end, None, end) for module, start, end in groups]
 
 
-def _plain_groups(traced: Trace, trunk: list[Node]) -> list[tuple[Node, Node]]:
-    """(Start, end) of each plain block: the composite modules on the trunk, or else its weight layers."""
-    units = [_unit(node) for node in trunk]
+def _plain_groups(traced: Trace, trunk: list[Node]) -> list[tuple[str, Node, Node]]:
+    """(Module, start, end) of each plain block: the composite modules on the trunk, or else its weight layers."""
+    # A wrapper that holds everything with weights is no more than a name before the others.
+    wrapper = _common_module(n for n in traced.region([], traced.output) if n.target in _WEIGHTED)
+    units = [_unit(node, wrapper) for node in trunk]
     weighs = {name: False for name, _ in units}
     for before, node, (name, _) in zip([None, *trunk], trunk, units, strict=False):
         region = traced.region([before] if before is not None else [], node)
         weighs[name] |= any(n.target in _WEIGHTED for n in region)
     composites = {name for name, composite in units if composite and weighs[name]}
-    groups: list[list[int]] = []
+    groups: list[tuple[str, int, int]] = []
     previous = None
     for index, (name, _) in enumerate(units):
-        if composites:
-            if name in composites and name == previous:
-                groups[-1][1] = index
-            elif name in composites:
-                groups.append([index - 1, index])
-        elif weighs[name] and name != previous:
-            groups.append([index - 1, index])
-        elif groups:
-            groups[-1][1] = index
+        begins = name in composites if composites else weighs[name]
+        goes_on = name == previous if begins else not composites
+        if begins and not goes_on:
+            groups.append((name, index - 1, index))
+        elif groups and goes_on:
+            groups[-1] = (*groups[-1][:2], index)
         previous = name
     if not composites:  # of a stack of weight layers the first is the stem; the last, which makes the logits, the head
         groups = groups[1:-1]
-    return [(trunk[a], trunk[b]) for a, b in groups if a >= 0]
+    return [(name, trunk[a], trunk[b]) for name, a, b in groups if a >= 0]
 
 
-def _unit(node: Node) -> tuple[str, bool]:
-    """The outermost module below the root that is no mere container, and whether it holds modules itself."""
-    below = [(name, kind) for name, kind in module_stack(node) if name]
+def _unit(node: Node, wrapper: str) -> tuple[str, bool]:
+    """The outermost module inside `wrapper` that is no mere container, and whether it holds modules itself."""
+    below = [(name, kind) for name, kind in module_stack(node) if name not in ("", wrapper) and _within(name, wrapper)]
     for depth, (name, kind) in enumerate(below):
         if kind.rsplit(".", 1)[-1] not in _CONTAINERS:
             return name, depth < len(below) - 1
@@ -327,7 +329,7 @@ def _assemble(traced: Trace, parts: list[_Part]) -> ResidualChain:
 
 def _names(traced: Trace, parts: list[_Part]) -> list[str]:
     """A name a block: the module whose forward merges; where several merge in one, the module of the branch."""
-    by_merge = [_module_of(traced, part) for part in parts]
+    by_merge = [part.module for part in parts]
     names: list[str] = []
     for index, (part, name) in enumerate(zip(parts, by_merge, strict=True)):
         if name and by_merge.count(name) == 1:
@@ -339,13 +341,6 @@ def _names(traced: Trace, parts: list[_Part]) -> list[str]:
         fallback = f"{name}#{index}" if name else f"block{index}"
         names.append(next((c for c in candidates if c not in taken), fallback))
     return names
-
-
-def _module_of(traced: Trace, part: _Part) -> str:
-    """The module whose forward merges; of a block without skip, its outermost module that is no container."""
-    if part.skip is None:
-        return _unit(traced.in_order(traced.region([part.start], part.end))[0])[0]
-    return module_path(part.merge)
 
 
 def _common_module(nodes: Iterable[Node]) -> str:

@@ -251,6 +251,42 @@ def test_a_stack_of_layers_is_a_plain_chain():
         assert torch.equal(chain(inputs(3)), model(inputs(3)))
 
 
+def test_a_wrapped_plain_network_has_the_same_blocks():
+    class Wrapper(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            return self.net(x.clamp(-3, 3))
+
+    model = Wrapper(build_network("plain-20", torch.Generator().manual_seed(0))).eval()
+    chain = rp.unravel(model, images(2, 28, 1))
+    assert [b.name for b in chain] == [f"net.layer{i}.{j}" for i in (1, 2, 3) for j in range(3)]
+    with torch.no_grad():
+        assert torch.equal(chain(images(3, 28, 1)), model(images(3, 28, 1)))
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_a_transformer_has_two_blocks_a_layer(norm_first):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers = [nn.TransformerEncoderLayer(8, 2, 16, norm_first=norm_first, batch_first=True) for _ in range(3)]
+        model = nn.Sequential(nn.Linear(5, 8), *layers, nn.LayerNorm(8), nn.Linear(8, 2)).double().eval()
+    x = torch.randn(2, 7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    chain = rp.unravel(model, x)
+    assert len(chain) == 6
+    with torch.no_grad():
+        torch.testing.assert_close(chain(x), model(x))
+        # The norm after each addition belongs to its block if it is a post-norm network, and none does otherwise.
+        state = torch.randn(2, 7, 8, dtype=torch.float64)
+        for index, block in enumerate(chain):
+            layer = layers[index // 2]
+            norm = layer.norm1 if index % 2 == 0 else layer.norm2
+            assert torch.equal(block.post(state), state if norm_first else norm(state))
+        assert torch.equal(chain.head(state), model[5](model[4](state)))
+
+
 def test_a_chain_is_returned_as_it_is():
     chain = rp.unravel(torchvision_model("resnet18"), images(2))
     assert rp.unravel(chain, images(2)) is chain
@@ -298,6 +334,11 @@ def alike(self, x):
     return self.out(self.f[0](h) + self.f[1](h))
 
 
+def three_summands(self, x):
+    h = self.inp(x)
+    return self.out(h + self.f[0](self.f[1](h)) + self.f[2](h))
+
+
 def random_branch(self, x):
     h = self.inp(x)
     return self.out(h + F.dropout(self.f[0](h), 0.5, training=True))
@@ -321,6 +362,7 @@ REFUSED = {
     "around": (around, r"model: got .add\w* \(add.Tensor in the model.*some route leads around"),
     "concatenated": (concatenated, r"model: got .cat\w* \(cat.default.*not concatenate"),
     "alike": (alike, r"model: got .add\w* .*both sides look alike"),
+    "three summands": (three_summands, r"model: got .add\w* .*here three values are added up"),
     "random": (random_branch, r"dropout.*without random or training-mode operations.*model.eval\(\)"),
     "two outputs": (two_outputs, r"returns 2 values in a container.; allowed: a model that returns one tensor"),
     "a constant": (lambda self, x: self.out.weight * 2, r"output depends on its input|returns"),
