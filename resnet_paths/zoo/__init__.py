@@ -132,8 +132,8 @@ def load_network(name: str, weights: str | Path | None = None, *, device: str | 
 
     Example:
         >>> model = load_network("preact-resnet-20")
-        >>> model.training, model.training_log["epoch"].iloc[0]
-        (False, np.int64(1))
+        >>> model.training, model.training_log.epoch.tolist()[-1]
+        (False, 12)
     """
     find_network(name)
     path = _weights_file(name) if weights is None else Path(weights)
@@ -165,8 +165,8 @@ def list_networks() -> pd.DataFrame:
         ``trained`` (whether weights are shipped), ``dataset``, ``epochs``, ``seed``, ``test_error_rate`` in [0, 1].
 
     Example:
-        >>> list_networks().set_index("name").loc["preact-resnet-20", ["num_blocks", "num_paths"]].tolist()
-        [9, 512]
+        >>> list_networks().set_index("name").num_paths["preact-resnet-20"]
+        512
     """
     rows = []
     for name, facts in NETWORKS.items():
