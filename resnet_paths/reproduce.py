@@ -90,6 +90,7 @@ def run_notebook(
         notebook,
         timeout=timeout,
         kernel_name="python3",
+        extra_arguments=["--IPKernelApp.log_level=ERROR"],  # its warnings would break up the progress bar
         resources={"metadata": {"path": str(output.parent)}},
         on_cell_executed=lambda **_: on_cell(),
     )

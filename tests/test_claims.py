@@ -44,3 +44,16 @@ def test_every_path_of_the_trained_nine_block_network_runs_alone_and_is_a_route(
     assert torch.isfinite(torch.stack(outputs)).all()
     graph = rp.unraveled_graph(chain)
     assert set(graph.successors("input")) == set(rp.enumerate_paths(chain))
+
+
+@pytest.mark.slow
+def test_no_inner_block_matters_to_the_resnet_as_every_block_does_to_the_plain_net(images):
+    """The claims of notebook 02, on half of its images."""
+    resnet, plain = study("preact-resnet-56", images), study("plain-20", images)
+    inner = resnet[(resnet.block_index > 0) & ~resnet.changes_shape].error_increase
+    assert len(inner) == 24
+    assert inner.median() < 0.01
+    assert (inner < 0.05).sum() >= 20
+    assert plain.block_index.tolist() == [0, 1, 2, 4, 5, 7, 8]
+    assert (plain.error_rate > 0.7).sum() >= 6
+    assert plain.error_increase.min() > inner.max()
