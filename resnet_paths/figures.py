@@ -129,7 +129,9 @@ def plot_single_deletions(
         x, colour = rows["block_index"], f"C{index}"
         ax.vlines(x, 100 * rows["error_rate_low"], 100 * rows["error_rate_high"], color=colour, linewidth=0.8)
         style = {"color": colour, "linewidth": 0.8}
-        handles += ax.plot(x, 100 * rows["error_rate"], marker=marker, markersize=2.5, label=str(network), **style)
+        # No line leads across a block that could not be deleted.
+        curve = rows.set_index("block_index")["error_rate"].reindex(range(int(x.min()), int(x.max()) + 1))
+        handles += ax.plot(curve.index, 100 * curve, marker=marker, markersize=2.5, label=str(network), **style)
         _intact_line(ax, x, 100 * rows["intact_error_rate"], style)
     handles.append(Line2D([], [], color=_INK, linestyle="--", linewidth=0.8, label="intact"))
     if chance is not None:

@@ -435,6 +435,16 @@ def test_chance_is_a_dotted_line(chance: float) -> None:
     assert label.y0 >= ax.get_window_extent().y0
 
 
+def test_no_line_leads_across_a_block_that_was_not_deleted() -> None:
+    frame = deletions()
+    network = frame["network"].iloc[0]
+    frame = frame[(frame["network"] == network) & ~frame["block_index"].isin([2, 5])]
+    curve = next(line for line in plot_single_deletions(frame).lines if line.get_label() == network)
+    missing = np.isnan(np.asarray(curve.get_ydata(), dtype=float))
+    assert np.asarray(curve.get_xdata())[missing].tolist() == [2, 5]
+    assert np.asarray(curve.get_ydata())[~missing] == pytest.approx(100 * frame["error_rate"].to_numpy())
+
+
 @pytest.mark.parametrize("chance", [-0.1, 90, float("nan")])
 def test_chance_must_be_a_rate(chance: float) -> None:
     with pytest.raises(ResnetPathsError, match=r"^chance: got .*an error rate in \[0, 1\]"):
