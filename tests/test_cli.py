@@ -1,5 +1,6 @@
 """The command line helps at once, refuses in one line with exit status 2, and does what the library does."""
 
+import math
 import os
 import subprocess
 import sys
@@ -160,3 +161,23 @@ def test_networks_prints_every_network():
     assert lines[0].split() == list(list_networks().columns)
     row = next(line for line in lines if "preact-resnet-110" in line)
     assert str(2**54) in row  # exact, never 1.8e16
+
+
+def test_lesion_deletes_each_block_and_writes_a_table(capsys, tmp_path, monkeypatch):
+    arguments = ["lesion", "plain-20", "--num-images", "50", "--output", str(tmp_path / "table.csv")]
+    status, out, _ = run(*arguments)
+    assert (status, out.split()[0]) == (0, "wrote")
+    frame = pd.read_csv(tmp_path / "table.csv")
+    assert frame.lesion.tolist() == [
+        f"delete layer{i}.{j}" for i, j in [(1, 0), (1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (3, 2)]
+    ]
+    assert (frame.num_examples == 50).all()
+    assert "num_images: got 0; allowed: an int from 1 to 10000" in refuse(
+        monkeypatch, capsys, "lesion", "plain-20", "--num-images", "0"
+    )
+
+
+def test_paths_prints_exact_numbers():
+    status, out, _ = run("paths", "54")
+    assert status == 0
+    assert str(math.comb(54, 27)) in out

@@ -5,10 +5,11 @@ from __future__ import annotations
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from typer.testing import CliRunner
 
 import resnet_paths as rp
+from resnet_paths import cli
 from resnet_paths.reproduce import find_notebooks, reproduce
-from tests.test_cli import run_cli
 
 
 def write(folder, name, *sources):
@@ -62,10 +63,13 @@ def test_a_notebook_without_parameters_is_reported(tmp_path):
 
 def test_the_exit_status_says_so(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("resnet_paths.reproduce.shipped_folder", lambda name: folder)
-    assert run_cli("reproduce", "--output", str(tmp_path / "o"), "--only", "01").exit_code == 0
-    failed = run_cli("reproduce", "--output", str(tmp_path / "o"), "--only", "02")
-    assert failed.exit_code == 1
-    assert "failed  02_bad: cell 5" in failed.output
+    good, bad = (
+        CliRunner().invoke(cli.app, ["reproduce", "--output", str(tmp_path / "out"), "--only", start])
+        for start in ("01", "02")
+    )
+    assert good.exit_code == 0
+    assert bad.exit_code == 1
+    assert "failed  02_bad: cell 5" in bad.output
 
 
 def test_shipped_notebooks_are_stripped_ask_one_question_and_assert():
