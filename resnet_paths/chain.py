@@ -16,7 +16,7 @@ from typing import Any, cast
 from torch import nn
 
 from resnet_paths.errors import ResnetPathsError, nearest_names
-from resnet_paths.paths import Path, check_path, num_paths
+from resnet_paths.paths import Path, check_path, choices_of, num_paths
 
 __all__ = ["Block", "Parallel", "ResidualChain", "Scaled", "path_network"]
 
@@ -113,6 +113,9 @@ class Block(nn.Module):
 class ResidualChain(nn.Module):
     """A network as a chain of residual blocks; ``chain(x)`` is ``head(block_n(... block_1(stem(x))))``.
 
+    Chains made from one another, and the model they were read from, share their weights: moving or converting one
+    (``.to``, ``.double``) breaks the others. Move the model first and unravel it there, or move a `copy.deepcopy`.
+
     Args:
         stem: Everything before the first block; takes the model's inputs.
         blocks: The blocks, first to last; their names must differ.
@@ -147,6 +150,7 @@ class ResidualChain(nn.Module):
         self.stem = stem
         self.blocks = nn.ModuleList(blocks)
         self.head = head
+        self.eval_only = False  # set for a chain that was read from a model in eval mode
 
     def forward(self, *inputs: Any) -> Any:
         """What the network returns."""
@@ -167,7 +171,7 @@ class ResidualChain(nn.Module):
         Raises:
             ResnetPathsError: If `mode` is True and a part was exported in eval mode.
         """
-        if mode and any(getattr(module, "eval_only", False) for module in self.modules()):
+        if mode and self.eval_only:
             raise ResnetPathsError(
                 "mode", mode, "False: the chain was read from a model in eval mode",
                 "Train the model itself, which shares its weights with the chain.",
@@ -225,6 +229,7 @@ class ResidualChain(nn.Module):
         """A chain of other blocks between the same stem and head."""
         chain = ResidualChain(self.stem, blocks, self.head)
         chain.training = chain.blocks.training = self.training  # not chain.train(): the parts are shared
+        chain.eval_only = self.eval_only
         return chain
 
     def __repr__(self) -> str:
@@ -284,7 +289,7 @@ def path_network(chain: ResidualChain, path: Sequence[int]) -> ResidualChain:
     Raises:
         ResnetPathsError: If the path does not fit the chain.
     """
-    path = check_path(chain.path_choices, path)
+    path = check_path(choices_of(chain), path)
     return chain.with_blocks(_take(block, entry) for block, entry in zip(chain, path, strict=True))
 
 

@@ -37,7 +37,7 @@ def delete_block(model: nn.Module, block: int | str, *, example_inputs: Any = No
         example_inputs: As for `unravel`; only for a model that is not a chain.
 
     Returns:
-        A chain with half the paths.
+        A chain of the same length; with half the paths if the block had one skip and one branch.
 
     Raises:
         ResnetPathsError: If there is no such block, or it has no skip and changes the shape.
@@ -89,6 +89,14 @@ def permute_blocks(model: nn.Module, order: Sequence[int | str], *, example_inpu
     positions = [chain.block_index(block) for block in _listed(order)]
     if sorted(positions) != list(range(len(chain))):
         raise ResnetPathsError("order", list(order), f"a permutation of the {len(chain)} blocks")
+    ends = [(positions[0], 0, "in_shape"), (positions[-1], len(chain) - 1, "out_shape")] if positions else []
+    for new, old, shape in ends:
+        if getattr(chain[new], shape) != getattr(chain[old], shape):
+            raise ResnetPathsError(
+                "order", chain[new].name,
+                f"a block with {shape} {getattr(chain[old], shape)} in place of {chain[old].name!r}",
+                "Only blocks of one stage that keep the shape may trade places.",
+            )  # fmt: skip
     return chain.with_blocks(chain[i] for i in positions)
 
 
@@ -249,7 +257,7 @@ def _as_chain(model: nn.Module, example_inputs: Any) -> ResidualChain:
 
 
 def _listed(blocks: Iterable[int | str]) -> list[int | str]:
-    if isinstance(blocks, str | int):
+    if isinstance(blocks, str) or not isinstance(blocks, Iterable):
         raise ResnetPathsError("blocks", blocks, "a list of positions or names", f"Write [{blocks!r}].")
     return list(blocks)
 

@@ -53,6 +53,7 @@ def single_deletions(chain: ResidualChain) -> list[Lesion]:
     Returns:
         A lesion a block, first to last. Blocks without skip that change the shape cannot be deleted and are left out.
     """
+    _refuse_other_than_chain("chain", chain)
     return [
         Lesion(f"delete {block.name or index}", partial(delete_block, block=index), (index,))
         for index, block in enumerate(chain)
@@ -70,8 +71,8 @@ def lesion_study(
     """What each lesion does to the error, all on the same images.
 
     Nothing is retrained and BatchNorm keeps the statistics of the intact network, as in the paper. The study runs where
-    the chain's parameters lie, in their dtype; the chain is not changed. An image whose logits are not finite counts as
-    wrong.
+    the chain's parameters lie, in the dtype of the inputs; the chain is not changed. An image whose logits are
+    not finite counts as wrong.
 
     Args:
         chain: The intact chain, in eval mode.
@@ -91,13 +92,15 @@ def lesion_study(
         ResnetPathsError: If the chain is in training mode, the loader is empty or does not give such batches, or labels
             are out of range.
     """
-    _refuse_training_mode(chain)
+    _refuse_what_cannot_be_studied(chain)
     named = [
         lesion if isinstance(lesion, Lesion) else Lesion(getattr(lesion, "__name__", repr(lesion)), lesion, ())
         for lesion in lesions
     ]
     # The intact chain comes first: increases are taken against it on the same images.
     chains = [chain, *(lesion.edit(chain) for lesion in named)]
+    for lesion, edited in zip(named, chains[1:], strict=True):
+        _refuse_other_than_chain(f"lesion {lesion.name!r}", edited)
     trie = _Trie(chains)
     tally = _Tally(len(chains))
     device = next((t.device for t in [*chain.parameters(), *chain.buffers()]), torch.device("cpu"))
@@ -159,11 +162,17 @@ class _Trie:
             for index in node.ends:
                 head = self.chains[index].head
                 if id(head) not in heads:
-                    heads[id(head)] = head(state)
+                    heads[id(head)] = head(self._for_one_of_several(state))
                 yield index, heads[id(head)]
             # The lightest child is popped first; while the heaviest runs, no other holds this state.
-            stack += [(child, state) for child in sorted(node.children.values(), key=lambda c: -c.weight)]
+            children = sorted(node.children.values(), key=lambda c: -c.weight)
+            stack += [(child, self._for_one_of_several(state) if len(children) > 1 else state) for child in children]
             del state
+
+    def _for_one_of_several(self, state: Any) -> Any:
+        """The state for one of several readers: its own copy where a part written by hand may change it in place."""
+        exported = all(chain.eval_only for chain in self.chains)
+        return state.clone() if isinstance(state, torch.Tensor) and not exported else state
 
 
 class _Tally:
@@ -182,6 +191,8 @@ class _Tally:
             raise ResnetPathsError(
                 "loader", f"labels {list(labels.shape)} for logits {list(logits.shape)}", "one label a row of logits"
             )
+        if labels.is_floating_point() or labels.dim() != 1:
+            raise ResnetPathsError("labels", f"{labels.dtype} {list(labels.shape)}", "class indices, integers [batch]")
         if not self._wrong and bool(((labels < 0) | (labels >= logits.shape[1])).any()):
             raise ResnetPathsError(
                 "labels", [int(labels.min()), int(labels.max())], f"class indices from 0 to {logits.shape[1] - 1}"
@@ -219,6 +230,14 @@ class _Tally:
         }
 
 
+def _refuse_other_than_chain(argument: str, value: object) -> None:
+    if not isinstance(value, ResidualChain):
+        raise ResnetPathsError(
+            argument, type(value).__name__, "a ResidualChain",
+            "Make one with resnet_paths.unravel(model, example_inputs).",
+        )  # fmt: skip
+
+
 def _steps(chain: ResidualChain) -> list[Block]:
     """The blocks that do something: a deleted block with an identity skip is no step."""
     return [b for b in chain if not (b.branch is None and all(map(is_identity, (b.pre, b.skip, b.post))))]
@@ -239,7 +258,8 @@ def _part_key(part: nn.Module | None) -> Hashable:
     return id(part)
 
 
-def _refuse_training_mode(chain: ResidualChain) -> None:
+def _refuse_what_cannot_be_studied(chain: ResidualChain) -> None:
+    _refuse_other_than_chain("chain", chain)
     for name, module in chain.named_modules():
         moving = isinstance(module, nn.modules.batchnorm._BatchNorm | nn.modules.dropout._DropoutNd)
         if moving and module.training:

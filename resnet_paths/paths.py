@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, SupportsIndex
 
 import pandas as pd
 import torch
@@ -50,10 +50,10 @@ def choices_of(chain: HasPathChoices | int) -> tuple[Path, ...]:
         >>> choices_of(2)
         ((False, True), (False, True))
     """
-    if isinstance(chain, int):
-        if chain < 0 or isinstance(chain, bool):
+    if isinstance(chain, SupportsIndex):
+        if chain.__index__() < 0 or isinstance(chain, bool):
             raise ResnetPathsError("chain", chain, "a chain, or a number of blocks of at least 0")
-        return ((False, True),) * chain
+        return ((False, True),) * chain.__index__()
     if not hasattr(chain, "path_choices"):
         raise ResnetPathsError(
             "chain", type(chain).__name__, "a ResidualChain, or a number of blocks",
@@ -224,7 +224,7 @@ def check_path(choices: Sequence[Path], path: Sequence[int]) -> Path:
 def _check_length(choices: Sequence[Path], length: int) -> None:
     shortest = sum(1 for c in choices if all(c))
     longest = sum(1 for c in choices if any(c))
-    if not isinstance(length, int) or not shortest <= length <= longest:
+    if not isinstance(length, SupportsIndex) or not shortest <= length.__index__() <= longest:
         raise ResnetPathsError("length", length, f"an int from {shortest} to {longest}")
 
 

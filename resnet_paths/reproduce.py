@@ -79,19 +79,24 @@ def run_notebook(
     Returns:
         How it ended.
     """
-    notebook = nbformat.read(path, as_version=4)
+    try:
+        notebook = nbformat.read(path, as_version=4)
+    except (ValueError, KeyError, AttributeError, OSError) as failure:
+        return NotebookResult(path.stem, f"not a notebook: {type(failure).__name__}: {failure}")
     tagged = [i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", [])]
     if not tagged:
         return NotebookResult(path.stem, "no cell tagged 'parameters'")
     lines = "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
     injected = nbformat.v4.new_code_cell(f"# Set by resnet-paths reproduce\n{lines}")
     notebook.cells.insert(tagged[0] + 1, injected)
+    started = [0]
     client = NotebookClient(
         notebook,
         timeout=timeout,
         kernel_name="python3",
         extra_arguments=["--IPKernelApp.log_level=ERROR"],  # its warnings would break up the progress bar
         resources={"metadata": {"path": str(output.parent)}},
+        on_cell_start=lambda cell_index, **_: started.append(cell_index + 1),
         on_cell_executed=lambda **_: on_cell(),
     )
     error = None
@@ -101,7 +106,7 @@ def run_notebook(
     except CellExecutionError as failure:
         error = f"cell {_failed_cell(notebook)}: {failure.ename}: {failure.evalue}"
     except (CellTimeoutError, DeadKernelError) as failure:
-        error = f"{type(failure).__name__}: {str(failure).strip().splitlines()[0]}"
+        error = f"cell {started[-1]}: {type(failure).__name__}: {str(failure).strip().splitlines()[0]}"
     with write_then_rename(output) as temporary:
         nbformat.write(notebook, temporary)
     return NotebookResult(path.stem, error)
@@ -130,9 +135,7 @@ def reproduce(
     paths = find_notebooks(only, folder)
     output = output.resolve()
     parameters = {"profile": profile, "figures_folder": str(output)}
-    num_cells = {
-        path: sum(c.cell_type == "code" for c in nbformat.read(path, as_version=4).cells) + 1 for path in paths
-    }
+    num_cells = {path: path.read_text(encoding="utf-8").count('"cell_type": "code"') + 1 for path in paths}
     results = []
     with tqdm(total=sum(num_cells.values()), unit="cell", disable=not progress) as bar:
         done = 0

@@ -37,7 +37,26 @@ _RANDOM = {
 class Segment(GraphModule):
     """A piece of an exported graph as a module; it holds the operations of eval mode and knows no other."""
 
-    eval_only = True
+
+class FixedShape(nn.Module):
+    """A module that takes the shapes it was traced with, but for the batch: sizes may stand in its graph as numbers."""
+
+    def __init__(self, module: nn.Module, shapes: list[tuple[int, ...]]) -> None:
+        super().__init__()
+        self.module = module
+        self.shapes = shapes
+        self.training = False
+
+    def forward(self, *inputs: torch.Tensor) -> Any:
+        """What the module returns, for inputs of the right shapes."""
+        found = [tuple(x.shape[1:]) for x in inputs]
+        if found != self.shapes:
+            raise ResnetPathsError(
+                "inputs", [["batch", *shape] for shape in found],
+                f"{[['batch', *shape] for shape in self.shapes]}, as in the example that was unraveled",
+                "Unravel the model again with an example of this shape.",
+            )  # fmt: skip
+        return self.module(*inputs)
 
 
 class Trace:
@@ -168,9 +187,9 @@ def trace(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Trace:
     # A batch of one would be traced as if it were the number 1.
     example = tuple(torch.cat([x, x]) if x.dim() and x.shape[0] == 1 else x for x in inputs)
     dynamic: Any = tuple({0: torch.export.Dim.AUTO} if x.dim() else {} for x in example)
-    if _takes_any_number_of_inputs(model):
-        dynamic = (dynamic,)
     try:
+        if _takes_any_number_of_inputs(model):
+            dynamic = (dynamic,)
         with torch.no_grad(), _quiet():
             program = torch.export.export(model, example, dynamic_shapes=dynamic, strict=False)
             program = program.run_decompositions({})
@@ -205,7 +224,7 @@ def _flatten(model: nn.Module, program: torch.export.ExportedProgram) -> Trace:
     if changed:
         raise ResnetPathsError(
             "model", f"{type(model).__name__} changes {changed[0]!r} when it runs", "a model that only computes",
-            "Call model.eval() first.",
+            "Call model.eval() first; if that is done, keep the count outside the model.",
         )  # fmt: skip
     leaf = program.call_spec.out_spec
     if len(values) != 1 or leaf is None or not leaf.is_leaf():
@@ -218,7 +237,7 @@ def _flatten(model: nn.Module, program: torch.export.ExportedProgram) -> Trace:
         if node.target in _RANDOM and _is_active(node):
             raise ResnetPathsError(
                 "model", f"{node.name} ({describe(node)})", "a model without random or training-mode operations",
-                "Call model.eval() first.",
+                "Call model.eval() first; a functional dropout needs training=self.training.",
             )  # fmt: skip
     for node in inputs:
         value = node.meta.get("val")
@@ -226,7 +245,7 @@ def _flatten(model: nn.Module, program: torch.export.ExportedProgram) -> Trace:
             raise ResnetPathsError(
                 "model", f"{type(model).__name__} works for a batch of {value.shape[0]} only",
                 "a model that takes any batch size",
-                "Write sizes as x.shape[0] or -1 instead of a number.",
+                "Write sizes as x.shape[0] or -1 instead of a number; give a single example as x.unsqueeze(0).",
             )  # fmt: skip
     _restore_batch_norm(graph)
     return Trace(graph, inputs, values[0], tensors)

@@ -24,7 +24,7 @@ from torch.fx import Interpreter, Node
 
 from resnet_paths.chain import Block, ResidualChain
 from resnet_paths.errors import ResnetPathsError
-from resnet_paths.tracing import Trace, describe, module_path, module_stack, trace
+from resnet_paths.tracing import FixedShape, Trace, describe, module_path, module_stack, trace
 
 __all__ = ["unravel"]
 
@@ -35,6 +35,10 @@ _WEIGHTED = {
     torch.ops.aten.convolution.default, torch.ops.aten.linear.default, torch.ops.aten.matmul.default,
     torch.ops.aten.addmm.default, torch.ops.aten.mm.default, torch.ops.aten.bmm.default,
     torch.ops.aten.conv_transpose2d.input, torch.ops.aten.conv2d.padding, torch.ops.aten.einsum.default,
+}  # fmt: skip
+_PRODUCTS = {
+    torch.ops.aten.mul.Tensor, torch.ops.aten.div.Tensor, torch.ops.aten.matmul.default, torch.ops.aten.bmm.default,
+    torch.ops.aten.mm.default, torch.ops.aten.einsum.default, torch.ops.aten.scaled_dot_product_attention.default,
 }  # fmt: skip
 _CONTAINERS = {"Sequential", "ModuleList", "ModuleDict"}
 
@@ -56,8 +60,9 @@ def unravel(model: nn.Module, example_inputs: torch.Tensor | tuple[torch.Tensor,
     """The chain of residual blocks that a model is (Veit et al. 2016, section 3).
 
     Works for any model whose forward `torch.export` can trace and whose blocks stand in series. Nothing is copied: the
-    chain shares every parameter and buffer with the model, and works for any batch size. A model without any skips
-    becomes a chain of its modules, with one path.
+    chain shares every parameter and buffer with the model, and works for any batch size; another image size is
+    refused, since sizes may stand in the exported graph as numbers. Forward hooks of the model run along. A model
+    without any skips becomes a chain of its modules, with one path.
 
     Args:
         model: The network, in eval mode. A `ResidualChain` is returned as it is.
@@ -68,9 +73,9 @@ def unravel(model: nn.Module, example_inputs: torch.Tensor | tuple[torch.Tensor,
         A chain with ``chain(x) == model(x)``, which is checked on `example_inputs`.
 
     Raises:
-        ResnetPathsError: If the model is in training mode, does not take the example, cannot be exported (naming
-            where), is not a chain (naming the node), or the chain does not return what the model returns (naming the
-            first block that differs).
+        ResnetPathsError: If the model holds BatchNorm or dropout in training mode, does not take the example, cannot be
+            exported (naming where), is not a chain (naming the node), or the chain does not return what the model
+            returns (naming the first block that differs).
 
     Example:
         >>> import torch, torchvision
@@ -112,8 +117,10 @@ def _check_arguments(model: nn.Module, example_inputs: object) -> tuple[torch.Te
 
 def _run(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
     try:
+        # On copies of the buffers: a model that counts its calls is refused later, and must not have counted this one.
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         with torch.no_grad():
-            output: torch.Tensor = model(*inputs)
+            output: torch.Tensor = torch.func.functional_call(model, buffers, inputs)
     except Exception as error:
         shapes = ", ".join(f"{x.dtype} {list(x.shape)} on {x.device}" for x in inputs)
         raise ResnetPathsError(
@@ -143,11 +150,11 @@ def _residual_parts(traced: Trace, trunk: list[Node]) -> list[_Part]:
     cores = []
     for fork, node in itertools.pairwise(trunk):
         operands = traced.dependent_inputs(node)
-        if node.target is _ADD and len(operands) == 2 and fork.meta["val"].is_floating_point():
+        if node.target is _ADD and len(operands) == 2 and _holds_weights(traced, fork, node):
             skip, branch = _skip_and_branch(traced, fork, node, operands)
             cores.append((fork, node, skip, branch))
         else:
-            _refuse_concatenation(traced, fork, node)
+            _refuse_other_merge(traced, fork, node)
     if not cores:
         return []
     position = {node: i for i, node in enumerate(trunk)}
@@ -174,25 +181,30 @@ def _skip_and_branch(traced: Trace, fork: Node, merge: Node, operands: Sequence[
             node, f"a skip and a branch that share nothing between fork {fork.name} and merge {merge.name}"
         )
 
-    def cost(index: int) -> tuple[int, int, int]:
-        weights = {a for n in sides[index] for a in n.all_input_nodes if a.op == "get_attr"}
-        sizes = sum(a.meta["val"].numel() for a in weights if hasattr(a.meta.get("val"), "numel"))
-        return sum(n.target in _WEIGHTED for n in sides[index]), sizes, len(sides[index])
-
-    costs = [cost(0), cost(1)]
-    if costs[0] == costs[1]:
-        raise _not_a_chain(merge, "a skip that computes less than the branch; here both sides look alike")
-    index = costs.index(min(costs))
+    if fork in operands:
+        index = operands.index(fork)
+    else:
+        costs = [sum(n.target in _WEIGHTED for n in side) for side in sides]
+        if costs[0] == costs[1]:
+            raise _not_a_chain(merge, "a skip of fewer weight layers than the branch; here both sides look alike")
+        index = costs.index(min(costs))
     return operands[index], operands[1 - index]
 
 
-def _refuse_concatenation(traced: Trace, fork: Node, node: Node) -> None:
-    """Refuse a concatenation that joins computed branches; one of mere slices (patch merging) is no merge."""
-    if node.target is not _CAT or len(traced.dependent_inputs(node)) < 2:
+def _holds_weights(traced: Trace, fork: Node, merge: Node) -> bool:
+    """Whether anything with parameters stands between fork and merge: x + sin(x) is an activation, not a block."""
+    inside = {a for n in traced.region([fork], merge) for a in n.all_input_nodes if a.op == "get_attr"}
+    return fork.meta["val"].is_floating_point() and bool(inside)
+
+
+def _refuse_other_merge(traced: Trace, fork: Node, node: Node) -> None:
+    """Refuse what joins computed branches in another way than by adding, such as a concatenation or a difference."""
+    # Gates and attention (products) stand inside a segment; a concatenation of mere slices (patch merging) is no merge.
+    if node.target in _PRODUCTS or len(traced.dependent_inputs(node)) < 2:
         return
-    region = traced.region([fork], node)
-    if any(n.target in _WEIGHTED for n in region):
-        raise _not_a_chain(node, "blocks that add their branch to the skip, not concatenate it")
+    if any(n.target in _WEIGHTED for n in traced.region([fork], node) if n is not node):
+        how = "concatenate it" if node.target is _CAT else f"join it by {getattr(node.target, '__name__', node.target)}"
+        raise _not_a_chain(node, f"blocks that add their branch to the skip, not {how}")
 
 
 def _end_of_post(
@@ -247,7 +259,8 @@ def _start_of_first(trunk: list[Node], position: dict[Node, int], merges: list[N
 
 def _plain_parts(traced: Trace, trunk: list[Node]) -> list[_Part]:
     """The modules of a network without skips, as blocks without skip."""
-    for node in traced.in_order(traced.region([], traced.output)):
+    # Those on the trunk were judged before: nothing with weights stands in them.
+    for node in traced.in_order(traced.region([], traced.output) - set(trunk)):
         if node.target in (_ADD, _CAT) and len(traced.dependent_inputs(node)) > 1 and _weighs(traced, node):
             raise _not_a_chain(node, "merges that every route passes; some route leads around this one")
     groups = _plain_groups(traced, trunk)
@@ -320,10 +333,12 @@ def _assemble(traced: Trace, parts: list[_Part]) -> ResidualChain:
         if left.end is not right.start:
             gap = traced.segment([left.end], right.start)
             blocks[index + 1] = blocks[index + 1].replace(pre=gap, in_shape=_shape(left.end))
-    stem = traced.segment(traced.inputs, parts[0].start)
+    shapes = [tuple(node.meta["val"].shape[1:]) for node in traced.inputs]
+    stem = FixedShape(traced.segment(traced.inputs, parts[0].start), shapes)
     head = traced.segment([parts[-1].end], traced.output)
     chain = ResidualChain(stem, blocks, head)
     chain.training = chain.blocks.training = False
+    chain.eval_only = True
     return chain
 
 

@@ -126,7 +126,14 @@ def snapshot(module: nn.Module) -> list:
     """Everything of a module that an edit or a study must not change."""
     state = [(k, v.clone(), id(v)) for k, v in [*module.named_parameters(), *module.named_buffers()]]
     hooks = [
-        (name, m.training, len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks), list(m._modules))
+        (
+            name,
+            m.training,
+            dict(m._forward_hooks),
+            dict(m._forward_pre_hooks),
+            dict(m._backward_hooks),
+            list(m._modules),
+        )
         for name, m in module.named_modules()
     ]
     grads = [(p.requires_grad, p.grad is None) for p in module.parameters()]

@@ -250,6 +250,8 @@ def test_a_plain_block_is_deleted_only_where_it_keeps_the_shape():
         (lambda c: rp.delete_block(c, 1.5), r"block: got 1.5; allowed: the position or the name"),
         (lambda c: rp.delete_block(c, True), r"block: got True"),
         (lambda c: rp.delete_blocks(c, "layer1.0"), r"blocks: got 'layer1.0'; allowed: a list.*Write \['layer1.0'\]"),
+        (lambda c: rp.delete_blocks(c, 5.0), r"blocks: got 5.0; allowed: a list"),
+        (lambda c: rp.path_network(nn.Linear(2, 2), [True]), r"chain: got 'Linear'; allowed: a ResidualChain"),
         (lambda c: rp.permute_blocks(c, [0, 1]), r"order: got \[0, 1\]; allowed: a permutation of the 4 blocks"),
         (lambda c: rp.scale_block(c, 0, float("nan")), r"factor: got nan; allowed: a finite number"),
         (lambda c: rp.scale_block(rp.delete_block(c, 0), 0, 2.0), r"block: got 0; .*branch is deleted"),
@@ -264,6 +266,12 @@ def test_a_plain_block_is_deleted_only_where_it_keeps_the_shape():
 def test_bad_input(edit, message):
     with pytest.raises(rp.ResnetPathsError, match=message):
         edit(steady_chain(4))
+
+
+def test_the_ends_keep_their_shapes():
+    chain = random_chain((2, (plan_of(3, "projection"), plan_of(2, "projection"))))
+    with pytest.raises(rp.ResnetPathsError, match=r"order: got 'block1'; allowed: a block with in_shape \(2,\)"):
+        rp.swap_blocks(chain, 0, 1)
 
 
 def test_blocks_of_other_shapes_do_not_trade_places():

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import resnet_paths as rp
+from resnet_paths.chain import ResidualChain
 from resnet_paths.lesions import Lesion
 from tests.chains import Plan, assert_same, plans, random_chain, snapshot
 
@@ -163,12 +164,30 @@ def test_a_study_that_fails_leaves_the_chain_as_it_was():
         ([torch.zeros(2, 5)], "loader: got 'Tensor'; allowed: batches of"),
         ([(torch.zeros(2, 5).double(), torch.tensor([0, 3]))], r"labels: got \[0, 3\]; allowed: .* 0 to 2"),
         ([(torch.zeros(2, 5).double(), torch.tensor([0, -1]))], r"labels: got \[-1, 0\]"),
+        ([(torch.zeros(2, 5).double(), torch.zeros(2))], r"labels: got 'torch.float32 \[2\]'; allowed: class indices"),
         ([(torch.zeros(2, 5).double(), torch.tensor([0]))], r"labels \[1\] for logits \[2, 3\]"),
     ],
 )
 def test_bad_loaders(loader, message):
     with pytest.raises(rp.ResnetPathsError, match=message):
         rp.lesion_study(random_chain(STEADY), loader, [lambda c: c], progress=False)
+
+
+def test_parts_that_work_in_place_do_not_spoil_each_other():
+    plain = random_chain(STEADY)
+    spoiling = ResidualChain(plain.stem, plain, torch.nn.Sequential(torch.nn.ReLU(inplace=True), plain.head))
+    copied = ResidualChain(plain.stem, plain, torch.nn.Sequential(torch.nn.ReLU(), plain.head))
+    frames = [rp.lesion_study(c, labelled(), rp.single_deletions(c), progress=False) for c in (spoiling, copied)]
+    assert frames[0].equals(frames[1])
+
+
+def test_what_is_no_chain_is_refused():
+    with pytest.raises(rp.ResnetPathsError, match=r"chain: got 'Linear'; allowed: a ResidualChain.*unravel"):
+        rp.lesion_study(torch.nn.Linear(2, 2), labelled(), [])
+    with pytest.raises(rp.ResnetPathsError, match=r"chain: got 'Linear'"):
+        rp.single_deletions(torch.nn.Linear(2, 2))
+    with pytest.raises(rp.ResnetPathsError, match=r"lesion 'nothing'.*got 'NoneType'"):
+        rp.lesion_study(random_chain(STEADY), labelled(), [Lesion("nothing", lambda c: None, ())])
 
 
 def test_training_mode_is_refused():

@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -63,6 +64,11 @@ def test_polynomial_counts_what_enumeration_lists(choices):
     assert sum(rp.path_histogram(chain).fraction) == pytest.approx(1)
     for length in by_length:
         assert sorted(rp.enumerate_paths(chain, length)) == sorted(p for p in listed if sum(map(bool, p)) == length)
+
+
+def test_numpy_integers_are_integers():
+    assert rp.path_histogram(np.int64(9)).equals(rp.path_histogram(9))
+    assert len(rp.sample_paths(np.int64(9), np.int64(3), 2, torch.Generator())) == 2
 
 
 def test_enumeration_of_a_length_is_lazy():

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 import resnet_paths as rp
 from resnet_paths import cli
-from resnet_paths.reproduce import find_notebooks, reproduce
+from resnet_paths.reproduce import find_notebooks, reproduce, run_notebook
 
 
 def write(folder, name, *sources):
@@ -42,6 +42,22 @@ def test_a_failing_notebook_is_named_and_the_others_run(folder, tmp_path):
     assert executed.cells[5].execution_count is None
     shipped = nbformat.read(folder / "02_bad.ipynb", as_version=4)
     assert len(shipped.cells) == 5
+
+
+def test_a_file_that_is_no_notebook_is_named_and_the_others_run(folder, tmp_path):
+    (folder / "00_broken.ipynb").write_text("{bad")
+    results = reproduce(tmp_path / "out", only=["00", "03"], folder=folder, progress=False)
+    assert results[0].error.startswith("not a notebook: NotJSONError")
+    assert results[1].error is None
+
+
+def test_a_cell_that_kills_its_kernel_or_never_ends_is_named(tmp_path):
+    write(tmp_path, "01_dies", "import os", "os.kill(os.getpid(), 9)")
+    write(tmp_path, "02_hangs", "import time", "time.sleep(60)")
+    died = run_notebook(tmp_path / "01_dies.ipynb", {}, tmp_path / "out" / "1.ipynb")
+    assert died.error.startswith("cell 5: DeadKernelError")
+    hung = run_notebook(tmp_path / "02_hangs.ipynb", {}, tmp_path / "out" / "2.ipynb", timeout=2)
+    assert hung.error.startswith("cell 5: CellTimeoutError")
 
 
 def test_only_some(folder, tmp_path):

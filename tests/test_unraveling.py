@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -49,8 +50,8 @@ def test_every_torchvision_resnet(name):
     assert chain.num_paths == 2 ** BLOCKS[name]
     assert type(chain.num_paths) is int
     with torch.no_grad():
-        for batch, size in ((2, 32), (1, 32), (3, 48)):  # not only the example's batch and size
-            assert torch.equal(chain(images(batch, size)), model(images(batch, size)))
+        for batch in (1, 2, 3):  # not only the example's batch
+            assert torch.equal(chain(images(batch)), model(images(batch)))
     assert_same(before, snapshot(model))
     blocks = [(n, m) for n, m in model.named_modules() if type(m).__name__ in ("BasicBlock", "Bottleneck")]
     assert [b.name for b in chain] == [n for n, _ in blocks]
@@ -292,12 +293,89 @@ def test_a_chain_is_returned_as_it_is():
     assert rp.unravel(chain, images(2)) is chain
 
 
-def test_an_unraveled_chain_has_no_training_mode():
-    chain = rp.unravel(torchvision_model("resnet18"), images(2))
+@pytest.mark.parametrize("copied", [lambda c: c, copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))])
+def test_an_unraveled_chain_has_no_training_mode(copied):
+    chain = copied(rp.delete_block(rp.unravel(torchvision_model("resnet18"), images(2)), 3))
     assert not any(module.training for module in chain.modules())
     with pytest.raises(rp.ResnetPathsError, match=r"mode: got True; .*eval mode"):
         chain.train()
     assert not any(module.training for module in chain.eval().modules())
+
+
+def test_another_image_size_is_refused_where_the_answer_would_be_wrong():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, x):
+            x = x + self.conv(x)
+            return F.avg_pool2d(x, x.shape[2:])  # the size stands in the graph as a number
+
+    model = Net().eval()
+    chain = rp.unravel(model, images(2, 12))
+    with torch.no_grad():
+        assert torch.equal(chain(images(3, 12)), model(images(3, 12)))
+    with pytest.raises(
+        rp.ResnetPathsError, match=r"inputs: got .*14, 14.*; allowed: .*12, 12.*Unravel the model again"
+    ):
+        chain(images(2, 14))
+
+
+def test_an_activation_that_adds_is_no_block():
+    def forward(self, x):
+        x = self.inp(x)
+        x = x + torch.sin(x) ** 2
+        for f in self.f:
+            x = x + f(x)
+        return self.out(x)
+
+    assert [b.name for b in rp.unravel(toy(forward), inputs())] == [f"f.{i}" for i in range(4)]
+
+    def plain(self, x):
+        x = self.inp(x)
+        for f in self.f:
+            x = f(x)
+            x = x + torch.sin(x) ** 2
+        return self.out(x)
+
+    chain = rp.unravel(toy(plain), inputs())
+    assert chain.num_paths == 1
+    assert [b.name for b in chain] == [f"f.{i}.0" for i in range(4)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "num_blocks"),
+    [
+        ("mobilenet_v2", 10),
+        ("efficientnet_b0", 9),
+        ("convnext_tiny", 18),
+        ("swin_t", 24),
+        ("vit_b_16", 24),
+        ("regnet_y_400mf", 16),
+    ],
+)
+def test_other_architectures_that_the_readme_names(name, num_blocks):
+    """Counted in the papers' tables: repeats of stride 1 for the mobile nets, blocks, or two a transformer layer."""
+    model = torchvision_model(name)
+    x = images(2, 224 if name == "vit_b_16" else 64)
+    chain = rp.unravel(model, x)
+    assert (len(chain), chain.num_paths) == (num_blocks, 2**num_blocks)
+    with torch.no_grad():
+        assert torch.equal(chain(x), model(x))
+
+
+def test_hooks_stay():
+    model = torchvision_model("resnet18")
+    model.layer1.register_forward_hook(lambda *_: None)
+    model.layer1[0].register_forward_pre_hook(lambda *_: None)
+    model.fc.register_full_backward_hook(lambda *_: None)
+    before = snapshot(model)
+    chain = rp.unravel(model, images(2))
+    rp.delete_block(chain, 1)(images(2)).sum().backward()
+    model.zero_grad()
+    assert_same(before, snapshot(model))
 
 
 def data_dependent(self, x):
@@ -339,6 +417,23 @@ def three_summands(self, x):
     return self.out(h + self.f[0](self.f[1](h)) + self.f[2](h))
 
 
+def difference(self, x):
+    x = self.inp(x)
+    return self.out(x - self.f[0](x))
+
+
+def interpolation(self, x):
+    x = self.inp(x)
+    return self.out(torch.lerp(x, self.f[0](x), 0.5))
+
+
+def one_difference_among_sums(self, x):
+    x = self.inp(x)
+    x = x + self.f[0](x)
+    x = torch.addcmul(x, self.f[1](x), self.norm.weight)
+    return self.out(x + self.f[2](x))
+
+
 def random_branch(self, x):
     h = self.inp(x)
     return self.out(h + F.dropout(self.f[0](h), 0.5, training=True))
@@ -363,6 +458,9 @@ REFUSED = {
     "concatenated": (concatenated, r"model: got .cat\w* \(cat.default.*not concatenate"),
     "alike": (alike, r"model: got .add\w* .*both sides look alike"),
     "three summands": (three_summands, r"model: got .add\w* .*here three values are added up"),
+    "difference": (difference, r"model: got .sub\w* .*not join it by sub"),
+    "interpolation": (interpolation, r"model: got .lerp\w* .*not join it by lerp"),
+    "addcmul among sums": (one_difference_among_sums, r"model: got .addcmul\w* .*not join it by addcmul"),
     "random": (random_branch, r"dropout.*without random or training-mode operations.*model.eval\(\)"),
     "two outputs": (two_outputs, r"returns 2 values in a container.; allowed: a model that returns one tensor"),
     "a constant": (lambda self, x: self.out.weight * 2, r"output depends on its input|returns"),
@@ -404,8 +502,10 @@ def test_bad_arguments():
 def test_a_changed_buffer_is_refused():
     model = toy(counting)
     model.register_buffer("count", torch.zeros(()))
+    before = snapshot(model)
     with pytest.raises(rp.ResnetPathsError, match="'count' when it runs"):
         rp.unravel(model, inputs(4))
+    assert_same(before, snapshot(model))
 
 
 def test_the_self_check_names_the_first_block_that_differs(monkeypatch):
