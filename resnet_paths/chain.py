@@ -308,6 +308,25 @@ def _dims(shape: Sequence[int] | None) -> str:
     return "unknown" if shape is None else "x".join(map(str, shape)) or "scalar"
 
 
+def refuse_training_mode(argument: str, module: nn.Module) -> None:
+    """Refuse a module whose BatchNorm would move, or whose dropout would act, when it runs.
+
+    Args:
+        argument: Its name, for the message.
+        module: A model or a chain.
+
+    Raises:
+        ResnetPathsError: If such a part is in training mode; it is named.
+    """
+    for name, part in module.named_modules():
+        moving = isinstance(part, nn.modules.batchnorm._BatchNorm | nn.modules.dropout._DropoutNd)
+        if moving and part.training:
+            raise ResnetPathsError(
+                argument, f"{type(part).__name__} {name!r} in training mode", f"a {argument} in eval mode",
+                f"Call {argument}.eval() first.",
+            )  # fmt: skip
+
+
 def is_identity(module: nn.Module | None) -> bool:
     """Whether a part does nothing."""
     return isinstance(module, nn.Identity)

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from resnet_paths.chain import Block, Parallel, ResidualChain, Scaled, is_identity
+from resnet_paths.chain import Block, Parallel, ResidualChain, Scaled, is_identity, refuse_training_mode
 from resnet_paths.edits import delete_block
 from resnet_paths.errors import ResnetPathsError
 
@@ -92,7 +92,8 @@ def lesion_study(
         ResnetPathsError: If the chain is in training mode, the loader is empty or does not give such batches, or labels
             are out of range.
     """
-    _refuse_what_cannot_be_studied(chain)
+    _refuse_other_than_chain("chain", chain)
+    refuse_training_mode("chain", chain)
     named = [
         lesion if isinstance(lesion, Lesion) else Lesion(getattr(lesion, "__name__", repr(lesion)), lesion, ())
         for lesion in lesions
@@ -256,17 +257,6 @@ def _part_key(part: nn.Module | None) -> Hashable:
     if isinstance(part, Parallel):
         return ("parallel", *map(_part_key, part))
     return id(part)
-
-
-def _refuse_what_cannot_be_studied(chain: ResidualChain) -> None:
-    _refuse_other_than_chain("chain", chain)
-    for name, module in chain.named_modules():
-        moving = isinstance(module, nn.modules.batchnorm._BatchNorm | nn.modules.dropout._DropoutNd)
-        if moving and module.training:
-            raise ResnetPathsError(
-                "chain", f"{type(module).__name__} {name!r} in training mode", "a chain in eval mode",
-                "Call chain.eval() first.",
-            )  # fmt: skip
 
 
 def _unpack(batch: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.fx import Interpreter, Node
 
-from resnet_paths.chain import Block, ResidualChain
+from resnet_paths.chain import Block, ResidualChain, refuse_training_mode
 from resnet_paths.errors import ResnetPathsError
 from resnet_paths.tracing import FixedShape, Trace, describe, module_path, module_stack, trace
 
@@ -105,13 +105,7 @@ def _check_arguments(model: nn.Module, example_inputs: object) -> tuple[torch.Te
             "example_inputs", [type(x).__name__ for x in inputs], "a tensor or a tuple of tensors",
             "Pass a batch such as torch.zeros(2, 3, 224, 224).",
         )  # fmt: skip
-    moving = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
-    for name, module in model.named_modules():
-        if module.training and isinstance(module, moving):
-            raise ResnetPathsError(
-                "model", f"{type(module).__name__} {name!r} in training mode", "a model in eval mode",
-                "Call model.eval() first.",
-            )  # fmt: skip
+    refuse_training_mode("model", model)
     return inputs
 
 
