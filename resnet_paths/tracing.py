@@ -13,7 +13,7 @@ import io
 import logging
 import operator
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,16 +90,7 @@ class Trace:
 
     def region(self, sources: Iterable[Node], target: Node) -> set[Node]:
         """The dependent nodes on the way from `sources` to `target`: without the sources, with the target."""
-        stop = set(sources)
-        found: set[Node] = set()
-        waiting = [target]
-        while waiting:
-            node = waiting.pop()
-            if node in found or node in stop:
-                continue
-            found.add(node)
-            waiting.extend(self.dependent_inputs(node))
-        return found
+        return _walk_back(target, set(sources), self.dependent_inputs)
 
     def in_order(self, nodes: Iterable[Node]) -> list[Node]:
         """`nodes` in the order of the graph."""
@@ -124,7 +115,11 @@ class Trace:
         copies: dict[Node, Node] = {}
         for source in sources:
             copies[source] = graph.placeholder(source.name)
-        for node in self.in_order(self._needed(set(sources), target)):
+
+        def needed_by(node: Node) -> list[Node]:
+            return node.all_input_nodes if self._size_of(node, sources) is None else []
+
+        for node in self.in_order(_walk_back(target, set(sources), needed_by)):
             if node.op == "placeholder":
                 raise ResnetPathsError(
                     "model", node.name, f"a chain; {target.name} ({describe(target)}) also reads the model's input",
@@ -139,18 +134,6 @@ class Trace:
         graph.output(copies[target])
         names = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
         return Segment({name: self.tensors[name] for name in names}, graph, class_name="Segment").eval()
-
-    def _needed(self, stop: set[Node], target: Node) -> set[Node]:
-        found: set[Node] = set()
-        waiting = [target]
-        while waiting:
-            node = waiting.pop()
-            if node in found or node in stop:
-                continue
-            found.add(node)
-            if self._size_of(node, list(stop)) is None:
-                waiting.extend(node.all_input_nodes)
-        return found
 
     @staticmethod
     def _size_of(node: Node, sources: list[Node]) -> tuple[Node, int] | None:
@@ -168,6 +151,18 @@ class Trace:
                 ):
                     return source, dim
         return None
+
+
+def _walk_back(target: Node, stop: set[Node], before: Callable[[Node], Iterable[Node]]) -> set[Node]:
+    """All nodes met on the way back from `target`, itself included, up to those in `stop`, which are left out."""
+    found: set[Node] = set()
+    waiting = [target]
+    while waiting:
+        node = waiting.pop()
+        if node not in found and node not in stop:
+            found.add(node)
+            waiting.extend(before(node))
+    return found
 
 
 def trace(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Trace:
