@@ -31,17 +31,23 @@ def train(
     devices: Annotated[str, typer.Option(help="Fabric's: number of devices a machine, or 'auto'.")] = "1",
     num_nodes: Annotated[int, typer.Option(help="Fabric's: number of machines.")] = 1,
     strategy: Annotated[str, typer.Option(help="Fabric's: 'auto' or 'ddp'.")] = "auto",
+    snapshots: Annotated[str, typer.Option(help="Epochs whose weights to keep too, as in '0,1,4'.")] = "",
     folder: Annotated[Path, typer.Option(help="Where weights, log and checkpoint go.")] = Path("runs"),
 ) -> None:
     """Train a network by name; a run that was stopped goes on where it was."""
+    from resnet_paths.errors import ResnetPathsError
     from resnet_paths.training import TrainingSettings, train
 
     settings = TrainingSettings(
         network=network, dataset=dataset, epochs=epochs, seed=seed, batch_size=batch_size,
         learning_rate=learning_rate, precision=precision,
     )  # fmt: skip
+    try:
+        epochs_kept = [int(number) for number in snapshots.split(",") if number]
+    except ValueError as error:
+        raise ResnetPathsError("snapshots", snapshots, "numbers of epochs with commas between, as in 0,1,4") from error
     path = train(
-        settings, folder, accelerator=accelerator, num_nodes=num_nodes, strategy=strategy,
+        settings, folder, snapshots=epochs_kept, accelerator=accelerator, num_nodes=num_nodes, strategy=strategy,
         devices=int(devices) if devices.lstrip("-").isdigit() else devices,
     )  # fmt: skip
     typer.echo(f"wrote {path}")

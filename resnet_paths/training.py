@@ -8,9 +8,11 @@ business (Fabric's `accelerator`, `devices`, `num_nodes`, `precision`).
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -88,6 +90,7 @@ def train(
     devices: int | str = 1,
     num_nodes: int = 1,
     strategy: str = "auto",
+    snapshots: Sequence[int] = (),
     train_set: ImageDataset | None = None,
     test_set: ImageDataset | None = None,
     progress: bool = True,
@@ -102,6 +105,8 @@ def train(
         devices: Fabric's: how many processes a machine.
         num_nodes: Fabric's: how many machines.
         strategy: Fabric's: ``"auto"`` or ``"ddp"``.
+        snapshots: Numbers of epochs after which to keep the weights too, as ``NAME-seedS.epochE.safetensors``; 0 is
+            the initialisation, with BatchNorm statistics measured on training images.
         train_set: Training images instead of the data set's own training split.
         test_set: Test images instead of its own test split; only measured, never selected on.
         progress: Whether to show a bar.
@@ -111,8 +116,12 @@ def train(
 
     Raises:
         ResnetPathsError: If the loss stops being finite, `folder` cannot be made or holds a run of this name with other
-            settings, the images are of another data set, or Fabric cannot work with the devices asked for.
+            settings, a snapshot is not of this run, the images are of another data set, or Fabric cannot work with the
+            devices asked for.
     """
+    for epoch in snapshots:
+        if not isinstance(epoch, int) or not 0 <= epoch <= settings.epochs:
+            raise ResnetPathsError("snapshots", epoch, f"numbers of epochs from 0 to {settings.epochs}")
     for argument, images in (("train_set", train_set), ("test_set", test_set)):
         if images is not None and images.name != settings.dataset:
             raise ResnetPathsError(argument, images.name, f"images of {settings.dataset!r}, as in the settings")
@@ -141,9 +150,9 @@ def train(
             f"a size that leaves at least one image of each batch to each of {fabric.world_size} processes",
             f"The last batch of {len(train_set)} images would hold {last_batch}.",
         )  # fmt: skip
-    facts = DATASETS[settings.dataset]
-    shape = {"in_channels": facts.shape[0], "num_classes": len(facts.classes)}
-    raw = build_network(settings.network, torch.Generator().manual_seed(settings.seed), **shape)
+    raw = build_network(
+        settings.network, torch.Generator().manual_seed(settings.seed), **_shape_of_network(settings.dataset)
+    )
     raw = raw.to(memory_format=torch.channels_last)
     sgd = torch.optim.SGD(
         raw.parameters(), settings.learning_rate, settings.momentum,
@@ -156,6 +165,9 @@ def train(
         # After the set-up: what is read here must be on the device where the weights are now.
         log = _resume(checkpoint, raw, sgd, fabric.strategy.precision)
     fabric.barrier()
+    if 0 in snapshots and not log and fabric.global_rank == 0:
+        with _measured_batchnorm(fabric, model, raw, train_set, settings):
+            _write_finished(_snapshot_file(stem, 0), raw, settings, log, test_set)
     steps = -(-len(train_set) // settings.batch_size)
     with tqdm(
         total=settings.epochs * steps, initial=len(log) * steps, desc=settings.network, unit="batch",
@@ -171,16 +183,14 @@ def train(
             log.append({"network": settings.network, "seed": settings.seed, **row})
             bar.set_postfix(test_error=f"{row['test_error_rate']:.2%}")
             if fabric.global_rank == 0:
+                # Before the checkpoint: a run killed between the two writes the same snapshot again.
+                if epoch + 1 in snapshots:
+                    _write_finished(_snapshot_file(stem, epoch + 1), raw, settings, log, test_set)
                 _write_checkpoint(checkpoint, raw, sgd, fabric.strategy.precision, settings, log)
                 _write_log(stem.with_suffix(".csv"), log)
     if fabric.global_rank == 0:
         _write_log(stem.with_suffix(".csv"), log)  # again: the last kill may have come just before it
-        loss, error_rate = evaluate(raw, test_set)
-        metadata = {
-            **asdict(settings), **shape, "log": log, "test_error_rate": error_rate, "test_loss": loss,
-            "num_parameters": sum(p.numel() for p in raw.parameters()), "torch": torch.__version__,
-        }  # fmt: skip
-        write_tensors(weights, raw.state_dict(), metadata)
+        _write_finished(weights, raw, settings, log, test_set)
         checkpoint.unlink(missing_ok=True)
     fabric.barrier()
     return weights
@@ -335,6 +345,54 @@ def _sum_losses(
         loss_sum += F.cross_entropy(logits, truth, reduction="sum").item()
         num_wrong += int((logits.argmax(1) != truth).sum())
     return loss_sum, num_wrong
+
+
+def _shape_of_network(dataset: str) -> dict[str, int]:
+    facts = DATASETS[dataset]
+    return {"in_channels": facts.shape[0], "num_classes": len(facts.classes)}
+
+
+def _snapshot_file(stem: Path, epoch: int) -> Path:
+    return stem.with_name(f"{stem.name}.epoch{epoch}.safetensors")
+
+
+def _write_finished(
+    path: Path, model: nn.Module, settings: TrainingSettings, log: list[dict[str, Any]], test_set: ImageDataset
+) -> None:
+    """Weights that can be loaded by name: with settings, log and test error in float32 inside."""
+    loss, error_rate = evaluate(model, test_set)
+    metadata = {
+        **asdict(settings), **_shape_of_network(settings.dataset), "log": log, "epochs_done": len(log),
+        "test_error_rate": error_rate, "test_loss": loss,
+        "num_parameters": sum(p.numel() for p in model.parameters()), "torch": torch.__version__,
+    }  # fmt: skip
+    write_tensors(path, model.state_dict(), metadata)
+
+
+@contextlib.contextmanager
+def _measured_batchnorm(
+    fabric: Any, model: nn.Module, raw: nn.Module, dataset: ImageDataset, settings: TrainingSettings
+) -> Iterator[None]:
+    """BatchNorm statistics measured on ten batches, for as long as the context lasts.
+
+    An untrained network's own are 0 and 1: in eval mode it would not be the network that training starts from.
+    """
+    norms = [module for module in raw.modules() if isinstance(module, nn.BatchNorm2d)]
+    kept = [(norm.momentum, {name: buffer.clone() for name, buffer in norm.named_buffers()}) for norm in norms]
+    for norm in norms:
+        norm.momentum = None  # the plain average over batches
+    model.train()
+    with torch.no_grad():
+        batches = _augmented_batches(dataset, settings, 0, 0, 1)
+        for images, _ in itertools.islice(batches, 10):
+            model(images.to(fabric.device, memory_format=torch.channels_last))
+    try:
+        yield
+    finally:
+        for norm, (momentum, buffers) in zip(norms, kept, strict=True):
+            norm.momentum = momentum
+            for name, buffer in norm.named_buffers():
+                buffer.copy_(buffers[name])
 
 
 def _write_checkpoint(

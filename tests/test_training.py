@@ -446,6 +446,66 @@ def test_the_loss_scale_is_kept_in_the_checkpoint(tmp_path):
     assert again.state_dict() == precision.state_dict()
 
 
+# Snapshots
+
+
+def test_snapshots_are_networks_on_the_way_and_do_not_change_the_run(run, uninterrupted, tmp_path):
+    run(uninterrupted)
+    path = run(tmp_path, snapshots=(0, 1, 3))
+    same_run(uninterrupted / f"{NAME}.safetensors", path)
+    assert names_in(tmp_path) == [
+        f"{NAME}.csv", *(f"{NAME}.epoch{epoch}.safetensors" for epoch in (0, 1, 3)), f"{NAME}.safetensors",
+    ]  # fmt: skip
+    first = load_network("plain-20", tmp_path / f"{NAME}.epoch0.safetensors")
+    initial = build_network("plain-20", torch.Generator().manual_seed(SETTINGS.seed))
+    for (name, value), other in zip(first.named_parameters(), initial.parameters(), strict=True):
+        assert torch.equal(value, other), name
+    assert len(first.training_log) == 0
+    one = read_metadata(tmp_path / f"{NAME}.epoch1.safetensors")
+    log = pd.read_csv(path.with_suffix(".csv"))
+    assert one["epochs_done"] == 1
+    assert one["test_error_rate"] == pytest.approx(log.test_error_rate[0])
+    last, end = load_file(tmp_path / f"{NAME}.epoch3.safetensors"), load_file(path)
+    assert all(torch.equal(last[name], end[name]) for name in end)
+
+
+def test_the_initial_snapshot_has_batchnorm_statistics_of_training_images(run, make_images, tmp_path):
+    run(tmp_path, snapshots=(0,))
+    model = build_network("plain-20", torch.Generator().manual_seed(SETTINGS.seed)).train()
+    model.bn.momentum = None
+    with torch.no_grad():
+        for images, _ in training._augmented_batches(make_images(40), SETTINGS, 0, 0, 1):
+            model.bn(model.conv(images))
+    stored = load_file(tmp_path / f"{NAME}.epoch0.safetensors")
+    torch.testing.assert_close(stored["bn.running_mean"], model.bn.running_mean)
+    torch.testing.assert_close(stored["bn.running_var"], model.bn.running_var)
+
+
+def test_snapshots_survive_a_stop(run, tmp_path, monkeypatch):
+    run(tmp_path / "whole", snapshots=(0, 2))
+    measure, calls = training._measure, []
+
+    def stop_at_the_third(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return measure(*args)
+
+    monkeypatch.setattr(training, "_measure", stop_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "stopped", snapshots=(0, 2))
+    run(tmp_path / "stopped", snapshots=(0, 2))
+    for epoch in (0, 2):
+        one, other = (load_file(tmp_path / f / f"{NAME}.epoch{epoch}.safetensors") for f in ("whole", "stopped"))
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("epoch", [-1, 4, "1"])
+def test_snapshots_beyond_the_run_are_refused(run, tmp_path, epoch):
+    with pytest.raises(ResnetPathsError, match="snapshots.*numbers of epochs from 0 to 3"):
+        run(tmp_path, snapshots=(epoch,))
+
+
 # Runs that fail
 
 
