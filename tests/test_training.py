@@ -502,7 +502,7 @@ def test_snapshots_survive_a_stop(run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("epoch", [-1, 4, "1"])
 def test_snapshots_beyond_the_run_are_refused(run, tmp_path, epoch):
-    with pytest.raises(ResnetPathsError, match="snapshots.*numbers of epochs from 0 to 3"):
+    with pytest.raises(ResnetPathsError, match=r"snapshots.*numbers of epochs from 0 to 3"):
         run(tmp_path, snapshots=(epoch,))
 
 
