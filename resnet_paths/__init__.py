@@ -37,6 +37,9 @@ _HOME = {
     "list_networks": "zoo",
     "load_network": "zoo",
     "load_dataset": "datasets",
+    "gradient_by_path_length": "gradients",
+    "gradient_by_stage_lengths": "gradients",
+    "gradient_through_block": "gradients",
     "lesion_study": "lesions",
     "single_deletions": "lesions",
     "unraveled_graph": "graph",
@@ -45,7 +48,8 @@ _HOME = {
 
 __all__ = [
     "Block", "ResidualChain", "ResnetPathsError", "delete_block", "delete_blocks", "duplicate_block",
-    "enumerate_paths", "figures", "lesion_study", "list_networks", "load_dataset", "load_network", "parallel_blocks",
+    "enumerate_paths", "figures", "gradient_by_path_length", "gradient_by_stage_lengths", "gradient_through_block",
+    "lesion_study", "list_networks", "load_dataset", "load_network", "parallel_blocks",
     "path_histogram", "path_network", "permute_blocks", "reverse_blocks", "sample_paths", "scale_block",
     "single_deletions", "swap_blocks", "unravel", "unraveled_graph",
 ]  # fmt: skip
@@ -65,6 +69,11 @@ if TYPE_CHECKING:
         swap_blocks,
     )
     from resnet_paths.errors import ResnetPathsError
+    from resnet_paths.gradients import (
+        gradient_by_path_length,
+        gradient_by_stage_lengths,
+        gradient_through_block,
+    )
     from resnet_paths.graph import unraveled_graph
     from resnet_paths.lesions import lesion_study, single_deletions
     from resnet_paths.paths import enumerate_paths, path_histogram, sample_paths

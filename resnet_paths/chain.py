@@ -16,7 +16,7 @@ from typing import Any, cast
 from torch import nn
 
 from resnet_paths.errors import ResnetPathsError, nearest_names
-from resnet_paths.paths import Path, check_path, choices_of, num_paths
+from resnet_paths.paths import Entry, check_path, choices_of, num_paths
 
 __all__ = ["Block", "Parallel", "ResidualChain", "Scaled", "path_network"]
 
@@ -25,7 +25,7 @@ class Block(nn.Module):
     """One residual block: ``y = post(skip(h) + branch(h))`` with ``h = pre(x)``.
 
     Args:
-        branch: The residual function f; None once deleted.
+        branch: The residual function f; None once deleted. It may be a `ResidualChain`, whose own paths then count.
         skip: Identity, or the projection at a change of shape; None in a plain net.
         pre: What skip and branch share: the pre-activation at a change of stage (He et al. 2016b), a downsampling
             layer that stands between two stages.
@@ -79,11 +79,13 @@ class Block(nn.Module):
             return self.post(self.skip(x))
         if self.skip is None:
             return self.post(self.branch(x))
-        return self.post(self.skip(x) + self.branch(x))
+        return self.post(add_states(self.skip(x), self.branch(x)))
 
     @property
-    def path_choices(self) -> Path:
+    def path_choices(self) -> tuple[Any, ...]:
         """The entries it offers to a path: False for the skip, 1, 2... for its branches; see `resnet_paths.paths`."""
+        if isinstance(self.branch, ResidualChain) and len(self.branch):
+            return (*((False,) if self.skip is not None else ()), self.branch.path_choices)
         branches = len(self.branch) if isinstance(self.branch, Parallel) else int(self.branch is not None)
         skips = (False,) if self.skip is not None else ()
         return (*skips, *((True, *range(2, branches + 1)) if branches else ()))
@@ -184,7 +186,7 @@ class ResidualChain(nn.Module):
         return len(self.blocks)
 
     @property
-    def path_choices(self) -> tuple[Path, ...]:
+    def path_choices(self) -> tuple[tuple[Any, ...], ...]:
         """The entries that each block offers to a path; see `resnet_paths.paths`."""
         return tuple(block.path_choices for block in self)
 
@@ -239,6 +241,13 @@ class ResidualChain(nn.Module):
         return "\n".join(lines)
 
 
+def add_states(one: Any, other: Any) -> Any:
+    """The sum of two states: tensors, or tuples of tensors (such as WaveNet's pair), added part by part."""
+    if isinstance(one, tuple):
+        return tuple(a + b for a, b in zip(one, other, strict=True))
+    return one + other
+
+
 class Scaled(nn.Module):
     """A branch times a number: ``factor * branch(x)``."""
 
@@ -250,7 +259,8 @@ class Scaled(nn.Module):
 
     def forward(self, x: Any) -> Any:
         """``factor * branch(x)``."""
-        return self.factor * self.branch(x)
+        y = self.branch(x)
+        return tuple(self.factor * part for part in y) if isinstance(y, tuple) else self.factor * y
 
     def extra_repr(self) -> str:
         """The factor."""
@@ -269,11 +279,11 @@ class Parallel(nn.ModuleList):
         first, *others = self
         total = first(x)
         for branch in others:
-            total = total + branch(x)
+            total = add_states(total, branch(x))
         return total
 
 
-def path_network(chain: ResidualChain, path: Sequence[int]) -> ResidualChain:
+def path_network(chain: ResidualChain, path: Sequence[Entry]) -> ResidualChain:
     """One path run alone, forward: each block reduced to its skip or to its branch.
 
     The forward pass does not split into a sum over paths, since branches are not linear; this is the network that Dong
@@ -281,7 +291,7 @@ def path_network(chain: ResidualChain, path: Sequence[int]) -> ResidualChain:
 
     Args:
         chain: The chain.
-        path: An entry a block: False = skip, True = branch.
+        path: An entry a block: False = skip, True = branch; a path where the branch is a chain.
 
     Returns:
         A chain of one path that shares all weights with `chain`.
@@ -293,7 +303,9 @@ def path_network(chain: ResidualChain, path: Sequence[int]) -> ResidualChain:
     return chain.with_blocks(_take(block, entry) for block, entry in zip(chain, path, strict=True))
 
 
-def _take(block: Block, entry: int) -> Block:
+def _take(block: Block, entry: Entry) -> Block:
+    if isinstance(entry, tuple):
+        return block.replace(branch=path_network(cast("ResidualChain", block.branch), entry), skip=None, skip_kind=None)
     if not entry:
         return block.replace(branch=None)
     branch = block.branch[entry - 1] if isinstance(block.branch, Parallel) else block.branch

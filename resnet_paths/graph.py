@@ -8,7 +8,7 @@ import networkx as nx
 
 from resnet_paths.chain import ResidualChain
 from resnet_paths.errors import ResnetPathsError
-from resnet_paths.paths import HasPathChoices, Path, choices_of
+from resnet_paths.paths import HasPathChoices, Path, choices_of, entries_of, num_paths
 
 __all__ = ["unraveled_graph"]
 
@@ -41,7 +41,7 @@ def unraveled_graph(chain: HasPathChoices | int, *, max_nodes: int = 100_000) ->
         (16, 8)
     """
     choices = choices_of(chain)
-    widths = list(itertools.accumulate((len(c) for c in reversed(choices)), lambda a, b: a * b, initial=1))
+    widths = list(itertools.accumulate((num_paths([c]) for c in reversed(choices)), lambda a, b: a * b, initial=1))
     if sum(widths) + 1 > max_nodes:
         raise ResnetPathsError(
             "chain", f"{len(choices)} blocks, {widths[-1]} paths, {sum(widths) + 1} nodes",
@@ -55,8 +55,9 @@ def unraveled_graph(chain: HasPathChoices | int, *, max_nodes: int = 100_000) ->
     level: list[Path] = [()]
     for index in reversed(range(len(choices))):
         earlier = []
+        offered = list(entries_of(choices[index]))
         for rest in level:
-            for choice in choices[index]:
+            for choice in offered:
                 longer = (choice, *rest)
                 graph.add_node(longer, depth=index + 1)
                 graph.add_edge(longer, rest or "output", block=index, choice=choice)

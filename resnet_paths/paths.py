@@ -1,40 +1,56 @@
 """Paths through residual blocks: counting, listing and drawing them, in exact integers at any depth.
 
 A path takes one entry a block: False for the skip, True for the branch (Veit et al. 2016, section 3). Where several
-branches run in parallel the entry is the number of the branch, counted from 1; True is 1. Its length is the number of
-blocks whose branch it takes.
+branches run in parallel the entry is the number of the branch, counted from 1; True is 1. Where a branch holds a chain
+of its own the entry is the path through that chain, a tuple. The length of a path is the number of blocks whose branch
+it takes, at every depth.
 
 Everything here works on `path_choices`, the entries that each block offers: ``(False, True)`` for a residual block,
-``(True,)`` for one without skip, ``(False,)`` for a deleted one. A plain int n stands for n residual blocks.
+``(True,)`` for one without skip, ``(False,)`` for a deleted one, ``(False, inner)`` where the branch is a chain whose
+own choices are `inner`. A plain int n stands for n residual blocks.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from typing import Protocol, SupportsIndex
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
+from typing import Protocol, SupportsIndex, TypeAlias
 
 import pandas as pd
 import torch
 
 from resnet_paths.errors import ResnetPathsError
 
-__all__ = ["Path", "check_path", "enumerate_paths", "path_histogram", "path_polynomial", "sample_paths"]
+__all__ = [
+    "Choices", "Entry", "Path", "check_path", "enumerate_paths", "path_histogram", "path_length", "path_polynomial",
+    "sample_paths",
+]  # fmt: skip
 
-Path = tuple[int, ...]
-"""One entry a block: False (0) = skip, True (1) = branch, 2, 3... = further parallel branches."""
+Entry: TypeAlias = "int | tuple[Entry, ...]"
+"""What a path takes at one block: False (0) = skip, True (1) = branch, 2, 3... = further parallel branches; a path
+through the chain inside the branch, where the branch holds one."""
+
+Path: TypeAlias = tuple[Entry, ...]
+"""One entry a block."""
+
+Choice: TypeAlias = "int | tuple[tuple[Choice, ...], ...]"
+"""What a block offers: an entry, or the choices of the chain inside its branch, for all paths through it."""
+
+Choices: TypeAlias = Sequence[Sequence[Choice]]
+"""What each block of a chain offers."""
 
 
 class HasPathChoices(Protocol):
     """Anything made of blocks, such as a `ResidualChain`."""
 
     @property
-    def path_choices(self) -> tuple[Path, ...]:
+    def path_choices(self) -> Choices:
         """The entries that each block offers to a path."""
 
 
-def choices_of(chain: HasPathChoices | int) -> tuple[Path, ...]:
+def choices_of(chain: HasPathChoices | int) -> Choices:
     """The entries that each block offers: of a chain, or of n residual blocks.
 
     Args:
@@ -65,6 +81,8 @@ def choices_of(chain: HasPathChoices | int) -> tuple[Path, ...]:
 def path_polynomial(chain: HasPathChoices | int) -> list[int]:
     """Number of paths by length: the coefficients of the product over blocks of (skips + branches * t).
 
+    A branch that holds a chain of its own contributes t times the polynomial of that chain.
+
     Args:
         chain: A chain, or a number of residual blocks.
 
@@ -75,15 +93,31 @@ def path_polynomial(chain: HasPathChoices | int) -> list[int]:
         >>> path_polynomial(3)
         [1, 3, 3, 1]
     """
+    return _polynomial(choices_of(chain))
+
+
+def _polynomial(choices: Choices) -> list[int]:
     coefficients = [1]
-    for choices in choices_of(chain):
-        branches = sum(1 for c in choices if c)
-        skips = len(choices) - branches
-        longer = [branches * c for c in coefficients]
-        coefficients = [skips * a + b for a, b in zip([*coefficients, 0], [0, *longer], strict=True)]
-        if not coefficients[-1]:
-            coefficients.pop()
+    for offered in choices:
+        coefficients = _product(coefficients, _polynomial_of_block(offered))
     return coefficients
+
+
+def _polynomial_of_block(offered: Sequence[Choice]) -> list[int]:
+    total = [0]
+    for choice in offered:
+        inner = [0, *_polynomial(choice)] if isinstance(choice, tuple) else [0, 1] if choice else [1]
+        total = [a + b for a, b in itertools.zip_longest(total, inner, fillvalue=0)]
+    return total
+
+
+def _product(one: list[int], other: list[int]) -> list[int]:
+    result = [0] * (len(one) + len(other) - 1)
+    for shift, factor in enumerate(other):
+        if factor:
+            for k, coefficient in enumerate(one):
+                result[k + shift] += factor * coefficient
+    return result
 
 
 def path_histogram(chain: HasPathChoices | int) -> pd.DataFrame:
@@ -121,7 +155,7 @@ def enumerate_paths(chain: HasPathChoices | int, length: int | None = None) -> I
         length: Number of branches taken; None for every length.
 
     Returns:
-        An iterator over tuples with an entry a block, in lexicographic order when `length` is None.
+        An iterator over tuples with an entry a block, skips before branches.
 
     Raises:
         ResnetPathsError: If no path has that length.
@@ -130,21 +164,85 @@ def enumerate_paths(chain: HasPathChoices | int, length: int | None = None) -> I
         >>> list(enumerate_paths(2))
         [(False, False), (False, True), (True, False), (True, True)]
         >>> list(enumerate_paths(3, length=1))
-        [(True, False, False), (False, True, False), (False, False, True)]
+        [(False, False, True), (False, True, False), (True, False, False)]
     """
     choices = choices_of(chain)
-    if length is None:
-        return itertools.product(*choices)
-    _check_length(choices, length)
-    return _paths_of_length(choices, length)
+    if length is not None:
+        length = _check_length(choices, length)
+    return _paths(choices, length)
 
 
-def _paths_of_length(choices: Sequence[Path], length: int) -> Iterator[Path]:
-    forced = [i for i, c in enumerate(choices) if all(c)]
-    optional = [i for i, c in enumerate(choices) if any(c) and not all(c)]
-    for chosen in itertools.combinations(optional, length - len(forced)):
-        taken = {*forced, *chosen}
-        yield from itertools.product(*(tuple(e for e in c if bool(e) == (i in taken)) for i, c in enumerate(choices)))
+def _paths(choices: Choices, length: int | None) -> Iterator[Path]:
+    if not choices:
+        yield ()
+        return
+    # lengths_from[i]: bit k is set if blocks i, i + 1, ... can make a path of length k.
+    lengths_from = [1]
+    for offered in reversed(choices):
+        lengths_from.insert(0, sum(1 << k for k, n in enumerate(_product_of_sets(lengths_from[0], offered)) if n))
+    path: list[Entry] = []
+    left = [length if length is not None else -1]
+    walkers = [entries_of(choices[0])]
+    while walkers:
+        entry = next(walkers[-1], None)
+        if entry is None:
+            walkers.pop()
+            left.pop()
+            if path:
+                path.pop()
+            continue
+        if length is not None:
+            remaining = left[-1] - _length_of_entry(entry)
+            if remaining < 0 or not lengths_from[len(path) + 1] >> remaining & 1:
+                continue
+        else:
+            remaining = -1
+        if len(path) + 1 == len(choices):
+            yield (*path, entry)
+        else:
+            path.append(entry)
+            left.append(remaining)
+            walkers.append(entries_of(choices[len(path)]))
+
+
+def _product_of_sets(lengths: int, offered: Sequence[Choice]) -> list[int]:
+    return _product([lengths >> k & 1 for k in range(lengths.bit_length())], _polynomial_of_block(offered))
+
+
+def entries_of(offered: Sequence[Choice]) -> Iterator[Entry]:
+    """All entries that one block offers, those of paths through a chain inside its branch included.
+
+    Args:
+        offered: The block's choices.
+
+    Yields:
+        Each entry once.
+    """
+    for choice in offered:
+        if isinstance(choice, tuple):
+            yield from _paths(choice, None)
+        else:
+            yield choice
+
+
+def path_length(path: Path) -> int:
+    """Number of blocks whose branch a path takes, those inside branches included.
+
+    Args:
+        path: The path.
+
+    Returns:
+        Its length.
+
+    Example:
+        >>> path_length((True, False, True)), path_length((False, (True, False)))
+        (2, 2)
+    """
+    return sum(map(_length_of_entry, path))
+
+
+def _length_of_entry(entry: Entry) -> int:
+    return 1 + path_length(entry) if isinstance(entry, tuple) else int(bool(entry))
 
 
 def sample_paths(chain: HasPathChoices | int, length: int, num_samples: int, generator: torch.Generator) -> list[Path]:
@@ -170,33 +268,63 @@ def sample_paths(chain: HasPathChoices | int, length: int, num_samples: int, gen
         [10, 10, 10]
     """
     choices = choices_of(chain)
-    _check_length(choices, length)
+    length = _check_length(choices, length)
     if num_samples < 0:
         raise ResnetPathsError("num_samples", num_samples, "an int of at least 0")
+    uniforms = _uniforms(generator)
+    draw = _sampler(choices, length)
+    return [draw(length, uniforms) for _ in range(num_samples)]
+
+
+def _sampler(choices: Choices, longest: int) -> Callable[[int, Iterator[float]], Path]:
+    """A function that draws a path of a length up to `longest`, uniformly."""
+    polynomials = [_polynomial_of_block(offered)[: longest + 1] for offered in choices]
     # completions[i][k]: ways to go on from block i with k branches still to take.
-    completions = [[1] + [0] * length]
-    for c in reversed(choices):
-        num_branches = sum(1 for e in c if e)
-        after = completions[0]
-        here = [
-            (len(c) - num_branches) * after[k] + (num_branches * after[k - 1] if k else 0) for k in range(length + 1)
-        ]
-        completions.insert(0, here)
-    draws = torch.rand(num_samples, len(choices), 2, generator=generator, dtype=torch.float64, device=generator.device)
-    paths = []
-    for row in draws.tolist():
-        path, left = [], length
-        for i, (c, (branch_draw, which_draw)) in enumerate(zip(choices, row, strict=True)):
-            branches = [e for e in c if e]
-            through_branch = len(branches) * completions[i + 1][left - 1] if left else 0
-            take = branch_draw < through_branch / completions[i][left]
-            path.append(branches[int(which_draw * len(branches))] if take else False)
-            left -= take
-        paths.append(tuple(path))
-    return paths
+    completions = [[1]]
+    for polynomial in reversed(polynomials):
+        completions.insert(0, _product(completions[0], polynomial)[: longest + 1])
+    inner = [[_sampler(c, longest) if isinstance(c, tuple) else None for c in offered] for offered in choices]
+
+    def draw(left: int, uniforms: Iterator[float]) -> Path:
+        path: list[Entry] = []
+        for i, (offered, samplers) in enumerate(zip(choices, inner, strict=True)):
+            after = completions[i + 1]
+            weights = [n * after[left - k] if 0 <= left - k < len(after) else 0 for k, n in enumerate(polynomials[i])]
+            taken = _pick(weights, next(uniforms))
+            left -= taken
+            numbers = [_number_of_entries(choice, taken) for choice in offered]
+            which = _pick(numbers, next(uniforms)) if sum(map(bool, numbers)) > 1 else numbers.index(max(numbers))
+            sampler, choice = samplers[which], offered[which]
+            path.append(choice if sampler is None else sampler(taken - 1, uniforms))  # type: ignore[arg-type]
+        return tuple(path)
+
+    return draw
 
 
-def check_path(choices: Sequence[Path], path: Sequence[int]) -> Path:
+def _number_of_entries(choice: Choice, length: int) -> int:
+    """How many entries of one length an alternative stands for."""
+    if not isinstance(choice, tuple):
+        return int(bool(choice) == length) if length < 2 else 0
+    inner = _polynomial(choice)
+    return inner[length - 1] if 0 < length <= len(inner) else 0
+
+
+def _pick(weights: Sequence[int], uniform: float) -> int:
+    """An index with a probability proportional to its exact integer weight."""
+    left = uniform * sum(weights) if sum(weights) < 2**53 else int(Fraction(uniform) * sum(weights))
+    for index, weight in enumerate(weights):
+        left -= weight
+        if left < 0:
+            return index
+    return max(i for i, weight in enumerate(weights) if weight)  # rounding brought us to the very end
+
+
+def _uniforms(generator: torch.Generator) -> Iterator[float]:
+    while True:
+        yield from torch.rand(1024, generator=generator, dtype=torch.float64, device=generator.device).tolist()
+
+
+def check_path(choices: Choices, path: Sequence[Entry]) -> Path:
     """`path` as a tuple, once it is known to be one of the paths that `choices` allow.
 
     Args:
@@ -213,7 +341,10 @@ def check_path(choices: Sequence[Path], path: Sequence[int]) -> Path:
     if len(path) != len(choices):
         raise ResnetPathsError("path", path, f"{len(choices)} entries, one a block")
     for index, (entry, offered) in enumerate(zip(path, choices, strict=True)):
-        if entry not in offered:
+        inner = [choice for choice in offered if isinstance(choice, tuple)]
+        if isinstance(entry, tuple) and inner:
+            check_path(inner[0], entry)
+        elif entry not in offered or isinstance(entry, tuple):
             raise ResnetPathsError(
                 f"path[{index}]", entry, f"one of {offered}",
                 "False takes the skip, True the branch.",
@@ -221,14 +352,15 @@ def check_path(choices: Sequence[Path], path: Sequence[int]) -> Path:
     return path
 
 
-def _check_length(choices: Sequence[Path], length: int) -> None:
-    shortest = sum(1 for c in choices if all(c))
-    longest = sum(1 for c in choices if any(c))
-    if not isinstance(length, SupportsIndex) or not shortest <= length.__index__() <= longest:
-        raise ResnetPathsError("length", length, f"an int from {shortest} to {longest}")
+def _check_length(choices: Choices, length: int) -> int:
+    counts = _polynomial(choices)
+    possible = [k for k, count in enumerate(counts) if count]
+    if not isinstance(length, SupportsIndex) or length.__index__() not in possible:
+        raise ResnetPathsError("length", length, f"an int from {possible[0]} to {possible[-1]}")
+    return length.__index__()
 
 
-def num_paths(choices: Sequence[Path]) -> int:
+def num_paths(choices: Choices) -> int:
     """Number of paths that `choices` allow, exactly.
 
     Args:
@@ -237,4 +369,8 @@ def num_paths(choices: Sequence[Path]) -> int:
     Returns:
         The product of their numbers.
     """
-    return math.prod(len(c) for c in choices)
+    return (
+        sum(_polynomial(choices))
+        if any(isinstance(c, tuple) for o in choices for c in o)
+        else math.prod(len(c) for c in choices)
+    )

@@ -47,8 +47,8 @@ class FixedShape(nn.Module):
         self.shapes = shapes
         self.training = False
 
-    def forward(self, *inputs: torch.Tensor) -> Any:
-        """What the module returns, for inputs of the right shapes."""
+    def check(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The inputs, once they are known to have the right shapes."""
         found = [tuple(x.shape[1:]) for x in inputs]
         if found != self.shapes:
             raise ResnetPathsError(
@@ -56,7 +56,11 @@ class FixedShape(nn.Module):
                 f"{[['batch', *shape] for shape in self.shapes]}, as in the example that was unraveled",
                 "Unravel the model again with an example of this shape.",
             )  # fmt: skip
-        return self.module(*inputs)
+        return inputs
+
+    def forward(self, *inputs: torch.Tensor) -> Any:
+        """What the module returns, for inputs of the right shapes."""
+        return self.module(*self.check(*inputs))
 
 
 class Trace:

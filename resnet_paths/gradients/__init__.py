@@ -1,0 +1,363 @@
+"""The gradient by path length: exactly over all 2^n paths, and as Veit et al. 2016 sampled it.
+
+Four quantities that the literature runs together are kept apart. For the paths of length k, whose gradients are g_S
+and sum to G_k, and the whole gradient G:
+
+- ``summed_path_gradient_norm``, the norm of G_k, and ``gradient_share``, <G_k, G> / <G, G>, which sums to 1 and may be
+  negative: method ``"exact"``, one backward pass of n (n + 1) / 2 block VJPs;
+- ``rms_path_gradient_norm``, the root of the mean over paths of |g_S|^2, and ``coherence``, |G_k| over the root of the
+  sum of |g_S|^2 (1 if the paths are orthogonal, more if they pull together): method ``"energy"``. With a random sign
+  on every branch the expectation of |G_k|^2 is exactly that sum (Parseval's identity), over all paths at once;
+- ``mean_path_gradient_norm``, the mean over paths of |g_S|, the paper's figure 6b, and ``total_gradient_magnitude``,
+  num_paths times that, its figure 6c: method ``"sampled"``, the paper's own protocol (section 4.3).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from resnet_paths.chain import ResidualChain
+from resnet_paths.errors import ResnetPathsError, nearest_names
+from resnet_paths.gradients.passes import Place, Point, batches_of, num_block_vjps
+from resnet_paths.gradients.readings import Reading, mean_over_examples
+from resnet_paths.paths import path_polynomial, sample_paths
+
+__all__ = ["gradient_by_path_length", "gradient_by_stage_lengths", "gradient_through_block"]
+
+_METHODS = ("exact", "energy", "sampled")
+_MOST_DRAWS = 1000
+_DRAWS_AT_ONCE = 8
+_PATHS_AT_ONCE = 64
+
+Loss = Callable[[Any, Any], torch.Tensor]
+
+
+def gradient_by_path_length(
+    chain: ResidualChain,
+    inputs: Any,
+    targets: Any = None,
+    *,
+    method: str = "exact",
+    loss: Loss | None = None,
+    max_length: int | None = None,
+    with_respect_to: str | int | tuple[str, str | int] = "input",
+    per_example: bool = True,
+    num_draws: int | None = None,
+    relative_error: float = 0.05,
+    average: str = "mean",
+    generator: torch.Generator | None = None,
+    memory_budget: int = 2**31,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """The gradient of the loss, split by the number of residual branches that it passes through.
+
+    See the head of `resnet_paths.gradients` for the four quantities. Each example has its own loss and its own
+    gradient; norms and shares are taken for each, then averaged. All batches of a loader count as one set of examples.
+
+    Args:
+        chain: The chain, in eval mode.
+        inputs: A batch, a tensor or a tuple of tensors; or a loader of (inputs, targets).
+        targets: What `loss` takes beside the logits, such as class indices [batch]; None with a loader.
+        method: ``"exact"``, ``"energy"`` (which gives what ``"exact"`` does too) or ``"sampled"``.
+        loss: From (logits, targets) to a loss for each example, [batch]; cross-entropy if None.
+        max_length: The longest paths of interest: longer ones are not computed. None for all.
+        with_respect_to: ``"input"``; ``"stem"``, the output of the stem; position or name of a block, for its output;
+            or ``("parameters", block)``, for all parameters of a block, by the length of the path above it.
+        per_example: Whether the norm is that of an example's gradient. If not, a batch counts as one measurement: the
+            norm is that of the gradient of the batch's mean loss, and standard errors are over batches.
+        num_draws: Draws of signs, or of paths of each length, for each batch. If None: 20 paths, each measured on all
+            examples of the batch; signs until `relative_error` is reached, 1000 draws at the most.
+        relative_error: For ``"energy"``: the relative standard error of ``rms_path_gradient_norm``, due to the signs,
+            at which to stop, reached at every length that holds at least a thousandth of the energy.
+        average: For ``"sampled"``: ``"mean"``, or ``"log-mean"`` for the geometric mean of the norms.
+        generator: Source of the random numbers, on the CPU; None for a new one, seeded with 0.
+        memory_budget: Bytes that stacks of cotangents and kept activations may take; batches are split to fit.
+        progress: Whether to show a bar over the batches of a loader.
+
+    Returns:
+        A row a path length: ``path_length``; ``num_paths``, an exact int; the quantities of the method, each with a
+        standard error ``..._se``. For exact quantities that is over examples (NaN for a single one); for estimates it
+        is the error due to the draws, for these examples, and ``..._examples_se`` is the error due to both.
+        ``underflown`` tells whether a norm that is not 0 was too small for a float64. ``attrs`` hold ``method``,
+        ``with_respect_to``, ``num_examples``, ``num_draws``, ``num_block_vjps`` (for an example), ``share_left_out``
+        (the share of the gradient on paths longer than `max_length`; None for ``"sampled"``) and
+        ``num_without_gradient`` (examples whose whole gradient is 0: they have no shares).
+
+    Raises:
+        ResnetPathsError: If the chain is in training mode, the method, place or length is unknown, the inputs are
+            integers (take ``with_respect_to="stem"``, the embedding), the loss is not one number an example, or an
+            activation is not finite (naming the first block).
+
+    Example:
+        >>> from resnet_paths.chain import Block
+        >>> layers = [torch.nn.Linear(3, 3, bias=False) for _ in range(4)]
+        >>> for layer in layers:
+        ...     _ = torch.nn.init.constant_(layer.weight, 0.1)
+        >>> blocks = [Block(layer, torch.nn.Identity(), name=f"block{i}") for i, layer in enumerate(layers)]
+        >>> chain = ResidualChain(torch.nn.Identity(), blocks, torch.nn.Identity())
+        >>> frame = gradient_by_path_length(chain, torch.ones(2, 3), loss=lambda y, _: y.sum(1))
+        >>> frame.gradient_share.round(4).tolist()  # a binomial with odds 0.3
+        [0.3501, 0.4202, 0.1891, 0.0378, 0.0028]
+    """
+    place = Place.of(chain, with_respect_to)
+    _check_options(method, num_draws, relative_error, average)
+    if not per_example and place.of_parameters:
+        raise ResnetPathsError("per_example", per_example, "True for gradients of parameters")
+    counts = path_polynomial(place)
+    lengths = _lengths_up_to(counts, max_length)
+    if generator is None:
+        generator = torch.Generator().manual_seed(0)
+    readings = []
+    batches = tqdm(
+        batches_of(inputs, targets), desc="gradient", unit="batch",
+        disable=not progress or isinstance(inputs, torch.Tensor | tuple),
+    )  # fmt: skip
+    for batch_inputs, batch_targets in batches:
+
+        def points(rows: int, batch: Any = batch_inputs, truth: Any = batch_targets) -> Any:
+            return place.points(batch, truth, loss, memory_budget, rows)
+
+        if method == "sampled":
+            reading = _read_sampled(place, points, lengths, num_draws or 20, generator, memory_budget)
+        else:
+            draws = None if method == "exact" else (num_draws, relative_error, generator)
+            reading = Reading.joined([_read_exact(p, lengths, draws) for p in points(_rows(lengths, draws))])
+        readings.append(reading if per_example else reading.of_batch())
+    whole = Reading.joined(readings)
+    frame = pd.DataFrame({
+        "path_length": lengths,
+        "num_paths": pd.Series([counts[k] for k in lengths], dtype=object),
+    })  # fmt: skip
+    for name, column in whole.columns([counts[k] for k in lengths], average).items():
+        frame[name] = column
+    vjps = sum(lengths) if method == "sampled" else num_block_vjps(place.path_choices, lengths[-1])
+    frame.attrs |= {
+        "method": method, "with_respect_to": with_respect_to, "per_example": per_example,
+        "num_examples": whole.num_examples, "num_draws": whole.num_draws,
+        "num_block_vjps": vjps * (whole.num_draws if method == "sampled" else 1 + whole.num_draws),
+        "share_left_out": whole.share_left_out, "num_without_gradient": whole.num_without_gradient,
+    }  # fmt: skip
+    return frame
+
+
+def gradient_by_stage_lengths(
+    chain: ResidualChain,
+    inputs: Any,
+    targets: Any = None,
+    *,
+    loss: Loss | None = None,
+    with_respect_to: str | int = "input",
+    memory_budget: int = 2**31,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """The gradient split by the length of the path in every stage: the joint distribution, exactly.
+
+    The cost is that of `gradient_by_path_length` times about the number of (length, length...) pairs of later stages:
+    meant for tens of examples.
+
+    Args:
+        chain: The chain, in eval mode.
+        inputs: A batch, or a loader of (inputs, targets).
+        targets: What `loss` takes beside the logits.
+        loss: From (logits, targets) to a loss for each example; cross-entropy if None.
+        with_respect_to: ``"input"``, ``"stem"``, or a block, for its output.
+        memory_budget: Bytes that stacks of cotangents may take.
+        progress: Whether to show a bar over the batches of a loader.
+
+    Returns:
+        A row a combination of lengths: ``path_length_stage0`` and so on; ``num_paths``, exact;
+        ``summed_path_gradient_norm`` and ``gradient_share`` with standard errors over examples, ``..._se``.
+
+    Raises:
+        ResnetPathsError: As `gradient_by_path_length`.
+    """
+    place = Place.of(chain, with_respect_to)
+    if place.of_parameters:
+        raise ResnetPathsError("with_respect_to", with_respect_to, "'input', 'stem' or a block")
+    indices = range(place.down_to, len(chain))
+    stages = [list(run) for _, run in itertools.groupby(indices, key=lambda i: chain[i].stage)]
+    ranges = [range(run[0], run[-1] + 1) for run in stages]
+    polynomials = [path_polynomial(_Offering(chain.path_choices[r.start : r.stop])) for r in ranges]
+    keys = sorted(itertools.product(*([k for k, count in enumerate(p) if count] for p in polynomials)))
+    row_of = {key: row for row, key in enumerate(keys)}
+    readings = []
+    for batch_inputs, batch_targets in tqdm(
+        batches_of(inputs, targets), desc="gradient by stage", unit="batch",
+        disable=not progress or isinstance(inputs, torch.Tensor | tuple),
+    ):  # fmt: skip
+        for point in place.points(batch_inputs, batch_targets, loss, memory_budget // 4, len(chain) + 1):
+            norms, shares = np.zeros((2, len(keys), point.num_examples))
+            underflown = np.zeros(len(keys), dtype=bool)
+            for key, stack in point.by_stage_lengths(ranges, memory_budget // 2):
+                if key in row_of:
+                    found, lost = point.norms(stack)
+                    norms[row_of[key]], underflown[row_of[key]] = found[0, 0], lost.any()
+                    shares[row_of[key]] = point.shares(stack, point.whole)[0]
+            readings.append(Reading(point.num_examples, underflown, norms, shares, point.norms(point.whole)[0][0, 0]))
+    counts = [math.prod(p[k] for p, k in zip(polynomials, key, strict=True)) for key in keys]
+    frame = pd.DataFrame({f"path_length_stage{s}": [key[s] for key in keys] for s in range(len(ranges))})
+    frame["num_paths"] = pd.Series(counts, dtype=object)
+    for name, column in Reading.joined(readings).columns(counts, "mean").items():
+        frame[name] = column
+    return frame
+
+
+def gradient_through_block(
+    chain: ResidualChain,
+    inputs: Any,
+    targets: Any = None,
+    *,
+    loss: Loss | None = None,
+    with_respect_to: str | int = "input",
+    memory_budget: int = 2**31,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """The share of the gradient that passes through each block's branch.
+
+    With G the whole gradient and G_i the sum over all paths that take the branch of block i, the share is
+    <G_i, G> / <G, G>. A path of length k passes k branches: the shares add up to the sum over lengths of k times
+    ``gradient_share``, the mean path length as the gradient weighs it.
+
+    Args:
+        chain: The chain, in eval mode.
+        inputs: A batch, or a loader of (inputs, targets).
+        targets: What `loss` takes beside the logits.
+        loss: From (logits, targets) to a loss for each example; cross-entropy if None.
+        with_respect_to: ``"input"``, ``"stem"``, or a block, for its output.
+        memory_budget: Bytes that stacks of cotangents may take.
+        progress: Whether to show a bar over the batches of a loader.
+
+    Returns:
+        A row a block above the place, first to last: ``block_index``, ``block`` (name), ``stage``;
+        ``gradient_share_through_branch``, the mean over examples, with its standard error ``..._se``;
+        ``path_gradient_norm_through_branch``, the norm of G_i, likewise.
+
+    Raises:
+        ResnetPathsError: As `gradient_by_path_length`.
+    """
+    place = Place.of(chain, with_respect_to)
+    if place.of_parameters:
+        raise ResnetPathsError("with_respect_to", with_respect_to, "'input', 'stem' or a block")
+    norms, shares = [], []
+    for batch_inputs, batch_targets in tqdm(
+        batches_of(inputs, targets), desc="gradient through blocks", unit="batch",
+        disable=not progress or isinstance(inputs, torch.Tensor | tuple),
+    ):  # fmt: skip
+        for point in place.points(batch_inputs, batch_targets, loss, memory_budget, len(chain) + 1):
+            stack = point.through_branches()
+            norms.append(point.norms(stack)[0][:0:-1, 0])
+            shares.append(point.shares(stack, stack.rows(0, 1))[:0:-1])
+    indices = range(place.down_to, len(chain))
+    frame = pd.DataFrame({
+        "block_index": indices,
+        "block": [chain[i].name for i in indices],
+        "stage": [chain[i].stage for i in indices],
+    })  # fmt: skip
+    for name, values in (("gradient_share", shares), ("path_gradient_norm", norms)):
+        mean, error = mean_over_examples(np.concatenate(values, 1))
+        frame[f"{name}_through_branch"], frame[f"{name}_through_branch_se"] = mean, error
+    return frame
+
+
+@dataclass(frozen=True)
+class _Offering:
+    path_choices: Any
+
+
+def _check_options(method: str, num_draws: int | None, relative_error: float, average: str) -> None:
+    if method not in _METHODS:
+        raise ResnetPathsError("method", method, f"one of {nearest_names(str(method), _METHODS, cutoff=0)}")
+    if average not in ("mean", "log-mean"):
+        raise ResnetPathsError("average", average, "'mean' or 'log-mean'")
+    if num_draws is not None and (not isinstance(num_draws, int) or num_draws < 2):
+        raise ResnetPathsError("num_draws", num_draws, "an int of at least 2, so that the error can be estimated")
+    if not 0 < relative_error < 1:
+        raise ResnetPathsError("relative_error", relative_error, "a number between 0 and 1, both excluded")
+
+
+def _lengths_up_to(counts: Sequence[int], max_length: int | None) -> list[int]:
+    possible = [k for k, count in enumerate(counts) if count]
+    if max_length is None:
+        return possible
+    if not isinstance(max_length, int) or not possible[0] <= max_length <= possible[-1]:
+        raise ResnetPathsError("max_length", max_length, f"an int from {possible[0]} to {possible[-1]}, or None")
+    return [k for k in possible if k <= max_length]
+
+
+Draws = tuple[int | None, float, torch.Generator]
+
+
+def _rows(lengths: Sequence[int], draws: Draws | None) -> int:
+    return (lengths[-1] + 1) * (1 if draws is None else min(draws[0] or _DRAWS_AT_ONCE, _DRAWS_AT_ONCE))
+
+
+def _read_exact(point: Point, lengths: Sequence[int], draws: Draws | None) -> Reading:
+    """Norms and shares of the sums over paths; with `draws`, the energies over paths too."""
+
+    def of_lengths(stack: Any) -> list[int]:
+        return [k - stack.shortest for k in lengths]
+
+    stack = point.by_length(lengths[-1])
+    norms, lost = point.norms(stack)
+    rows = of_lengths(stack)
+    reading = Reading(
+        point.num_examples, lost[rows].any((1, 2)), norms[rows, 0], point.shares(stack, point.whole)[rows],
+        point.norms(point.whole)[0][0, 0],
+    )  # fmt: skip
+    del stack
+    if draws is None:
+        return reading
+    num_draws, relative_error, generator = draws
+    energies = np.empty((len(lengths), 0, point.num_examples))
+    while energies.shape[1] < (num_draws or _MOST_DRAWS):
+        now = min((num_draws or _MOST_DRAWS) - energies.shape[1], _DRAWS_AT_ONCE)
+
+        def draw_signs(now: int = now) -> torch.Tensor:
+            bits = torch.randint(2, (now, point.num_examples), generator=generator)
+            return (2 * bits - 1).to(point.device)
+
+        drawn = point.norms(point.by_length(lengths[-1], now, draw_signs))[0][rows] ** 2
+        energies = np.concatenate([energies, drawn], 1)
+        reading.energies = energies.mean(1)
+        reading.energy_variances = energies.var(1, ddof=1) / energies.shape[1] if energies.shape[1] > 1 else None
+        if num_draws is None and energies.shape[1] > _DRAWS_AT_ONCE and _is_settled(reading, relative_error):
+            break
+    reading.num_draws = energies.shape[1]
+    reading.underflown |= ((reading.energies == 0) & (reading.norms > 0)).any(1)  # type: ignore[operator]
+    return reading
+
+
+def _is_settled(reading: Reading, relative_error: float) -> bool:
+    """Whether the roots of the energies are known well enough, at all lengths that hold a thousandth of the energy."""
+    assert reading.energies is not None
+    assert reading.energy_variances is not None
+    total, variance = reading.energies.sum(1), reading.energy_variances.sum(1)
+    counted = total >= total.sum() / 1000
+    return bool((np.sqrt(variance[counted]) <= 2 * relative_error * total[counted]).all())
+
+
+def _read_sampled(
+    place: Place, points: Callable[[int], Any], lengths: Sequence[int], num_draws: int, generator: torch.Generator,
+    memory_budget: int,
+) -> Reading:  # fmt: skip
+    """Norms of single paths; all examples of a batch take the same paths, as in the paper."""
+    paths = [path for k in lengths for path in sample_paths(place, k, num_draws, generator)]
+    found, lost, num_examples = [], np.zeros(len(lengths), dtype=bool), 0
+    for point in points(min(len(paths), _PATHS_AT_ONCE)):
+        norms = []
+        for start in range(0, len(paths), _PATHS_AT_ONCE):
+            some, underflown = point.norms(point.of_paths(paths[start : start + _PATHS_AT_ONCE]))
+            norms.append(some[:, 0])
+            lost[np.unique((start + np.nonzero(underflown)[0]) // num_draws)] = True
+        found.append(np.concatenate(norms).reshape(len(lengths), num_draws, -1))
+        num_examples += point.num_examples
+    return Reading(num_examples, lost, by_draw=[np.concatenate(found, 2)], num_draws=num_draws)

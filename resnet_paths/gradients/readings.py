@@ -1,0 +1,169 @@
+"""What was measured on some examples, and the means and standard errors that a frame shows of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Reading", "mean_over_examples"]
+
+
+@dataclass
+class Reading:
+    """What was measured on some examples; each array ends in the measurement, an example or a batch.
+
+    Attributes:
+        num_examples: How many examples they were.
+        underflown: Where a number that is not 0 stands as 0, [length].
+        norms: Norms of the sums over paths, [length, measurement].
+        shares: Their shares of the whole gradient, [length, measurement].
+        whole: Norms of the whole gradient, [measurement].
+        energies: Estimates of the sum over paths of squared norms, [length, measurement].
+        energy_variances: Their variances due to the draws of signs, [length, measurement].
+        by_draw: Norms of single paths, for each batch an array [length, draw, measurement].
+        num_draws: Draws of signs or paths.
+    """
+
+    num_examples: int
+    underflown: np.ndarray
+    norms: np.ndarray | None = None
+    shares: np.ndarray | None = None
+    whole: np.ndarray | None = None
+    energies: np.ndarray | None = None
+    energy_variances: np.ndarray | None = None
+    by_draw: list[np.ndarray] | None = None
+    num_draws: int = 0
+
+    @classmethod
+    def joined(cls, readings: Sequence[Reading]) -> Reading:
+        """The measurements of several readings as one."""
+
+        def all_of(name: str) -> Any:
+            arrays = [getattr(r, name) for r in readings]
+            return None if arrays[0] is None else np.concatenate(arrays, -1)
+
+        names = ("norms", "shares", "whole", "energies", "energy_variances")
+        by_draw = [array for r in readings for array in r.by_draw or []]
+        return cls(
+            sum(r.num_examples for r in readings), np.any([r.underflown for r in readings], axis=0),
+            **{name: all_of(name) for name in names}, by_draw=by_draw or None,
+            num_draws=max(r.num_draws for r in readings),
+        )  # fmt: skip
+
+    def of_batch(self) -> Reading:
+        """One measurement of the whole batch: the gradient of the mean loss, all examples' inputs side by side."""
+        n = self.num_examples
+        one = Reading(n, self.underflown, num_draws=self.num_draws)
+        if self.by_draw is not None:
+            one.by_draw = [np.sqrt((array**2).sum(2, keepdims=True)) / n for array in self.by_draw]
+        if self.norms is not None and self.shares is not None and self.whole is not None:
+            weights = self.whole**2
+            one.norms = np.sqrt((self.norms**2).sum(1, keepdims=True)) / n
+            one.whole = np.sqrt(weights.sum(keepdims=True)) / n
+            one.shares = np.nansum(self.shares * weights, 1, keepdims=True) / weights.sum()
+        if self.energies is not None and self.energy_variances is not None:
+            one.energies = self.energies.sum(1, keepdims=True) / n**2
+            one.energy_variances = self.energy_variances.sum(1, keepdims=True) / n**4
+        return one
+
+    @property
+    def share_left_out(self) -> float | None:
+        """The share of the gradient that no row holds."""
+        return None if self.shares is None else float(1 - np.nanmean(self.shares, 1).sum())
+
+    @property
+    def num_without_gradient(self) -> int | None:
+        """Number of measurements whose whole gradient is 0."""
+        return None if self.whole is None else int((self.whole == 0).sum())
+
+    def columns(self, counts: Sequence[int], average: str) -> dict[str, np.ndarray]:
+        """The frame's columns; `counts` is the number of paths of each row."""
+        columns: dict[str, np.ndarray] = {}
+        if self.norms is not None and self.shares is not None:
+            for name, values in (("summed_path_gradient_norm", self.norms), ("gradient_share", self.shares)):
+                columns[name], columns[f"{name}_se"] = mean_over_examples(values)
+        if self.energies is not None:
+            columns |= self._energy_columns(counts)
+        if self.by_draw is not None:
+            columns |= self._sampled_columns(counts, average)
+        return columns | {"underflown": self.underflown}
+
+    def _energy_columns(self, counts: Sequence[int]) -> dict[str, np.ndarray]:
+        assert self.energies is not None
+        assert self.energy_variances is not None
+        assert self.norms is not None
+        num = self.energies.shape[1]
+        energy, se = self.energies.mean(1), np.sqrt(self.energy_variances.sum(1)) / num
+        examples_se = mean_over_examples(self.energies)[1]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            # Errors of a root and of a ratio, to first order.
+            rms = np.array([_over(root, count) for root, count in zip(np.sqrt(energy), counts, strict=True)])
+            coherence = np.sqrt((self.norms**2).mean(1) / energy)
+            residual_se = mean_over_examples(self.norms**2 - coherence[:, None] ** 2 * self.energies)[1]
+            return {
+                "rms_path_gradient_norm": rms,
+                "rms_path_gradient_norm_se": rms * se / (2 * energy),
+                "rms_path_gradient_norm_examples_se": rms * examples_se / (2 * energy),
+                "coherence": coherence,
+                "coherence_se": coherence * se / (2 * energy),
+                "coherence_examples_se": residual_se / (2 * coherence * energy),
+            }
+
+    def _sampled_columns(self, counts: Sequence[int], average: str) -> dict[str, np.ndarray]:
+        assert self.by_draw is not None
+        with np.errstate(divide="ignore", invalid="ignore"):
+            values = [np.log(array) if average == "log-mean" else array for array in self.by_draw]
+            num = sum(array.shape[2] for array in values)
+            mean = sum(array.sum((1, 2)) / array.shape[1] for array in values) / num
+            # Examples of a batch share their paths: the draws of a batch are independent, its examples are not.
+            variance = sum(
+                (array.shape[2] / num) ** 2 * array.mean(2).var(1, ddof=1) / array.shape[1] for array in values
+            )
+            examples_se = mean_over_examples(np.concatenate([array.mean(1) for array in values], 1))[1]
+            se, both = np.sqrt(variance), np.sqrt(variance + examples_se**2)
+            if average == "log-mean":
+                mean = np.exp(mean)
+                se, both = mean * se, mean * both
+        columns = {"mean_path_gradient_norm": (mean, se, both)}
+        columns["total_gradient_magnitude"] = tuple(  # type: ignore[assignment]
+            np.array([_times(x, count) for x, count in zip(column, counts, strict=True)]) for column in (mean, se, both)
+        )
+        return {
+            f"{name}{suffix}": column
+            for name, columns_of_name in columns.items()
+            for suffix, column in zip(("", "_se", "_examples_se"), columns_of_name, strict=True)
+        }
+
+
+def mean_over_examples(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and its standard error over the last dimension, NaN left out.
+
+    Args:
+        values: Numbers [..., measurement].
+
+    Returns:
+        Mean and standard error [...]; the error of a single value is NaN.
+    """
+    known = np.isfinite(values)
+    num = known.sum(-1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = np.where(known, values, 0).sum(-1) / num
+        squares = np.where(known, values - mean[..., None], 0) ** 2
+        return mean, np.sqrt(squares.sum(-1) / (num - 1) / num)
+
+
+def _times(value: float, count: int) -> float:
+    """``value * count`` for a count of any size."""
+    if not value or not math.isfinite(value):
+        return float(value)
+    exponent = math.log(abs(value)) + math.log(count)
+    return float(value) * count if count < 2**1000 else math.copysign(math.exp(min(exponent, 709.7)), value)
+
+
+def _over(root: float, count: int) -> float:
+    """``root / sqrt(count)`` for a count of any size."""
+    return 0.0 if not root else math.exp(math.log(root) - math.log(count) / 2)
