@@ -37,6 +37,8 @@ _HOME = {
     "list_networks": "zoo",
     "load_network": "zoo",
     "load_dataset": "datasets",
+    "effective_window": "gradients",
+    "fit_decay": "gradients",
     "gradient_by_path_length": "gradients",
     "gradient_by_stage_lengths": "gradients",
     "gradient_through_block": "gradients",
@@ -48,7 +50,7 @@ _HOME = {
 
 __all__ = [
     "Block", "ResidualChain", "ResnetPathsError", "delete_block", "delete_blocks", "duplicate_block",
-    "enumerate_paths", "figures", "gradient_by_path_length", "gradient_by_stage_lengths", "gradient_through_block",
+    "effective_window", "enumerate_paths", "figures", "fit_decay", "gradient_by_path_length", "gradient_by_stage_lengths", "gradient_through_block",
     "lesion_study", "list_networks", "load_dataset", "load_network", "parallel_blocks",
     "path_histogram", "path_network", "permute_blocks", "reverse_blocks", "sample_paths", "scale_block",
     "single_deletions", "swap_blocks", "unravel", "unraveled_graph",
@@ -70,6 +72,8 @@ if TYPE_CHECKING:
     )
     from resnet_paths.errors import ResnetPathsError
     from resnet_paths.gradients import (
+        effective_window,
+        fit_decay,
         gradient_by_path_length,
         gradient_by_stage_lengths,
         gradient_through_block,

@@ -13,12 +13,13 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from resnet_paths.errors import ResnetPathsError, nearest_names
 from resnet_paths.paths import Entry, check_path, choices_of, num_paths
 
-__all__ = ["Block", "Parallel", "ResidualChain", "Scaled", "path_network"]
+__all__ = ["Block", "Parallel", "Placed", "ResidualChain", "Scaled", "path_network"]
 
 
 class Block(nn.Module):
@@ -65,7 +66,8 @@ class Block(nn.Module):
         self.post = post if post is not None else nn.Identity()
         self.name = name
         if skip_kind is None and skip is not None:
-            skip_kind = "identity" if isinstance(skip, nn.Identity) else "projection"
+            kinds = {nn.Identity: "identity", Placed: "concat"}
+            skip_kind = kinds.get(type(skip), "projection")
         self.skip_kind = skip_kind
         self.stage = stage
         self.in_shape = None if in_shape is None else tuple(in_shape)
@@ -242,7 +244,15 @@ class ResidualChain(nn.Module):
 
 
 def add_states(one: Any, other: Any) -> Any:
-    """The sum of two states: tensors, or tuples of tensors (such as WaveNet's pair), added part by part."""
+    """The sum of two states.
+
+    Args:
+        one: A tensor, or a tuple of tensors, such as the pair that WaveNet carries.
+        other: Another.
+
+    Returns:
+        Their sum, part by part where they are tuples.
+    """
     if isinstance(one, tuple):
         return tuple(a + b for a, b in zip(one, other, strict=True))
     return one + other
@@ -265,6 +275,31 @@ class Scaled(nn.Module):
     def extra_repr(self) -> str:
         """The factor."""
         return f"factor={self.factor}"
+
+
+class Placed(nn.Module):
+    """A tensor placed into a wider space, zeros around it: concatenation is addition of two that are placed so.
+
+    Args:
+        dim: The dimension that grows, batch counted; at least 1.
+        before: Zeros in front.
+        after: Zeros behind.
+    """
+
+    def __init__(self, dim: int, before: int, after: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.before = before
+        self.after = after
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., size, ...] to [..., before + size + after, ...]."""
+        zeros = [x.new_zeros(*x.shape[: self.dim], n, *x.shape[self.dim + 1 :]) for n in (self.before, self.after)]
+        return torch.cat([zeros[0], x, zeros[1]], self.dim)
+
+    def extra_repr(self) -> str:
+        """The dimension and the zeros."""
+        return f"dim={self.dim}, before={self.before}, after={self.after}"
 
 
 class Parallel(nn.ModuleList):

@@ -295,7 +295,7 @@ def _sampler(choices: Choices, longest: int) -> Callable[[int, Iterator[float]],
             numbers = [_number_of_entries(choice, taken) for choice in offered]
             which = _pick(numbers, next(uniforms)) if sum(map(bool, numbers)) > 1 else numbers.index(max(numbers))
             sampler, choice = samplers[which], offered[which]
-            path.append(choice if sampler is None else sampler(taken - 1, uniforms))  # type: ignore[arg-type]
+            path.append(choice if sampler is None else sampler(taken - 1, uniforms))
         return tuple(path)
 
     return draw

@@ -247,6 +247,7 @@ def _flatten(model: nn.Module, program: torch.export.ExportedProgram) -> Trace:
                 "Write sizes as x.shape[0] or -1 instead of a number; give a single example as x.unsqueeze(0).",
             )  # fmt: skip
     _restore_batch_norm(graph)
+    _nest_concatenations(graph)
     return Trace(graph, inputs, values[0], tensors)
 
 
@@ -266,6 +267,26 @@ def _restore_batch_norm(graph: Graph) -> None:
             item.replace_all_uses_with(restored)
             graph.erase_node(item)
         graph.erase_node(node)
+
+
+def _nest_concatenations(graph: Graph) -> None:
+    """Write ``cat(x, f1, f2)`` as ``cat(cat(x, f1), f2)`` where the graph holds ``cat(x, f1)``.
+
+    A DenseNet concatenates all earlier features anew in every layer; written so, each layer extends the one before.
+    """
+    earlier: dict[tuple[Any, ...], Node] = {}
+    for node in list(graph.nodes):
+        if node.target is not torch.ops.aten.cat.default:
+            continue
+        operands, dim = list(node.args[0]), node.args[1] if len(node.args) > 1 else 0
+        if len(operands) == 1:
+            node.replace_all_uses_with(operands[0])
+            graph.erase_node(node)
+            continue
+        before = earlier.get((dim, *operands[:-1]))
+        earlier[dim, *operands] = node
+        if before is not None:
+            node.args = ([before, operands[-1]], dim)
 
 
 def _tensor_of(model: nn.Module, program: torch.export.ExportedProgram, name: str) -> Any:

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.fx import Interpreter, Node
 
-from resnet_paths.chain import Block, ResidualChain, refuse_training_mode
+from resnet_paths.chain import Block, Placed, ResidualChain, refuse_training_mode
 from resnet_paths.errors import ResnetPathsError
 from resnet_paths.tracing import FixedShape, Trace, describe, module_path, module_stack, trace
 
@@ -144,7 +144,8 @@ def _residual_parts(traced: Trace, trunk: list[Node]) -> list[_Part]:
     cores = []
     for fork, node in itertools.pairwise(trunk):
         operands = traced.dependent_inputs(node)
-        if node.target is _ADD and len(operands) == 2 and _holds_weights(traced, fork, node):
+        is_merge = node.target is _ADD or _extends(node, fork)
+        if is_merge and len(operands) == 2 and _holds_weights(traced, fork, node):
             skip, branch = _skip_and_branch(traced, fork, node, operands)
             cores.append((fork, node, skip, branch))
         else:
@@ -159,6 +160,19 @@ def _residual_parts(traced: Trace, trunk: list[Node]) -> list[_Part]:
         _Part(module_path(merge), start, fork, merge, end, skip, branch)
         for start, (fork, merge, skip, branch), end in zip(starts, cores, ends, strict=True)
     ]
+
+
+def _extends(node: Node, fork: Node) -> bool:
+    """Whether a node concatenates the fork and one thing more, as the layers of a DenseNet do: dense connections."""
+    if node.target is not _CAT or len(node.args[0]) != 2 or fork not in node.args[0]:  # type: ignore[arg-type, operator]
+        return False
+    return _dimension(node) > 0
+
+
+def _dimension(cat: Node) -> int:
+    """The dimension along which a node concatenates, batch counted."""
+    dim = cat.args[1] if len(cat.args) > 1 else 0
+    return int(dim) % int(cat.meta["val"].dim())  # type: ignore[arg-type]
 
 
 def _skip_and_branch(traced: Trace, fork: Node, merge: Node, operands: Sequence[Node]) -> tuple[Node, Node]:
@@ -313,10 +327,12 @@ def _assemble(traced: Trace, parts: list[_Part]) -> ResidualChain:
         if previous_shape is not None and out_shape != previous_shape:
             stage += 1
         previous_shape = out_shape
+        branch = traced.segment([part.fork], part.branch)
+        skip = None if part.skip is None else traced.segment([part.fork], part.skip)
+        if part.merge.target is _CAT and part.skip is not None:
+            skip, branch = _placed(part, branch)
         block = Block(
-            traced.segment([part.fork], part.branch),
-            None if part.skip is None else traced.segment([part.fork], part.skip),
-            pre=traced.segment([part.start], part.fork),
+            branch, skip, pre=traced.segment([part.start], part.fork),
             post=traced.segment([part.merge], part.end),
             name=name, stage=stage, in_shape=in_shape, out_shape=out_shape,
         )  # fmt: skip
@@ -336,9 +352,21 @@ def _assemble(traced: Trace, parts: list[_Part]) -> ResidualChain:
     return chain
 
 
+def _placed(part: _Part, branch: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Skip and branch of a concatenation: each placed into the wider space, where they are added."""
+    dim = _dimension(part.merge)
+    sizes = {node: int(node.meta["val"].shape[dim]) for node in (part.fork, part.branch)}
+    if part.merge.args[0][0] is part.fork:  # type: ignore[index]
+        placed = Placed(dim, 0, sizes[part.branch]), Placed(dim, sizes[part.fork], 0)
+    else:
+        placed = Placed(dim, sizes[part.branch], 0), Placed(dim, 0, sizes[part.fork])
+    return placed[0].eval(), nn.Sequential(branch, placed[1]).eval()
+
+
 def _names(traced: Trace, parts: list[_Part]) -> list[str]:
     """A name a block: the module whose forward merges; where several merge in one, the module of the branch."""
-    by_merge = [part.module for part in parts]
+    # Where features are concatenated, the merge stands in the layer that reads them: not a name for this block.
+    by_merge = ["" if part.merge.target is _CAT else part.module for part in parts]
     names: list[str] = []
     for index, (part, name) in enumerate(zip(parts, by_merge, strict=True)):
         if name and by_merge.count(name) == 1:

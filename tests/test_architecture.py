@@ -17,7 +17,7 @@ FLOORS = [
     {"errors", "files", "paths", "device"},
     {"chain", "tracing"},
     {"unraveling", "zoo", "zoo.resnet", "zoo.weights", "datasets", "gradients.adjoints"},
-    {"edits", "training", "gradients.cotangents", "gradients.readings"},
+    {"edits", "training", "gradients.cotangents", "gradients.readings", "gradients.effective"},
     {"gradients.backward"},
     {"gradients.passes"},
     {"lesions", "graph", "gradients"},

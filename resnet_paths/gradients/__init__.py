@@ -27,11 +27,21 @@ from tqdm.auto import tqdm
 
 from resnet_paths.chain import ResidualChain
 from resnet_paths.errors import ResnetPathsError, nearest_names
+from resnet_paths.gradients.effective import (
+    PAPER_WINDOW,
+    EffectiveWindow,
+    GeometricDecay,
+    effective_window,
+    fit_decay,
+)
 from resnet_paths.gradients.passes import Place, Point, batches_of, num_block_vjps
 from resnet_paths.gradients.readings import Reading, mean_over_examples
 from resnet_paths.paths import path_polynomial, sample_paths
 
-__all__ = ["gradient_by_path_length", "gradient_by_stage_lengths", "gradient_through_block"]
+__all__ = [
+    "PAPER_WINDOW", "EffectiveWindow", "GeometricDecay", "effective_window", "fit_decay", "gradient_by_path_length",
+    "gradient_by_stage_lengths", "gradient_through_block",
+]  # fmt: skip
 
 _METHODS = ("exact", "energy", "sampled")
 _MOST_DRAWS = 1000
@@ -90,7 +100,8 @@ def gradient_by_path_length(
         ``underflown`` tells whether a norm that is not 0 was too small for a float64. ``attrs`` hold ``method``,
         ``with_respect_to``, ``num_examples``, ``num_draws``, ``num_block_vjps`` (for an example), ``share_left_out``
         (the share of the gradient on paths longer than `max_length`; None for ``"sampled"``) and
-        ``num_without_gradient`` (examples whose whole gradient is 0: they have no shares).
+        ``num_without_gradient`` (examples whose whole gradient is 0: they have no shares), and of all lengths
+        ``longest_path`` and ``num_paths_in_all``.
 
     Raises:
         ResnetPathsError: If the chain is in training mode, the method, place or length is unknown, the inputs are
@@ -144,6 +155,7 @@ def gradient_by_path_length(
         "method": method, "with_respect_to": with_respect_to, "per_example": per_example,
         "num_examples": whole.num_examples, "num_draws": whole.num_draws,
         "num_block_vjps": vjps * (whole.num_draws if method == "sampled" else 1 + whole.num_draws),
+        "longest_path": len(counts) - 1, "num_paths_in_all": sum(counts),
         "share_left_out": whole.share_left_out, "num_without_gradient": whole.num_without_gradient,
     }  # fmt: skip
     return frame
@@ -302,15 +314,11 @@ def _rows(lengths: Sequence[int], draws: Draws | None) -> int:
 
 def _read_exact(point: Point, lengths: Sequence[int], draws: Draws | None) -> Reading:
     """Norms and shares of the sums over paths; with `draws`, the energies over paths too."""
-
-    def of_lengths(stack: Any) -> list[int]:
-        return [k - stack.shortest for k in lengths]
-
     stack = point.by_length(lengths[-1])
     norms, lost = point.norms(stack)
-    rows = of_lengths(stack)
+    rows = [k - stack.shortest for k in lengths]
     reading = Reading(
-        point.num_examples, lost[rows].any((1, 2)), norms[rows, 0], point.shares(stack, point.whole)[rows],
+        point.num_examples, np.asarray(lost[rows].any((1, 2))), norms[rows, 0], point.shares(stack, point.whole)[rows],
         point.norms(point.whole)[0][0, 0],
     )  # fmt: skip
     del stack
@@ -332,7 +340,7 @@ def _read_exact(point: Point, lengths: Sequence[int], draws: Draws | None) -> Re
         if num_draws is None and energies.shape[1] > _DRAWS_AT_ONCE and _is_settled(reading, relative_error):
             break
     reading.num_draws = energies.shape[1]
-    reading.underflown |= ((reading.energies == 0) & (reading.norms > 0)).any(1)  # type: ignore[operator]
+    reading.underflown |= ((energies.mean(1) == 0) & (norms[rows, 0] > 0)).any(1)
     return reading
 
 

@@ -24,7 +24,7 @@ from torch import nn
 from torch.fx import Node
 from torch.nn import functional as F
 
-from resnet_paths.chain import Scaled
+from resnet_paths.chain import Placed, Scaled
 from resnet_paths.tracing import FixedShape, Segment
 
 __all__ = ["Pullback", "linearize", "unchanged"]
@@ -58,6 +58,12 @@ def linearize(module: nn.Module, inputs: Any) -> tuple[Any, Pullback]:
         return inputs, unchanged
     if isinstance(module, FixedShape):
         return linearize(module.module, module.check(inputs)[0])
+    if isinstance(module, Placed):
+        start, dim = module.before, module.dim + 1
+        size = inputs.shape[module.dim]
+        return module(inputs), lambda cotangents: cotangents.narrow(dim, start, size)
+    if type(module) is nn.Sequential:
+        return _linearize_in_series(list(module), inputs)
     if isinstance(module, Scaled):
         output, pullback = linearize(module.branch, inputs)
         factor = module.factor
@@ -78,6 +84,20 @@ def unchanged(cotangents: Any) -> Any:
         The same stack.
     """
     return cotangents
+
+
+def _linearize_in_series(modules: Sequence[nn.Module], inputs: Any) -> tuple[Any, Pullback]:
+    pullbacks = []
+    for module in modules:
+        inputs, pullback = linearize(module, inputs)
+        pullbacks.append(pullback)
+
+    def pull_through_all(cotangents: Any) -> Any:
+        for pullback in reversed(pullbacks):
+            cotangents = pullback(cotangents)
+        return cotangents
+
+    return inputs, pull_through_all
 
 
 def _each(function: Callable[..., Any], *states: Any) -> Any:
@@ -210,23 +230,24 @@ def _linearize_operation(node: Node, operands: list[Node], values: dict[Node, An
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
     points = [values[n] for n in operands]
+    target: Any = node.target
+    args: list[Any] = [values[a] if isinstance(a, Node) and a in values else a for a in node.args]
     if node.target is operator.getitem and operands:
         index = node.args[1]
         value = points[0][index]
         return value, _Step(operands, lambda v: [{index: v}]) if _carries(value) else None
-    if not operands:
-        return evaluate(), None
-    if node.target in _TRANSPOSES and operands == [node.args[_OPERAND.get(node.target, 0)]]:
-        args = [values[a] if isinstance(a, Node) else a for a in node.args]
-        transpose = _TRANSPOSES[node.target](points[0], *args)
+    if not operands or target in _SIZES:
+        return evaluate(*points), None
+    if target in _TRANSPOSES and operands == [node.args[_OPERAND.get(target, 0)]]:
+        transpose = _TRANSPOSES[target](points[0], *args)
         if transpose is not None:
             return evaluate(*points), _Step(operands, lambda v: [transpose(v)], is_new=True)
-    if node.target is aten.batch_norm.default and operands == [node.args[0]]:
-        _, weight, _, _, variance, training, _, eps, _ = [values[a] if isinstance(a, Node) else a for a in node.args]
+    if target is aten.batch_norm.default and operands == [node.args[0]]:
+        _, weight, _, _, variance, training, _, eps, _ = args
         if not training:
             scale = torch.rsqrt(variance + eps) * (1 if weight is None else weight)
             return evaluate(*points), _Step(operands, None, scale.reshape(-1, *[1] * (points[0].dim() - 2)))
-    if torch.Tag.pointwise in getattr(node.target, "tags", ()):
+    if torch.Tag.pointwise in getattr(target, "tags", ()):
         return _linearize_pointwise(evaluate, operands, points)
     return _linearize_by_vjp(evaluate, operands, points)
 
@@ -293,7 +314,7 @@ def _linearize_by_vjp(
             chosen[i] = x
         return evaluate(*chosen)
 
-    value, vjp = torch.func.vjp(of_kept, *(points[i] for i in kept))
+    value, vjp = torch.func.vjp(of_kept, *(points[i] for i in kept))[:2]
     several = isinstance(value, tuple | list)
     if not any(map(_carries, value if several else [value])):
         return value, None
@@ -304,8 +325,13 @@ def _linearize_by_vjp(
             cotangents = type(value)(
                 cotangents[i] if i in cotangents else y.new_zeros(size, *y.shape) for i, y in enumerate(value)
             )
-        with _without_vmap_warnings():
-            return list(torch.vmap(vjp)(cotangents))
+        try:
+            with _without_vmap_warnings():
+                return list(torch.vmap(vjp)(cotangents))
+        except RuntimeError:  # an operation that vmap does not know, or gets wrong
+            stacks = cotangents if several else [cotangents]
+            rows = [vjp(type(value)(row) if several else row[0]) for row in zip(*stacks, strict=True)]
+            return [torch.stack(column) for column in zip(*rows, strict=True)]
 
     return value, _Step([operands[i] for i in kept], pullback)
 
@@ -313,7 +339,7 @@ def _linearize_by_vjp(
 class _without_vmap_warnings(warnings.catch_warnings):  # noqa: N801 - reads as the statement that it is
     """Say nothing of operations that vmap takes one by one: slow, not wrong."""
 
-    def __enter__(self) -> None:  # type: ignore[override]
+    def __enter__(self) -> None:
         super().__enter__()
         warnings.filterwarnings("ignore", message=".*performance drop.*")
 
@@ -336,11 +362,19 @@ def _transposed_convolution(
 
     def pullback(cotangents: torch.Tensor) -> torch.Tensor:
         folded = cotangents.flatten(0, 1)
+        if folded.dtype == torch.float64:
+            # CPUs have no fast kernel for these; the plain backward is the best there is.
+            shape = (len(folded), *x.shape[1:])
+            images: torch.Tensor = aten.convolution_backward(
+                folded.contiguous(), x.new_empty(1).expand(shape), weight, None, stride, padding, dilation,
+                False, [0] * dims, groups, [True, False, False],
+            )[0]  # fmt: skip
+            return images.view(*cotangents.shape[:2], *images.shape[1:])
         if dims == 2:
             # Several times faster than the other layout on CPUs, and what tensor cores want.
             folded = folded.contiguous(memory_format=torch.channels_last)
         images = transposed(folded, weight, None, stride, padding, missing, groups, dilation)
-        return images.unflatten(0, cotangents.shape[:2])
+        return images.view(*cotangents.shape[:2], *images.shape[1:])
 
     return pullback
 
@@ -353,11 +387,28 @@ def _transposed_addmm(_x: Any, _bias: Any, _: Any, weight: torch.Tensor) -> Call
     return lambda cotangents: cotangents @ weight.T
 
 
+def _placed(choose: Callable[..., torch.Tensor]) -> Callable[..., Callable[[torch.Tensor], torch.Tensor]]:
+    """The transpose of a choice of places: zeros elsewhere; under vmap torch's own is wrong for negative places."""
+
+    def transpose(x: torch.Tensor, _: Any, dim: int = 0, *where: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+        def pullback(cotangents: torch.Tensor) -> torch.Tensor:
+            whole = cotangents.new_zeros(len(cotangents), *x.shape)
+            choose(whole, dim % x.dim() + 1, *where).copy_(cotangents)
+            return whole
+
+        return pullback
+
+    return transpose
+
+
 _TRANSPOSES: dict[Any, Callable[..., Callable[[torch.Tensor], torch.Tensor] | None]] = {
     aten.conv1d.default: _transposed_convolution,
     aten.conv2d.default: _transposed_convolution,
     aten.conv3d.default: _transposed_convolution,
     aten.linear.default: _transposed_linear,
     aten.addmm.default: _transposed_addmm,
+    aten.slice.Tensor: _placed(aten.slice.Tensor),
+    aten.select.int: _placed(aten.select.int),
 }
+_SIZES = {aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default}
 _OPERAND = {aten.addmm.default: 1}

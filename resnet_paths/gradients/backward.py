@@ -87,8 +87,8 @@ def head_cotangent(chain: ResidualChain, state: Any, losses_of: Callable[[Any], 
         )  # fmt: skip
     if not bool(torch.isfinite(losses).all()):
         raise ResnetPathsError("loss", "NaN or infinity", "a finite loss for every example")
-    found = torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
-    gradients = tuple(torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True))
+    slopes = torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
+    gradients = tuple(torch.zeros_like(x) if g is None else g for x, g in zip(leaves, slopes, strict=True))
     return gradients if isinstance(state, tuple) else gradients[0]
 
 
@@ -141,12 +141,10 @@ def _through_block(block: LinearBlock, stack: Stack, rules: Rules) -> Stack:
     to_branch = above if rules.longest is None else above.rows(0, max(rules.longest - above.shortest, 0))
     for branch in block.branches if len(to_branch) else []:
         signs = None if rules.draw_signs is None else rules.draw_signs()
-        source, pullback = to_branch, branch
-        if isinstance(branch, NestedChain):
-            source, pullback = branch.pulled(to_branch, rules), unchanged
-            if not len(source):
-                continue
-        total = combined(total, source, pullback, signs, longer=int(rules.counted))
+        source = branch.pulled(to_branch, rules) if isinstance(branch, NestedChain) else to_branch
+        if len(source):
+            pullback = unchanged if isinstance(branch, NestedChain) else branch
+            total = combined(total, source, pullback, signs, longer=int(rules.counted))
     return above.rows(0, 0) if total is None else total.pulled(block.pre)
 
 
@@ -313,9 +311,9 @@ def parameter_cotangents(block: Block, state: Any, stack: Stack) -> Stack:
         def output_of(values: dict[str, torch.Tensor], one: Any = one) -> Any:
             return torch.func.functional_call(block, values, (one,))
 
-        _, vjp = torch.func.vjp(output_of, parameters)
+        vjp = torch.func.vjp(output_of, parameters)[1]
         rows = each_part(lambda t: t[:, :, example : example + 1].flatten(0, 1), stack.values)  # noqa: B023
         (found,) = torch.vmap(vjp)(rows)
         columns.append(torch.cat([found[name].flatten(1) for name in parameters], 1))
-    values = torch.stack(columns, 1).unflatten(0, stack.exponents.shape[:2])
+    values = torch.stack(columns, 1).view(*stack.exponents.shape, -1)
     return replace(stack, values=values).renormalised()

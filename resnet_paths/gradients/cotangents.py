@@ -197,7 +197,8 @@ def _room_for(rows: torch.Tensor, size: int, num_draws: int | None = None) -> to
     leading = (size, rows.shape[1] if num_draws is None else num_draws, rows.shape[2])
     layout = torch.channels_last if _is_channels_last(rows) else torch.contiguous_format
     shape = (math.prod(leading), *rows.shape[3:])
-    return torch.empty(shape, dtype=rows.dtype, device=rows.device, memory_format=layout).unflatten(0, leading)
+    empty = torch.empty(shape, dtype=rows.dtype, device=rows.device, memory_format=layout)
+    return empty.view(*leading, *shape[1:])
 
 
 def rows_of(stack: Stack, rows: Sequence[int]) -> Stack:

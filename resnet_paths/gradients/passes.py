@@ -140,7 +140,7 @@ class Place:
 
 def _laid_out(inputs: torch.Tensor) -> torch.Tensor:
     """Images with their channels last, the layout in which stacks of cotangents are convolved fastest."""
-    if inputs.dim() == 4 and inputs.is_floating_point():
+    if inputs.dim() == 4 and inputs.is_floating_point() and inputs.dtype != torch.float64:
         return inputs.contiguous(memory_format=torch.channels_last)
     return inputs
 

@@ -1,0 +1,161 @@
+"""Which path lengths carry the gradient: the effective window, and the decay that explains it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from resnet_paths.errors import ResnetPathsError, nearest_names
+
+__all__ = ["PAPER_WINDOW", "EffectiveWindow", "GeometricDecay", "effective_window", "fit_decay"]
+
+PAPER_WINDOW = (5, 17)
+"""Veit et al. 2016, section 4.3: "almost all of the gradient updates" of their 54 blocks come from these lengths."""
+
+
+@dataclass(frozen=True)
+class EffectiveWindow:
+    """The shortest range of path lengths that holds a share of a quantity.
+
+    Attributes:
+        quantity: The column that was summed.
+        shortest: First length of the window.
+        longest: Last length of the window.
+        share: What the window holds of the column's sum; at least what was asked for.
+        peak: The length where the column is largest.
+        fraction_of_paths: Number of paths with a length in the window over the number of all paths.
+    """
+
+    quantity: str
+    shortest: int
+    longest: int
+    share: float
+    peak: int
+    fraction_of_paths: float
+
+
+def effective_window(frame: pd.DataFrame, quantity: str, share: float = 0.95) -> EffectiveWindow:
+    """The shortest range of path lengths that holds a share of a quantity; of equally short ones the fullest.
+
+    The paper's own window is `PAPER_WINDOW`, for ``total_gradient_magnitude`` (Veit et al. 2016, figure 6c).
+
+    Args:
+        frame: From `resnet_paths.gradient_by_path_length` or `resnet_paths.path_histogram`.
+        quantity: A column; it may hold negative numbers, as ``gradient_share`` does.
+        share: Of the column's sum, in (0, 1].
+
+    Returns:
+        The window.
+
+    Raises:
+        ResnetPathsError: If there is no such column, it holds NaN or does not add up to a positive number, or `share`
+            is out of range.
+
+    Example:
+        >>> from resnet_paths import path_histogram
+        >>> window = effective_window(path_histogram(54), "fraction")
+        >>> window.shortest, window.longest, window.peak
+        (20, 34, 27)
+    """
+    values = _column(frame, quantity)
+    if not 0 < share <= 1:
+        raise ResnetPathsError("share", share, "a number above 0 and at most 1")
+    total = math.fsum(values)
+    if not np.isfinite(values).all() or not total > 0:
+        raise ResnetPathsError("quantity", quantity, "a column of finite numbers with a positive sum")
+    sums = np.concatenate([[0.0], np.cumsum(values)]) / total
+    # The last float below the share counts as reached: sums of shares end at 1 only up to rounding.
+    enough = share - 1e-12
+    for width in range(1, len(values) + 1):
+        held = sums[width:] - sums[:-width]
+        if held.max() >= enough:
+            first = int(held.argmax())
+            break
+    else:
+        raise ResnetPathsError("share", share, f"at most {sums.max():.6g}, which is all that the lengths hold")
+    lengths = frame["path_length"].to_numpy()
+    paths = [int(count) for count in frame["num_paths"]]
+    in_window = sum(paths[first : first + width])
+    # Frames that end at max_length do not show all paths; they say how many there are.
+    return EffectiveWindow(
+        quantity, int(lengths[first]), int(lengths[first + width - 1]), float(held.max()),
+        int(lengths[int(np.argmax(values))]), in_window / int(frame.attrs.get("num_paths_in_all", sum(paths))),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class GeometricDecay:
+    """Norms that fall by one factor with each block: ``m(k) = m(0) rate^k``.
+
+    Attributes:
+        rate: The factor r.
+        rate_se: Its standard error, from the scatter of the points about the line.
+        longest_path: Number n of blocks on the longest path.
+    """
+
+    rate: float
+    rate_se: float
+    longest_path: int
+
+    @property
+    def binomial(self) -> pd.DataFrame:
+        """What r makes of the total magnitude: C(n, k) r^k is proportional to Binomial(n, r / (1 + r)).
+
+        Columns ``path_length`` and ``fraction``.
+        """
+        lengths = np.arange(self.longest_path + 1)
+        odds = self.rate / (1 + self.rate)
+        return pd.DataFrame({"path_length": lengths, "fraction": stats.binom.pmf(lengths, self.longest_path, odds)})
+
+
+def fit_decay(
+    frame: pd.DataFrame, quantity: str = "mean_path_gradient_norm", lengths: tuple[int, int] | None = None
+) -> GeometricDecay:
+    """A geometric decay fitted to norms by path length: the straight line of Veit et al. 2016, figure 6b, log axis.
+
+    Args:
+        frame: From `resnet_paths.gradient_by_path_length`.
+        quantity: A column of norms of single paths; its standard errors weigh the points where the frame has them.
+        lengths: First and last length of the fit; None for all. Norms of 0 are left out.
+
+    Returns:
+        The decay.
+
+    Raises:
+        ResnetPathsError: If there is no such column or fewer than four points.
+
+    Example:
+        >>> frame = pd.DataFrame({"path_length": range(10), "num_paths": 1, "norm": [3 * 0.25**k for k in range(10)]})
+        >>> round(fit_decay(frame, "norm").rate, 6)
+        0.25
+    """
+    values = _column(frame, quantity)
+    k = frame["path_length"].to_numpy()
+    first, last = lengths if lengths is not None else (k[0], k[-1])
+    chosen = (k >= first) & (k <= last) & (values > 0) & np.isfinite(values)
+    if chosen.sum() < 4:
+        raise ResnetPathsError("lengths", lengths, f"a range with at least four norms above 0; it has {chosen.sum()}")
+    weights = None
+    if f"{quantity}_se" in frame:
+        relative = frame[f"{quantity}_se"].to_numpy()[chosen] / values[chosen]
+        if (relative > 0).any():
+            # A length with a single path is known exactly: it must not outweigh all others.
+            weights = 1 / np.maximum(relative, np.median(relative[relative > 0]) / 10)
+    (slope, _), covariance = np.polyfit(k[chosen], np.log(values[chosen]), 1, w=weights, cov=True)
+    rate = math.exp(slope)
+    longest = int(frame.attrs.get("longest_path", k[-1]))
+    return GeometricDecay(rate, rate * math.sqrt(max(covariance[0, 0], 0.0)), longest)
+
+
+def _column(frame: pd.DataFrame, quantity: str) -> np.ndarray:
+    if quantity not in frame:
+        raise ResnetPathsError("quantity", quantity, f"a column of the frame, nearest {_nearest(quantity, frame)}")
+    return frame[quantity].to_numpy(dtype=float)
+
+
+def _nearest(quantity: str, frame: pd.DataFrame) -> str:
+    return nearest_names(quantity, map(str, frame.columns))

@@ -1,0 +1,314 @@
+"""Estimates over single paths: energies by random signs, norms by sampling; and the errors that they state."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import resnet_paths as rp
+from resnet_paths.chain import Parallel, ResidualChain
+from resnet_paths.gradients.passes import Place, Point
+from resnet_paths.paths import path_length
+from tests.gradient_reference import (
+    Recipe,
+    assert_close,
+    batch,
+    build,
+    energies,
+    path_gradients,
+    recipes,
+    summed,
+    vectors_of,
+)
+
+gradients_of = rp.gradient_by_path_length
+SMALL = (
+    Recipe(3, "identity"), Recipe(3, "identity", 2, post=True), Recipe(2, "projection"), Recipe(2, "none"),
+    Recipe(2, "identity", (Recipe(2, "identity"), Recipe(2, "identity"))), Recipe(2, "identity"),
+)  # fmt: skip
+KINDS = st.booleans().flatmap(lambda pairs: st.tuples(st.just(pairs), recipes(8, of_pairs=pairs)))
+
+
+def norms_by_length(gradients):
+    """For each length the norms of its paths' gradients, [path, batch]."""
+    groups = {}
+    for path, vector in gradients.items():
+        groups.setdefault(path_length(path), []).append(vector.norm(dim=1))
+    return {k: torch.stack(groups[k]) for k in sorted(groups)}
+
+
+def generator_of(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def num_signs(chain):
+    """Branches that take a sign of their own."""
+    total = 0
+    for block in chain:
+        if isinstance(block.branch, ResidualChain):
+            total += 1 + num_signs(block.branch)
+        elif block.branch is not None:
+            total += len(block.branch) if isinstance(block.branch, Parallel) else 1
+    return total
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(KINDS.filter(lambda kind: num_signs(build(kind[1], of_pairs=kind[0])) <= 9))
+def test_the_mean_over_all_signs_is_the_sum_over_paths_of_squared_norms(kind):
+    """Parseval's identity, without any chance: every combination of signs once."""
+    of_pairs, recipe = kind
+    chain = build(recipe, of_pairs=of_pairs)
+    expected = path_gradients(chain, *batch())
+    count = num_signs(chain)
+    columns = [1 - 2 * (torch.arange(2**count) // 2**i % 2) for i in range(count)]
+    signs = iter(columns)
+    (point,) = Place.of(chain, "input").points(*batch(), None, 2**31, 1)
+    stack = point.by_length(max(map(path_length, expected)), 2**count, lambda: next(signs)[:, None].expand(-1, 3))
+    assert next(signs, None) is None
+    found = (point.norms(stack)[0] ** 2).mean(1)
+    of_lengths = energies(expected)
+    assert_close(found[[k - stack.shortest for k in norms_by_length(expected)]], of_lengths)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(KINDS)
+def test_energies_of_random_chains(kind):
+    of_pairs, recipe = kind
+    chain = build(recipe, of_pairs=of_pairs)
+    expected = path_gradients(chain, *batch())
+    frame = gradients_of(chain, *batch(), method="energy", num_draws=100, generator=generator_of(1))
+    exact = gradients_of(chain, *batch())
+    pd.testing.assert_frame_equal(frame[exact.columns], exact)
+    counts = Counter(map(path_length, expected))
+    energy = energies(expected)
+    rms = (energy.mean(1) / torch.tensor([counts[k] for k in sorted(counts)])).sqrt().numpy()
+    # The estimate is unbiased for the square, whose error is twice the root times the root's.
+    error = 2 * frame.rms_path_gradient_norm * frame.rms_path_gradient_norm_se
+    assert (abs(frame.rms_path_gradient_norm**2 - rms**2) <= 4 * error + 1e-9 * rms.max() ** 2).all()
+    summed_squares = torch.stack(list(summed(expected).values())).square().sum(2)
+    coherence = (summed_squares.mean(1) / energy.mean(1)).sqrt().numpy()
+    error = 2 * frame.coherence**-3 * frame.coherence_se
+    assert (abs(frame.coherence**-2 - coherence**-2) <= 4 * error + 1e-9 * coherence**-2).all()
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(KINDS)
+def test_sampled_norms_of_random_chains(kind):
+    of_pairs, recipe = kind
+    chain = build(recipe, of_pairs=of_pairs)
+    expected = norms_by_length(path_gradients(chain, *batch()))
+    frame = gradients_of(chain, *batch(), method="sampled", num_draws=200, generator=generator_of(1))
+    norms = frame.mean_path_gradient_norm
+    mean = np.array([values.mean() for values in expected.values()])
+    assert (abs(norms - mean) <= 4 * frame.mean_path_gradient_norm_se + 1e-9 * mean).all()
+    assert_close(frame.total_gradient_magnitude, norms * frame.num_paths.astype(float))
+    assert_close(frame.total_gradient_magnitude_se, frame.mean_path_gradient_norm_se * frame.num_paths.astype(float))
+    frame = gradients_of(
+        chain, *batch(), method="sampled", num_draws=200, average="log-mean", generator=generator_of(2)
+    )
+    mean = np.array([values.log().mean().exp() for values in expected.values()])
+    norms = frame.mean_path_gradient_norm
+    assert (abs(norms - mean) <= 4 * frame.mean_path_gradient_norm_se + 1e-9 * mean).all()
+
+
+OPTIONS = {
+    "energy": {"method": "energy", "num_draws": 40},
+    "sampled": {"method": "sampled", "num_draws": 20},
+    "log-mean": {"method": "sampled", "num_draws": 20, "average": "log-mean"},
+    "batch": {"method": "energy", "num_draws": 40, "per_example": False},
+    "sampled batch": {"method": "sampled", "num_draws": 20, "per_example": False},
+}
+
+
+def check_errors(frames, suffix, rows):
+    """The stated errors are right to a factor of 1.3: their root mean square, and the spread over repeats."""
+    for name in frames[0].columns:
+        if not name.endswith(suffix) or name.startswith(("summed", "gradient_share")):
+            continue
+        estimates, errors = (np.array([frame[column][rows] for frame in frames]) for column in
+                             (name.removesuffix(suffix), name))  # fmt: skip
+        if suffix == "_se" and name.endswith("_examples_se"):
+            continue
+        ratio = estimates.std(0, ddof=1) / np.sqrt((errors**2).mean(0))
+        assert ((ratio > 1 / 1.3) & (ratio < 1.3)).all(), (name, ratio)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_errors_due_to_the_draws(options):
+    chain = build(SMALL)
+    frames = [gradients_of(chain, *batch(4), generator=generator_of(seed), **options) for seed in range(160)]
+    several = [k for k, count in enumerate(frames[0].num_paths) if count > 1]
+    assert len(several) >= 5
+    check_errors(frames, "_se", several)
+    for frame in frames:  # one path alone has no error
+        for k in set(range(len(frame))) - set(several):
+            names = [n for n in frame.columns if n.startswith(("rms", "mean")) and n.endswith("norm_se")]
+            assert frame[names].to_numpy()[k] == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [OPTIONS["energy"], OPTIONS["sampled"], OPTIONS["log-mean"]],
+                         ids=["energy", "sampled", "log-mean"])  # fmt: skip
+def test_errors_due_to_draws_and_examples(options):
+    chain = build(SMALL)
+    frames = [gradients_of(chain, *batch(16, 100 + seed), generator=generator_of(seed), **options)
+              for seed in range(160)]  # fmt: skip
+    check_errors(frames, "_examples_se", list(range(len(frames[0]))))
+
+
+@pytest.mark.slow
+def test_errors_over_the_batches_of_a_loader():
+    chain = build(SMALL)
+    inputs, targets = batch(6)
+    loader = [(inputs[:1], targets[:1]), (inputs[1:], targets[1:])]
+    for options in (OPTIONS["energy"], OPTIONS["sampled"]):
+        frames = [gradients_of(chain, loader, generator=generator_of(seed), progress=False, **options)
+                  for seed in range(160)]  # fmt: skip
+        check_errors(frames, "_se", [k for k, count in enumerate(frames[0].num_paths) if count > 1])
+        whole = gradients_of(chain, inputs, targets, num_draws=2000, **{"method": options["method"]})
+        name = "rms_path_gradient_norm" if options["method"] == "energy" else "mean_path_gradient_norm"
+        mean = np.mean([f[name] for f in frames], 0)
+        assert mean == pytest.approx(whole[name].to_numpy(), rel=0.05)
+
+
+def test_the_batch_as_one_measurement():
+    chain = build(SMALL)
+    inputs, targets = batch(5)
+    expected = path_gradients(chain, inputs, targets)
+    options = {"num_draws": 100, "per_example": False}
+    frame = gradients_of(chain, inputs, targets, method="energy", **options)
+    rms = np.sqrt([float((v**2).sum(1).mean()) / 25 for v in norms_by_length(expected).values()])
+    assert (abs(frame.rms_path_gradient_norm - rms) <= 4 * frame.rms_path_gradient_norm_se + 1e-12).all()
+    frame = gradients_of(chain, inputs, targets, method="sampled", **options)
+    mean = [float((v**2).sum(1).sqrt().mean()) / 5 for v in norms_by_length(expected).values()]
+    assert (abs(frame.mean_path_gradient_norm - mean) <= 4 * frame.mean_path_gradient_norm_se + 1e-12).all()
+    assert frame.mean_path_gradient_norm_examples_se.isna().all()
+
+
+@pytest.mark.parametrize("place", ["stem", 1, ("parameters", 2)])
+def test_estimates_at_other_places(place):
+    chain = build(SMALL)
+    expected = norms_by_length(path_gradients(chain, *batch(), place))
+    options = {"with_respect_to": place, "num_draws": 150, "generator": generator_of(1)}
+    frame = gradients_of(chain, *batch(), method="energy", **options)
+    rms = np.array([float((v**2).mean().sqrt()) for v in expected.values()])
+    assert (abs(frame.rms_path_gradient_norm - rms) <= 4 * frame.rms_path_gradient_norm_se + 1e-9 * rms).all()
+    frame = gradients_of(chain, *batch(), method="sampled", **options)
+    mean = np.array([float(v.mean()) for v in expected.values()])
+    assert (abs(frame.mean_path_gradient_norm - mean) <= 4 * frame.mean_path_gradient_norm_se + 1e-9 * mean).all()
+    assert frame.attrs["share_left_out"] is None
+
+
+def test_signs_are_drawn_until_the_error_is_reached():
+    chain = build(SMALL)
+    draws = []
+    for wanted in (0.2, 0.05, 0.02):
+        frame = gradients_of(chain, *batch(), method="energy", relative_error=wanted)
+        energy = frame.rms_path_gradient_norm**2 * frame.num_paths.astype(float)
+        error = frame.rms_path_gradient_norm_se / frame.rms_path_gradient_norm
+        assert (error[energy >= energy.sum() / 1000] <= wanted).all()
+        draws.append(frame.attrs["num_draws"])
+    assert 8 < draws[0] < draws[1] < draws[2] < 1000
+    default = gradients_of(chain, *batch(), method="energy")
+    assert default.attrs["num_draws"] == draws[1]
+    # An error that cannot be reached ends at a thousand draws.
+    assert gradients_of(chain, *batch(), method="energy", relative_error=1e-4).attrs["num_draws"] == 1000
+
+
+@pytest.mark.parametrize("num_draws", [2, 8, 13])
+def test_as_many_draws_as_asked_for(num_draws, monkeypatch):
+    chain = build(SMALL)
+    counted = Counter()
+    by_length, of_paths = Point.by_length, Point.of_paths
+
+    def counting_draws(self, longest, num_draws=1, draw_signs=None):
+        counted["draws"] += num_draws if draw_signs else 0
+        return by_length(self, longest, num_draws, draw_signs)
+
+    def counting_paths(self, paths):
+        counted.update(map(path_length, paths))
+        return of_paths(self, paths)
+
+    monkeypatch.setattr(Point, "by_length", counting_draws)
+    monkeypatch.setattr(Point, "of_paths", counting_paths)
+    frame = gradients_of(chain, *batch(), method="energy", num_draws=num_draws)
+    assert counted == {"draws": num_draws}
+    vjps = gradients_of(chain, *batch()).attrs["num_block_vjps"]
+    assert (frame.attrs["num_draws"], frame.attrs["num_block_vjps"]) == (num_draws, vjps * (1 + num_draws))
+    counted.clear()
+    frame = gradients_of(chain, *batch(), method="sampled", num_draws=num_draws)
+    assert counted == dict.fromkeys(frame.path_length, num_draws)
+    assert frame.attrs["num_draws"] == num_draws
+    assert frame.attrs["num_block_vjps"] == num_draws * sum(frame.path_length)
+
+
+def test_twenty_paths_unless_told_otherwise():
+    assert gradients_of(build(SMALL), *batch(), method="sampled").attrs["num_draws"] == 20
+
+
+@pytest.mark.parametrize("options", [{"method": "energy"}, {"method": "sampled"}], ids=["energy", "sampled"])
+def test_the_generator_alone_decides(options):
+    chain = build(SMALL)
+    before = torch.random.get_rng_state()
+    default, first, again, other = (
+        gradients_of(chain, *batch(), generator=g, **options)
+        for g in (None, generator_of(0), generator_of(0), generator_of(1))
+    )
+    pd.testing.assert_frame_equal(first, again)
+    pd.testing.assert_frame_equal(first, default)
+    assert not first.equals(other)
+    assert torch.equal(before, torch.random.get_rng_state())
+    # It moves on: a second call with the same generator draws others.
+    generator = generator_of(0)
+    assert not gradients_of(chain, *batch(), generator=generator, **options).equals(
+        gradients_of(chain, *batch(), generator=generator, **options)
+    )
+
+
+def test_a_small_memory_leaves_sampled_paths_as_they_are():
+    chain = build(SMALL)
+    whole, split = (
+        gradients_of(chain, *batch(5), method="sampled", memory_budget=budget) for budget in (2**31, 1)
+    )  # fmt: skip
+    for name in whole.columns[2:-1]:
+        assert_close(split[name], whole[name])
+    split = gradients_of(chain, *batch(5), method="energy", memory_budget=1, num_draws=100)
+    rms = [float((v**2).mean().sqrt()) for v in norms_by_length(path_gradients(chain, *batch(5))).values()]
+    assert (abs(split.rms_path_gradient_norm - rms) <= 4 * split.rms_path_gradient_norm_se + 1e-12).all()
+
+
+@pytest.mark.parametrize("method", ["energy", "sampled"])
+def test_a_limit_to_the_length(method):
+    chain = build(SMALL)
+    frame = gradients_of(chain, *batch(), method=method, max_length=3, num_draws=100)
+    assert frame.path_length.tolist() == [1, 2, 3]
+    expected = norms_by_length(path_gradients(chain, *batch()))
+    power, name = (2, "rms_path_gradient_norm") if method == "energy" else (1, "mean_path_gradient_norm")
+    for k, found, error in zip(frame.path_length, frame[name], frame[f"{name}_se"], strict=True):
+        assert abs(found - float((expected[k] ** power).mean()) ** (1 / power)) <= 4 * error + 1e-12
+
+
+def test_coherence_of_paths_that_are_all_alike():
+    """In a chain of scalars all paths of a length point one way: the coherence is the root of their number."""
+    chain = rp.scale_block(build((Recipe(1, "projection"),)), 0, 1.0)
+    blocks = [chain[0].replace(name="first")]
+    for i in range(5):
+        linear = torch.nn.Linear(1, 1).double()
+        torch.nn.init.constant_(linear.weight, 0.5)
+        blocks.append(rp.chain.Block(linear, torch.nn.Identity(), name=f"{i}"))
+    chain = ResidualChain(chain.stem, [rp.delete_block(chain, 0)[0], *blocks[1:]], torch.nn.Linear(1, 3).double())
+    frame = gradients_of(chain.eval(), *batch(), method="energy", num_draws=400)
+    counts = [math.comb(5, k) for k in range(6)]
+    # The norms alike, so nothing is left but the error of the draws.
+    assert (abs(frame.coherence - np.sqrt(counts)) <= 4 * frame.coherence_se + 1e-9).all()
+    exact = gradients_of(chain, *batch(), method="sampled")
+    assert exact.mean_path_gradient_norm_se.max() < 1e-12 * exact.mean_path_gradient_norm.max()
+    assert vectors_of(next(Place.of(chain, "input").points(*batch(), None, 2**31, 1)).whole).shape == (1, 3, 5)
