@@ -50,10 +50,10 @@ _HOME = {
 
 __all__ = [
     "Block", "ResidualChain", "ResnetPathsError", "delete_block", "delete_blocks", "duplicate_block",
-    "effective_window", "enumerate_paths", "figures", "fit_decay", "gradient_by_path_length", "gradient_by_stage_lengths", "gradient_through_block",
-    "lesion_study", "list_networks", "load_dataset", "load_network", "parallel_blocks",
-    "path_histogram", "path_network", "permute_blocks", "reverse_blocks", "sample_paths", "scale_block",
-    "single_deletions", "swap_blocks", "unravel", "unraveled_graph",
+    "effective_window", "enumerate_paths", "figures", "fit_decay", "gradient_by_path_length",
+    "gradient_by_stage_lengths", "gradient_through_block", "lesion_study", "list_networks", "load_dataset",
+    "load_network", "parallel_blocks", "path_histogram", "path_network", "permute_blocks", "reverse_blocks",
+    "sample_paths", "scale_block", "single_deletions", "swap_blocks", "unravel", "unraveled_graph",
 ]  # fmt: skip
 
 if TYPE_CHECKING:

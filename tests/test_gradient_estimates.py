@@ -77,7 +77,7 @@ def test_the_mean_over_all_signs_is_the_sum_over_paths_of_squared_norms(kind):
     assert_close(found[[k - stack.shortest for k in norms_by_length(expected)]], of_lengths)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(KINDS)
 def test_energies_of_random_chains(kind):
     of_pairs, recipe = kind
@@ -98,45 +98,47 @@ def test_energies_of_random_chains(kind):
     assert (abs(frame.coherence**-2 - coherence**-2) <= 4 * error + 1e-9 * coherence**-2).all()
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(KINDS)
 def test_sampled_norms_of_random_chains(kind):
     of_pairs, recipe = kind
     chain = build(recipe, of_pairs=of_pairs)
     expected = norms_by_length(path_gradients(chain, *batch()))
-    frame = gradients_of(chain, *batch(), method="sampled", num_draws=200, generator=generator_of(1))
-    norms = frame.mean_path_gradient_norm
-    mean = np.array([values.mean() for values in expected.values()])
-    assert (abs(norms - mean) <= 4 * frame.mean_path_gradient_norm_se + 1e-9 * mean).all()
-    assert_close(frame.total_gradient_magnitude, norms * frame.num_paths.astype(float))
-    assert_close(frame.total_gradient_magnitude_se, frame.mean_path_gradient_norm_se * frame.num_paths.astype(float))
-    frame = gradients_of(
-        chain, *batch(), method="sampled", num_draws=200, average="log-mean", generator=generator_of(2)
-    )
-    mean = np.array([values.log().mean().exp() for values in expected.values()])
-    norms = frame.mean_path_gradient_norm
-    assert (abs(norms - mean) <= 4 * frame.mean_path_gradient_norm_se + 1e-9 * mean).all()
+    for average in ("mean", "log-mean"):
+        frame = gradients_of(
+            chain, *batch(), method="sampled", num_draws=100, average=average, generator=generator_of(1)
+        )  # fmt: skip
+        logs = average == "log-mean"
+        values = [norms.log() if logs else norms for norms in expected.values()]
+        mean = np.array([v.mean().exp() if logs else v.mean() for v in values])
+        # Where a few of many paths hold most, few draws know their own error badly: enumeration knows it.
+        true = [v.mean(1).std(correction=0) / 10 for v in values] * (mean if logs else 1)
+        error = np.maximum(frame.mean_path_gradient_norm_se, true)
+        assert (abs(frame.mean_path_gradient_norm - mean) <= 4 * error + 1e-9 * mean).all()
+        counts = frame.num_paths.astype(float)
+        assert_close(frame.total_gradient_magnitude, frame.mean_path_gradient_norm * counts)
+        assert_close(frame.total_gradient_magnitude_se, frame.mean_path_gradient_norm_se * counts)
 
 
+REPEATS = 100
 OPTIONS = {
-    "energy": {"method": "energy", "num_draws": 40},
-    "sampled": {"method": "sampled", "num_draws": 20},
-    "log-mean": {"method": "sampled", "num_draws": 20, "average": "log-mean"},
-    "batch": {"method": "energy", "num_draws": 40, "per_example": False},
-    "sampled batch": {"method": "sampled", "num_draws": 20, "per_example": False},
+    "energy": {"method": "energy", "num_draws": 24},
+    "sampled": {"method": "sampled", "num_draws": 12},
+    "log-mean": {"method": "sampled", "num_draws": 12, "average": "log-mean"},
+    "energy, batch": {"method": "energy", "num_draws": 24, "per_example": False},
+    "sampled, batch": {"method": "sampled", "num_draws": 12, "per_example": False},
 }
 
 
 def check_errors(frames, suffix, rows):
     """The stated errors are right to a factor of 1.3: their root mean square, and the spread over repeats."""
-    for name in frames[0].columns:
-        if not name.endswith(suffix) or name.startswith(("summed", "gradient_share")):
-            continue
-        estimates, errors = (np.array([frame[column][rows] for frame in frames]) for column in
-                             (name.removesuffix(suffix), name))  # fmt: skip
-        if suffix == "_se" and name.endswith("_examples_se"):
-            continue
-        ratio = estimates.std(0, ddof=1) / np.sqrt((errors**2).mean(0))
+    estimated = ("rms_path_gradient_norm", "coherence", "mean_path_gradient_norm", "total_gradient_magnitude")
+    for name in frames[0].columns.intersection(estimated):
+        estimates, errors = (np.array([f[c][rows] for f in frames]) for c in (name, f"{name}{suffix}"))
+        spread, stated = estimates.std(0, ddof=1), np.sqrt((errors**2).mean(0))
+        known = spread < 1e-12 * estimates.mean(0)  # the coherence of a path alone
+        assert (stated[known] < 1e-12 * estimates.mean(0)[known]).all()
+        ratio = spread[~known] / stated[~known]
         assert ((ratio > 1 / 1.3) & (ratio < 1.3)).all(), (name, ratio)
 
 
@@ -144,7 +146,7 @@ def check_errors(frames, suffix, rows):
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_errors_due_to_the_draws(options):
     chain = build(SMALL)
-    frames = [gradients_of(chain, *batch(4), generator=generator_of(seed), **options) for seed in range(160)]
+    frames = [gradients_of(chain, *batch(4), generator=generator_of(seed), **options) for seed in range(REPEATS)]
     several = [k for k, count in enumerate(frames[0].num_paths) if count > 1]
     assert len(several) >= 5
     check_errors(frames, "_se", several)
@@ -160,7 +162,7 @@ def test_errors_due_to_the_draws(options):
 def test_errors_due_to_draws_and_examples(options):
     chain = build(SMALL)
     frames = [gradients_of(chain, *batch(16, 100 + seed), generator=generator_of(seed), **options)
-              for seed in range(160)]  # fmt: skip
+              for seed in range(REPEATS)]  # fmt: skip
     check_errors(frames, "_examples_se", list(range(len(frames[0]))))
 
 
@@ -169,14 +171,16 @@ def test_errors_over_the_batches_of_a_loader():
     chain = build(SMALL)
     inputs, targets = batch(6)
     loader = [(inputs[:1], targets[:1]), (inputs[1:], targets[1:])]
-    for options in (OPTIONS["energy"], OPTIONS["sampled"]):
+    for options in (OPTIONS["energy"] | {"num_draws": 8}, OPTIONS["sampled"]):
         frames = [gradients_of(chain, loader, generator=generator_of(seed), progress=False, **options)
-                  for seed in range(160)]  # fmt: skip
+                  for seed in range(REPEATS)]  # fmt: skip
         check_errors(frames, "_se", [k for k, count in enumerate(frames[0].num_paths) if count > 1])
-        whole = gradients_of(chain, inputs, targets, num_draws=2000, **{"method": options["method"]})
-        name = "rms_path_gradient_norm" if options["method"] == "energy" else "mean_path_gradient_norm"
-        mean = np.mean([f[name] for f in frames], 0)
-        assert mean == pytest.approx(whole[name].to_numpy(), rel=0.05)
+        power, name = (2, "rms_path_gradient_norm") if options["method"] == "energy" else (1, "mean_path_gradient_norm")
+        # An example counts as much as any other, whatever the size of its batch.
+        expected = [float((v**power).mean()) for v in norms_by_length(path_gradients(chain, inputs, targets)).values()]
+        found, error = (np.array([f[column] for f in frames]) for column in (name, f"{name}_se"))
+        tolerance = 4 * power * (found ** (power - 1) * error).max(0) / math.sqrt(REPEATS)
+        assert (abs((found**power).mean(0) - expected) <= tolerance + 1e-12).all()
 
 
 def test_the_batch_as_one_measurement():
