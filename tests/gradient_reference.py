@@ -350,13 +350,14 @@ def gated_gradients(chain: ResidualChain, inputs: torch.Tensor, targets: Any, lo
     size = longest + 1
     roots = torch.exp(2j * torch.pi * torch.arange(size, dtype=torch.float64) / size)
     gate = roots.repeat_interleave(len(inputs))
-    state = chain.stem(inputs.repeat(size, 1))
+    copies = torch.cat([inputs] * size)
+    state = chain.stem(copies)
     state, pull = _gated(chain, state, gate)
     leaf = flat(state).detach().requires_grad_()
     (found,) = torch.autograd.grad(
         cross_entropy(chain.head(_shaped(leaf, state)), targets.repeat(size)).sum(), leaf
     )  # fmt: skip
-    back = _vjp(chain.stem, inputs.repeat(size, 1))[1]
+    back = _vjp(chain.stem, copies)[1]
     values = back(pull(found.to(torch.complex128))).reshape(size, len(inputs), -1)
     # torch.fft has exp(-2 pi i k j / n) and no 1/n in its forward transform.
     return torch.fft.fft(values, dim=0) / size
@@ -436,7 +437,9 @@ def vectors_of(stack: Stack) -> torch.Tensor:
 
 def assert_close(found: Any, expected: Any, tolerance: float = 1e-10, scale: float | None = None) -> None:
     """Equal up to a fraction of `scale`: the largest number expected, if not given."""
-    found, expected = np.asarray(found, dtype=np.float64), np.asarray(expected, dtype=np.float64)
+    found, expected = (
+        np.asarray(v.detach() if isinstance(v, torch.Tensor) else v, dtype=np.float64) for v in (found, expected)
+    )
     assert found.shape == expected.shape
     np.testing.assert_array_equal(np.isnan(found), np.isnan(expected))
     if scale is None:

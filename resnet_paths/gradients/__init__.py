@@ -62,7 +62,7 @@ def gradient_by_path_length(
     with_respect_to: str | int | tuple[str, str | int] = "input",
     per_example: bool = True,
     num_draws: int | None = None,
-    relative_error: float = 0.05,
+    relative_error: float = 0.1,
     average: str = "mean",
     generator: torch.Generator | None = None,
     memory_budget: int = 2**31,
