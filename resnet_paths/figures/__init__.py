@@ -27,20 +27,18 @@ from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
 from matplotlib.lines import Line2D
 from matplotlib.path import Path as Curve
-from matplotlib.ticker import MaxNLocator
-from matplotlib.transforms import ScaledTranslation
 
 from resnet_paths.errors import ResnetPathsError
+from resnet_paths.figures.gradients import plot_coherence, plot_effective_window, plot_path_gradients
+from resnet_paths.figures.layout import INK, MARKERS, MUTED, checked, groups_of, legend_above, whole_numbers_from_zero
 from resnet_paths.paper import paper_style, save_figure
 from resnet_paths.paths import check_path
 
 __all__ = [
-    "paper_style", "plot_path_histogram", "plot_single_deletions", "plot_training_curves", "plot_unraveled_graph",
-    "save_figure",
+    "paper_style", "plot_coherence", "plot_effective_window", "plot_path_gradients", "plot_path_histogram",
+    "plot_single_deletions", "plot_training_curves", "plot_unraveled_graph", "save_figure",
 ]  # fmt: skip
 
-_MARKERS = "osD^vP"
-_INK, _MUTED = "0.2", "0.75"
 _CURVE_LABELS = {
     "train_loss": "training loss (nats)", "train_error_rate": "training error (%)",
     "test_loss": "test loss (nats)", "test_error_rate": "test error (%)",
@@ -62,19 +60,19 @@ def plot_path_histogram(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ResnetPathsError: If columns are missing, no row has a number, or a length occurs twice in one network.
     """
     by = ["network"] if isinstance(frame, pd.DataFrame) and "network" in frame else []
-    frame = _checked("frame", frame, "fraction", [*by, "path_length"], rate=True)
+    frame = checked("frame", frame, "fraction", [*by, "path_length"], rate=True)
     ax = plt.gca() if ax is None else ax
-    groups = _groups(frame, by, "path_length")
-    for index, ((network, rows), marker) in enumerate(zip(groups, cycle(_MARKERS), strict=False)):
+    groups = groups_of(frame, by, "path_length")
+    for index, ((network, rows), marker) in enumerate(zip(groups, cycle(MARKERS), strict=False)):
         x, y, colour = rows["path_length"], 100 * rows["fraction"], f"C{index}"
         if len(groups) == 1:
             ax.bar(x, y, width=0.8, color=colour, label=network)
         else:
             ax.plot(x, y, marker=marker, color=colour, label=network, linewidth=0.7, markersize=2.5)
     ax.set(xlabel="path length (blocks)", ylabel="paths (%)")
-    _whole_numbers_from_zero(ax)
+    whole_numbers_from_zero(ax)
     if by:
-        _legend_above(ax, ax.get_legend_handles_labels()[0])
+        legend_above(ax, ax.get_legend_handles_labels()[0])
     return ax
 
 
@@ -108,9 +106,9 @@ def plot_single_deletions(
     """
     keys = ["network", "block_index"]
     bounds = ["error_rate_low", "error_rate_high", "intact_error_rate"]
-    frame = _checked("frame", frame, "error_rate", keys, bounds, rate=True)
+    frame = checked("frame", frame, "error_rate", keys, bounds, rate=True)
     if published is not None:
-        published = _checked("published", published, "error_percent", [*keys, "dataset"], ["intact_error_percent"])
+        published = checked("published", published, "error_percent", [*keys, "dataset"], ["intact_error_percent"])
     if chance is not None and not 0 <= chance <= 1:
         raise ResnetPathsError("chance", chance, "an error rate in [0, 1]")
     ax = plt.gca() if ax is None else ax
@@ -119,13 +117,13 @@ def plot_single_deletions(
     style: dict[str, Any]
     if published is not None:
         greys = cycle(("0.5", "0.7", "0.6", "0.8"))
-        for (name, rows), grey in zip(_groups(published, ["network", "dataset"], "block_index"), greys, strict=False):
+        for (name, rows), grey in zip(groups_of(published, ["network", "dataset"], "block_index"), greys, strict=False):
             label = f"Veit et al. 2016, {name[0]} ({name[1]})"
             style = {"color": grey, "linewidth": 0.7, "zorder": 1.5}
             behind += ax.plot(rows["block_index"], rows["error_percent"], label=label, **style)
             _intact_line(ax, rows["block_index"], rows["intact_error_percent"], style)
-    networks = _groups(frame, ["network"], "block_index")
-    for index, ((network, rows), marker) in enumerate(zip(networks, cycle(_MARKERS), strict=False)):
+    networks = groups_of(frame, ["network"], "block_index")
+    for index, ((network, rows), marker) in enumerate(zip(networks, cycle(MARKERS), strict=False)):
         x, colour = rows["block_index"], f"C{index}"
         ax.vlines(x, 100 * rows["error_rate_low"], 100 * rows["error_rate_high"], color=colour, linewidth=0.8)
         style = {"color": colour, "linewidth": 0.8}
@@ -133,23 +131,23 @@ def plot_single_deletions(
         curve = rows.set_index("block_index")["error_rate"].reindex(range(int(x.min()), int(x.max()) + 1))
         handles += ax.plot(curve.index, 100 * curve, marker=marker, markersize=2.5, label=str(network), **style)
         _intact_line(ax, x, 100 * rows["intact_error_rate"], style)
-    handles.append(Line2D([], [], color=_INK, linestyle="--", linewidth=0.8, label="intact"))
+    handles.append(Line2D([], [], color=INK, linestyle="--", linewidth=0.8, label="intact"))
     if chance is not None:
-        ax.axhline(100 * chance, color=_INK, linestyle=":", linewidth=0.8, zorder=1)
+        ax.axhline(100 * chance, color=INK, linestyle=":", linewidth=0.8, zorder=1)
         # No room above the line where chance is near 100 %: then below it.
         above = chance <= 0.9
         ax.annotate(
             "chance", (1, 100 * chance), xycoords=("axes fraction", "data"), xytext=(0, 1 if above else -1),
-            textcoords="offset points", ha="right", va="bottom" if above else "top", fontsize="small", color=_INK,
+            textcoords="offset points", ha="right", va="bottom" if above else "top", fontsize="small", color=INK,
         )  # fmt: skip
         ax.set_ylim(top=max(ax.get_ylim()[1], 100 * chance + 12))
     ax.set(xlabel="deleted block (index from 0)", ylabel="test error (%)")
     last = max(data["block_index"].max() for data in (frame, published) if data is not None)
     ax.set(xlim=(-1, last + 1), ylim=(0, min(ax.get_ylim()[1], 102)))
-    _whole_numbers_from_zero(ax)
+    whole_numbers_from_zero(ax)
     if len(stage_starts):
         _mark_stages(ax, sorted(stage_starts))
-    _legend_above(ax, behind, handles, gap_points=11 if len(stage_starts) else 3)
+    legend_above(ax, behind, handles, gap_points=11 if len(stage_starts) else 3)
     return ax
 
 
@@ -211,14 +209,14 @@ def plot_unraveled_graph(graph: nx.DiGraph, ax: Axes | None = None, highlight: S
     joined = num_blocks + 1
     layers[bool(route)] += [Curve([(x, middle), (x + stub, middle)]) for x in (-stub, joined)]
     for on, curves in layers.items():
-        colour = "C0" if on else _MUTED if route else _INK
+        colour = "C0" if on else MUTED if route else INK
         lines = PathCollection(
             curves, facecolors="none", edgecolors=colour, linewidths=1.8 if on else thin,
             zorder=2 if on else 1, transform=ax.transData,
         )  # fmt: skip
         lines.set_gid("highlighted-route" if on else "routes")
         ax.add_collection(lines, autolim=False)
-    ax.plot([0], [middle], marker="o", color="C0" if route else _INK, markersize=3, zorder=4)
+    ax.plot([0], [middle], marker="o", color="C0" if route else INK, markersize=3, zorder=4)
     for node in graph:
         if graph.in_degree(node) > 1:
             at = (graph.nodes[node]["depth"], height[node])
@@ -247,7 +245,7 @@ def plot_training_curves(frame: pd.DataFrame, ax: Axes | None = None, value: str
     if value not in _CURVE_LABELS:
         raise ResnetPathsError("value", value, f"one of {', '.join(map(repr, _CURVE_LABELS))}")
     rate = value.endswith("_rate")
-    frame = _checked("frame", frame, value, ["network", "seed", "epoch"], rate=rate)
+    frame = checked("frame", frame, value, ["network", "seed", "epoch"], rate=rate)
     ax = plt.gca() if ax is None else ax
     colours = [f"C{index}" for index in range(frame["network"].nunique())]
     frame = frame.assign(**{value: frame[value] * (100 if rate else 1)})
@@ -255,74 +253,9 @@ def plot_training_curves(frame: pd.DataFrame, ax: Axes | None = None, value: str
         frame, x="epoch", y=value, hue="network", style="network", palette=colours, errorbar=("pi", 100), ax=ax
     )
     ax.set(xlabel="epoch", ylabel=_CURVE_LABELS[value])
-    _whole_numbers_from_zero(ax)
-    _legend_above(ax, ax.get_legend_handles_labels()[0])
+    whole_numbers_from_zero(ax)
+    legend_above(ax, ax.get_legend_handles_labels()[0])
     return ax
-
-
-def _checked(
-    argument: str, frame: pd.DataFrame, value: str, keys: Sequence[str], others: Sequence[str] = (), rate: bool = False
-) -> pd.DataFrame:
-    """`frame`, once all columns are known to be there with numbers in `value` and one row for each of `keys`."""
-    needed = [*keys, value, *others]
-    if not isinstance(frame, pd.DataFrame):
-        raise ResnetPathsError(argument, type(frame).__name__, f"a pandas DataFrame with columns {', '.join(needed)}")
-    missing = [name for name in needed if name not in frame]
-    if missing:
-        raise ResnetPathsError(
-            argument, f"columns {', '.join(map(str, frame.columns)) or '(none)'}", f"columns {', '.join(needed)}",
-            f"Missing: {', '.join(missing)}.",
-        )  # fmt: skip
-    for name in (value, *others):
-        if not pd.api.types.is_numeric_dtype(frame[name]):
-            raise ResnetPathsError(f"{argument}[{name!r}]", f"dtype {frame[name].dtype}", "a column of numbers")
-    if not frame[value].notna().any():
-        raise ResnetPathsError(argument, f"{len(frame)} rows", f"at least one row with a number in {value}")
-    twice = frame.loc[frame.duplicated(list(keys)), list(keys)]
-    if len(twice):
-        raise ResnetPathsError(
-            argument, f"{len(twice)} repeated rows, first {', '.join(f'{k} {v}' for k, v in twice.iloc[0].items())}",
-            f"one row for each {', '.join(keys)}",
-            "" if "network" in keys else "Name different networks in a column network.",
-        )  # fmt: skip
-    for name in (value, *others) if rate else ():
-        wrong = frame.loc[(frame[name] < 0) | (frame[name] > 1), name].tolist()
-        if wrong:
-            raise ResnetPathsError(f"{argument}[{name!r}]", wrong[0], "a rate in [0, 1]", "Percent is not a rate.")
-    return frame
-
-
-def _groups(frame: pd.DataFrame, by: Sequence[str], along: str) -> list[tuple[Any, pd.DataFrame]]:
-    """Names and rows of each network in the order of the frame, the rows sorted along the horizontal axis."""
-    if not by:
-        return [(None, frame.sort_values(along))]
-    name = by[0] if len(by) == 1 else list(by)
-    return [(group, rows.sort_values(along)) for group, rows in frame.groupby(name, sort=False)]
-
-
-def _whole_numbers_from_zero(ax: Axes) -> None:
-    ax.set_ylim(bottom=0)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-
-
-def _legend_above(ax: Axes, *groups: Sequence[Artist], gap_points: float = 3) -> None:
-    """Legends above the axes, where they hide no data, the last group on top; each in as many columns as fit."""
-    ax.figure.canvas.figure.draw_without_rendering()  # lays out: the axes get the width that they will have
-    raised, legend = gap_points / 72, None
-    for handles in filter(None, groups):
-        if legend is not None:
-            ax.add_artist(legend)  # kept: the next one would replace it
-        labels = [str(handle.get_label()) for handle in handles]
-        above = ax.transAxes + ScaledTranslation(0, raised, ax.figure.dpi_scale_trans)
-        for columns in range(len(labels), 0, -1):
-            legend = ax.legend(
-                handles, labels, loc="lower left", bbox_to_anchor=(0, 1), bbox_transform=above, ncols=columns,
-                borderaxespad=0, borderpad=0, labelspacing=0.3, handlelength=1.6, handletextpad=0.5, columnspacing=0.8,
-            )  # fmt: skip
-            extent = legend.get_window_extent()
-            if extent.width <= ax.bbox.width:
-                break
-        raised += extent.height / ax.figure.dpi + 2 / 72
 
 
 def _intact_line(ax: Axes, x: pd.Series[Any], percent: pd.Series[Any], style: dict[str, Any]) -> None:
@@ -333,13 +266,13 @@ def _intact_line(ax: Axes, x: pd.Series[Any], percent: pd.Series[Any], style: di
 def _mark_stages(ax: Axes, starts: Sequence[int]) -> None:
     """Thin lines with a mark on top, and one label where there is most room between them."""
     along = ax.get_xaxis_transform()
-    ax.vlines(starts, 0, 1, color=_MUTED, linewidth=0.5, zorder=0.5, transform=along)
+    ax.vlines(starts, 0, 1, color=MUTED, linewidth=0.5, zorder=0.5, transform=along)
     tops = [1.0] * len(starts)
-    ax.plot(starts, tops, linestyle="none", marker="v", markersize=3, color=_INK, clip_on=False, transform=along)
+    ax.plot(starts, tops, linestyle="none", marker="v", markersize=3, color=INK, clip_on=False, transform=along)
     gaps = np.diff([*starts, ax.get_xlim()[1]])
     ax.annotate(
         "stage starts", (starts[int(np.argmax(gaps))], 1), xycoords=along, xytext=(4, 0), textcoords="offset points",
-        va="bottom", fontsize="small", color=_INK,
+        va="bottom", fontsize="small", color=INK,
     )  # fmt: skip
 
 
@@ -375,7 +308,7 @@ def _branch_label(block: int, choice: int, offered: Sequence[Sequence[int]]) -> 
 
 
 def _draw_box(ax: Axes, at: tuple[float, float], on: bool, *, muted: bool, label: str | None, points: float) -> None:
-    edge = "C0" if on else _MUTED if muted else _INK
+    edge = "C0" if on else MUTED if muted else INK
     face = "C0" if on else "white"
     if label is None:
         ax.plot(*at, marker="s", markersize=points, markeredgewidth=0.5, color=face, markeredgecolor=edge, zorder=3)
@@ -386,7 +319,7 @@ def _draw_box(ax: Axes, at: tuple[float, float], on: bool, *, muted: bool, label
 
 
 def _draw_sum(ax: Axes, at: tuple[float, float], on: bool, muted: bool, points: float) -> None:
-    colour = "C0" if on else _MUTED if muted else _INK
+    colour = "C0" if on else MUTED if muted else INK
     line = min(0.11 * points, 1.0)
     ax.plot(*at, marker="o", markersize=points, color="white", markeredgecolor=colour, markeredgewidth=line, zorder=4)
     ax.plot(*at, marker="+", markersize=0.6 * points, color=colour, markeredgewidth=line, zorder=5)
