@@ -6,10 +6,11 @@ block, multiplied along every path; and a gate t on every branch of the backward
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,9 +20,11 @@ import torch
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 import resnet_paths as rp
-from resnet_paths.chain import Block, Parallel, ResidualChain, Scaled
+from resnet_paths.chain import Block, Parallel, Placed, ResidualChain, Scaled
 from resnet_paths.gradients.cotangents import Stack
 from resnet_paths.gradients.passes import Place
 
@@ -84,17 +87,6 @@ def _num_paths(blocks: list[Recipe] | tuple[Recipe, ...]) -> int:
     )  # fmt: skip
 
 
-class Pad(nn.Module):
-    """Zeros before and after the features."""
-
-    def __init__(self, before: int, after: int) -> None:
-        super().__init__()
-        self.sides = (before, after)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.pad(x, self.sides)
-
-
 class OnPair(nn.Module):
     """A map of the state (x, sum), as in WaveNet: each result reads x; `keep` adds the sum to the second."""
 
@@ -134,8 +126,7 @@ SUMS = 2  # width of the sum in a pair
 
 def build(blocks: tuple[Recipe, ...], seed: int = 0, of_pairs: bool = False) -> ResidualChain:
     """The chain, of 5 features and 3 classes, float64, in eval mode, with names, shapes and stages."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         made, width = _blocks(blocks, 3, of_pairs)
         stem = ToPair(nn.Linear(5, 3), nn.Linear(5, SUMS)) if of_pairs else nn.Linear(5, 3)
         head = FromPair(nn.Linear(width, 3), nn.Linear(SUMS, 3)) if of_pairs else nn.Linear(width, 3)
@@ -165,10 +156,10 @@ def _blocks(blocks: tuple[Recipe, ...], width: int, of_pairs: bool) -> tuple[lis
         skip = {
             "identity": nn.Identity(), "none": None,
             "projection": layer(nn.Linear(width, wide), wide, keep=True),
-            "concat": Pad(0, wide - width),
+            "concat": Placed(1, 0, wide - width),
         }[recipe.skip]  # fmt: skip
         if recipe.skip == "concat" and wide > width:
-            branch: nn.Module = nn.Sequential(_function(width, wide - width), Pad(width, 0))
+            branch: nn.Module = nn.Sequential(_function(width, wide - width), Placed(1, width, 0))
         elif recipe.branch == "scaled":
             branch = Scaled(layer(_function(width, wide), wide, keep=False), -0.7)
         elif isinstance(recipe.branch, int):
@@ -205,6 +196,14 @@ def _on_pair(function: nn.Module, _wide: int, *, width: int, keep: bool) -> nn.M
 
 def _function(width_in: int, width_out: int) -> nn.Module:
     return nn.Sequential(nn.Linear(width_in, 4), nn.Tanh(), nn.Linear(4, width_out))
+
+
+@contextlib.contextmanager
+def seeded(seed: int = 0) -> Iterator[None]:
+    """Weights drawn inside come from `seed`; the global generator stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def batch(size: int = 3, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
@@ -473,3 +472,48 @@ def _entries(block: Block) -> list[Any]:
     return skip + list(
         range(1, 1 + (len(block.branch) if isinstance(block.branch, Parallel) else block.branch is not None))
     )
+
+
+# Another device
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor that says it is on another device and computes on this one: "meta", which runs no kernel of its own."""
+
+    @staticmethod
+    def __new__(cls, real):
+        found = torch.Tensor._make_wrapper_subclass(
+            cls, real.size(), strides=real.stride(), dtype=real.dtype, device="meta"
+        )
+        found.real_tensor = real
+        return found
+
+    @classmethod
+    def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
+        return OtherDevice.run(operation, args, kwargs or {})
+
+
+class OtherDevice(TorchDispatchMode):
+    """Refuses operations between devices, as an accelerator does, but for copies and numbers."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        return self.run(operation, args, kwargs or {})
+
+    @staticmethod
+    def run(operation, args, kwargs):
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        theirs = {id(t.real_tensor): t for t in tensors if isinstance(t, Elsewhere)}
+        ours = [t for t in tensors if not isinstance(t, Elsewhere) and t.dim()]
+        if theirs and ours and operation is not torch.ops.aten.copy_.default:
+            raise RuntimeError(f"{operation} mixes devices")
+        there = bool(theirs)
+        if kwargs.get("device") is not None:
+            there, kwargs = torch.device(kwargs["device"]).type == "meta", kwargs | {"device": "cpu"}
+        args, kwargs = tree_map(lambda t: t.real_tensor if isinstance(t, Elsewhere) else t, (args, kwargs))
+
+        def placed(t):
+            if not isinstance(t, torch.Tensor) or not there:
+                return t
+            return theirs[id(t)] if id(t) in theirs else Elsewhere(t)
+
+        return tree_map(placed, operation(*args, **kwargs))

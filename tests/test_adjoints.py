@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 import copy
+import functools
+import math
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 import resnet_paths as rp
+from resnet_paths.chain import Block, ResidualChain
 from resnet_paths.gradients.adjoints import linearize
 from resnet_paths.gradients.passes import Place
 from resnet_paths.tracing import Segment, trace
 from resnet_paths.zoo import build_network
-from tests.gradient_reference import assert_close, by_length, detached_gradient, gated_gradients, vectors_of
+from tests.gradient_reference import (
+    Elsewhere,
+    OtherDevice,
+    Recipe,
+    assert_close,
+    batch,
+    build,
+    by_length,
+    detached_gradient,
+    gated_gradients,
+    seeded,
+    vectors_of,
+)
+
+gradients_of = rp.gradient_by_path_length
 
 
 def function(forward, **parts):
@@ -171,18 +190,16 @@ BROKEN = {
 }
 
 
-def cases(names=LAYERS):
-    return [
-        pytest.param(name, marks=pytest.mark.xfail(reason=BROKEN[name], strict=True) if name in BROKEN else ())
-        for name in names
-    ]
+def cases():
+    errors = (AssertionError, RuntimeError)
+    broken = {name: pytest.mark.xfail(reason=why, raises=errors, strict=True) for name, why in BROKEN.items()}
+    return [pytest.param(name, marks=broken.get(name, ())) for name in LAYERS]
 
 
 def exported(name, dtype=torch.float64):
     """A layer with random weights and statistics, its graph as a segment, and inputs."""
     make, shape = LAYERS[name]
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+    with seeded():
         model = nn.Sequential(make()).to(dtype).eval()
         for part in model.modules():
             if isinstance(part, nn.modules.batchnorm._BatchNorm):
@@ -223,21 +240,11 @@ def test_pulling_back_a_stack_is_autograd_row_by_row(name):
     assert_close(alone, rows[:, 1:2], scale=max(float(rows.abs().max()), 1e-300))
 
 
-@pytest.mark.parametrize(
-    "name",
-    cases([
-        "conv2d",
-        "conv2d uneven",
-        "conv2d depthwise",
-        "transposed2d",
-        "batch norm 2d",
-        "squeeze and excitation",
-        "residual inside",
-        "max pool",
-        "mean, flatten",
-    ]),
-)
-def test_images_in_float32_with_channels_last(name):  # fmt: skip
+IMAGE_LAYERS = "conv2d; conv2d uneven; conv2d depthwise; transposed2d; batch norm 2d; residual inside; max pool; glu"
+
+
+@pytest.mark.parametrize("name", IMAGE_LAYERS.split("; "))
+def test_images_in_float32_with_channels_last(name):
     model, segment, inputs = exported(name, torch.float32)
     for given in (inputs, inputs.contiguous(memory_format=torch.channels_last)):
         output, pullback = linearize(segment, given)
@@ -310,8 +317,7 @@ def preactivation():
 
 @pytest.mark.parametrize("make", [transformer, convolutional, dense, preactivation])
 def test_unraveled_models(make):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+    with seeded():
         model, shape = make()
         inputs = torch.randn(shape, dtype=torch.float64)
     model = model.double().eval()
@@ -340,12 +346,11 @@ def test_a_model_of_words():
         def forward(self, words):
             return self.head(self.body(self.embedding(words)))
 
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+    with seeded():
         model = Model().double().eval()
     words, targets = torch.randint(11, (3, 5), generator=torch.Generator().manual_seed(0)), torch.arange(3)
     chain = rp.unravel(model, words)
-    frame = rp.gradient_by_path_length(chain, words, targets, with_respect_to="stem")
+    frame = gradients_of(chain, words, targets, with_respect_to="stem")
     leaf = model.embedding(words).detach().requires_grad_()
     losses = F.cross_entropy(model.head(model.body(leaf)), targets, reduction="sum")
     whole = torch.autograd.grad(losses, leaf)[0].flatten(1)
@@ -355,4 +360,135 @@ def test_a_model_of_words():
         frame.gradient_share, [float(((v * whole).sum(1) / whole.square().sum(1)).mean()) for v in found.values()]
     )
     with pytest.raises(rp.ResnetPathsError, match=r"with_respect_to: .*torch.int64 have no gradient.*'stem'"):
-        rp.gradient_by_path_length(chain, words, targets)
+        gradients_of(chain, words, targets)
+
+
+# Numbers of every size
+
+
+class Slope(nn.Module):
+    """Zero, with this derivative: gradients of any size over states of an ordinary one."""
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, slope):
+            ctx.slope = slope
+            return torch.zeros_like(x)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * ctx.slope, None
+
+    def __init__(self, slope):
+        super().__init__()
+        self.slope = slope
+
+    def forward(self, x):
+        return self.Function.apply(x, self.slope)
+
+
+def chain_of_slopes(slope, nested=False):
+    """64 blocks: G_k is C(64, k) slope^k times the gradient of the path of skips."""
+    blocks = [Block(Slope(slope), nn.Identity(), name=f"{i}") for i in range(64)]
+    if nested:
+        blocks = [Block(ResidualChain(nn.Identity(), blocks, nn.Identity()), None, name="all")]
+    return ResidualChain(nn.Linear(5, 3), blocks, nn.Linear(3, 3)).eval()
+
+
+def log(values):
+    return np.log(np.where(np.asarray(values, float) > 0, values, 1))
+
+
+@pytest.mark.parametrize(("slope", "nested"), [(1e-4, False), (1e-4, True), (1e3, False), (1e-7, False)])
+def test_the_range_of_the_dtype_is_no_limit(slope, nested):
+    chain, (inputs, targets) = chain_of_slopes(slope, nested), batch()
+    lengths = np.arange(65)
+    counts = np.array([math.log(math.comb(64, k)) for k in range(65)])
+    energies = []
+    for dtype, tolerance in ((torch.float16, 0.1), (torch.float32, 1e-5), (torch.float64, 1e-12)):
+        if slope == 1e-7 and dtype == torch.float16:
+            continue  # one step alone leaves its range
+        exact, sampled, energy = (
+            gradients_of(chain.to(dtype), inputs.to(dtype), targets, method=method, num_draws=2)
+            for method in ("exact", "sampled", "energy")
+        )
+        first = exact.summed_path_gradient_norm[0]
+        of_paths = lengths * math.log(slope) + math.log(first)
+        for frame, name, expected in (
+            (exact, "summed_path_gradient_norm", of_paths + counts),
+            (sampled, "mean_path_gradient_norm", of_paths),
+            (sampled, "total_gradient_magnitude", of_paths + counts),
+        ):
+            size = of_paths if frame is sampled else expected
+            holds = size > math.log(1e-300)
+            assert abs(log(frame[name]) - expected)[holds].max() < tolerance
+            # What even a float64 cannot hold is told apart from what is nothing.
+            assert not frame.underflown[holds].any()
+            assert frame.underflown[size < math.log(5e-324) - 1].all()
+            assert frame.underflown.any() == (slope == 1e-7)
+        shares = counts + lengths * math.log(slope) - 64 * math.log1p(slope)
+        assert_close(exact.gradient_share, np.exp(shares), 10 * tolerance)
+        assert ((energy.rms_path_gradient_norm > 0) != energy.underflown).all()
+        energies.append(energy.rms_path_gradient_norm[abs(of_paths + counts) < math.log(1e150)] / first)
+    np.testing.assert_allclose(*energies[-2:], rtol=1e-4)
+
+
+LOST = pytest.mark.xfail(reason="stacks that take skips alone are not renormalised", raises=AssertionError, strict=True)
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param("deleted", marks=LOST), pytest.param("skips alone", marks=LOST), "pre and post"]
+)
+def test_no_part_of_a_block_loses_small_gradients(kind):
+    """Thirty blocks whose skips, or whose pre and post, multiply gradients by a thousandth."""
+
+    def small():
+        linear = nn.Linear(3, 3)
+        nn.init.orthogonal_(linear.weight, 1e-3)
+        return linear
+
+    with seeded():
+        parts = {
+            "deleted": lambda: {"branch": None, "skip": small()},
+            "skips alone": lambda: {"branch": nn.Linear(3, 3), "skip": small()},
+            "pre and post": lambda: {"branch": nn.Linear(3, 3), "skip": nn.Identity(), "pre": small(), "post": small()},
+        }[kind]
+        chain = ResidualChain(nn.Linear(5, 3), [Block(**parts(), name=f"{i}") for i in range(30)], nn.Linear(3, 3))
+    inputs, targets = batch()
+    limit = 0 if kind == "skips alone" else None
+    single = gradients_of(chain.eval(), inputs.float(), targets, max_length=limit)
+    double = gradients_of(chain.double(), inputs, targets, max_length=limit)
+    assert double.summed_path_gradient_norm[0] < 1e-80
+    for name in ("summed_path_gradient_norm", "gradient_share"):
+        np.testing.assert_allclose(single[name], double[name], rtol=1e-3)
+
+
+def test_nothing_assumes_the_cpu(monkeypatch):
+    make = torch.tensor
+    # torch.tensor makes nothing but a shape on "meta".
+    monkeypatch.setattr(torch, "tensor", lambda data, device="cpu", **o: make(data, **o).to(device))
+    nested = (Recipe(2, "identity"), Recipe(2, "identity", post=True))
+    recipe = (Recipe(3, "identity", nested, pre=True), Recipe(2, "projection", 2, post=True), Recipe(2, "concat"),
+              Recipe(4, "none"), Recipe(3, "identity", "scaled"))  # fmt: skip
+    pairs = build((Recipe(2, "projection"), Recipe(2, "identity")), of_pairs=True)
+    with seeded():
+        model, shape = convolutional()
+    image = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    images = rp.unravel(model.double().eval(), image)
+    studies = [functools.partial(gradients_of, method=method, num_draws=3) for method in ("exact", "energy", "sampled")]
+    studies += [functools.partial(gradients_of, with_respect_to=("parameters", 1)), rp.gradient_by_stage_lengths,
+                rp.gradient_through_block]  # fmt: skip
+    for chain, inputs in ((build(recipe), batch()[0]), (pairs, batch()[0]), (images, image)):
+        targets = torch.arange(len(inputs))
+        expected = [study(chain, inputs, targets) for study in studies]
+        for module in chain.modules():
+            for tensors in (module._parameters, module._buffers):
+                tensors.update({name: Elsewhere(t.detach()) for name, t in tensors.items() if t is not None})
+        with OtherDevice():
+            for study, frame in zip(studies, expected, strict=True):
+                found = study(chain, Elsewhere(inputs), Elsewhere(targets))
+                pd.testing.assert_frame_equal(found, frame, rtol=1e-9)
+            # Inputs are moved; what a loss brings along from the CPU is told apart from them.
+            pd.testing.assert_frame_equal(studies[0](chain, inputs, targets), expected[0], rtol=1e-9)
+            with pytest.raises(RuntimeError, match="mixes devices"):
+                gradients_of(chain, inputs, targets, loss=lambda z, _: z @ torch.ones(3, dtype=torch.float64))

@@ -13,13 +13,17 @@ README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8"
 
 
 def test_the_ten_lines_run_as_printed(tmp_path, monkeypatch, capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    code = "\n".join(re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL))
     images = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     loader = DataLoader(TensorDataset(images, torch.arange(6)), batch_size=3)
     model = torchvision.models.resnet18(weights=None)
     monkeypatch.chdir(tmp_path)
-    exec(code, {"model": model, "example_inputs": images[:2], "loader": loader})
-    assert "ResidualChain of 8 blocks, 256 paths" in capsys.readouterr().out
+    exec(code, {
+        "model": model, "example_inputs": images[:2], "loader": loader, "images": images, "labels": torch.arange(6),
+    })  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "ResidualChain of 8 blocks, 256 paths" in printed
+    assert "EffectiveWindow(quantity='gradient_share'" in printed
     assert {path.suffix for path in (tmp_path / "figures").iterdir()} == {".pdf", ".svg", ".png", ".csv"}
 
 
