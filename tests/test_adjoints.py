@@ -140,8 +140,8 @@ LAYERS = {
     "max pool": (lambda: nn.MaxPool2d(3, 2, padding=1, ceil_mode=True), IMAGE),
     "max pool 1d": (lambda: nn.MaxPool1d(2), LINE),
     "average pool": (lambda: nn.AvgPool2d(3, 2, padding=1, count_include_pad=False), IMAGE),
-    "adaptive pools": (
-        lambda: function(lambda m, x: F.adaptive_avg_pool2d(x, (3, 2)) * F.adaptive_max_pool2d(x, (3, 1))), IMAGE),
+    "adaptive average pool": (lambda: nn.AdaptiveAvgPool2d((3, 4)), IMAGE),
+    "adaptive max pool": (lambda: nn.AdaptiveMaxPool2d((3, 4)), IMAGE),
     "mean, flatten": (lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)), IMAGE),
     "softmax": (lambda: nn.Sequential(nn.Softmax(-1), nn.LogSoftmax(1)), TOKENS),
     "attention": (lambda: Attention(6, 2), TOKENS),
@@ -157,8 +157,8 @@ LAYERS = {
     "unused pieces": (
         lambda: function(lambda m, x: x.split(2, -1)[1] + x[..., -1:] * x.select(-1, 0)[..., None]), TOKENS),
     "shapes": (
-        lambda: function(lambda m, x: x.reshape(len(x), -1, 2).transpose(-1, -2).flip(-1).roll(1, -1).contiguous()
-                         .view(len(x), 2, -1)[:, :, ::2].repeat(1, 2, 1).permute(0, 2, 1)), IMAGE),
+        lambda: function(lambda m, x: x.reshape(x.shape[0], -1, 2).transpose(-1, -2).flip(-1).roll(1, -1).contiguous()
+                         .view(x.shape[0], 2, -1)[:, :, ::2].repeat(1, 2, 1).permute(0, 2, 1)), IMAGE),
     "pad, unfold, shuffle": (
         lambda: function(lambda m, x: F.pixel_shuffle(F.pad(x, (1, 1, -1, 2)), 2).unfold(-1, 3, 2)), IMAGE),
     "interpolate": (lambda: nn.Upsample(scale_factor=2, mode="bilinear"), IMAGE),
@@ -181,9 +181,10 @@ LAYERS = {
     "complex": (lambda: function(lambda m, x: torch.exp(1j * x).real), TOKENS),
 }  # fmt: skip
 BROKEN = {
-    "maximum over channels": "operations that return indices too, such as max(dim), raise",
-    "sort": "operations that return indices too, such as sort and topk, raise",
-    "argmax": "operations that return indices alone raise",
+    "adaptive max pool": "operations that return indices too raise",
+    "maximum over channels": "operations that return indices too raise",
+    "sort": "operations that return indices too raise",
+    "argmax": "operations that return indices raise",
     "addmm with factors": "the transpose of addmm leaves alpha out",
     "linear to a number": "the transpose of linear does not know weights of one dimension",
     "complex": "the slope of a complex value by a real one loses its imaginary part",
