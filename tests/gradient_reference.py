@@ -30,7 +30,6 @@ from resnet_paths.gradients.passes import Place
 
 MOST_PATHS = 1100
 
-
 # Random chains
 
 
@@ -88,37 +87,20 @@ def _num_paths(blocks: list[Recipe] | tuple[Recipe, ...]) -> int:
 
 
 class OnPair(nn.Module):
-    """A map of the state (x, sum), as in WaveNet: each result reads x; `keep` adds the sum to the second."""
+    """A map of the state (x, sum), as in WaveNet, or from x to such a state; `keep` adds the sum to the second result.
 
-    def __init__(self, first: nn.Module, second: nn.Module, keep: bool) -> None:
+    If it `joins`, it returns one tensor, of both parts.
+    """
+
+    def __init__(self, first: nn.Module, second: nn.Module, keep: bool = False, joins: bool = False) -> None:
         super().__init__()
-        self.first, self.second, self.keep = first, second, keep
+        self.first, self.second, self.keep, self.joins = first, second, keep, joins
 
-    def forward(self, state: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        x, total = state
+    def forward(self, state: Any) -> Any:
+        x, total = state if isinstance(state, tuple) else (state, 0)
+        if self.joins:
+            return self.first(x) + self.second(total)
         return self.first(x), self.second(x) + (total if self.keep else 0)
-
-
-class ToPair(nn.Module):
-    """A stem that opens a sum beside the features."""
-
-    def __init__(self, first: nn.Module, second: nn.Module) -> None:
-        super().__init__()
-        self.first, self.second = first, second
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.first(x), self.second(x)
-
-
-class FromPair(nn.Module):
-    """A head that reads both parts of a pair."""
-
-    def __init__(self, first: nn.Module, second: nn.Module) -> None:
-        super().__init__()
-        self.first, self.second = first, second
-
-    def forward(self, state: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        return self.first(state[0]) + self.second(state[1])
 
 
 SUMS = 2  # width of the sum in a pair
@@ -128,8 +110,8 @@ def build(blocks: tuple[Recipe, ...], seed: int = 0, of_pairs: bool = False) -> 
     """The chain, of 5 features and 3 classes, float64, in eval mode, with names, shapes and stages."""
     with seeded(seed):
         made, width = _blocks(blocks, 3, of_pairs)
-        stem = ToPair(nn.Linear(5, 3), nn.Linear(5, SUMS)) if of_pairs else nn.Linear(5, 3)
-        head = FromPair(nn.Linear(width, 3), nn.Linear(SUMS, 3)) if of_pairs else nn.Linear(width, 3)
+        stem = OnPair(nn.Linear(5, 3), nn.Linear(5, SUMS)) if of_pairs else nn.Linear(5, 3)
+        head = OnPair(nn.Linear(width, 3), nn.Linear(SUMS, 3), joins=True) if of_pairs else nn.Linear(width, 3)
         return _edited(ResidualChain(stem, made, head), blocks).double().eval()
 
 
@@ -315,11 +297,8 @@ def for_parameters(block: Block, state: Any, cotangent: torch.Tensor) -> torch.T
     for example, one in enumerate(cotangent):
         output = block(_shaped(flat(state)[example : example + 1], state))
         found = torch.autograd.grad((flat(output)[0] * one).sum(), parameters, allow_unused=True)
-        rows.append(
-            torch.cat([
-                torch.zeros(p.numel()) if g is None else g.flatten() for g, p in zip(found, parameters, strict=True)
-            ])
-        )
+        whole = [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
+        rows.append(torch.cat([g.flatten() for g in whole]))
     return torch.stack(rows)
 
 
@@ -469,9 +448,8 @@ def _entries(block: Block) -> list[Any]:
     skip: list[Any] = [] if block.skip is None else [False]
     if isinstance(block.branch, ResidualChain):
         return skip + product_paths(block.branch)
-    return skip + list(
-        range(1, 1 + (len(block.branch) if isinstance(block.branch, Parallel) else block.branch is not None))
-    )
+    branches = len(block.branch) if isinstance(block.branch, Parallel) else int(block.branch is not None)
+    return [*skip, *range(1, branches + 1)]
 
 
 # Another device

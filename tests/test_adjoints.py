@@ -118,6 +118,7 @@ LAYERS = {
     "batch norm 1d": (lambda: nn.Sequential(nn.BatchNorm1d(5), nn.Tanh()), FLAT),
     "batch norm of sequences": (lambda: nn.Sequential(nn.BatchNorm1d(4), nn.ReLU(inplace=True)), LINE),
     "batch norm 2d": (lambda: nn.Sequential(nn.BatchNorm2d(4, affine=False), nn.Conv2d(4, 2, 1)), IMAGE),
+    "batch norm alone": (lambda: nn.BatchNorm2d(4), IMAGE),
     "batch norm 3d": (
         lambda: nn.Sequential(nn.BatchNorm3d(4), nn.ReLU(inplace=True), nn.BatchNorm3d(4), nn.ReLU()), VOLUME),
     "layer norm": (lambda: nn.LayerNorm(6), TOKENS),
@@ -181,6 +182,7 @@ LAYERS = {
     "complex": (lambda: function(lambda m, x: torch.exp(1j * x).real), TOKENS),
 }  # fmt: skip
 BROKEN = {
+    "batch norm alone": "the node that a model returns is lost if it is a BatchNorm",
     "adaptive max pool": "operations that return indices too raise",
     "maximum over channels": "operations that return indices too raise",
     "sort": "operations that return indices too raise",
@@ -192,7 +194,7 @@ BROKEN = {
 
 
 def cases():
-    errors = (AssertionError, RuntimeError)
+    errors = (AssertionError, KeyError, RuntimeError)
     broken = {name: pytest.mark.xfail(reason=why, raises=errors, strict=True) for name, why in BROKEN.items()}
     return [pytest.param(name, marks=broken.get(name, ())) for name in LAYERS]
 

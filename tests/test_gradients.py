@@ -42,12 +42,12 @@ gradients_of = rp.gradient_by_path_length
 RESIDUAL = Recipe(3, "identity")
 
 
-def residual_chain(num_blocks: int, seed: int = 0) -> ResidualChain:
+def residual_chain(num_blocks):
     """Residual blocks of one width, three to a stage."""
-    return build((RESIDUAL,) * num_blocks, seed)
+    return build((RESIDUAL,) * num_blocks)
 
 
-def varied_chain() -> ResidualChain:
+def varied_chain():
     """Every kind of block at once."""
     inside = (Recipe(2, "identity", post=True), Recipe(3, "projection", 2), Recipe(1, "none"))
     return build((
@@ -79,14 +79,12 @@ def check_everything(chain):
     found = by_length(chain, inputs, targets)
     assert_close(sum(found.values()), whole)
     assert_close(sum(sums.values()), whole)
-
-    longest = max(sums)
-    both = torch.stack([torch.stack([found.get(k, torch.zeros_like(inputs)), torch.zeros_like(inputs)])
-                        for k in range(longest + 1)])  # fmt: skip
-    largest = max(float(v.abs().max()) for v in sums.values())
     assert_close(torch.stack([found[k] for k in sums]), torch.stack(list(sums.values())))
-    gated = gated_gradients(chain, inputs, targets, longest)
-    assert_close(both, torch.stack([gated.real, gated.imag], 1), scale=largest)
+    nothing = torch.zeros_like(inputs)
+    every = torch.stack([found.get(k, nothing) for k in range(max(sums) + 1)])
+    gated = gated_gradients(chain, inputs, targets, max(sums))
+    assert_close(gated.real, every)
+    assert_close(gated.imag, torch.zeros_like(every), scale=float(every.abs().max()))
 
     frame = gradients_of(chain, inputs, targets)
     check_frame(frame, sums, Counter(map(path_length, expected)))
@@ -179,7 +177,6 @@ def test_parameter_gradients_add_up_to_autograds(index):
     # An example's gradient is that of a batch of this example alone.
     alone = [gradients_of(chain, inputs[i : i + 1], targets[i : i + 1], with_respect_to=place) for i in range(3)]
     assert_close(frame.gradient_share, np.mean([f.gradient_share for f in alone], 0))
-    assert all(f.gradient_share_se.isna().all() for f in alone)
 
 
 def test_parameters_of_a_block_that_runs_twice_are_those_of_its_position():
@@ -207,9 +204,7 @@ def test_several_inputs():
     expected = summed(path_gradients(chain, inputs, targets))
     check_frame(gradients_of(chain, inputs, targets), expected, [1, 3, 3, 1])
     loader = [([x[:2] for x in inputs], targets[:2]), (tuple(x[2:] for x in inputs), targets[2:])]
-    check_frame(
-        gradients_of(chain, loader, progress=False), summed(path_gradients(chain, inputs, targets)), [1, 3, 3, 1]
-    )
+    check_frame(gradients_of(chain, loader, progress=False), expected, [1, 3, 3, 1])
 
 
 # Options
@@ -454,15 +449,14 @@ class Part(nn.Module):
         super().__init__()
         self.kind, self.f = kind, nn.Linear(3, 3)
 
-    def forward(self, x):
-        if self.kind == "of number":
-            return self.f(x[:, None].expand(-1, 3)), x
-        if self.kind == "to pair":
-            return self.f(x), x.sum(1, keepdim=True)
-        x, number = x
-        if self.kind == "to tensor":
-            return self.f(x) * (1 + number.reshape(-1, 1))
-        return torch.tanh(self.f(x)), x.square().sum(1)
+    def forward(self, state):
+        x, number = state if isinstance(state, tuple) else (state, None)
+        return {
+            "of number": lambda: (self.f(x[:, None].expand(-1, 3)), x),
+            "to pair": lambda: (self.f(x), x.sum(1, keepdim=True)),
+            "to tensor": lambda: self.f(x) * (1 + number.reshape(-1, 1)),
+            "flow": lambda: (torch.tanh(self.f(x)), x.square().sum(1)),
+        }[self.kind]()
 
 
 NUMBER = pytest.mark.xfail(reason="shares flatten what has no features", raises=IndexError, strict=True)

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import resnet_paths as rp
-from resnet_paths.paths import check_path, path_polynomial
+from resnet_paths import paths as paths_module
+from resnet_paths.paths import check_path, num_paths, path_length, path_polynomial
 
 CHOICES = st.lists(st.sampled_from([(False, True), (True,), (False,), (False, True, 2), (True, 2, 3)]), max_size=7)
 
@@ -97,6 +98,85 @@ def test_sampling_is_seeded_and_leaves_the_global_generator_alone():
     assert torch.equal(before, torch.random.get_rng_state())
 
 
+# Chains inside branches
+
+
+PLAIN = st.sampled_from([(False, True), (True,), (False,), (False, True, 2)])
+NESTED = st.recursive(
+    PLAIN,
+    lambda blocks: st.tuples(st.booleans(), st.lists(blocks, min_size=1, max_size=3)).map(
+        lambda drawn: (*([False] if drawn[0] else []), tuple(drawn[1]))
+    ),
+    max_leaves=6,
+)
+CHAINS_OF_CHAINS = st.lists(NESTED, max_size=4).filter(lambda choices: len(listed(choices)) <= 2000)
+
+
+def listed(choices):
+    """All paths, a product at every depth."""
+    return list(itertools.product(*(
+        [e for c in offered for e in (listed(c) if isinstance(c, tuple) else [c])] for offered in choices
+    )))  # fmt: skip
+
+
+def branches_taken(path):
+    return sum(1 + branches_taken(entry) if isinstance(entry, tuple) else bool(entry) for entry in path)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(CHAINS_OF_CHAINS)
+def test_polynomial_and_enumeration_of_chains_inside_branches(choices):
+    chain, paths = Chain(choices), listed(choices)
+    assert list(rp.enumerate_paths(chain)) == paths
+    assert num_paths(choices) == len(paths)
+    by_length = Counter(map(branches_taken, paths))
+    assert path_polynomial(chain) == [by_length[k] for k in range(max(by_length) + 1)]
+    assert sum(rp.path_histogram(chain).num_paths) == len(paths)
+    for length in by_length:
+        assert list(rp.enumerate_paths(chain, length)) == [p for p in paths if branches_taken(p) == length]
+    for path in paths:
+        assert path_length(path) == branches_taken(path)
+        assert check_path(choices, path) == path
+    with pytest.raises(rp.ResnetPathsError, match="length: got"):
+        rp.enumerate_paths(chain, max(by_length) + 1)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(CHAINS_OF_CHAINS.filter(lambda choices: 1 < len(listed(choices)) <= 300), st.data())
+def test_sampling_is_uniform_over_the_paths_through_chains_inside_branches(choices, data):
+    chain = Chain(choices)
+    length = data.draw(st.sampled_from([k for k, count in enumerate(path_polynomial(chain)) if count]))
+    population = list(rp.enumerate_paths(chain, length))
+    drawn = Counter(rp.sample_paths(chain, length, 40 * len(population), torch.Generator().manual_seed(0)))
+    assert set(drawn) <= set(population)
+    if len(population) > 1:
+        assert stats.chisquare([drawn[path] for path in population]).pvalue > 1e-6
+
+
+def test_counting_and_sampling_through_deep_chains_inside_branches():
+    inner = ((False, True),) * 60
+    chain = Chain([(False, inner)] * 5)
+    counts = path_polynomial(chain)
+    assert sum(counts) == (2**60 + 1) ** 5 == num_paths(chain.path_choices)
+    assert counts[:3] == [1, 5, 5 * 60 + math.comb(5, 2)]
+    for length in (0, 1, 150, len(counts) - 1):
+        paths = rp.sample_paths(chain, length, 3, torch.Generator().manual_seed(0))
+        assert [path_length(check_path(chain.path_choices, path)) for path in paths] == [length] * 3
+
+
+@pytest.mark.xfail(
+    reason="entries of a chain inside a branch are all listed, whatever their length",
+    raises=AssertionError,
+    strict=True,
+)
+def test_enumeration_of_a_length_is_lazy_inside_branches(monkeypatch):
+    calls = []
+    monkeypatch.setattr(paths_module, "path_length", lambda path: calls.append(None) or path_length(path))
+    inner = ((False, True),) * 14
+    assert next(rp.enumerate_paths(Chain([(False, inner)]), length=15)) == ((True,) * 14,)
+    assert len(calls) < 1000
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -108,6 +188,11 @@ def test_sampling_is_seeded_and_leaves_the_global_generator_alone():
         (lambda: rp.sample_paths(3, 1, -1, torch.Generator()), r"num_samples: got -1"),
         (lambda: check_path([(False, True)], (True, True)), r"path: got .* allowed: 1 entries"),
         (lambda: check_path([(False,)], (True,)), r"path\[0\]: got True; allowed: one of \(False,\)"),
+        (lambda: check_path([(False, ((False, True),))], (True,)), r"path\[0\]: got True; allowed: one of"),
+        (lambda: check_path([(False, ((False, True),))], ((True, True),)), r"path: got .* allowed: 1 entries"),
+        (lambda: check_path([(False, ((True,),))], ((False,),)), r"path\[0\]: got False; allowed: one of \(True,\)"),
+        (lambda: check_path([(False, True)], ((True,),)), r"path\[0\]: got \(True,\); allowed: one of"),
+        (lambda: rp.sample_paths(Chain([(((True,),),)]), 1, 1, torch.Generator()), r"length: got 1; .* from 2 to 2"),
     ],
 )
 def test_bad_input(call, message):

@@ -6,7 +6,8 @@ Three ratios, each measured side by side in one run:
    ordinary backward takes;
 2. the energy of all lengths at one relative standard error: random signs against the paper's sampling as a
    hand-written autograd loop, one forward and backward pass for each path;
-3. peak memory over a plain forward and backward pass of the same batch, for several budgets.
+3. peak memory over a plain forward and backward pass of the same batch, for several budgets;
+4. seconds and peak memory of lengths up to 60 in a narrow network of 501 blocks (the depth of ResNet-1001).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import time
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 import resnet_paths as rp
@@ -29,6 +31,7 @@ from resnet_paths.gradients.cotangents import Stack
 from resnet_paths.gradients.passes import Place, Point
 from resnet_paths.paths import sample_paths
 from resnet_paths.zoo import load_network
+from resnet_paths.zoo.resnet import PreactBasicBlock
 
 
 def main() -> None:
@@ -39,9 +42,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--samples", type=int, default=60, help="sampled paths of each length")
     parser.add_argument("--draws", type=int, default=40, help="draws of signs")
-    parser.add_argument("--only", choices=["bound", "energy", "memory"])
+    parser.add_argument("--only", choices=["bound", "energy", "memory", "depth"])
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.memory_of == "depth":
+        depth()
+        return
     model = load_network(options.network, options.weights)
     chain = rp.unravel(model, torch.zeros(2, 1, 28, 28))
     data = rp.load_dataset("fashion-mnist", split="test")
@@ -59,6 +65,9 @@ def main() -> None:
         energy(chain, images[:4], labels[:4], options.samples, options.draws)
     if options.only in (None, "memory"):
         memory(options)
+    if options.only in (None, "depth"):
+        command = [sys.executable, "-m", "tests.benchmarks.gradients", "--memory-of", "depth"]
+        print(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def bound(chain: rp.ResidualChain, images: torch.Tensor, labels: torch.Tensor, repeats: int) -> None:
@@ -223,6 +232,45 @@ def memory_of(what: str, chain: rp.ResidualChain, images: torch.Tensor, labels: 
     else:
         rp.gradient_by_path_length(chain, images, labels, with_respect_to="stem", memory_budget=int(what))
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+class Narrow(nn.Module):
+    """A pre-activation ResNet of 501 blocks with 4, 8 and 16 channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3, padding=1)
+        blocks, width = [], 4
+        for channels, stride in ((4, 1), (8, 2), (16, 2)):
+            for index in range(167):
+                blocks.append(PreactBasicBlock(width, channels, stride if index == 0 else 1))
+                width = channels
+        self.blocks = nn.Sequential(*blocks)
+        self.norm = nn.BatchNorm2d(16)
+        self.fc = nn.Linear(16, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(torch.relu(self.norm(self.blocks(self.conv(x)))).mean((2, 3)))
+
+
+def depth() -> None:
+    """Untrained, with BatchNorm statistics of random images."""
+    torch.manual_seed(0)
+    model = Narrow().train()
+    with torch.no_grad():
+        model(torch.randn(64, 1, 28, 28))
+    start = time.perf_counter()
+    chain = rp.unravel(model.eval(), torch.zeros(2, 1, 28, 28))
+    unraveled = time.perf_counter()
+    frame = rp.gradient_by_path_length(chain, torch.randn(8, 1, 28, 28), torch.arange(8), max_length=60)
+    seconds = time.perf_counter() - unraveled
+    print(f"4. {len(chain)} blocks, 8 images, lengths up to 60")
+    print(
+        f"   unraveled in {unraveled - start:.0f} s, split in {seconds:.0f} s, {frame.attrs['num_block_vjps']} VJPs;",
+        end=" ",
+    )
+    print(f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB;", end=" ")
+    print(f"share left out {frame.attrs['share_left_out']:.1e}")
 
 
 if __name__ == "__main__":
