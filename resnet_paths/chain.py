@@ -363,7 +363,7 @@ def refuse_training_mode(argument: str, module: nn.Module) -> None:
         module: A model or a chain.
 
     Raises:
-        ResnetPathsError: If such a part is in training mode; it is named.
+        ResnetPathsError: If such a part is in training mode, or normalises by the batch even in eval mode; it is named.
     """
     for name, part in module.named_modules():
         moving = isinstance(part, nn.modules.batchnorm._BatchNorm | nn.modules.dropout._DropoutNd)
@@ -371,6 +371,11 @@ def refuse_training_mode(argument: str, module: nn.Module) -> None:
             raise ResnetPathsError(
                 argument, f"{type(part).__name__} {name!r} in training mode", f"a {argument} in eval mode",
                 f"Call {argument}.eval() first.",
+            )  # fmt: skip
+        if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.running_mean is None:
+            raise ResnetPathsError(
+                argument, f"{type(part).__name__} {name!r} without running statistics",
+                "normalisation that treats each example alone", "Make it with track_running_stats=True.",
             )  # fmt: skip
 
 

@@ -167,22 +167,25 @@ def enumerate_paths(chain: HasPathChoices | int, length: int | None = None) -> I
         [(False, False, True), (False, True, False), (True, False, False)]
     """
     choices = choices_of(chain)
-    if length is not None:
-        length = _check_length(choices, length)
-    return _paths(choices, length)
+    return _paths(choices, _ANY_LENGTH if length is None else 1 << _check_length(choices, length))
 
 
-def _paths(choices: Choices, length: int | None) -> Iterator[Path]:
+_ANY_LENGTH = -1
+
+
+def _paths(choices: Choices, allowed: int) -> Iterator[Path]:
+    """Paths of the lengths k whose bit k is set in `allowed`."""
     if not choices:
-        yield ()
+        if allowed & 1:
+            yield ()
         return
     # lengths_from[i]: bit k is set if blocks i, i + 1, ... can make a path of length k.
     lengths_from = [1]
     for offered in reversed(choices):
         lengths_from.insert(0, sum(1 << k for k, n in enumerate(_product_of_sets(lengths_from[0], offered)) if n))
     path: list[Entry] = []
-    left = [length if length is not None else -1]
-    walkers = [entries_of(choices[0])]
+    left = [allowed]
+    walkers = [_entries(choices[0], allowed, lengths_from[1])]
     while walkers:
         entry = next(walkers[-1], None)
         if entry is None:
@@ -190,23 +193,26 @@ def _paths(choices: Choices, length: int | None) -> Iterator[Path]:
             left.pop()
             if path:
                 path.pop()
-            continue
-        if length is not None:
-            remaining = left[-1] - _length_of_entry(entry)
-            if remaining < 0 or not lengths_from[len(path) + 1] >> remaining & 1:
-                continue
-        else:
-            remaining = -1
-        if len(path) + 1 == len(choices):
+        elif len(path) + 1 == len(choices):
             yield (*path, entry)
         else:
             path.append(entry)
-            left.append(remaining)
-            walkers.append(entries_of(choices[len(path)]))
+            left.append(left[-1] >> _length_of_entry(entry))
+            walkers.append(_entries(choices[len(path)], left[-1], lengths_from[len(path) + 1]))
 
 
 def _product_of_sets(lengths: int, offered: Sequence[Choice]) -> list[int]:
     return _product([lengths >> k & 1 for k in range(lengths.bit_length())], _polynomial_of_block(offered))
+
+
+def _entries(offered: Sequence[Choice], allowed: int, lengths_after: int) -> Iterator[Entry]:
+    """Entries of one block after which the later blocks can still make one of the lengths allowed."""
+    for choice in offered:
+        if isinstance(choice, tuple):
+            possible = [k for k, count in enumerate(_polynomial(choice)) if count]
+            yield from _paths(choice, sum(1 << k for k in possible if allowed >> (k + 1) & lengths_after))
+        elif allowed >> bool(choice) & lengths_after:
+            yield choice
 
 
 def entries_of(offered: Sequence[Choice]) -> Iterator[Entry]:
@@ -215,14 +221,10 @@ def entries_of(offered: Sequence[Choice]) -> Iterator[Entry]:
     Args:
         offered: The block's choices.
 
-    Yields:
-        Each entry once.
+    Returns:
+        An iterator over them, each once.
     """
-    for choice in offered:
-        if isinstance(choice, tuple):
-            yield from _paths(choice, None)
-        else:
-            yield choice
+    return _entries(offered, _ANY_LENGTH, _ANY_LENGTH)
 
 
 def path_length(path: Path) -> int:

@@ -248,7 +248,8 @@ def _flatten(model: nn.Module, program: torch.export.ExportedProgram) -> Trace:
             )  # fmt: skip
     _restore_batch_norm(graph)
     _nest_concatenations(graph)
-    return Trace(graph, inputs, values[0], tensors)
+    # Read again: what the model returns may just have been replaced.
+    return Trace(graph, inputs, output_node.args[0][0], tensors)
 
 
 def _restore_batch_norm(graph: Graph) -> None:

@@ -375,7 +375,6 @@ def test_lengths_by_stage_over_a_loader():
         assert_close(other[name], frame[name])
 
 
-@pytest.mark.xfail(reason="columns are numbered from the place", raises=AssertionError, strict=True)
 def test_stages_keep_their_numbers_above_a_block():
     frame = gradient_by_stage_lengths(residual_chain(7), *batch(), with_respect_to=3)
     assert frame.columns[:2].tolist() == ["path_length_stage1", "path_length_stage2"]
@@ -412,14 +411,7 @@ def test_the_share_through_each_block(kind, data):
 # Chains that are unusual
 
 
-INPLACE = pytest.mark.xfail(
-    reason="operations in place overwrite states", raises=(AssertionError, RuntimeError), strict=True
-)
-
-
-@pytest.mark.parametrize(
-    "kind", ["post", *(pytest.param(k, marks=INPLACE) for k in ("head", "pre", "deleted", "stem"))]
-)
+@pytest.mark.parametrize("kind", ["post", "head", "pre", "deleted", "stem"])
 def test_parts_that_work_in_place(kind):
     def make(inplace):
         chain = build((Recipe(3, "identity", post=True), Recipe(3, "identity")))
@@ -459,13 +451,7 @@ class Part(nn.Module):
         }[self.kind]()
 
 
-NUMBER = pytest.mark.xfail(reason="shares flatten what has no features", raises=IndexError, strict=True)
-CLOSES = pytest.mark.xfail(reason="taken for a pair because its output is one", raises=ValueError, strict=True)
-
-
-@pytest.mark.parametrize(
-    "kind", ["opens", pytest.param("closes", marks=CLOSES), *(pytest.param(k, marks=NUMBER) for k in ("input", "stem"))]
-)
+@pytest.mark.parametrize("kind", ["opens", "closes", "input", "stem"])
 def test_pairs_that_open_and_close_and_numbers_that_are_carried_along(kind):
     """A number for each example is what a flow carries: its log-determinant."""
     (inputs, targets), place = batch(), kind if kind in ("input", "stem") else "input"
@@ -484,7 +470,6 @@ def test_pairs_that_open_and_close_and_numbers_that_are_carried_along(kind):
     check_frame(gradients_of(chain, inputs, targets, with_respect_to=place), expected, path_polynomial(chain))
 
 
-@pytest.mark.xfail(reason="only tensors and tuples of them are split with the batch", raises=ValueError, strict=True)
 @pytest.mark.parametrize("pack", [list, lambda pair: dict(zip("yw", pair, strict=True))], ids=["list", "dict"])
 def test_targets_of_a_loader_may_be_any_collection(pack):
     def loss(logits, targets):

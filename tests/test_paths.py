@@ -164,11 +164,6 @@ def test_counting_and_sampling_through_deep_chains_inside_branches():
         assert [path_length(check_path(chain.path_choices, path)) for path in paths] == [length] * 3
 
 
-@pytest.mark.xfail(
-    reason="entries of a chain inside a branch are all listed, whatever their length",
-    raises=AssertionError,
-    strict=True,
-)
 def test_enumeration_of_a_length_is_lazy_inside_branches(monkeypatch):
     calls = []
     monkeypatch.setattr(paths_module, "path_length", lambda path: calls.append(None) or path_length(path))

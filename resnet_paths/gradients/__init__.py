@@ -18,7 +18,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import pandas as pd
@@ -216,7 +216,10 @@ def gradient_by_stage_lengths(
                     shares[row_of[key]] = point.shares(stack, point.whole)[0]
             readings.append(Reading(point.num_examples, underflown, norms, shares, point.norms(point.whole)[0][0, 0]))
     counts = [math.prod(p[k] for p, k in zip(polynomials, key, strict=True)) for key in keys]
-    frame = pd.DataFrame({f"path_length_stage{s}": [key[s] for key in keys] for s in range(len(ranges))})
+    names = [f"path_length_stage{chain[r.start].stage}" for r in ranges]
+    if len(set(names)) < len(names):  # stages that were moved about
+        names = [f"path_length_stage{s}" for s in range(len(ranges))]
+    frame = pd.DataFrame({name: [key[s] for key in keys] for s, name in enumerate(names)})
     frame["num_paths"] = pd.Series(counts, dtype=object)
     for name, column in Reading.joined(readings).columns(counts, "mean").items():
         frame[name] = column
@@ -290,7 +293,7 @@ def _check_options(method: str, num_draws: int | None, relative_error: float, av
         raise ResnetPathsError("method", method, f"one of {nearest_names(str(method), _METHODS, cutoff=0)}")
     if average not in ("mean", "log-mean"):
         raise ResnetPathsError("average", average, "'mean' or 'log-mean'")
-    if num_draws is not None and (not isinstance(num_draws, int) or num_draws < 2):
+    if num_draws is not None and (not isinstance(num_draws, SupportsIndex) or int(num_draws) < 2):
         raise ResnetPathsError("num_draws", num_draws, "an int of at least 2, so that the error can be estimated")
     if not 0 < relative_error < 1:
         raise ResnetPathsError("relative_error", relative_error, "a number between 0 and 1, both excluded")
@@ -300,7 +303,7 @@ def _lengths_up_to(counts: Sequence[int], max_length: int | None) -> list[int]:
     possible = [k for k, count in enumerate(counts) if count]
     if max_length is None:
         return possible
-    if not isinstance(max_length, int) or not possible[0] <= max_length <= possible[-1]:
+    if not isinstance(max_length, SupportsIndex) or not possible[0] <= int(max_length) <= possible[-1]:
         raise ResnetPathsError("max_length", max_length, f"an int from {possible[0]} to {possible[-1]}, or None")
     return [k for k in possible if k <= max_length]
 

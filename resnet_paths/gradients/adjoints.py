@@ -236,9 +236,9 @@ def _linearize_operation(node: Node, operands: list[Node], values: dict[Node, An
         index = node.args[1]
         value = points[0][index]
         return value, _Step(operands, lambda v: [{index: v}]) if _carries(value) else None
-    if not operands or target in _SIZES:
-        return evaluate(*points), None
-    if target in _TRANSPOSES and operands == [node.args[_OPERAND.get(target, 0)]]:
+    if not operands:
+        return evaluate(), None
+    if target in _TRANSPOSES and not node.kwargs and operands == [node.args[_OPERAND.get(target, 0)]]:
         transpose = _TRANSPOSES[target](points[0], *args)
         if transpose is not None:
             return evaluate(*points), _Step(operands, lambda v: [transpose(v)], is_new=True)
@@ -263,6 +263,8 @@ def _linearize_pointwise(
     value = evaluate(*points)
     if not _carries(value):
         return value, None
+    if any(map(torch.is_complex, [value, *points])):  # no multiplication by one complex number
+        return _linearize_by_vjp(evaluate, operands, points)
     leaves = [x.expand(value.shape).detach().requires_grad_(_carries(x)) for x in points]
     with torch.enable_grad():
         again = evaluate(*leaves)
@@ -306,31 +308,35 @@ def _sum_to_shape(stack: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 def _linearize_by_vjp(
     evaluate: Callable[..., Any], operands: list[Node], points: list[torch.Tensor]
 ) -> tuple[Any, _Step | None]:
+    value = evaluate(*points)
+    several = isinstance(value, tuple | list)
+    results = list(value) if several else [value]
     kept = [i for i, x in enumerate(points) if _carries(x)]
+    carrying = [i for i, y in enumerate(results) if _carries(y)]  # others are indices or sizes
+    if not kept or not carrying:
+        return value, None
 
-    def of_kept(*replaced: torch.Tensor) -> Any:
+    def of_kept(*replaced: torch.Tensor) -> list[torch.Tensor]:
         chosen = list(points)
         for i, x in zip(kept, replaced, strict=True):
             chosen[i] = x
-        return evaluate(*chosen)
+        again = evaluate(*chosen)
+        return [again[i] for i in carrying] if several else [again]
 
-    value, vjp = torch.func.vjp(of_kept, *(points[i] for i in kept))[:2]
-    several = isinstance(value, tuple | list)
-    if not any(map(_carries, value if several else [value])):
-        return value, None
+    vjp = torch.func.vjp(of_kept, *(points[i] for i in kept))[1]
 
     def pullback(cotangents: Any) -> list[torch.Tensor]:
+        stacks = [cotangents]
         if several:
             size = len(next(iter(cotangents.values())))
-            cotangents = type(value)(
-                cotangents[i] if i in cotangents else y.new_zeros(size, *y.shape) for i, y in enumerate(value)
-            )
+            stacks = [
+                cotangents[i] if i in cotangents else results[i].new_zeros(size, *results[i].shape) for i in carrying
+            ]
         try:
             with _without_vmap_warnings():
-                return list(torch.vmap(vjp)(cotangents))
+                return list(torch.vmap(vjp)(stacks))
         except RuntimeError:  # an operation that vmap does not know, or gets wrong
-            stacks = cotangents if several else [cotangents]
-            rows = [vjp(type(value)(row) if several else row[0]) for row in zip(*stacks, strict=True)]
+            rows = [vjp(list(row)) for row in zip(*stacks, strict=True)]
             return [torch.stack(column) for column in zip(*rows, strict=True)]
 
     return value, _Step([operands[i] for i in kept], pullback)
@@ -379,7 +385,9 @@ def _transposed_convolution(
     return pullback
 
 
-def _transposed_linear(_x: Any, _: Any, weight: torch.Tensor, _bias: Any = None) -> Callable[[Any], Any]:
+def _transposed_linear(_x: Any, _: Any, weight: torch.Tensor, _bias: Any = None) -> Callable[[Any], Any] | None:
+    if weight.dim() != 2:
+        return None
     return lambda cotangents: cotangents @ weight
 
 
@@ -401,7 +409,7 @@ def _placed(choose: Callable[..., torch.Tensor]) -> Callable[..., Callable[[torc
     return transpose
 
 
-_TRANSPOSES: dict[Any, Callable[..., Callable[[torch.Tensor], torch.Tensor] | None]] = {
+_TRANSPOSES: dict[Any, Callable[..., Callable[[Any], Any] | None]] = {
     aten.conv1d.default: _transposed_convolution,
     aten.conv2d.default: _transposed_convolution,
     aten.conv3d.default: _transposed_convolution,
@@ -410,5 +418,4 @@ _TRANSPOSES: dict[Any, Callable[..., Callable[[torch.Tensor], torch.Tensor] | No
     aten.slice.Tensor: _placed(aten.slice.Tensor),
     aten.select.int: _placed(aten.select.int),
 }
-_SIZES = {aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default}
 _OPERAND = {aten.addmm.default: 1}

@@ -43,13 +43,19 @@ def states_of(chain: ResidualChain, inputs: Sequence[torch.Tensor]) -> list[Any]
     Raises:
         ResnetPathsError: If a value is not finite; the first block whose output holds one is named.
     """
+    # Parts written by hand may begin with an operation in place: they get copies.
+    own = unchanged if chain.eval_only else _copy
     with torch.no_grad():
-        states = [chain.stem(*inputs)]
+        states = [chain.stem(*own(tuple(inputs)))]
         _check_finite("the stem", states[0])
         for index, block in enumerate(chain):
-            states.append(block(states[-1]))
+            states.append(block(own(states[-1])))
             _check_finite(f"block {block.name or index!r}", states[-1])
     return states
+
+
+def _copy(state: Any) -> Any:
+    return each_part(torch.clone, state)
 
 
 def _check_finite(place: str, state: Any) -> None:
@@ -77,7 +83,8 @@ def head_cotangent(chain: ResidualChain, state: Any, losses_of: Callable[[Any], 
     """
     leaves = tuple(part.detach().clone().requires_grad_(part.is_floating_point()) for part in parts_of(state))
     with torch.enable_grad():
-        losses = losses_of(chain.head(leaves if isinstance(state, tuple) else leaves[0]))
+        losses = losses_of(chain.head(_copy(leaves if isinstance(state, tuple) else leaves[0])))
+        total = losses.sum() if isinstance(losses, torch.Tensor) else None
     size = len(leaves[0])
     if not isinstance(losses, torch.Tensor) or losses.shape != (size,):
         found = list(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__
@@ -87,7 +94,10 @@ def head_cotangent(chain: ResidualChain, state: Any, losses_of: Callable[[Any], 
         )  # fmt: skip
     if not bool(torch.isfinite(losses).all()):
         raise ResnetPathsError("loss", "NaN or infinity", "a finite loss for every example")
-    slopes = torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
+    # A loss that does not depend on the state at all has the gradient 0.
+    slopes: list[torch.Tensor | None] = [None] * len(leaves)
+    if total is not None and total.requires_grad:
+        slopes = list(torch.autograd.grad(total, leaves, allow_unused=True))
     gradients = tuple(torch.zeros_like(x) if g is None else g for x, g in zip(leaves, slopes, strict=True))
     return gradients if isinstance(state, tuple) else gradients[0]
 
@@ -145,7 +155,10 @@ def _through_block(block: LinearBlock, stack: Stack, rules: Rules) -> Stack:
         if len(source):
             pullback = unchanged if isinstance(branch, NestedChain) else branch
             total = combined(total, source, pullback, signs, longer=int(rules.counted))
-    return above.rows(0, 0) if total is None else total.pulled(block.pre)
+    if total is None:
+        return above.rows(0, 0)
+    passed_unscaled = not len(to_branch) or not block.branches or block.pre is not unchanged
+    return total.pulled(block.pre).renormalised() if passed_unscaled else total.pulled(block.pre)
 
 
 @dataclass(frozen=True)
@@ -198,7 +211,7 @@ class NestedChain:
         states = [first]
         with torch.no_grad():
             for block in chain:
-                states.append(block(states[-1]))
+                states.append(block(states[-1] if chain.eval_only else _copy(states[-1])))
         output, head = linearize(chain.head, states[-1])
         return cls(chain, states, stem, head, output)
 

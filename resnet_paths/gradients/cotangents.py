@@ -148,6 +148,7 @@ def combined(
         place = slice(stack.shortest + shift - shortest, stack.longest + shift - shortest + 1)
         exponents[place] = torch.maximum(exponents[place], stack.exponents)
     total: tuple[torch.Tensor, ...] = ()
+    is_pair = through_skip is not None and isinstance(through_skip.values, tuple)
     if through_skip is not None:
         start, stop = through_skip.shortest - shortest, through_skip.longest - shortest + 1
         scale = through_skip.exponents - exponents[start:stop]
@@ -159,6 +160,7 @@ def combined(
     for chunk in source.chunks():
         pulled = _pull(pullback, chunk.values)
         if not total:
+            is_pair = isinstance(pulled, tuple)
             total = tuple(_room_for(part, len(exponents)).zero_() for part in parts_of(pulled))
         place = slice(chunk.shortest + longer - shortest, chunk.longest + longer - shortest + 1)
         scale = chunk.exponents - exponents[place]
@@ -167,7 +169,7 @@ def combined(
             if signs is not None:
                 factor = factor * signs.to(part.dtype).reshape(1, *signs.shape, *[1] * (part.dim() - 3))
             whole[place].addcmul_(part, factor)
-    values = total if isinstance(source.values, tuple) else total[0]
+    values = total if is_pair else total[0]
     return Stack(values, exponents, shortest).renormalised()
 
 

@@ -6,7 +6,7 @@ split changes nothing. Norms are float64, whatever the dtype of the network.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -120,11 +120,11 @@ class Place:
             )  # fmt: skip
         if not len(batch[0]):
             raise ResnetPathsError("inputs", list(batch[0].shape), "at least one example")
-        targets = each_part(lambda t: t.to(device) if isinstance(t, torch.Tensor) else t, targets)
+        targets = _each_tensor(lambda t: t.to(device), targets)
         size = self._examples_at_once(states_of(chain, tuple(t[:1] for t in batch)), memory_budget, rows)
         for start in range(0, len(batch[0]), size):
             part = slice(start, start + size)
-            some = each_part(lambda t: t[part] if isinstance(t, torch.Tensor) else t, targets)  # noqa: B023
+            some = _each_tensor(lambda t: t[part], targets)  # noqa: B023 - used at once
             yield Point(self, tuple(t[part] for t in batch), some, loss or _cross_entropy)
 
     def _examples_at_once(self, states: Sequence[Any], memory_budget: int, rows: int) -> int:
@@ -136,6 +136,17 @@ class Place:
             stacks += rows * sum(p.numel() * p.element_size() for p in self.chain[self.down_to - 1].parameters())
         needed = sum(sizes) + _INSIDE_A_BLOCK * max(sizes) + _STACKS_AT_ONCE * stacks
         return max(memory_budget // needed, 1)
+
+
+def _each_tensor(function: Callable[[torch.Tensor], torch.Tensor], targets: Any) -> Any:
+    """`function` of every tensor in a collection of targets."""
+    if isinstance(targets, torch.Tensor):
+        return function(targets) if targets.dim() else targets
+    if isinstance(targets, Mapping):
+        return {name: _each_tensor(function, value) for name, value in targets.items()}
+    if isinstance(targets, tuple | list):
+        return type(targets)(_each_tensor(function, value) for value in targets)
+    return targets
 
 
 def _laid_out(inputs: torch.Tensor) -> torch.Tensor:
@@ -257,10 +268,10 @@ class Point:
         dots = torch.zeros(stack.exponents[:, 0].shape, dtype=torch.float64, device=self.device)
         squares = torch.zeros(self.num_examples, dtype=torch.float64, device=self.device)
         for part, total in zip(parts_of(stack.values), parts_of(whole.values), strict=True):
-            direction = total[0, 0].double().flatten(1)
+            direction = total[0, 0].double().reshape(self.num_examples, -1)
             squares += direction.square().sum(1)
             for k, row in enumerate(part[:, 0]):
-                dots[k] += (row.flatten(1).double() * direction).sum(1)
+                dots[k] += (row.reshape(self.num_examples, -1).double() * direction).sum(1)
         powers = (stack.exponents[:, 0] - whole.exponents[0, 0]).cpu().numpy()
         with np.errstate(invalid="ignore", divide="ignore"):
             shares: np.ndarray = np.ldexp((dots / squares).cpu().numpy(), powers)
@@ -292,7 +303,9 @@ def batches_of(inputs: Any, targets: Any) -> Iterable[tuple[Any, Any]]:
     Raises:
         ResnetPathsError: If there is no batch, or one is no such pair.
     """
-    if isinstance(inputs, torch.Tensor) or (isinstance(inputs, tuple) and isinstance(inputs[0], torch.Tensor)):
+    if isinstance(inputs, torch.Tensor) or (
+        inputs and isinstance(inputs, tuple) and isinstance(inputs[0], torch.Tensor)
+    ):
         yield inputs, targets
         return
     if targets is not None:

@@ -59,12 +59,12 @@ class Reading:
         n = self.num_examples
         one = Reading(n, self.underflown, num_draws=self.num_draws)
         if self.by_draw is not None:
-            one.by_draw = [np.sqrt((array**2).sum(2, keepdims=True)) / n for array in self.by_draw]
+            one.by_draw = [_norm(array) / n for array in self.by_draw]
         if self.norms is not None and self.shares is not None and self.whole is not None:
-            weights = self.whole**2
-            one.norms = np.sqrt((self.norms**2).sum(1, keepdims=True)) / n
-            one.whole = np.sqrt(weights.sum(keepdims=True)) / n
-            one.shares = np.nansum(self.shares * weights, 1, keepdims=True) / weights.sum()
+            one.norms, one.whole = _norm(self.norms) / n, _norm(self.whole) / n
+            with np.errstate(invalid="ignore", divide="ignore"):
+                weights = (self.whole / self.whole.max()) ** 2
+                one.shares = np.nansum(self.shares * weights, 1, keepdims=True) / weights.sum()
         if self.energies is not None and self.energy_variances is not None:
             one.energies = self.energies.sum(1, keepdims=True) / n**2
             one.energy_variances = self.energy_variances.sum(1, keepdims=True) / n**4
@@ -73,7 +73,7 @@ class Reading:
     @property
     def share_left_out(self) -> float | None:
         """The share of the gradient that no row holds."""
-        return None if self.shares is None else float(1 - np.nanmean(self.shares, 1).sum())
+        return None if self.shares is None else float(1 - mean_over_examples(self.shares)[0].sum())
 
     @property
     def num_without_gradient(self) -> int | None:
@@ -99,7 +99,7 @@ class Reading:
         num = self.energies.shape[1]
         energy, se = self.energies.mean(1), np.sqrt(self.energy_variances.sum(1)) / num
         examples_se = mean_over_examples(self.energies)[1]
-        with np.errstate(invalid="ignore", divide="ignore"):
+        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
             # Errors of a root and of a ratio, to first order.
             rms = np.array([_over(root, count) for root, count in zip(np.sqrt(energy), counts, strict=True)])
             coherence = np.sqrt((self.norms**2).mean(1) / energy)
@@ -154,6 +154,13 @@ def mean_over_examples(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         mean = np.where(known, values, 0).sum(-1) / num
         squares = np.where(known, values - mean[..., None], 0) ** 2
         return mean, np.sqrt(squares.sum(-1) / (num - 1) / num)
+
+
+def _norm(values: np.ndarray) -> np.ndarray:
+    """Root of the sum of squares over the last dimension, which stays; squares of small numbers do not vanish."""
+    largest = np.maximum(values.max(-1, keepdims=True), np.finfo(float).tiny)
+    root: np.ndarray = largest * np.sqrt(((values / largest) ** 2).sum(-1, keepdims=True))
+    return root
 
 
 def _times(value: float, count: int) -> float:
