@@ -43,17 +43,25 @@ _HOME = {
     "gradient_by_stage_lengths": "gradients",
     "gradient_through_block": "gradients",
     "lesion_study": "lesions",
-    "single_deletions": "lesions",
+    "pair_interactions": "lesions",
+    "duplications": "lesion_plans",
+    "layer_schedules": "lesion_plans",
+    "pair_deletions": "lesion_plans",
+    "random_deletions": "lesion_plans",
+    "random_swaps": "lesion_plans",
+    "scalings": "lesion_plans",
+    "single_deletions": "lesion_plans",
     "unraveled_graph": "graph",
     "figures": "",
 }
 
 __all__ = [
     "Block", "ResidualChain", "ResnetPathsError", "delete_block", "delete_blocks", "duplicate_block",
-    "effective_window", "enumerate_paths", "figures", "fit_decay", "gradient_by_path_length",
-    "gradient_by_stage_lengths", "gradient_through_block", "lesion_study", "list_networks", "load_dataset",
-    "load_network", "parallel_blocks", "path_histogram", "path_network", "permute_blocks", "reverse_blocks",
-    "sample_paths", "scale_block", "single_deletions", "swap_blocks", "unravel", "unraveled_graph",
+    "duplications", "effective_window", "enumerate_paths", "figures", "fit_decay", "gradient_by_path_length",
+    "gradient_by_stage_lengths", "gradient_through_block", "layer_schedules", "lesion_study", "list_networks",
+    "load_dataset", "load_network", "pair_deletions", "pair_interactions", "parallel_blocks", "path_histogram",
+    "path_network", "permute_blocks", "random_deletions", "random_swaps", "reverse_blocks", "sample_paths",
+    "scale_block", "scalings", "single_deletions", "swap_blocks", "unravel", "unraveled_graph",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -79,7 +87,16 @@ if TYPE_CHECKING:
         gradient_through_block,
     )
     from resnet_paths.graph import unraveled_graph
-    from resnet_paths.lesions import lesion_study, single_deletions
+    from resnet_paths.lesion_plans import (
+        duplications,
+        layer_schedules,
+        pair_deletions,
+        random_deletions,
+        random_swaps,
+        scalings,
+        single_deletions,
+    )
+    from resnet_paths.lesions import lesion_study, pair_interactions
     from resnet_paths.paths import enumerate_paths, path_histogram, sample_paths
     from resnet_paths.unraveling import unravel
     from resnet_paths.zoo import list_networks, load_network

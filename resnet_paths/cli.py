@@ -84,7 +84,8 @@ def lesion(
     from resnet_paths.datasets import load_dataset
     from resnet_paths.errors import ResnetPathsError
     from resnet_paths.files import write_then_rename
-    from resnet_paths.lesions import lesion_study, single_deletions
+    from resnet_paths.lesion_plans import single_deletions
+    from resnet_paths.lesions import lesion_study
     from resnet_paths.unraveling import unravel
     from resnet_paths.zoo import load_network
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -21,44 +20,12 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from resnet_paths.chain import Block, Parallel, ResidualChain, Scaled, is_identity, refuse_training_mode
-from resnet_paths.edits import delete_block
 from resnet_paths.errors import ResnetPathsError
+from resnet_paths.lesion_plans import Lesion
 
-__all__ = ["Lesion", "lesion_study", "single_deletions"]
+__all__ = ["lesion_study", "pair_interactions"]
 
 _NORMAL_975 = float(stats.norm.ppf(0.975))
-
-
-@dataclass(frozen=True)
-class Lesion:
-    """An edit with a name.
-
-    Attributes:
-        name: What people read, such as ``"delete layer2.0"``.
-        edit: From the intact chain to the lesioned one.
-        blocks: Positions of the blocks that it touches.
-    """
-
-    name: str
-    edit: Callable[[ResidualChain], ResidualChain]
-    blocks: tuple[int, ...]
-
-
-def single_deletions(chain: ResidualChain) -> list[Lesion]:
-    """The deletion of each block in turn (Veit et al. 2016, section 4.1, figure 3).
-
-    Args:
-        chain: The intact chain.
-
-    Returns:
-        A lesion a block, first to last. Blocks without skip that change the shape cannot be deleted and are left out.
-    """
-    _refuse_other_than_chain("chain", chain)
-    return [
-        Lesion(f"delete {block.name or index}", partial(delete_block, block=index), (index,))
-        for index, block in enumerate(chain)
-        if block.skip is not None or (block.keeps_shape and block.in_shape is not None)
-    ]
 
 
 def lesion_study(
@@ -81,7 +48,8 @@ def lesion_study(
         progress: Whether to show a bar over batches.
 
     Returns:
-        A row a lesion, in the order given: ``lesion`` (name), ``blocks`` (tuple of positions), ``num_lesions``;
+        A row a lesion, in the order given: ``lesion`` (name), ``blocks`` (tuple of positions), ``num_lesions``,
+        ``kendall_tau`` (of the order of the blocks with the intact one, 1 where none moved);
         ``error_rate`` in [0, 1] with its 95 % Wilson interval ``error_rate_low`` and ``error_rate_high``;
         ``error_increase`` over the intact chain with its paired 95 % interval (same images, normal approximation)
         ``error_increase_low`` and ``error_increase_high``; ``loss``, the mean cross-entropy in nats; ``num_examples``;
@@ -115,13 +83,53 @@ def lesion_study(
     if not tally.num_examples:
         raise ResnetPathsError("loader", "no batches", "a loader of at least one batch")
     rows = [
-        {"lesion": lesion.name, "blocks": lesion.blocks, "num_lesions": len(lesion.blocks), **tally.row(index)}
+        {
+            "lesion": lesion.name,
+            "blocks": lesion.blocks,
+            "num_lesions": len(lesion.blocks),
+            "kendall_tau": lesion.kendall_tau,
+            **tally.row(index),
+        }
         for index, lesion in enumerate(named, start=1)
     ]
     frame = pd.DataFrame(rows)
     frame.attrs["block_evaluations"] = trie.num_edges
     frame.attrs["block_evaluations_one_by_one"] = sum(len(_steps(c)) for c in chains)
     return frame
+
+
+def pair_interactions(frame: pd.DataFrame) -> pd.DataFrame:
+    """What the deletion of two blocks costs beyond the sum of what each costs alone.
+
+    Args:
+        frame: From `lesion_study` with `pair_deletions`: single deletions and pairs.
+
+    Returns:
+        A row a pair: ``first``, ``second`` (positions), ``error_increase``, ``additive`` (the sum of both single
+        increases), ``interaction`` (the difference): above 0 where the blocks stand in for one another.
+
+    Raises:
+        ResnetPathsError: If the frame is of another kind, or a pair lacks one of its single deletions.
+    """
+    if "blocks" not in frame or "error_increase" not in frame:
+        raise ResnetPathsError("frame", list(frame.columns), "a frame of lesion_study")
+    increases = dict(zip(frame["blocks"], frame["error_increase"].astype(float), strict=True))
+    rows = []
+    for blocks, increase in increases.items():
+        if len(blocks) != 2:
+            continue
+        missing = [block for block in blocks if (block,) not in increases]
+        if missing:
+            raise ResnetPathsError(
+                "frame", f"no single deletion of block {missing[0]}", "single deletions of all blocks in pairs",
+                "Study pair_deletions(chain), which holds them.",
+            )  # fmt: skip
+        additive = sum(increases[(block,)] for block in blocks)
+        rows.append({
+            "first": blocks[0], "second": blocks[1], "error_increase": increase,
+            "additive": additive, "interaction": increase - additive,
+        })  # fmt: skip
+    return pd.DataFrame(rows, columns=["first", "second", "error_increase", "additive", "interaction"])
 
 
 @dataclass

@@ -323,6 +323,27 @@ def test_unraveled_models(make):
         assert_close(row, detached_gradient(chain, inputs, targets, path).flatten(1))
 
 
+def flat():
+    parts = [Residual(nn.Conv2d(2, 2, 3, padding=1), nn.Tanh()) for _ in range(2)]
+    return nn.Sequential(nn.Conv2d(2, 2, 1), *parts, nn.Flatten(), nn.Linear(50, 3)), (2, 2, 5, 5)
+
+
+LAYOUT = pytest.mark.xfail(reason="torch refuses a view of images with channels last", raises=RuntimeError, strict=True)
+MODELS = [transformer, convolutional, dense, preactivation, pytest.param(flat, marks=LAYOUT)]
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_unraveled_models_in_float32(make):
+    with seeded():
+        model, shape = make()
+        inputs = torch.randn(shape)
+    chain, targets = rp.unravel(model.eval(), inputs), torch.arange(len(inputs))
+    single = gradients_of(chain, inputs, targets)
+    double = gradients_of(copy.deepcopy(chain).double(), inputs.double(), targets)
+    for name in ("summed_path_gradient_norm", "gradient_share"):
+        assert_close(single[name], double[name], 1e-5)
+
+
 def test_a_model_of_words():
     class Model(nn.Module):
         def __init__(self):

@@ -18,7 +18,7 @@ FLOORS = [
     {"chain", "tracing"},
     {"unraveling", "zoo", "zoo.resnet", "zoo.weights", "datasets", "gradients.adjoints"},
     {"edits", "training", "gradients.cotangents", "gradients.readings", "gradients.effective"},
-    {"gradients.backward"},
+    {"gradients.backward", "lesion_plans"},
     {"gradients.passes"},
     {"lesions", "graph", "gradients"},
     {"paper", "figures.layout"},

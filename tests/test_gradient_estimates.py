@@ -389,10 +389,14 @@ def test_nothing_of_the_chain_or_the_inputs_changes(instrument, fails):
     assert torch.equal(global_state, torch.random.get_rng_state())
 
 
+INFERENCE = pytest.mark.xfail(reason="the gradient is 0 in inference mode, without a word", strict=True)
+
+
 @pytest.mark.parametrize("instrument", INSTRUMENTS.values(), ids=INSTRUMENTS)
-def test_it_works_where_gradients_are_off(instrument):
+@pytest.mark.parametrize("off", [torch.no_grad, pytest.param(torch.inference_mode, marks=INFERENCE)])
+def test_it_works_where_gradients_are_off(instrument, off):
     chain = build(SMALL)
-    with torch.no_grad():
+    with off():
         frame = instrument(chain, *batch())
         assert not torch.is_grad_enabled()
     pd.testing.assert_frame_equal(frame, instrument(chain, *batch()))

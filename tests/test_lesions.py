@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import resnet_paths as rp
 from resnet_paths.chain import ResidualChain
-from resnet_paths.lesions import Lesion
+from resnet_paths.lesion_plans import Lesion
 from tests.chains import Plan, assert_same, plans, random_chain, snapshot
 
 STEADY = (3, tuple(Plan(3, "identity", False, False) for _ in range(6)))

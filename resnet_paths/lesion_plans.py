@@ -1,0 +1,317 @@
+"""Which lesions to study: every single deletion, random deletions, swaps, pairs, schedules of layers.
+
+A plan is a list of `Lesion`s for `resnet_paths.lesion_study`; making one runs nothing. Any function from chain to chain
+may stand among them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from scipy import stats
+
+from resnet_paths.chain import ResidualChain, is_identity
+from resnet_paths.edits import (
+    delete_block,
+    delete_blocks,
+    duplicate_block,
+    parallel_blocks,
+    permute_blocks,
+    scale_block,
+)
+from resnet_paths.errors import ResnetPathsError
+
+__all__ = [
+    "Lesion", "duplications", "layer_schedules", "pair_deletions", "random_deletions", "random_swaps", "scalings",
+    "single_deletions",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Lesion:
+    """An edit with a name.
+
+    Attributes:
+        name: What people read, such as ``"delete layer2.0"``.
+        edit: From the intact chain to the lesioned one.
+        blocks: Positions of the blocks that it touches.
+        kendall_tau: Kendall's rank correlation of the blocks' order with the intact one; 1 where none moved.
+    """
+
+    name: str
+    edit: Callable[[ResidualChain], ResidualChain]
+    blocks: tuple[int, ...]
+    kendall_tau: float = 1.0
+
+
+def single_deletions(chain: ResidualChain) -> list[Lesion]:
+    """The deletion of each block in turn (Veit et al. 2016, section 4.1, figure 3).
+
+    Args:
+        chain: The intact chain.
+
+    Returns:
+        A lesion a block, first to last. Blocks without skip that change the shape cannot be deleted and are left out.
+    """
+    return [_deletion(chain, (index,)) for index in _deletable(chain)]
+
+
+def pair_deletions(chain: ResidualChain, blocks: Sequence[int | str] | None = None) -> list[Lesion]:
+    """The deletion of every pair of blocks, after that of every block alone.
+
+    Whether two blocks depend on each other shows in what is left when both single increases are taken from the pair's:
+    `resnet_paths.pair_interactions` of the study's frame.
+
+    Args:
+        chain: The intact chain.
+        blocks: Positions or names of the blocks to pair; all that can be deleted if None.
+
+    Returns:
+        n single deletions, then n (n - 1) / 2 pairs.
+
+    Raises:
+        ResnetPathsError: If a block does not exist or cannot be deleted.
+    """
+    possible = _deletable(chain)
+    chosen = possible if blocks is None else sorted({chain.block_index(block) for block in blocks})
+    for index in chosen:
+        if index not in possible:
+            raise ResnetPathsError("blocks", chain[index].name, "blocks that can be deleted")
+    return [_deletion(chain, each) for size in (1, 2) for each in itertools.combinations(chosen, size)]
+
+
+def random_deletions(
+    chain: ResidualChain, counts: Iterable[int], repeats: int, generator: torch.Generator
+) -> list[Lesion]:
+    """Random sets of blocks, deleted together (Veit et al. 2016, section 4.2, figure 5a).
+
+    Args:
+        chain: The intact chain.
+        counts: How many blocks to delete, such as ``range(1, 21)``.
+        repeats: Sets of each size, each drawn uniformly without replacement within the set.
+        generator: Source of the random numbers.
+
+    Returns:
+        `repeats` lesions of each count, in the order of `counts`.
+
+    Raises:
+        ResnetPathsError: If more blocks are to be deleted than can be, or `repeats` is negative.
+    """
+    possible = _deletable(chain)
+    lesions = []
+    for count in _checked_counts(counts, repeats, len(possible), "blocks that can be deleted"):
+        for _ in range(repeats):
+            order = torch.randperm(len(possible), generator=generator, device=generator.device)[:count].tolist()
+            lesions.append(_deletion(chain, tuple(sorted(possible[i] for i in order))))
+    return lesions
+
+
+def random_swaps(chain: ResidualChain, counts: Iterable[int], repeats: int, generator: torch.Generator) -> list[Lesion]:
+    """Pairs of blocks of one stage in each other's place, at random (Veit et al. 2016, section 4.2, figure 5b).
+
+    Blocks that change the shape stay where they are. Swaps follow one another, so that one may undo another: the
+    disorder is measured by Kendall's tau of the order that results.
+
+    Args:
+        chain: The intact chain.
+        counts: How many swaps to make, such as ``range(1, 25)``.
+        repeats: Lesions of each count.
+        generator: Source of the random numbers.
+
+    Returns:
+        `repeats` lesions of each count, in the order of `counts`.
+
+    Raises:
+        ResnetPathsError: If no two blocks may trade places, or `repeats` is negative.
+    """
+    pairs = _exchangeable(chain)
+    if not pairs:
+        raise ResnetPathsError(
+            "chain", f"{len(chain)} blocks", "a chain with two blocks of one stage that keep the shape"
+        )
+    lesions = []
+    for count in _checked_counts(counts, repeats, None, "swaps"):
+        for _ in range(repeats):
+            order = list(range(len(chain)))
+            chosen = torch.randint(len(pairs), (count,), generator=generator, device=generator.device).tolist()
+            for first, second in (pairs[i] for i in chosen):
+                order[first], order[second] = order[second], order[first]
+            lesions.append(_reordering(f"{count} random swaps", order))
+    return lesions
+
+
+def duplications(chain: ResidualChain) -> list[Lesion]:
+    """Each block that keeps the shape, run twice in a row.
+
+    Args:
+        chain: The intact chain.
+
+    Returns:
+        A lesion a block.
+    """
+    _refuse_other_than_chain(chain)
+    return [
+        Lesion(f"duplicate {_name(chain, index)}", partial(duplicate_block, block=index), (index,))
+        for index, block in enumerate(chain)
+        if block.keeps_shape
+    ]
+
+
+def scalings(chain: ResidualChain, factors: Iterable[float]) -> list[Lesion]:
+    """Each block's branch times each factor.
+
+    Args:
+        chain: The intact chain.
+        factors: Finite numbers; 0 is as deletion.
+
+    Returns:
+        A lesion a block and factor, block by block.
+    """
+    _refuse_other_than_chain(chain)
+    factors = list(factors)
+    return [
+        Lesion(f"{factor:g} x {_name(chain, index)}", partial(scale_block, block=index, factor=factor), (index,))
+        for index, block in enumerate(chain)
+        if block.branch is not None
+        for factor in factors
+    ]
+
+
+def layer_schedules(
+    chain: ResidualChain,
+    blocks: Sequence[int | str] | None = None,
+    *,
+    loops: int = 3,
+    generator: torch.Generator | None = None,
+) -> list[Lesion]:
+    """Six ways to run the middle blocks (Sun et al. 2024, Layers as Painters, section 3).
+
+    Skip them; run the one in the middle again and again; in reverse order; in random order; side by side on one input,
+    their outputs averaged ("parallel"); and that several times over ("looped parallel").
+
+    Args:
+        chain: The intact chain.
+        blocks: Neighbouring blocks with identity skips; if None, the longest run of them without its first and last.
+        loops: Rounds of the looped parallel.
+        generator: Source of the random order; None for a new one, seeded with 0.
+
+    Returns:
+        The six lesions.
+
+    Raises:
+        ResnetPathsError: If there are fewer than two such blocks, or they do not stand side by side.
+    """
+    _refuse_other_than_chain(chain)
+    places = _middle(chain) if blocks is None else sorted(chain.block_index(block) for block in blocks)
+    side_by_side = places == list(range(places[0], places[-1] + 1)) if places else False
+    if len(places) < 2 or not side_by_side or not all(_is_exchangeable(chain, i) for i in places):
+        raise ResnetPathsError(
+            "blocks", [chain[i].name for i in places],
+            "at least two neighbouring blocks with identity skips and branches",
+        )  # fmt: skip
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    order = list(range(len(chain)))
+    backwards, shuffled = list(order), list(order)
+    backwards[places[0] : places[-1] + 1] = places[::-1]
+    draw = torch.randperm(len(places), generator=generator, device=generator.device).tolist()
+    shuffled[places[0] : places[-1] + 1] = [places[i] for i in draw]
+    touched = tuple(places)
+    return [
+        Lesion("skip", partial(delete_blocks, blocks=places), touched),
+        Lesion("middle repeat", partial(_repeat_the_middle, places=places), touched),
+        _reordering("reverse", backwards, touched),
+        _reordering("random order", shuffled, touched),
+        Lesion("parallel", partial(parallel_blocks, blocks=places), touched),
+        Lesion("looped parallel", partial(_loop_parallel, places=places, loops=loops), touched),
+    ]
+
+
+def _repeat_the_middle(chain: ResidualChain, places: Sequence[int]) -> ResidualChain:
+    middle = chain[places[len(places) // 2]]
+    return chain.with_blocks(
+        middle.replace(name=f"{middle.name}@{index}") if index in places else block for index, block in enumerate(chain)
+    )
+
+
+def _loop_parallel(chain: ResidualChain, places: Sequence[int], loops: int) -> ResidualChain:
+    together = parallel_blocks(chain, list(places))
+    for _ in range(loops - 1):
+        together = duplicate_block(together, places[0])
+    return together
+
+
+def _deletion(chain: ResidualChain, blocks: tuple[int, ...]) -> Lesion:
+    name = "delete " + ", ".join(_name(chain, index) for index in blocks)
+    edit = partial(delete_block, block=blocks[0]) if len(blocks) == 1 else partial(delete_blocks, blocks=list(blocks))
+    return Lesion(name, edit, blocks)
+
+
+def _reordering(name: str, order: list[int], touched: tuple[int, ...] | None = None) -> Lesion:
+    if touched is None:
+        touched = tuple(place for place, block in enumerate(order) if place != block)
+    tau = float(stats.kendalltau(range(len(order)), order).statistic) if len(order) > 1 else 1.0
+    return Lesion(name, partial(permute_blocks, order=order), touched, tau)
+
+
+def _name(chain: ResidualChain, index: int) -> str:
+    return chain[index].name or str(index)
+
+
+def _deletable(chain: ResidualChain) -> list[int]:
+    _refuse_other_than_chain(chain)
+    return [
+        index
+        for index, block in enumerate(chain)
+        if block.skip is not None or (block.keeps_shape and block.in_shape is not None)
+    ]
+
+
+def _is_exchangeable(chain: ResidualChain, index: int) -> bool:
+    block = chain[index]
+    return block.branch is not None and is_identity(block.skip) and is_identity(block.pre) and block.keeps_shape
+
+
+def _exchangeable(chain: ResidualChain) -> list[tuple[int, int]]:
+    """Pairs of blocks that may trade places."""
+    _refuse_other_than_chain(chain)
+    keep = [index for index, block in enumerate(chain) if block.keeps_shape]
+    return [
+        (i, j)
+        for i, j in itertools.combinations(keep, 2)
+        if (chain[i].stage, chain[i].in_shape) == (chain[j].stage, chain[j].in_shape)
+    ]
+
+
+def _middle(chain: ResidualChain) -> list[int]:
+    """The longest run of exchangeable blocks of one stage, without its first and last."""
+    runs = [
+        list(run)
+        for (exchangeable, _), run in itertools.groupby(
+            range(len(chain)), key=lambda i: (_is_exchangeable(chain, i), chain[i].stage)
+        )
+        if exchangeable
+    ]
+    return max(runs, key=len, default=[])[1:-1]
+
+
+def _checked_counts(counts: Iterable[int], repeats: int, most: int | None, what: str) -> list[int]:
+    if not isinstance(repeats, int) or repeats < 0:
+        raise ResnetPathsError("repeats", repeats, "an int of at least 0")
+    counts = list(counts)
+    for count in counts:
+        if not isinstance(count, int) or count < 1 or (most is not None and count > most):
+            allowed = f"numbers of at least 1 ({what})" if most is None else f"numbers from 1 to {most} ({what})"
+            raise ResnetPathsError("counts", count, allowed)
+    return counts
+
+
+def _refuse_other_than_chain(chain: object) -> None:
+    if not isinstance(chain, ResidualChain):
+        raise ResnetPathsError(
+            "chain", type(chain).__name__, "a ResidualChain",
+            "Make one with resnet_paths.unravel(model, example_inputs).",
+        )  # fmt: skip

@@ -1,0 +1,154 @@
+"""Plans of lesions: what each edits, how random ones are drawn, and what is refused."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+
+import pytest
+import torch
+from scipy import stats
+from torch.utils.data import DataLoader, TensorDataset
+
+import resnet_paths as rp
+from resnet_paths.chain import Parallel
+from tests.chains import Plan, inputs, random_chain
+
+STEADY = (3, tuple(Plan(3, "identity", False, False) for _ in range(6)))
+STAGES = (3, tuple(Plan(w, s, False, False) for w, s in zip(
+    (3, 3, 3, 2, 2, 2, 2), ("identity",) * 3 + ("projection",) + ("identity",) * 3, strict=True
+)))  # fmt: skip
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def loader(n=40):
+    generator = seeded(3)
+    x = torch.randn(n, 5, generator=generator, dtype=torch.float64)
+    return DataLoader(TensorDataset(x, torch.randint(3, (n,), generator=generator)), batch_size=16)
+
+
+def test_random_deletions_delete_what_they_say():
+    chain = random_chain(STAGES)
+    lesions = rp.random_deletions(chain, [1, 3, 7], 5, seeded())
+    assert [len(lesion.blocks) for lesion in lesions] == [1] * 5 + [3] * 5 + [7] * 5
+    for lesion in lesions:
+        assert list(lesion.blocks) == sorted(set(lesion.blocks))
+        assert [i for i, block in enumerate(lesion.edit(chain)) if block.branch is None] == list(lesion.blocks)
+        assert lesion.kendall_tau == 1
+    again = rp.random_deletions(chain, [1, 3, 7], 5, seeded())
+    assert [lesion.blocks for lesion in again] == [lesion.blocks for lesion in lesions]
+
+
+def test_random_deletions_are_uniform():
+    drawn = Counter(lesion.blocks for lesion in rp.random_deletions(random_chain(STEADY), [2], 3000, seeded()))
+    assert set(drawn) == set(itertools.combinations(range(6), 2))
+    assert stats.chisquare(list(drawn.values())).pvalue > 1e-4
+
+
+def test_random_swaps_keep_stages_and_state_their_disorder():
+    chain = random_chain(STAGES)
+    lesions = rp.random_swaps(chain, range(1, 6), 8, seeded())
+    assert len(lesions) == 40
+    original = list(chain)
+    for lesion in lesions:
+        order = [original.index(block) for block in lesion.edit(chain)]
+        assert order[3] == 3  # the block that changes the shape
+        assert sorted(order[:3]) == [0, 1, 2]
+        assert tuple(i for i, block in enumerate(order) if i != block) == lesion.blocks
+        discordant = sum(a > b for a, b in itertools.combinations(order, 2))
+        assert lesion.kendall_tau == pytest.approx(1 - 2 * discordant / math.comb(7, 2))
+    assert all(lesion.kendall_tau < 1 for lesion in lesions[:8])
+
+
+def test_pairs_and_their_interactions():
+    chain = random_chain(STAGES)
+    lesions = rp.pair_deletions(chain, [0, 2, "block5"])
+    assert [lesion.blocks for lesion in lesions] == [(0,), (2,), (5,), (0, 2), (0, 5), (2, 5)]
+    assert len(rp.pair_deletions(chain)) == 7 + 21
+    frame = rp.lesion_study(chain, loader(), lesions, progress=False)
+    found = rp.pair_interactions(frame)
+    assert found[["first", "second"]].to_numpy().tolist() == [[0, 2], [0, 5], [2, 5]]
+    increase = dict(zip(frame.blocks, frame.error_increase, strict=True))
+    for row in found.itertuples():
+        expected = increase[row.first, row.second] - increase[row.first,] - increase[row.second,]
+        assert row.interaction == pytest.approx(expected, abs=1e-15)
+
+
+def test_scalings_and_duplications():
+    chain = random_chain(STAGES)
+    names = [lesion.name for lesion in rp.scalings(chain, [0.5, 2])]
+    assert names[:3] == ["0.5 x block0", "2 x block0", "0.5 x block1"]
+    assert len(names) == 14
+    zero = rp.scalings(chain, [0.0])[1].edit(chain)
+    with torch.no_grad():
+        torch.testing.assert_close(zero(inputs()), rp.delete_block(chain, 1)(inputs()))
+    doubled = rp.duplications(chain)
+    assert [lesion.blocks for lesion in doubled] == [(i,) for i in range(7) if i != 3]
+    assert len(doubled[0].edit(chain)) == 8
+
+
+def test_layer_schedules_by_hand():
+    chain = random_chain(STEADY)
+    skip, repeat, reverse, shuffled, parallel, looped = rp.layer_schedules(chain, loops=2, generator=seeded(1))
+    assert {lesion.blocks for lesion in (skip, repeat, reverse, parallel, looped)} == {(1, 2, 3, 4)}
+    blocks, x = list(chain), inputs()
+
+    def run(*order):
+        state = chain.stem(x)
+        for index in order:
+            state = blocks[index](state)
+        return chain.head(state)
+
+    def average(state):
+        return sum(blocks[i](state) for i in (1, 2, 3, 4)) / 4
+
+    with torch.no_grad():
+        torch.testing.assert_close(skip.edit(chain)(x), run(0, 5))
+        torch.testing.assert_close(repeat.edit(chain)(x), run(0, 3, 3, 3, 3, 5))
+        torch.testing.assert_close(reverse.edit(chain)(x), run(0, 4, 3, 2, 1, 5))
+        state = blocks[0](chain.stem(x))
+        torch.testing.assert_close(parallel.edit(chain)(x), chain.head(blocks[5](average(state))))
+        torch.testing.assert_close(looped.edit(chain)(x), chain.head(blocks[5](average(average(state)))))
+        order = [blocks.index(block) for block in shuffled.edit(chain)]
+        torch.testing.assert_close(shuffled.edit(chain)(x), run(*order))
+    assert sorted(order) == list(range(6))
+    assert order[0] == 0
+    assert order[5] == 5
+    assert reverse.kendall_tau == pytest.approx(1 - 2 * 6 / 15)
+    assert any(isinstance(block.branch, Parallel) for block in parallel.edit(chain))
+
+
+def test_a_study_of_all_kinds_has_one_frame():
+    chain = random_chain(STAGES)
+    lesions = [
+        *rp.single_deletions(chain), *rp.random_deletions(chain, [2], 2, seeded()),
+        *rp.random_swaps(chain, [3], 2, seeded()), *rp.duplications(chain), *rp.scalings(chain, [0.1]),
+        *rp.layer_schedules(chain, [4, 5, 6]),
+    ]  # fmt: skip
+    frame = rp.lesion_study(chain, loader(), lesions, progress=False)
+    assert frame.lesion.tolist() == [lesion.name for lesion in lesions]
+    assert frame.kendall_tau.tolist() == [lesion.kendall_tau for lesion in lesions]
+    assert frame.attrs["block_evaluations"] < frame.attrs["block_evaluations_one_by_one"]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda c: rp.random_deletions(c, [8], 1, seeded()), r"counts: got 8; allowed: numbers from 1 to 7"),
+        (lambda c: rp.random_deletions(c, [0], 1, seeded()), r"counts: got 0"),
+        (lambda c: rp.random_swaps(c, [1], -1, seeded()), r"repeats: got -1"),
+        (lambda c: rp.random_swaps(random_chain((3, STAGES[1][3:4])), [1], 1, seeded()), r"two blocks of one stage"),
+        (lambda c: rp.pair_deletions(c, ["block9"]), r"block: got 'block9'"),
+        (lambda c: rp.layer_schedules(c, [0, 2]), r"blocks: .*neighbouring"),
+        (lambda c: rp.layer_schedules(c, [2, 3]), r"blocks: .*identity skips"),
+        (lambda c: rp.single_deletions(torch.nn.Linear(2, 2)), r"chain: got 'Linear'; .*unravel"),
+        (lambda c: rp.pair_interactions(rp.path_histogram(2)), r"frame: .*lesion_study"),
+    ],
+)
+def test_bad_input(call, message):
+    with pytest.raises(rp.ResnetPathsError, match=message):
+        call(random_chain(STAGES))
