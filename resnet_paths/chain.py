@@ -231,7 +231,13 @@ class ResidualChain(nn.Module):
 
     def with_blocks(self, blocks: Iterable[Block]) -> ResidualChain:
         """A chain of other blocks between the same stem and head."""
-        chain = ResidualChain(self.stem, blocks, self.head)
+        return self._in_my_mode(ResidualChain(self.stem, blocks, self.head))
+
+    def with_head(self, head: nn.Module) -> ResidualChain:
+        """A chain of the same blocks with another head."""
+        return self._in_my_mode(ResidualChain(self.stem, self, head))
+
+    def _in_my_mode(self, chain: ResidualChain) -> ResidualChain:
         chain.training = chain.blocks.training = self.training  # not chain.train(): the parts are shared
         chain.eval_only = self.eval_only
         return chain

@@ -169,9 +169,13 @@ def scale_block(model: nn.Module, block: int | str, factor: float, *, example_in
     branch = chain[index].branch
     if branch is None:
         raise ResnetPathsError("block", block, "a block with a branch", "This one's branch is deleted.")
-    by_factor: nn.Module = (
-        Parallel([Scaled(b, factor) for b in branch]) if isinstance(branch, Parallel) else Scaled(branch, factor)
-    )
+    by_factor: nn.Module
+    if isinstance(branch, Parallel):
+        by_factor = Parallel([Scaled(b, factor) for b in branch])
+    elif isinstance(branch, ResidualChain):  # its paths still count
+        by_factor = branch.with_head(Scaled(branch.head, factor))
+    else:
+        by_factor = Scaled(branch, factor)
     return chain.with_blocks(b.replace(branch=by_factor) if i == index else b for i, b in enumerate(chain))
 
 

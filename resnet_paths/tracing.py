@@ -248,6 +248,10 @@ def _flatten(model: nn.Module, program: torch.export.ExportedProgram) -> Trace:
             )  # fmt: skip
     _restore_batch_norm(graph)
     _nest_concatenations(graph)
+    for node in graph.nodes:
+        # The same values, for tensors of any layout: images with their channels last cannot be viewed as vectors.
+        if node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
+            node.target = torch.ops.aten.reshape.default
     # Read again: what the model returns may just have been replaced.
     return Trace(graph, inputs, output_node.args[0][0], tensors)
 

@@ -328,8 +328,7 @@ def flat():
     return nn.Sequential(nn.Conv2d(2, 2, 1), *parts, nn.Flatten(), nn.Linear(50, 3)), (2, 2, 5, 5)
 
 
-LAYOUT = pytest.mark.xfail(reason="torch refuses a view of images with channels last", raises=RuntimeError, strict=True)
-MODELS = [transformer, convolutional, dense, preactivation, pytest.param(flat, marks=LAYOUT)]
+MODELS = [transformer, convolutional, dense, preactivation, flat]
 
 
 @pytest.mark.parametrize("make", MODELS)

@@ -149,7 +149,7 @@ def test_defaults_of_train_are_those_of_the_settings(monkeypatch, tmp_path):
     (settings, folder, options), (_, _, other) = asked
     assert settings == training.TrainingSettings("plain-20")
     assert str(folder) == "runs"
-    assert options == {"accelerator": "auto", "devices": 1, "num_nodes": 1, "strategy": "auto"}
+    assert options == {"accelerator": "auto", "devices": 1, "num_nodes": 1, "strategy": "auto", "snapshots": []}
     assert other["devices"] == "auto"
 
 

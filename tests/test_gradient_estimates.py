@@ -389,11 +389,8 @@ def test_nothing_of_the_chain_or_the_inputs_changes(instrument, fails):
     assert torch.equal(global_state, torch.random.get_rng_state())
 
 
-INFERENCE = pytest.mark.xfail(reason="the gradient is 0 in inference mode, without a word", strict=True)
-
-
 @pytest.mark.parametrize("instrument", INSTRUMENTS.values(), ids=INSTRUMENTS)
-@pytest.mark.parametrize("off", [torch.no_grad, pytest.param(torch.inference_mode, marks=INFERENCE)])
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
 def test_it_works_where_gradients_are_off(instrument, off):
     chain = build(SMALL)
     with off():

@@ -432,7 +432,6 @@ def test_parts_that_work_in_place(kind):
     assert torch.equal(inputs, batch()[0])
 
 
-@pytest.mark.xfail(reason="vjp does not let the block overwrite its input", raises=RuntimeError, strict=True)
 def test_parameters_of_blocks_that_work_in_place():
     place, chain = ("parameters", 1), residual_chain(3)
     inplace, ordinary = (chain.with_blocks(b.replace(pre=nn.ELU(inplace=i)) for b in chain) for i in (True, False))
@@ -481,8 +480,7 @@ class Named(NamedTuple):
     weights: torch.Tensor
 
 
-NAMED = pytest.mark.xfail(reason="named tuples are not made from an iterator", raises=TypeError, strict=True)
-PACKS = [list, lambda pair: dict(zip("yw", pair, strict=True)), pytest.param(lambda pair: Named(*pair), marks=NAMED)]
+PACKS = [list, lambda pair: dict(zip("yw", pair, strict=True)), lambda pair: Named(*pair)]
 
 
 @pytest.mark.parametrize("pack", PACKS, ids=["list", "dict", "named tuple"])

@@ -165,9 +165,6 @@ def test_counting_and_sampling_through_deep_chains_inside_branches():
         assert [path_length(check_path(chain.path_choices, path)) for path in paths] == [length] * 3
 
 
-@pytest.mark.xfail(
-    reason="a chain inside a branch counts as one branch once scaled", raises=AssertionError, strict=True
-)
 def test_scaling_a_chain_inside_a_branch_keeps_its_paths():
     block = Recipe(2, "identity")
     chain = build((Recipe(2, "identity", (block, block)), block))

@@ -51,6 +51,7 @@ _PATHS_AT_ONCE = 64
 Loss = Callable[[Any, Any], torch.Tensor]
 
 
+@torch.inference_mode(False)
 def gradient_by_path_length(
     chain: ResidualChain,
     inputs: Any,
@@ -161,6 +162,7 @@ def gradient_by_path_length(
     return frame
 
 
+@torch.inference_mode(False)
 def gradient_by_stage_lengths(
     chain: ResidualChain,
     inputs: Any,
@@ -226,6 +228,7 @@ def gradient_by_stage_lengths(
     return frame
 
 
+@torch.inference_mode(False)
 def gradient_through_block(
     chain: ResidualChain,
     inputs: Any,

@@ -322,7 +322,7 @@ def parameter_cotangents(block: Block, state: Any, stack: Stack) -> Stack:
         one = each_part(lambda t: t[example : example + 1], state)  # noqa: B023 - used at once
 
         def output_of(values: dict[str, torch.Tensor], one: Any = one) -> Any:
-            return torch.func.functional_call(block, values, (one,))
+            return torch.func.functional_call(block, values, (_copy(one),))
 
         vjp = torch.func.vjp(output_of, parameters)[1]
         rows = each_part(lambda t: t[:, :, example : example + 1].flatten(0, 1), stack.values)  # noqa: B023

@@ -112,7 +112,9 @@ class Place:
         """
         chain = self.chain
         device = next((t.device for t in [*chain.parameters(), *chain.buffers()]), torch.device("cpu"))
-        batch = tuple(_laid_out(t.to(device)) for t in (inputs if isinstance(inputs, tuple) else (inputs,)))
+        batch = tuple(_ordinary(t.to(device)) for t in (inputs if isinstance(inputs, tuple) else (inputs,)))
+        if chain.eval_only:
+            batch = tuple(map(_laid_out, batch))
         if self.of_input and not all(t.is_floating_point() for t in batch):
             raise ResnetPathsError(
                 "with_respect_to", "'input'", f"another place: inputs of {batch[0].dtype} have no gradient",
@@ -120,7 +122,7 @@ class Place:
             )  # fmt: skip
         if not len(batch[0]):
             raise ResnetPathsError("inputs", list(batch[0].shape), "at least one example")
-        targets = _each_tensor(lambda t: t.to(device), targets)
+        targets = _each_tensor(lambda t: _ordinary(t.to(device)), targets)
         size = self._examples_at_once(states_of(chain, tuple(t[:1] for t in batch)), memory_budget, rows)
         for start in range(0, len(batch[0]), size):
             part = slice(start, start + size)
@@ -145,8 +147,14 @@ def _each_tensor(function: Callable[[torch.Tensor], torch.Tensor], targets: Any)
     if isinstance(targets, Mapping):
         return {name: _each_tensor(function, value) for name, value in targets.items()}
     if isinstance(targets, tuple | list):
-        return type(targets)(_each_tensor(function, value) for value in targets)
+        values = [_each_tensor(function, value) for value in targets]
+        return type(targets)(*values) if hasattr(targets, "_fields") else type(targets)(values)
     return targets
+
+
+def _ordinary(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that autograd can work with, also where it was made in inference mode."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _laid_out(inputs: torch.Tensor) -> torch.Tensor:
