@@ -1,0 +1,154 @@
+"""Figures of the gradient by path length (Veit et al. 2016, figures 6b and 6c)."""
+
+from __future__ import annotations
+
+from itertools import cycle
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+from resnet_paths.errors import ResnetPathsError
+from resnet_paths.figures.layout import INK, MARKERS, MUTED, checked, legend_above
+from resnet_paths.gradients import PAPER_WINDOW, GeometricDecay, effective_window
+
+__all__ = ["plot_coherence", "plot_effective_window", "plot_path_gradients"]
+
+_NORMS = {
+    "mean_path_gradient_norm": "one path, mean (sampled)",
+    "rms_path_gradient_norm": "one path, root mean square",
+    "summed_path_gradient_norm": "sum of all paths",
+    "total_gradient_magnitude": "total magnitude",
+}
+_SHARES = _NORMS | {"gradient_share": "gradient share", "fraction": "paths"}
+
+
+def plot_path_gradients(
+    *frames: pd.DataFrame, ax: Axes | None = None, decay: GeometricDecay | None = None, min_norm: float | None = None
+) -> Axes:
+    """Gradient norm against path length, on a logarithmic axis (Veit et al. 2016, figure 6b).
+
+    A marked line for each column of norms of single paths, and of their sum, with bars of one standard error.
+
+    Args:
+        *frames: From `resnet_paths.gradient_by_path_length`.
+        ax: Where to draw; the current axes if None.
+        decay: From `resnet_paths.fit_decay`, drawn as a dashed line through the first frame's norms.
+        min_norm: Where the vertical axis begins; at the smallest norm if None.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ResnetPathsError: If no frame has a column of norms, or a length occurs twice.
+    """
+    names = ("mean_path_gradient_norm", "rms_path_gradient_norm", "summed_path_gradient_norm")
+    columns = [(frame, name) for frame in frames for name in names if name in getattr(frame, "columns", ())]
+    if not columns:
+        raise ResnetPathsError("frames", len(frames), f"frames with one of the columns {', '.join(names)}")
+    ax = plt.gca() if ax is None else ax
+    drawn: set[str] = set()
+    for (frame, name), marker in zip(columns, cycle(MARKERS), strict=False):
+        if name in drawn:
+            continue
+        drawn.add(name)
+        rows = checked("frames", frame, name, ["path_length"]).sort_values("path_length")
+        rows = rows[rows[name] > 0]
+        error = rows.get(f"{name}_se")
+        ax.errorbar(
+            rows["path_length"], rows[name], yerr=error, label=_NORMS[name], marker=marker, markersize=2.5,
+            linewidth=0.7, elinewidth=0.5,
+        )  # fmt: skip
+    if decay is not None:
+        frame, name = columns[0]
+        rows = frame[frame[name] > 0]
+        k = rows["path_length"].to_numpy(dtype=float)
+        level = np.median(np.log(rows[name].to_numpy()) - k * np.log(decay.rate))
+        label = f"fit, factor {decay.rate:.2f} a block"
+        ax.plot(k, np.exp(level + k * np.log(decay.rate)), linestyle="dashed", color=INK, linewidth=0.7, label=label)
+    ax.set(yscale="log", xlabel="path length (blocks)", ylabel="gradient norm")
+    if min_norm is not None:
+        ax.set_ylim(bottom=min_norm)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    legend_above(ax, ax.get_legend_handles_labels()[0])
+    return ax
+
+
+def plot_effective_window(
+    frame: pd.DataFrame, quantity: str, ax: Axes | None = None, share: float = 0.95, paper: bool = False
+) -> Axes:
+    """A quantity's share at each path length, with its effective window shaded (Veit et al. 2016, figure 6c).
+
+    Args:
+        frame: From `resnet_paths.gradient_by_path_length`.
+        quantity: The column to draw, as a share of its sum; see `resnet_paths.effective_window`.
+        ax: Where to draw; the current axes if None.
+        share: What the shaded window holds.
+        paper: Whether to mark the paper's window of 5 to 17 blocks, which is of a network of 54.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ResnetPathsError: If the column is missing or has no positive sum, or a length occurs twice.
+    """
+    frame = checked("frame", frame, quantity, ["path_length"], ["path_length"])
+    window = effective_window(frame, quantity, share)
+    ax = plt.gca() if ax is None else ax
+    total = frame[quantity].sum()
+    low, high = window.shortest - 0.5, window.longest + 0.5
+    ax.axvspan(low, high, color="0.9", zorder=0)
+    ax.bar(frame["path_length"], 100 * frame[quantity] / total, width=0.8, color="C0", zorder=2)
+    error = frame.get(f"{quantity}_se")
+    if error is not None:
+        ax.errorbar(
+            frame["path_length"], 100 * frame[quantity] / total, yerr=100 * error / total, linestyle="none",
+            color=INK, elinewidth=0.6, zorder=3,
+        )  # fmt: skip
+    if (frame[quantity] < 0).any():
+        ax.axhline(0, color=INK, linewidth=0.5)
+    if paper:
+        ax.plot(PAPER_WINDOW, [1.02, 1.02], color=INK, linewidth=1, clip_on=False, transform=ax.get_xaxis_transform())
+        ax.annotate(
+            "paper: 5 to 17", (sum(PAPER_WINDOW) / 2, 1.03), xycoords=ax.get_xaxis_transform(), ha="center",
+            va="bottom", fontsize="small", color=INK,
+        )  # fmt: skip
+    ax.annotate(
+        f"{window.share:.0%} at {window.shortest} to {window.longest}", (0.98, 0.96), xycoords="axes fraction",
+        ha="right", va="top", fontsize="small", color=INK,
+    )  # fmt: skip
+    ax.set(xlabel="path length (blocks)", ylabel=f"{_SHARES.get(quantity, quantity)} (%)")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    return ax
+
+
+def plot_coherence(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """How much the paths of one length pull together: 1 if their gradients are orthogonal.
+
+    Args:
+        frame: From `resnet_paths.gradient_by_path_length` with ``method="energy"``.
+        ax: Where to draw; the current axes if None.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ResnetPathsError: If columns are missing or a length occurs twice.
+    """
+    frame = checked("frame", frame, "coherence", ["path_length"], ["coherence_se"]).sort_values("path_length")
+    ax = plt.gca() if ax is None else ax
+    ax.axhline(1, color=MUTED, linewidth=0.7, zorder=0)
+    # The number of paths is the most there can be: all gradients alike, the root of the count.
+    most = np.sqrt(frame["num_paths"].to_numpy(dtype=float))
+    ax.plot(frame["path_length"], most, color=MUTED, linewidth=0.7, linestyle="dashed", label="all paths alike")
+    ax.errorbar(
+        frame["path_length"], frame["coherence"], yerr=frame["coherence_se"], marker="o", markersize=2.5,
+        linewidth=0.7, elinewidth=0.5, label="measured",
+    )  # fmt: skip
+    ax.set(yscale="log", xlabel="path length (blocks)", ylabel="coherence (1: orthogonal)")
+    ax.set_ylim(0.5, 4 * frame["coherence"].max())
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    legend_above(ax, ax.get_legend_handles_labels()[0])
+    return ax

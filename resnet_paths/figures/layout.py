@@ -1,0 +1,119 @@
+"""What all figures share: checked frames, marks and greys, axes of whole numbers, legends above the data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import ScaledTranslation
+
+from resnet_paths.errors import ResnetPathsError
+
+__all__ = ["INK", "MARKERS", "MUTED", "checked", "groups_of", "legend_above", "whole_numbers_from_zero"]
+
+MARKERS = "osD^vP"
+INK, MUTED = "0.2", "0.75"
+
+
+def checked(
+    argument: str, frame: pd.DataFrame, value: str, keys: Sequence[str], others: Sequence[str] = (), rate: bool = False
+) -> pd.DataFrame:
+    """`frame`, once all columns are known to be there with numbers in `value` and one row for each of `keys`.
+
+    Args:
+        argument: What the caller calls the frame.
+        frame: The frame.
+        value: The column to draw.
+        keys: Columns that name a row.
+        others: Further columns of numbers.
+        rate: Whether `value` and `others` are rates in [0, 1].
+
+    Returns:
+        The frame.
+
+    Raises:
+        ResnetPathsError: If it is not so.
+    """
+    needed = [*keys, value, *others]
+    if not isinstance(frame, pd.DataFrame):
+        raise ResnetPathsError(argument, type(frame).__name__, f"a pandas DataFrame with columns {', '.join(needed)}")
+    missing = [name for name in needed if name not in frame]
+    if missing:
+        raise ResnetPathsError(
+            argument, f"columns {', '.join(map(str, frame.columns)) or '(none)'}", f"columns {', '.join(needed)}",
+            f"Missing: {', '.join(missing)}.",
+        )  # fmt: skip
+    for name in (value, *others):
+        if not pd.api.types.is_numeric_dtype(frame[name]):
+            raise ResnetPathsError(f"{argument}[{name!r}]", f"dtype {frame[name].dtype}", "a column of numbers")
+    if not frame[value].notna().any():
+        raise ResnetPathsError(argument, f"{len(frame)} rows", f"at least one row with a number in {value}")
+    twice = frame.loc[frame.duplicated(list(keys)), list(keys)]
+    if len(twice):
+        raise ResnetPathsError(
+            argument, f"{len(twice)} repeated rows, first {', '.join(f'{k} {v}' for k, v in twice.iloc[0].items())}",
+            f"one row for each {', '.join(keys)}",
+            "" if "network" in keys else "Name different networks in a column network.",
+        )  # fmt: skip
+    for name in (value, *others) if rate else ():
+        wrong = frame.loc[(frame[name] < 0) | (frame[name] > 1), name].tolist()
+        if wrong:
+            raise ResnetPathsError(f"{argument}[{name!r}]", wrong[0], "a rate in [0, 1]", "Percent is not a rate.")
+    return frame
+
+
+def groups_of(frame: pd.DataFrame, by: Sequence[str], along: str) -> list[tuple[Any, pd.DataFrame]]:
+    """Names and rows of each network.
+
+    Args:
+        frame: The frame.
+        by: Columns that name a network.
+        along: The column on the horizontal axis.
+
+    Returns:
+        Pairs in the order of the frame, the rows sorted along the horizontal axis.
+    """
+    if not by:
+        return [(None, frame.sort_values(along))]
+    name = by[0] if len(by) == 1 else list(by)
+    return [(group, rows.sort_values(along)) for group, rows in frame.groupby(name, sort=False)]
+
+
+def whole_numbers_from_zero(ax: Axes) -> None:
+    """Start the vertical axis at 0 and number the horizontal one in whole steps.
+
+    Args:
+        ax: The axes.
+    """
+    ax.set_ylim(bottom=0)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+
+
+def legend_above(ax: Axes, *groups: Sequence[Artist], gap_points: float = 3) -> None:
+    """Legends above the axes, where they hide no data, the last group on top; each in as many columns as fit.
+
+    Args:
+        ax: The axes.
+        *groups: Labelled artists, a legend a group.
+        gap_points: Room between axes and legend.
+    """
+    ax.figure.canvas.figure.draw_without_rendering()  # lays out: the axes get the width that they will have
+    raised, legend = gap_points / 72, None
+    for handles in filter(None, groups):
+        if legend is not None:
+            ax.add_artist(legend)  # kept: the next one would replace it
+        labels = [str(handle.get_label()) for handle in handles]
+        above = ax.transAxes + ScaledTranslation(0, raised, ax.figure.dpi_scale_trans)
+        for columns in range(len(labels), 0, -1):
+            legend = ax.legend(
+                handles, labels, loc="lower left", bbox_to_anchor=(0, 1), bbox_transform=above, ncols=columns,
+                borderaxespad=0, borderpad=0, labelspacing=0.3, handlelength=1.6, handletextpad=0.5, columnspacing=0.8,
+            )  # fmt: skip
+            extent = legend.get_window_extent()
+            if extent.width <= ax.bbox.width:
+                break
+        raised += extent.height / ax.figure.dpi + 2 / 72
