@@ -88,7 +88,9 @@ def gradient_by_path_length(
         num_draws: Draws of signs, or of paths of each length, for each batch. If None: 20 paths, each measured on all
             examples of the batch; signs until `relative_error` is reached, 1000 draws at the most.
         relative_error: For ``"energy"``: the relative standard error of ``rms_path_gradient_norm``, due to the signs,
-            at which to stop, reached at every length that holds at least a thousandth of the energy.
+            at which to stop, reached at every length that holds at least a thousandth of the energy. Where paths are
+            nearly all alike (coherence of hundreds and more) few draws show too little of the spread: the energy
+            comes out too low, with too small an error; take more draws there.
         average: For ``"sampled"``: ``"mean"``, or ``"log-mean"`` for the geometric mean of the norms.
         generator: Source of the random numbers, on the CPU; None for a new one, seeded with 0.
         memory_budget: Bytes that stacks of cotangents and kept activations may take; batches are split to fit.
@@ -242,8 +244,8 @@ def gradient_through_block(
     """The share of the gradient that passes through each block's branch.
 
     With G the whole gradient and G_i the sum over all paths that take the branch of block i, the share is
-    <G_i, G> / <G, G>. A path of length k passes k branches: the shares add up to the sum over lengths of k times
-    ``gradient_share``, the mean path length as the gradient weighs it.
+    <G_i, G> / <G, G>. A path of length k passes k branches: where no branch holds a chain of its own, the shares add
+    up to the sum over lengths of k times ``gradient_share``, the mean path length as the gradient weighs it.
 
     Args:
         chain: The chain, in eval mode.
