@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, SupportsIndex
+from typing import Any, SupportsIndex, cast
 
 import numpy as np
 import pandas as pd
@@ -131,17 +131,13 @@ def gradient_by_path_length(
     if generator is None:
         generator = torch.Generator().manual_seed(0)
     readings = []
-    batches = tqdm(
-        batches_of(inputs, targets), desc="gradient", unit="batch",
-        disable=not progress or isinstance(inputs, torch.Tensor | tuple),
-    )  # fmt: skip
-    for batch_inputs, batch_targets in batches:
+    for batch_inputs, batch_targets in _with_bar("gradient", inputs, targets, progress):
 
         def points(rows: int, batch: Any = batch_inputs, truth: Any = batch_targets) -> Any:
             return place.points(batch, truth, loss, memory_budget, rows)
 
         if method == "sampled":
-            reading = _read_sampled(place, points, lengths, num_draws or 20, generator, memory_budget)
+            reading = _read_sampled(place, points, lengths, num_draws or 20, generator)
         else:
             draws = None if method == "exact" else (num_draws, relative_error, generator)
             reading = Reading.joined([_read_exact(p, lengths, draws) for p in points(_rows(lengths, draws))])
@@ -196,9 +192,7 @@ def gradient_by_stage_lengths(
     Raises:
         ResnetPathsError: As `gradient_by_path_length`.
     """
-    place = Place.of(chain, with_respect_to)
-    if place.of_parameters:
-        raise ResnetPathsError("with_respect_to", with_respect_to, "'input', 'stem' or a block")
+    place = _place_of_states(chain, with_respect_to)
     indices = range(place.down_to, len(chain))
     stages = [list(run) for _, run in itertools.groupby(indices, key=lambda i: chain[i].stage)]
     ranges = [range(run[0], run[-1] + 1) for run in stages]
@@ -206,10 +200,7 @@ def gradient_by_stage_lengths(
     keys = sorted(itertools.product(*([k for k, count in enumerate(p) if count] for p in polynomials)))
     row_of = {key: row for row, key in enumerate(keys)}
     readings = []
-    for batch_inputs, batch_targets in tqdm(
-        batches_of(inputs, targets), desc="gradient by stage", unit="batch",
-        disable=not progress or isinstance(inputs, torch.Tensor | tuple),
-    ):  # fmt: skip
+    for batch_inputs, batch_targets in _with_bar("gradient by stage", inputs, targets, progress):
         for point in place.points(batch_inputs, batch_targets, loss, memory_budget // 4, len(chain) + 1):
             norms, shares = np.zeros((2, len(keys), point.num_examples))
             underflown = np.zeros(len(keys), dtype=bool)
@@ -264,14 +255,9 @@ def gradient_through_block(
     Raises:
         ResnetPathsError: As `gradient_by_path_length`.
     """
-    place = Place.of(chain, with_respect_to)
-    if place.of_parameters:
-        raise ResnetPathsError("with_respect_to", with_respect_to, "'input', 'stem' or a block")
+    place = _place_of_states(chain, with_respect_to)
     norms, shares = [], []
-    for batch_inputs, batch_targets in tqdm(
-        batches_of(inputs, targets), desc="gradient through blocks", unit="batch",
-        disable=not progress or isinstance(inputs, torch.Tensor | tuple),
-    ):  # fmt: skip
+    for batch_inputs, batch_targets in _with_bar("gradient through blocks", inputs, targets, progress):
         for point in place.points(batch_inputs, batch_targets, loss, memory_budget, len(chain) + 1):
             stack = point.through_branches()
             norms.append(point.norms(stack)[0][:0:-1, 0])
@@ -286,6 +272,22 @@ def gradient_through_block(
         mean, error = mean_over_examples(np.concatenate(values, 1))
         frame[f"{name}_through_branch"], frame[f"{name}_through_branch_se"] = mean, error
     return frame
+
+
+def _with_bar(what: str, inputs: Any, targets: Any, progress: bool) -> Iterable[tuple[Any, Any]]:
+    """The batches, with a bar where they come from a loader."""
+    bar = tqdm(
+        batches_of(inputs, targets), desc=what, unit="batch",
+        disable=not progress or isinstance(inputs, torch.Tensor | tuple),
+    )  # fmt: skip
+    return cast("Iterable[tuple[Any, Any]]", bar)
+
+
+def _place_of_states(chain: ResidualChain, with_respect_to: Any) -> Place:
+    place = Place.of(chain, with_respect_to)
+    if place.of_parameters:
+        raise ResnetPathsError("with_respect_to", with_respect_to, "'input', 'stem' or a block")
+    return place
 
 
 @dataclass(frozen=True)
@@ -362,8 +364,7 @@ def _is_settled(reading: Reading, relative_error: float) -> bool:
 
 
 def _read_sampled(
-    place: Place, points: Callable[[int], Any], lengths: Sequence[int], num_draws: int, generator: torch.Generator,
-    memory_budget: int,
+    place: Place, points: Callable[[int], Any], lengths: Sequence[int], num_draws: int, generator: torch.Generator
 ) -> Reading:  # fmt: skip
     """Norms of single paths; all examples of a batch take the same paths, as in the paper."""
     paths = [path for k in lengths for path in sample_paths(place, k, num_draws, generator)]
