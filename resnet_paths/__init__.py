@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "ResnetPathsError": "errors",
+    "StudyInterrupted": "errors",
     "enumerate_paths": "paths",
     "path_histogram": "paths",
     "sample_paths": "paths",
@@ -44,8 +45,12 @@ _HOME = {
     "gradient_through_block": "gradients",
     "lesion_study": "lesions",
     "pair_interactions": "lesions",
+    "predicted_effects": "lesions",
+    "score_correlations": "lesions",
+    "branch_replacements": "lesion_plans",
     "duplications": "lesion_plans",
     "layer_schedules": "lesion_plans",
+    "mean_replacements": "lesion_plans",
     "pair_deletions": "lesion_plans",
     "random_deletions": "lesion_plans",
     "random_swaps": "lesion_plans",
@@ -56,12 +61,13 @@ _HOME = {
 }
 
 __all__ = [
-    "Block", "ResidualChain", "ResnetPathsError", "delete_block", "delete_blocks", "duplicate_block",
-    "duplications", "effective_window", "enumerate_paths", "figures", "fit_decay", "gradient_by_path_length",
-    "gradient_by_stage_lengths", "gradient_through_block", "layer_schedules", "lesion_study", "list_networks",
-    "load_dataset", "load_network", "pair_deletions", "pair_interactions", "parallel_blocks", "path_histogram",
-    "path_network", "permute_blocks", "random_deletions", "random_swaps", "reverse_blocks", "sample_paths",
-    "scale_block", "scalings", "single_deletions", "swap_blocks", "unravel", "unraveled_graph",
+    "Block", "ResidualChain", "ResnetPathsError", "StudyInterrupted", "branch_replacements", "delete_block",
+    "delete_blocks", "duplicate_block", "duplications", "effective_window", "enumerate_paths", "figures", "fit_decay",
+    "gradient_by_path_length", "gradient_by_stage_lengths", "gradient_through_block", "layer_schedules",
+    "lesion_study", "list_networks", "load_dataset", "load_network", "mean_replacements", "pair_deletions",
+    "pair_interactions", "parallel_blocks", "path_histogram", "path_network", "permute_blocks", "predicted_effects",
+    "random_deletions", "random_swaps", "reverse_blocks", "sample_paths", "scale_block", "scalings",
+    "score_correlations", "single_deletions", "swap_blocks", "unravel", "unraveled_graph",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -78,7 +84,7 @@ if TYPE_CHECKING:
         scale_block,
         swap_blocks,
     )
-    from resnet_paths.errors import ResnetPathsError
+    from resnet_paths.errors import ResnetPathsError, StudyInterrupted
     from resnet_paths.gradients import (
         effective_window,
         fit_decay,
@@ -88,15 +94,17 @@ if TYPE_CHECKING:
     )
     from resnet_paths.graph import unraveled_graph
     from resnet_paths.lesion_plans import (
+        branch_replacements,
         duplications,
         layer_schedules,
+        mean_replacements,
         pair_deletions,
         random_deletions,
         random_swaps,
         scalings,
         single_deletions,
     )
-    from resnet_paths.lesions import lesion_study, pair_interactions
+    from resnet_paths.lesions import lesion_study, pair_interactions, predicted_effects, score_correlations
     from resnet_paths.paths import enumerate_paths, path_histogram, sample_paths
     from resnet_paths.unraveling import unravel
     from resnet_paths.zoo import list_networks, load_network

@@ -19,7 +19,7 @@ from torch import nn
 from resnet_paths.errors import ResnetPathsError, nearest_names
 from resnet_paths.paths import Entry, check_path, choices_of, num_paths
 
-__all__ = ["Block", "Parallel", "Placed", "ResidualChain", "Scaled", "path_network"]
+__all__ = ["Block", "Constant", "Parallel", "Placed", "ResidualChain", "Scaled", "path_network"]
 
 
 class Block(nn.Module):
@@ -281,6 +281,26 @@ class Scaled(nn.Module):
     def extra_repr(self) -> str:
         """The factor."""
         return f"factor={self.factor}"
+
+
+class Constant(nn.Module):
+    """A branch that returns the same for every example.
+
+    Args:
+        value: What it returns, without the batch dimension.
+    """
+
+    value: torch.Tensor
+
+    def __init__(self, value: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("value", value)
+        self.training = False
+
+    def forward(self, x: Any) -> torch.Tensor:
+        """[batch, *value.shape] for an `x` of this batch."""
+        batch = len(x[0] if isinstance(x, tuple) else x)
+        return self.value.expand(batch, *self.value.shape)
 
 
 class Placed(nn.Module):

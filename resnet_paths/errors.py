@@ -1,11 +1,15 @@
-"""The one error type: every refusal names the argument, the value, what is allowed, and what to do."""
+"""The one error type: every refusal names the argument, the value, what is allowed, and what to do.
+
+Beside it `StudyInterrupted`, which is no refusal: somebody stopped a study by hand.
+"""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
-__all__ = ["ResnetPathsError", "nearest_names"]
+__all__ = ["ResnetPathsError", "StudyInterrupted", "nearest_names"]
 
 _LONGEST_VALUE = 200
 
@@ -40,6 +44,29 @@ class ResnetPathsError(ValueError):
     def __reduce__(self) -> tuple[type[ResnetPathsError], tuple[str, object, str, str]]:
         """Rebuild from the four parts, so that the error survives a trip between processes."""
         return type(self), (self.argument, self.value, self.allowed, self.advice)
+
+
+class StudyInterrupted(KeyboardInterrupt):
+    """A lesion study that was stopped by hand; nothing that was finished is lost.
+
+    It stops a script, or a notebook that runs from top to bottom, as any interrupt does.
+
+    Args:
+        frame: Rows over the batches that were finished; None if there was none.
+        num_batches: How many were finished.
+        store: The folder where they lie; None if they lie nowhere else.
+
+    Attributes:
+        frame: As given.
+    """
+
+    def __init__(self, frame: Any, num_batches: int, store: object = None) -> None:
+        self.frame = frame
+        self.num_batches = num_batches
+        self.store = store
+        kept = f"Run the same study again to go on from {str(store)!r}." if store is not None else ""
+        rows = "The rows over them: import sys; frame = sys.last_value.frame." if num_batches else ""
+        super().__init__(f"stopped after {num_batches} batches. {rows} {kept}".rstrip())
 
 
 def nearest_names(name: str, known: Iterable[str], most: int = 3, cutoff: float = 0.3) -> str:

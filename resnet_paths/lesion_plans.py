@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from scipy import stats
 
-from resnet_paths.chain import ResidualChain, is_identity
+from resnet_paths.chain import Constant, ResidualChain, is_identity, refuse_training_mode
 from resnet_paths.edits import (
     delete_block,
     delete_blocks,
@@ -26,8 +27,8 @@ from resnet_paths.edits import (
 from resnet_paths.errors import ResnetPathsError
 
 __all__ = [
-    "Lesion", "duplications", "layer_schedules", "pair_deletions", "random_deletions", "random_swaps", "scalings",
-    "single_deletions",
+    "Lesion", "branch_replacements", "duplications", "layer_schedules", "mean_replacements", "pair_deletions",
+    "random_deletions", "random_swaps", "scalings", "single_deletions",
 ]  # fmt: skip
 
 
@@ -40,12 +41,14 @@ class Lesion:
         edit: From the intact chain to the lesioned one.
         blocks: Positions of the blocks that it touches.
         kendall_tau: Kendall's rank correlation of the blocks' order with the intact one; 1 where none moved.
+        seed: Seed that the generator which drew the lesion started from; None if none did.
     """
 
     name: str
     edit: Callable[[ResidualChain], ResidualChain]
     blocks: tuple[int, ...]
     kendall_tau: float = 1.0
+    seed: int | None = None
 
 
 def single_deletions(chain: ResidualChain) -> list[Lesion]:
@@ -106,7 +109,8 @@ def random_deletions(
     for count in _checked_counts(counts, repeats, len(possible), "blocks that can be deleted"):
         for _ in range(repeats):
             order = torch.randperm(len(possible), generator=generator, device=generator.device)[:count].tolist()
-            lesions.append(_deletion(chain, tuple(sorted(possible[i] for i in order))))
+            lesion = _deletion(chain, tuple(sorted(possible[i] for i in order)))
+            lesions.append(replace(lesion, seed=generator.initial_seed()))
     return lesions
 
 
@@ -140,7 +144,7 @@ def random_swaps(chain: ResidualChain, counts: Iterable[int], repeats: int, gene
             chosen = torch.randint(len(pairs), (count,), generator=generator, device=generator.device).tolist()
             for first, second in (pairs[i] for i in chosen):
                 order[first], order[second] = order[second], order[first]
-            lesions.append(_reordering(f"{count} random swaps", order))
+            lesions.append(replace(_reordering(f"{count} random swaps", order), seed=generator.initial_seed()))
     return lesions
 
 
@@ -179,6 +183,66 @@ def scalings(chain: ResidualChain, factors: Iterable[float]) -> list[Lesion]:
         if block.branch is not None
         for factor in factors
     ]
+
+
+def branch_replacements(chain: ResidualChain, source: ResidualChain, name: str = "replace") -> list[Lesion]:
+    """Each block's branch in turn taken from another chain of the same architecture.
+
+    With `source` the network at its initialisation this is re-initialisation, with `source` a network of another seed
+    re-randomisation (Zhang, Bengio and Singer 2019, Are all layers created equal, section 3). BatchNorm statistics
+    inside a branch come with it.
+
+    Args:
+        chain: The intact chain.
+        source: Where the branches come from; as many blocks, with the same shapes.
+        name: First word of the lesions' names, such as ``"re-initialise"``.
+
+    Returns:
+        A lesion a block that has a branch in both.
+
+    Raises:
+        ResnetPathsError: If the chains' blocks do not have the same shapes.
+    """
+    for each in (chain, source):
+        _refuse_other_than_chain(each)
+    shapes, others = ([(block.in_shape, block.out_shape) for block in each] for each in (chain, source))
+    if shapes != others:
+        raise ResnetPathsError(
+            "source", f"{len(source)} blocks", f"a chain of {len(chain)} blocks with the shapes of those of `chain`"
+        )
+    return [
+        _replacement(f"{name} {_name(chain, index)}", index, other.branch)
+        for index, (block, other) in enumerate(zip(chain, source, strict=True))
+        if block.branch is not None and other.branch is not None
+    ]
+
+
+def mean_replacements(chain: ResidualChain, inputs: torch.Tensor) -> list[Lesion]:
+    """Each block's branch in turn replaced by its mean output, so that only what it says of the single example is lost.
+
+    Args:
+        chain: The intact chain, in eval mode; runs once on `inputs`.
+        inputs: Examples to take the means over, [batch, ...], training images as a rule; on the chain's device.
+
+    Returns:
+        A lesion a block with a branch that returns one tensor.
+
+    Raises:
+        ResnetPathsError: If the chain is in training mode.
+    """
+    _refuse_other_than_chain(chain)
+    refuse_training_mode("chain", chain)
+    lesions = []
+    with torch.no_grad():
+        state = chain.stem(inputs)
+        for index, block in enumerate(chain):
+            if block.branch is not None:
+                output = block.branch(block.pre(_copy(state)))
+                if isinstance(output, torch.Tensor):
+                    mean = Constant(output.mean(0))
+                    lesions.append(_replacement(f"mean of {_name(chain, index)}", index, mean))
+            state = block(state)
+    return lesions
 
 
 def layer_schedules(
@@ -224,10 +288,23 @@ def layer_schedules(
         Lesion("skip", partial(delete_blocks, blocks=places), touched),
         Lesion("middle repeat", partial(_repeat_the_middle, places=places), touched),
         _reordering("reverse", backwards, touched),
-        _reordering("random order", shuffled, touched),
+        replace(_reordering("random order", shuffled, touched), seed=generator.initial_seed()),
         Lesion("parallel", partial(parallel_blocks, blocks=places), touched),
         Lesion("looped parallel", partial(_loop_parallel, places=places, loops=loops), touched),
     ]
+
+
+def _replacement(name: str, index: int, branch: torch.nn.Module) -> Lesion:
+    return Lesion(name, partial(_replace_branch, index=index, branch=branch), (index,))
+
+
+def _replace_branch(chain: ResidualChain, index: int, branch: torch.nn.Module) -> ResidualChain:
+    return chain.with_blocks(b.replace(branch=branch) if i == index else b for i, b in enumerate(chain))
+
+
+def _copy(state: Any) -> Any:
+    """Its own copy, for a part written by hand that may change it in place."""
+    return tuple(part.clone() for part in state) if isinstance(state, tuple) else state.clone()
 
 
 def _repeat_the_middle(chain: ResidualChain, places: Sequence[int]) -> ResidualChain:

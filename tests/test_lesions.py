@@ -165,7 +165,7 @@ def test_a_study_that_fails_leaves_the_chain_as_it_was():
         ([(torch.zeros(2, 5).double(), torch.tensor([0, 3]))], r"labels: got \[0, 3\]; allowed: .* 0 to 2"),
         ([(torch.zeros(2, 5).double(), torch.tensor([0, -1]))], r"labels: got \[-1, 0\]"),
         ([(torch.zeros(2, 5).double(), torch.zeros(2))], r"labels: got 'torch.float32 \[2\]'; allowed: class indices"),
-        ([(torch.zeros(2, 5).double(), torch.tensor([0]))], r"labels \[1\] for logits \[2, 3\]"),
+        ([(torch.zeros(2, 5).double(), torch.tensor([0]))], r"labels \[1\] for inputs \[2, 5\]"),
     ],
 )
 def test_bad_loaders(loader, message):

@@ -1,0 +1,249 @@
+"""Lesion studies: what many edited chains do to the error, on the same images, nothing computed twice.
+
+    lesion_study      plan -> trie (`trie`) -> pieces, one a batch (`pieces`) -> counts (`tally`) -> a tidy frame
+    store=            finished pieces on disk (`store`)
+    executor=         pieces on any `concurrent.futures.Executor`, Dask's included (`work`)
+    predicted_effects what cheap scores say without a lesion (`predicted`)
+
+A chain is a sequence of steps. All lesions of a study form a trie over those sequences, and every edge of the trie is
+computed once a batch: the single deletions of n blocks cost about (n + 1) / 2 forward passes, not n.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from resnet_paths.chain import ResidualChain, refuse_training_mode
+from resnet_paths.errors import ResnetPathsError, StudyInterrupted
+from resnet_paths.fingerprint import fingerprint
+from resnet_paths.lesion_plans import Lesion
+from resnet_paths.lesions.pieces import Workshop
+from resnet_paths.lesions.predicted import predicted_effects, score_correlations
+from resnet_paths.lesions.store import Store
+from resnet_paths.lesions.tally import Tally
+from resnet_paths.lesions.trie import Trie, chain_key, steps_of
+from resnet_paths.lesions.work import Shelf, Work
+from resnet_paths.placement import PRECISIONS
+
+__all__ = ["lesion_study", "pair_interactions", "predicted_effects", "score_correlations"]
+
+
+def lesion_study(
+    chain: ResidualChain,
+    loader: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    lesions: Sequence[Lesion | Callable[[ResidualChain], ResidualChain]],
+    *,
+    store: str | Path | None = None,
+    executor: Executor | None = None,
+    device: str | torch.device = "auto",
+    precision: str | None = None,
+    channels_last: bool = False,
+    batch_budget: int | None = None,
+    per_class: bool = False,
+    reestimate_batchnorm: Iterable[Any] | None = None,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """What each lesion does to the error, all on the same images.
+
+    Nothing is retrained and BatchNorm keeps the statistics of the intact network, as in the paper, unless
+    `reestimate_batchnorm` is given. The chain is not changed. Without `precision`, `channels_last` and `batch_budget`
+    each prediction is the lesioned chain's own, bit for bit. An image whose logits are not finite counts as wrong.
+
+    When it is interrupted (Ctrl-C, the stop button of a notebook) it raises `StudyInterrupted`, a `KeyboardInterrupt`
+    whose ``frame`` holds the rows over the batches that were finished.
+
+    Args:
+        chain: The intact chain, in eval mode.
+        loader: Batches of (inputs, labels); labels are class indices [batch]. Read once. A loader that drops its last
+            batch gets a warning.
+        lesions: Lesions, or functions from chain to chain.
+        store: Folder of finished pieces, made if need be. A study that was stopped, or that has more lesions than
+            before, computes only what is missing, and ends with the same frame. The folder may hold several
+            studies, also at once. The loader must give the same batches each time.
+        executor: Any `concurrent.futures.Executor`, such as Dask's ``client.get_executor()``: batches are spread over
+            its workers. The chain goes to each worker once.
+        device: Where to run; ``"auto"`` is where the chain is, but for the accelerator if the chain is on the CPU and
+            there is one. With an executor each worker chooses for itself.
+        precision: ``"bfloat16"``, ``"float16"``, ``"float32"`` or ``"float64"``; None for the chain's own.
+        channels_last: Whether images lie in memory with their channels last; many convolutions are faster so.
+        batch_budget: Most examples that a step may take at a time. Batches that are larger are split; states of
+            several lesions that wait for the same step are stacked up to it, which is faster where one batch leaves
+            the device idle. None takes the loader's batches as they are. When memory runs out it is halved.
+        per_class: Whether to add ``num_examples_per_class`` and ``num_wrong_per_class``, tuples over classes.
+        reestimate_batchnorm: Batches of inputs, or of (inputs, labels), to take each lesioned network's BatchNorm
+            statistics from, training images as a rule; a few thousand do. All are held in memory.
+        progress: Whether to show a bar over batches.
+
+    Returns:
+        A row a lesion, in the order given: ``lesion`` (name), ``blocks`` (tuple of positions), ``num_lesions``,
+        ``kendall_tau`` (of the order of the blocks with the intact one, 1 where none moved), ``seed`` (of the generator
+        that drew the lesion, if one did);
+        ``error_rate`` in [0, 1] with its 95 % Wilson interval ``error_rate_low`` and ``error_rate_high``;
+        ``error_increase`` over the intact chain with its paired 95 % interval (same images, normal approximation)
+        ``error_increase_low`` and ``error_increase_high``; ``loss``, the mean cross-entropy in nats;
+        ``num_not_finite``, images whose logits were not; ``num_examples``; ``intact_error_rate``;
+        ``batchnorm_statistics``, ``"intact"`` or ``"re-estimated"``. The frame's ``attrs`` hold ``block_evaluations``
+        and ``block_evaluations_one_by_one``, how many block evaluations a batch takes, and how many a loop over
+        lesions takes; ``pieces_computed`` and ``pieces_found``, batches that were computed, and found in the store.
+
+    Raises:
+        ResnetPathsError: If the chain is in training mode; the loader is empty, shuffles although there is a store, or
+            does not give such batches; labels are out of range; the store cannot be written to; the chain cannot be
+            sent to the executor's workers, or one of these breaks down.
+        StudyInterrupted: If it is interrupted.
+    """
+    _refuse_other_than_chain("chain", chain)
+    refuse_training_mode("chain", chain)
+    _refuse_settings(precision, batch_budget)
+    _look_at_loader(loader, store)
+    named = [
+        lesion if isinstance(lesion, Lesion) else Lesion(getattr(lesion, "__name__", repr(lesion)), lesion, ())
+        for lesion in lesions
+    ]
+    # The intact chain comes first: increases are taken against it on the same images.
+    chains = [chain, *(lesion.edit(chain) for lesion in named)]
+    for lesion, edited in zip(named, chains[1:], strict=True):
+        _refuse_other_than_chain(f"lesion {lesion.name!r}", edited)
+    statistics_batches = _inputs_of(reestimate_batchnorm)
+    workshop = Workshop(chains, device, precision, channels_last, batch_budget, statistics_batches)
+    shelf = None
+    if store is not None:
+        settings = {
+            "precision": precision, "channels_last": channels_last,
+            "batchnorm": fingerprint(statistics_batches) if statistics_batches else "intact",
+        }  # fmt: skip
+        shelf = Shelf(Store(store, settings), _keys(chains))
+    tally = Tally(len(chains), per_class=per_class)
+    work = Work(workshop, shelf, executor)
+
+    def frame() -> pd.DataFrame:
+        rows = [
+            {
+                "lesion": lesion.name, "blocks": lesion.blocks, "num_lesions": len(lesion.blocks),
+                "kendall_tau": lesion.kendall_tau, "seed": lesion.seed, **row,
+                "batchnorm_statistics": "re-estimated" if statistics_batches else "intact",
+            }
+            for lesion, row in zip(named, tally.rows()[1:], strict=True)
+        ]  # fmt: skip
+        made = pd.DataFrame(rows).astype({"seed": "Int64"} if rows else {})
+        made.attrs["block_evaluations"] = Trie(chains).block_evaluations
+        made.attrs["block_evaluations_one_by_one"] = sum(len(steps_of(c)) - 2 for c in chains)
+        made.attrs |= {"pieces_computed": work.num_computed, "pieces_found": work.num_found}
+        return made
+
+    with tqdm(total=_length_of(loader), desc="lesion study", unit="batch", disable=not progress) as bar:
+        try:
+            for number, labels, piece in work.finished(loader):
+                tally.add(number, labels, piece)
+                bar.update()
+        except KeyboardInterrupt as interrupt:
+            raise StudyInterrupted(frame() if tally.num_batches else None, tally.num_batches, store) from interrupt
+    if not tally.num_batches:
+        raise ResnetPathsError("loader", "no batches", "a loader of at least one batch")
+    return frame()
+
+
+def pair_interactions(frame: pd.DataFrame) -> pd.DataFrame:
+    """What the deletion of two blocks costs beyond the sum of what each costs alone.
+
+    Args:
+        frame: From `lesion_study` with `pair_deletions`: single deletions and pairs.
+
+    Returns:
+        A row a pair: ``first``, ``second`` (positions), ``error_increase``, ``additive`` (the sum of both single
+        increases), ``interaction`` (the difference): above 0 where the blocks stand in for one another.
+
+    Raises:
+        ResnetPathsError: If the frame is of another kind, or a pair lacks one of its single deletions.
+    """
+    if "blocks" not in frame or "error_increase" not in frame:
+        raise ResnetPathsError("frame", list(frame.columns), "a frame of lesion_study")
+    increases = dict(zip(frame["blocks"], frame["error_increase"].astype(float), strict=True))
+    rows = []
+    for blocks, increase in increases.items():
+        if len(blocks) != 2:
+            continue
+        missing = [block for block in blocks if (block,) not in increases]
+        if missing:
+            raise ResnetPathsError(
+                "frame", f"no single deletion of block {missing[0]}", "single deletions of all blocks in pairs",
+                "Study pair_deletions(chain), which holds them.",
+            )  # fmt: skip
+        additive = sum(increases[(block,)] for block in blocks)
+        rows.append({
+            "first": blocks[0], "second": blocks[1], "error_increase": increase,
+            "additive": additive, "interaction": increase - additive,
+        })  # fmt: skip
+    return pd.DataFrame(rows, columns=["first", "second", "error_increase", "additive", "interaction"])
+
+
+def _keys(chains: Sequence[ResidualChain]) -> list[str]:
+    """Fingerprints of whole networks, equal where they compute the same thing."""
+    known: dict[int, str] = {}
+    key_of = functools.partial(fingerprint, known=known)
+    return [fingerprint(chain_key(chain, key_of)) for chain in chains]
+
+
+def _inputs_of(batches: Iterable[Any] | None) -> tuple[torch.Tensor, ...]:
+    if batches is None:
+        return ()
+    if not hasattr(batches, "__iter__"):
+        raise ResnetPathsError(
+            "reestimate_batchnorm", batches, "batches of inputs to take the statistics from, or None",
+            "Pass a list of a few batches of training images.",
+        )  # fmt: skip
+    inputs = tuple(batch[0] if isinstance(batch, tuple | list) else batch for batch in batches)
+    if not inputs or not all(isinstance(x, torch.Tensor) for x in inputs):
+        raise ResnetPathsError("reestimate_batchnorm", "no tensors", "at least one batch of inputs")
+    return inputs
+
+
+def _length_of(loader: Iterable[Any]) -> int | None:
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def _look_at_loader(loader: Iterable[Any], store: str | Path | None) -> None:
+    sampler = getattr(loader, "sampler", None)
+    if store is not None and isinstance(sampler, torch.utils.data.RandomSampler):
+        raise ResnetPathsError(
+            "loader", "a DataLoader with shuffle=True", "a loader that gives the same batches each time",
+            "The store finds batches again by their content: pass shuffle=False.",
+        )  # fmt: skip
+    if getattr(loader, "drop_last", False) and getattr(loader, "batch_size", None):
+        with contextlib.suppress(TypeError):
+            left_out = len(loader.dataset) % loader.batch_size  # type: ignore[attr-defined]
+            if left_out:
+                warnings.warn(
+                    f"loader: drop_last=True leaves out {left_out} of {len(loader.dataset)} examples",  # type: ignore[attr-defined]
+                    stacklevel=3,
+                )
+
+
+def _refuse_settings(precision: str | None, batch_budget: int | None) -> None:
+    if precision is not None and precision not in PRECISIONS:
+        raise ResnetPathsError("precision", precision, f"one of {', '.join(map(repr, PRECISIONS))}, or None")
+    if batch_budget is not None and (
+        not isinstance(batch_budget, int) or isinstance(batch_budget, bool) or batch_budget < 1
+    ):
+        raise ResnetPathsError("batch_budget", batch_budget, "a number of examples of at least 1, or None")
+
+
+def _refuse_other_than_chain(argument: str, value: object) -> None:
+    if not isinstance(value, ResidualChain):
+        raise ResnetPathsError(
+            argument, type(value).__name__, "a ResidualChain",
+            "Make one with resnet_paths.unravel(model, example_inputs).",
+        )  # fmt: skip

@@ -1,0 +1,238 @@
+"""One piece of a study: all lesions still wanted on one batch. It runs here, in a thread, or on another machine.
+
+A piece is what an executor is given and what the store keeps. What comes back is small: for each lesion which images
+it gets wrong, and its loss. All statistics are made of that, by whoever asked for the study.
+"""
+
+from __future__ import annotations
+
+import pickle
+import threading
+import uuid
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from resnet_paths.chain import ResidualChain
+from resnet_paths.errors import ResnetPathsError
+from resnet_paths.lesions.trie import Trie
+from resnet_paths.placement import PRECISIONS, device_of, place_chains
+
+__all__ = ["Piece", "Workshop", "hand_out", "num_workers", "run_piece"]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What lesions did on one batch.
+
+    Attributes:
+        wrong: Which images each lesion gets wrong, those with logits that are not finite included; bool
+            [lesion, example].
+        loss_sum: Sum of the cross-entropy over the batch in nats, [lesion].
+        num_not_finite: Images with logits that are not finite, [lesion].
+    """
+
+    wrong: np.ndarray[Any, Any]
+    loss_sum: np.ndarray[Any, Any]
+    num_not_finite: np.ndarray[Any, Any]
+
+    def row(self, index: int) -> Piece:
+        """The piece of one lesion."""
+        one = slice(index, index + 1)
+        return Piece(self.wrong[one], self.loss_sum[one], self.num_not_finite[one])
+
+    @staticmethod
+    def joined(pieces: Sequence[Piece], axis: int = 0) -> Piece:
+        """Pieces of other lesions (axis 0) or of other examples (axis 1) as one."""
+        counts = [(p.loss_sum, p.num_not_finite) for p in pieces]
+        losses, not_finite = (np.concatenate(c) if axis == 0 else np.sum(c, axis=0) for c in zip(*counts, strict=True))
+        return Piece(np.concatenate([p.wrong for p in pieces], axis=axis), losses, not_finite)
+
+
+@dataclass
+class Workshop:
+    """Chains, and where and how to run them. It travels to each worker once, and settles on a device there.
+
+    Attributes:
+        chains: Edits of one chain.
+        device: As for `resnet_paths.lesion_study`.
+        precision: Likewise.
+        channels_last: Likewise.
+        batch_budget: Likewise.
+        statistics_batches: Batches of inputs to take BatchNorm statistics from; none keeps the intact network's.
+    """
+
+    chains: list[ResidualChain]
+    device: str | torch.device = "auto"
+    precision: str | None = None
+    channels_last: bool = False
+    batch_budget: int | None = None
+    statistics_batches: tuple[torch.Tensor, ...] = ()
+    _token: str = field(default_factory=lambda: uuid.uuid4().hex)
+    _placed: tuple[Trie, torch.device, torch.dtype | None] | None = None
+    _pickled: bytes | None = None
+    _lock: Any = field(default_factory=threading.Lock)
+
+    def run(self, inputs: torch.Tensor, labels: torch.Tensor, wanted: Sequence[int]) -> Piece:
+        """What the chains with indices `wanted` do on a batch; rows come in the order of `wanted`.
+
+        Args:
+            inputs: [batch, ...].
+            labels: Class indices [batch].
+            wanted: Indices of chains.
+
+        Returns:
+            The piece.
+
+        Raises:
+            ResnetPathsError: If labels do not fit the logits, or one example alone does not fit into memory.
+        """
+        with self._lock:
+            trie, device, _ = self._settled()
+        labels = labels.to(device)
+        while True:
+            budget = self.batch_budget
+            try:
+                parts = [
+                    self._run_part(trie, self._as_wanted(x), y, wanted, budget)
+                    for x, y in zip(*(torch.split(t, budget or len(labels)) for t in (inputs, labels)), strict=True)
+                ]
+                break
+            except torch.OutOfMemoryError as error:
+                self._halve_budget(budget, len(labels), error)
+        return Piece.joined(parts, axis=1)
+
+    def _run_part(
+        self, trie: Trie, inputs: torch.Tensor, labels: torch.Tensor, wanted: Sequence[int], budget: int | None
+    ) -> Piece:
+        wrong: dict[int, torch.Tensor] = {}
+        loss_sum: dict[int, torch.Tensor] = {}
+        not_finite: dict[int, torch.Tensor] = {}
+        # Not inference mode where operations are caught as they are dispatched: it hides them.
+        with torch.no_grad() if trie.statistics else torch.inference_mode():
+            for index, logits in trie.logits(inputs, wanted, budget):
+                if not wrong:
+                    _refuse_labels(logits, labels)
+                finite = torch.isfinite(logits).all(1)
+                wrong[index] = (logits.argmax(1) != labels) | ~finite
+                loss_sum[index] = F.cross_entropy(logits.float(), labels, reduction="sum")
+                not_finite[index] = (~finite).sum()
+            # Gathered before they leave the device, which is waited for once.
+            rows = (torch.stack([found[index] for index in wanted]) for found in (wrong, loss_sum, not_finite))
+            of_wrong, of_loss, of_not_finite = (values.cpu().numpy() for values in rows)
+        return Piece(of_wrong, of_loss.astype(np.float64), of_not_finite)
+
+    def _settled(self) -> tuple[Trie, torch.device, torch.dtype | None]:
+        """The trie on its device; made at the first piece, where the piece runs."""
+        if self._placed is None:
+            chains = place_chains(
+                self.chains, device=self.device, precision=self.precision, channels_last=self.channels_last
+            )
+            self._placed = (Trie(chains), device_of(chains[0]), PRECISIONS.get(self.precision or ""))
+            with torch.no_grad():
+                for inputs in self.statistics_batches:
+                    self._placed[0].estimate(self._as_wanted(inputs))
+        return self._placed
+
+    def _as_wanted(self, inputs: torch.Tensor) -> torch.Tensor:
+        assert self._placed is not None
+        _, device, dtype = self._placed
+        images = self.channels_last and inputs.dim() == 4
+        return inputs.to(
+            device=device, dtype=dtype if inputs.is_floating_point() else None,
+            memory_format=torch.channels_last if images else torch.preserve_format,
+        )  # fmt: skip
+
+    def _halve_budget(self, failed: int | None, batch: int, error: torch.OutOfMemoryError) -> None:
+        """Go on with half as many examples at a time, now and for the batches to come."""
+        smaller = (failed or batch) // 2
+        if smaller < 1:
+            raise ResnetPathsError(
+                "batch_budget", 1, "a network that fits into memory with one example",
+                "Use a device with more memory, or precision='bfloat16'.",
+            ) from error  # fmt: skip
+        with self._lock:
+            self.batch_budget = min(smaller, self.batch_budget or smaller)
+        if torch.accelerator.is_available():
+            torch.accelerator.memory.empty_cache()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled once, and unpickled once in each process, however many pieces are sent there."""
+        if self._pickled is None:
+            settings = (
+                self.chains, self.device, self.precision, self.channels_last, self.batch_budget,
+                self.statistics_batches, self._token,
+            )  # fmt: skip
+            self._pickled = pickle.dumps(settings, protocol=pickle.HIGHEST_PROTOCOL)
+        return _unpickled_once, (self._token, self._pickled)
+
+
+_SETTLED: dict[str, Workshop] = {}
+_UNPICKLING = threading.Lock()
+
+
+def _unpickled_once(token: str, pickled: bytes) -> Workshop:
+    """This process's copy of a workshop; the one before it is given up."""
+    with _UNPICKLING:
+        if token not in _SETTLED:
+            _SETTLED.clear()
+            # Not a file: the bytes come from the process that asked this one to work, over the executor's own channel.
+            workshop = Workshop(*pickle.loads(pickled))  # noqa: S301
+            workshop._pickled = pickled
+            _SETTLED[token] = workshop
+        return _SETTLED[token]
+
+
+def run_piece(workshop: Workshop, inputs: torch.Tensor, labels: torch.Tensor, wanted: Sequence[int]) -> Piece:
+    """`Workshop.run` as a function that an executor can be given."""
+    return workshop.run(inputs, labels, wanted)
+
+
+def hand_out(executor: Executor, workshop: Workshop) -> Any:
+    """What to give an executor with each piece, so that the chains go to each worker once.
+
+    Dask keeps a value with its workers and passes a reference. Of other executors each process unpickles the chains
+    once; threads share them.
+
+    Args:
+        executor: Any executor; ``distributed.Client.get_executor()`` for Dask.
+        workshop: The chains.
+
+    Returns:
+        The first argument for `run_piece`.
+    """
+    client = getattr(executor, "_client", None)
+    if client is None:
+        return workshop
+    # A task, not scattered data: its result is passed from worker to worker, and made again if those that hold it die.
+    rebuild, arguments = workshop.__reduce__()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sending large graph")  # that is what is done here, and done once
+        return client.submit(rebuild, *arguments, pure=False)
+
+
+def num_workers(executor: Executor) -> int:
+    """How many pieces an executor works on at a time; 1 if it does not say."""
+    client: Any = getattr(executor, "_client", None)
+    if client is not None:
+        return max(1, int(sum(client.nthreads().values())))
+    return int(getattr(executor, "_max_workers", 1))
+
+
+def _refuse_labels(logits: torch.Tensor, labels: torch.Tensor) -> None:
+    if logits.dim() != 2 or len(logits) != len(labels):
+        raise ResnetPathsError(
+            "loader", f"labels {list(labels.shape)} for logits {list(logits.shape)}", "one label a row of logits"
+        )
+    if labels.is_floating_point() or labels.dim() != 1:
+        raise ResnetPathsError("labels", f"{labels.dtype} {list(labels.shape)}", "class indices, integers [batch]")
+    if bool(((labels < 0) | (labels >= logits.shape[1])).any()):
+        raise ResnetPathsError(
+            "labels", [int(labels.min()), int(labels.max())], f"class indices from 0 to {logits.shape[1] - 1}"
+        )

@@ -1,0 +1,175 @@
+"""What cheap scores say of a block's deletion, without deleting it; and what they are worth.
+
+From one forward and one backward pass come, for every block at once: the first-order estimate of the loss, block
+influence, angular distance, and the branch's norm beside the skip's. Beside the measured effects their rank
+correlations show which of them can be relied on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import pandas as pd
+import torch
+from scipy import stats
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from resnet_paths.chain import Block, ResidualChain, add_states, refuse_training_mode
+from resnet_paths.errors import ResnetPathsError
+from resnet_paths.placement import device_of, place_chains
+
+__all__ = ["SCORES", "predicted_effects", "score_correlations"]
+
+SCORES = ("first_order_loss_increase", "block_influence", "angular_distance", "relative_branch_norm")
+"""Columns of `predicted_effects` that are held against measured effects."""
+
+
+def predicted_effects(
+    chain: ResidualChain,
+    loader: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    *,
+    feature_dim: int | None = None,
+    device: str | torch.device = "auto",
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Cheap scores of every block, from one forward and one backward pass a batch; nothing is deleted.
+
+    Let T be what a block adds up and S what would be there without its branch: skip(h), or h itself in a plain block
+    that keeps the shape. Means over examples, each with its standard error ``..._se``:
+
+    ==============================  ================================================================================
+    ``first_order_loss_increase``   <dL/dT, S - T>: the loss to first order, in nats; gradient times branch output
+    ``block_influence``             1 - cos(post(S), post(T)) (ShortGPT, Men et al. 2024, equation 1)
+    ``angular_distance``            arccos(cos(post(S), post(T))) / pi (Gromov et al. 2024, equation 4)
+    ``relative_branch_norm``        norm of T - S over norm of S (Jastrzebski et al. 2018, section 4)
+    ==============================  ================================================================================
+
+    Args:
+        chain: The intact chain, in eval mode.
+        loader: Batches of (inputs, labels); labels are class indices [batch].
+        feature_dim: Dimension of the state over which cosines and norms are taken, such as -1 for tokens [batch, token,
+            feature], averaged over all others; None takes an example's state as one vector.
+        device: As for `resnet_paths.lesion_study`.
+        progress: Whether to show a bar over batches.
+
+    Returns:
+        A row a block: ``block_index``, ``block`` (name), the scores and their standard errors over examples (NaN where
+        the block cannot be deleted), ``num_examples``.
+
+    Raises:
+        ResnetPathsError: If the chain is in training mode, the loader is empty, or a state is not one tensor.
+    """
+    if not isinstance(chain, ResidualChain):
+        raise ResnetPathsError(
+            "chain", type(chain).__name__, "a ResidualChain",
+            "Make one with resnet_paths.unravel(model, example_inputs).",
+        )  # fmt: skip
+    refuse_training_mode("chain", chain)
+    placed = place_chains([chain], device=device)[0]
+    of_batches = []
+    for inputs, labels in tqdm(loader, desc="predicted effects", unit="batch", disable=not progress):
+        of_batches.append(_scores(placed, inputs.to(device_of(placed)), labels.to(device_of(placed)), feature_dim))
+    if not of_batches:
+        raise ResnetPathsError("loader", "no batches", "a loader of at least one batch")
+    scores = torch.cat(of_batches, dim=2)  # [block, score, example]
+    num_examples = scores.shape[2]
+    means, errors = scores.mean(2), scores.std(2) / math.sqrt(num_examples)
+    rows = []
+    for index, block in enumerate(chain):
+        row: dict[str, Any] = {"block_index": index, "block": block.name or str(index)}
+        for number, score in enumerate(SCORES):
+            row |= {score: means[index, number].item(), f"{score}_se": errors[index, number].item()}
+        rows.append(row | {"num_examples": num_examples})
+    return pd.DataFrame(rows)
+
+
+def score_correlations(predicted: pd.DataFrame, study: pd.DataFrame) -> pd.DataFrame:
+    """How well each cheap score ranks the blocks, against what their deletion does.
+
+    Args:
+        predicted: From `predicted_effects`.
+        study: From `resnet_paths.lesion_study`, with single deletions among its rows.
+
+    Returns:
+        A row a score and effect (``error_increase``, ``loss``): ``spearman`` and ``kendall``, rank correlations over
+        blocks, with ``spearman_p`` and ``kendall_p``, two-sided p-values against no correlation; ``num_blocks``.
+
+    Raises:
+        ResnetPathsError: If a frame is of another kind, or fewer than three blocks are in both.
+    """
+    for name, frame, column in (("predicted", predicted, "block_influence"), ("study", study, "error_increase")):
+        if column not in frame:
+            raise ResnetPathsError(name, list(frame.columns), f"a frame with a column {column!r}")
+    single = study[(study["blocks"].map(len) == 1) & study["lesion"].str.startswith("delete ")]
+    single = single.assign(block_index=single["blocks"].map(lambda blocks: blocks[0]))
+    both = predicted.dropna(subset=list(SCORES)).merge(single, on="block_index", validate="one_to_one")
+    if len(both) < 3:
+        raise ResnetPathsError(
+            "study", f"single deletions of {len(both)} of the blocks", "single deletions of at least three",
+            "Study single_deletions(chain).",
+        )  # fmt: skip
+    rows = []
+    for score in SCORES:
+        for effect in ("error_increase", "loss"):
+            spearman, kendall = stats.spearmanr(both[score], both[effect]), stats.kendalltau(both[score], both[effect])
+            rows.append({
+                "score": score, "effect": effect,
+                "spearman": float(spearman.statistic), "spearman_p": float(spearman.pvalue),
+                "kendall": float(kendall.statistic), "kendall_p": float(kendall.pvalue), "num_blocks": len(both),
+            })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _scores(chain: ResidualChain, inputs: torch.Tensor, labels: torch.Tensor, dim: int | None) -> torch.Tensor:
+    """[block, score, example] in float64."""
+    sums, without = [], []
+    with torch.enable_grad():
+        state = chain.stem(inputs)
+        for block in chain:
+            total, alone = _sum_and_skip(block, state)
+            sums.append(total)
+            without.append(alone)
+            # Of a copy: a `post` written by hand may work in place.
+            state = block.post(total.clone())
+        losses = F.cross_entropy(chain.head(state).float(), labels, reduction="sum")
+        gradients = torch.autograd.grad(losses, sums)
+    rows = []
+    with torch.no_grad():
+        for block, total, alone, gradient in zip(chain, sums, without, gradients, strict=True):
+            if alone is None:
+                rows.append(torch.full((len(SCORES), len(labels)), math.nan, dtype=torch.float64))
+                continue
+            difference = (alone - total).double()
+            first_order = (gradient.double() * difference).flatten(1).sum(1)
+            one, other = (_vectors(block.post(state.clone()).double(), dim) for state in (alone, total))
+            cosine = F.cosine_similarity(one, other, dim=-1).clamp(-1, 1)
+            norm = _vectors(difference, dim).norm(dim=-1) / _vectors(alone.double(), dim).norm(dim=-1)
+            per_example = [first_order, *((v.flatten(1).mean(1)) for v in (1 - cosine, cosine.acos() / math.pi, norm))]
+            rows.append(torch.stack(per_example).cpu())
+    return torch.stack(rows)
+
+
+def _sum_and_skip(block: Block, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What a block adds up, as a place where the gradient can be read, and what would be left of it."""
+    shared = block.pre(state)
+    alone = shared if block.skip is None and block.keeps_shape else None
+    if block.skip is not None:
+        alone = block.skip(shared)
+    if block.branch is None:
+        total = alone
+    else:
+        branch = block.branch(shared)
+        total = branch if block.skip is None else add_states(alone, branch)
+    if not isinstance(total, torch.Tensor):
+        raise ResnetPathsError("chain", f"block {block.name!r} with a pair as its state", "blocks of one tensor")
+    if not total.requires_grad:
+        total.requires_grad_()
+    return total, None if alone is None else alone.detach()
+
+
+def _vectors(state: torch.Tensor, dim: int | None) -> torch.Tensor:
+    """The state as vectors, [batch, position, feature]."""
+    return state.flatten(1)[:, None] if dim is None else state.movedim(dim, -1).flatten(1, -2)

@@ -1,0 +1,161 @@
+"""A folder of finished pieces: a study that was stopped goes on where it was.
+
+    STORE/CONTEXT/study.json                what the pieces have in common, for people
+    STORE/CONTEXT/BATCH-LESIONS.safetensors what some lesions did on one batch
+
+CONTEXT is a fingerprint of precision, layout, BatchNorm treatment and code version; BATCH one of the images and labels;
+each lesion in a part goes by a fingerprint of the whole lesioned network. So results of another model or data set may
+lie in the same folder and are never mixed in. Parts are written under a temporary name and renamed; two studies at once
+write the same bytes to the same names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import resnet_paths
+from resnet_paths.errors import ResnetPathsError
+from resnet_paths.files import write_then_rename
+from resnet_paths.fingerprint import fingerprint
+from resnet_paths.lesions.pieces import Piece
+from resnet_paths.zoo.weights import read_metadata, read_tensors, write_tensors
+
+__all__ = ["Store"]
+
+_FORMAT = 1
+_DIGITS = 16
+
+
+class Store:
+    """The pieces of one context in a folder.
+
+    Args:
+        folder: Made if it is not there.
+        settings: What all pieces have in common besides the version of the code; JSON-able.
+
+    Raises:
+        ResnetPathsError: If the folder cannot be written to.
+    """
+
+    def __init__(self, folder: str | Path, settings: Mapping[str, Any]) -> None:
+        about = {
+            "format": _FORMAT, "resnet_paths": resnet_paths.__version__, "torch": torch.__version__.split("+")[0],
+            **settings,
+        }  # fmt: skip
+        self.folder = Path(folder) / fingerprint(json.dumps(about, sort_keys=True))[:_DIGITS]
+        try:
+            self._write_description(about)
+        except OSError as error:
+            raise ResnetPathsError(
+                "store", str(folder), "a folder that can be written to", f"{error}. Pass another folder."
+            ) from error
+        self._warn_of_other_versions(about)
+        self._parts: dict[str, list[Path]] = {}
+        for path in sorted(self.folder.glob("*.safetensors")):
+            self._parts.setdefault(path.name.split("-")[0], []).append(path)
+
+    @staticmethod
+    def batch_key(inputs: torch.Tensor, labels: torch.Tensor) -> str:
+        """Fingerprint of a batch's content.
+
+        Args:
+            inputs: [batch, ...].
+            labels: [batch].
+
+        Returns:
+            Hexadecimal digits.
+        """
+        return fingerprint(inputs, labels)[:_DIGITS]
+
+    def read(self, batch: str, lesions: Sequence[str]) -> dict[str, Piece]:
+        """What is known of a batch.
+
+        Args:
+            batch: From `batch_key`.
+            lesions: Fingerprints of lesioned networks.
+
+        Returns:
+            A piece of one row for each lesion that was finished; a part that cannot be read is left out, with a
+            warning.
+        """
+        wanted = set(lesions)
+        found: dict[str, Piece] = {}
+        for path in self._parts.get(batch, ()):
+            try:
+                names, piece = _read_part(path)
+            except (ResnetPathsError, KeyError, ValueError, RuntimeError, TypeError) as error:
+                warnings.warn(f"store: {path} cannot be read and is computed again: {error}", stacklevel=3)
+                continue
+            found |= {name: piece.row(row) for row, name in enumerate(names) if name in wanted}
+        return found
+
+    def write(self, batch: str, lesions: Sequence[str], piece: Piece) -> None:
+        """Keep a finished piece.
+
+        Args:
+            batch: From `batch_key`.
+            lesions: Fingerprints of lesioned networks, one a row of the piece.
+            piece: The piece.
+
+        Raises:
+            ResnetPathsError: If it cannot be written, such as to a full disk; what was kept before stays.
+        """
+        name = hashlib.sha256("".join(sorted(lesions)).encode()).hexdigest()[:_DIGITS]
+        path = self.folder / f"{batch}-{name}.safetensors"
+        tensors = {
+            "wrong": torch.from_numpy(np.packbits(piece.wrong, axis=1)),
+            # As bits: a lesion may well make the loss infinite, which a file of weights refuses.
+            "loss_sum_bits": torch.from_numpy(piece.loss_sum.astype(np.float64)).view(torch.int64),
+            "num_not_finite": torch.from_numpy(piece.num_not_finite.astype(np.int64)),
+            "num_examples": torch.tensor(piece.wrong.shape[1]),
+        }
+        try:
+            write_tensors(path, tensors, {"lesions": list(lesions)})
+        except Exception as error:  # safetensors wraps a full disk in an error of its own
+            raise ResnetPathsError(
+                "store", str(path), "a folder with space left that can be written to",
+                f"{error}. Finished pieces are kept: make room and run the study again.",
+            ) from error  # fmt: skip
+        self._parts.setdefault(batch, []).append(path)
+
+    def _write_description(self, about: Mapping[str, Any]) -> None:
+        # Written even where it is there: a store that cannot be written to is to be found out before any work.
+        with write_then_rename(self.folder / "study.json") as temporary:
+            temporary.write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
+
+    def _warn_of_other_versions(self, about: Mapping[str, Any]) -> None:
+        others = set()
+        for path in self.folder.parent.glob("*/study.json"):
+            try:
+                stated = json.loads(path.read_text())
+                version = f"resnet_paths {stated['resnet_paths']} with torch {stated['torch']}"
+            except (OSError, ValueError, KeyError, TypeError):
+                version = f"unknown ({path.parent.name})"
+            others.add(version)
+        others.discard(f"resnet_paths {about['resnet_paths']} with torch {about['torch']}")
+        if others:
+            warnings.warn(
+                f"store {self.folder.parent}: results of {', '.join(sorted(others))} lie there too; they are not used",
+                stacklevel=4,
+            )
+
+
+def _read_part(path: Path) -> tuple[list[str], Piece]:
+    names, tensors = read_metadata(path)["lesions"], read_tensors(path)
+    num_examples = int(tensors["num_examples"])
+    piece = Piece(
+        np.unpackbits(tensors["wrong"].numpy(), axis=1, count=num_examples).astype(bool),
+        tensors["loss_sum_bits"].view(torch.float64).numpy(),
+        tensors["num_not_finite"].numpy(),
+    )
+    if not len(names) == len(piece.wrong) == len(piece.loss_sum) == len(piece.num_not_finite):
+        raise ResnetPathsError("store", str(path), "a part with as many rows as lesions")
+    return names, piece
