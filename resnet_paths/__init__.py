@@ -53,6 +53,7 @@ _HOME = {
     "mean_replacements": "lesion_plans",
     "pair_deletions": "lesion_plans",
     "random_deletions": "lesion_plans",
+    "random_duplications": "lesion_plans",
     "random_swaps": "lesion_plans",
     "scalings": "lesion_plans",
     "single_deletions": "lesion_plans",
@@ -66,8 +67,8 @@ __all__ = [
     "gradient_by_path_length", "gradient_by_stage_lengths", "gradient_through_block", "layer_schedules",
     "lesion_study", "list_networks", "load_dataset", "load_network", "mean_replacements", "pair_deletions",
     "pair_interactions", "parallel_blocks", "path_histogram", "path_network", "permute_blocks", "predicted_effects",
-    "random_deletions", "random_swaps", "reverse_blocks", "sample_paths", "scale_block", "scalings",
-    "score_correlations", "single_deletions", "swap_blocks", "unravel", "unraveled_graph",
+    "random_deletions", "random_duplications", "random_swaps", "reverse_blocks", "sample_paths", "scale_block",
+    "scalings", "score_correlations", "single_deletions", "swap_blocks", "unravel", "unraveled_graph",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ if TYPE_CHECKING:
         mean_replacements,
         pair_deletions,
         random_deletions,
+        random_duplications,
         random_swaps,
         scalings,
         single_deletions,

@@ -28,7 +28,7 @@ from resnet_paths.errors import ResnetPathsError
 
 __all__ = [
     "Lesion", "branch_replacements", "duplications", "layer_schedules", "mean_replacements", "pair_deletions",
-    "random_deletions", "random_swaps", "scalings", "single_deletions",
+    "random_deletions", "random_duplications", "random_swaps", "scalings", "single_deletions",
 ]  # fmt: skip
 
 
@@ -104,14 +104,8 @@ def random_deletions(
     Raises:
         ResnetPathsError: If more blocks are to be deleted than can be, or `repeats` is negative.
     """
-    possible = _deletable(chain)
-    lesions = []
-    for count in _checked_counts(counts, repeats, len(possible), "blocks that can be deleted"):
-        for _ in range(repeats):
-            order = torch.randperm(len(possible), generator=generator, device=generator.device)[:count].tolist()
-            lesion = _deletion(chain, tuple(sorted(possible[i] for i in order)))
-            lesions.append(replace(lesion, seed=generator.initial_seed()))
-    return lesions
+    sets = _random_sets(_deletable(chain), counts, repeats, generator, "blocks that can be deleted")
+    return [replace(_deletion(chain, blocks), seed=generator.initial_seed()) for blocks in sets]
 
 
 def random_swaps(chain: ResidualChain, counts: Iterable[int], repeats: int, generator: torch.Generator) -> list[Lesion]:
@@ -158,11 +152,30 @@ def duplications(chain: ResidualChain) -> list[Lesion]:
         A lesion a block.
     """
     _refuse_other_than_chain(chain)
-    return [
-        Lesion(f"duplicate {_name(chain, index)}", partial(duplicate_block, block=index), (index,))
-        for index, block in enumerate(chain)
-        if block.keeps_shape
-    ]
+    return [_duplication(chain, (index,)) for index, block in enumerate(chain) if block.keeps_shape]
+
+
+def random_duplications(
+    chain: ResidualChain, counts: Iterable[int], repeats: int, generator: torch.Generator
+) -> list[Lesion]:
+    """Random sets of blocks that keep the shape, each run twice in a row.
+
+    Args:
+        chain: The intact chain.
+        counts: How many blocks to duplicate, such as ``range(1, 11)``.
+        repeats: Sets of each size, each drawn uniformly without replacement within the set.
+        generator: Source of the random numbers.
+
+    Returns:
+        `repeats` lesions of each count, in the order of `counts`.
+
+    Raises:
+        ResnetPathsError: If more blocks are to be duplicated than can be, or `repeats` is negative.
+    """
+    _refuse_other_than_chain(chain)
+    possible = [index for index, block in enumerate(chain) if block.keeps_shape]
+    sets = _random_sets(possible, counts, repeats, generator, "blocks that can be duplicated")
+    return [replace(_duplication(chain, blocks), seed=generator.initial_seed()) for blocks in sets]
 
 
 def scalings(chain: ResidualChain, factors: Iterable[float]) -> list[Lesion]:
@@ -325,6 +338,30 @@ def _deletion(chain: ResidualChain, blocks: tuple[int, ...]) -> Lesion:
     name = "delete " + ", ".join(_name(chain, index) for index in blocks)
     edit = partial(delete_block, block=blocks[0]) if len(blocks) == 1 else partial(delete_blocks, blocks=list(blocks))
     return Lesion(name, edit, blocks)
+
+
+def _duplication(chain: ResidualChain, blocks: tuple[int, ...]) -> Lesion:
+    name = "duplicate " + ", ".join(_name(chain, index) for index in blocks)
+    return Lesion(name, partial(_duplicate_blocks, blocks=blocks), blocks)
+
+
+def _duplicate_blocks(chain: ResidualChain, blocks: tuple[int, ...]) -> ResidualChain:
+    # From the last to the first: a copy shifts those behind it.
+    for index in sorted(blocks, reverse=True):
+        chain = duplicate_block(chain, index)
+    return chain
+
+
+def _random_sets(
+    possible: list[int], counts: Iterable[int], repeats: int, generator: torch.Generator, what: str
+) -> list[tuple[int, ...]]:
+    """`repeats` sets of each count, each drawn uniformly without replacement."""
+    sets = []
+    for count in _checked_counts(counts, repeats, len(possible), what):
+        for _ in range(repeats):
+            order = torch.randperm(len(possible), generator=generator, device=generator.device)[:count].tolist()
+            sets.append(tuple(sorted(possible[i] for i in order)))
+    return sets
 
 
 def _reordering(name: str, order: list[int], touched: tuple[int, ...] | None = None) -> Lesion:

@@ -26,7 +26,7 @@ FLOORS = [
     {"lesions.work"},
     {"lesions", "graph", "gradients"},
     {"paper", "figures.layout"},
-    {"figures.gradients"},
+    {"figures.gradients", "figures.lesions"},
     {"figures"},
     {"reproduce"},
     {"cli"},

@@ -22,20 +22,26 @@ import networkx as nx
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
-from matplotlib.lines import Line2D
 from matplotlib.path import Path as Curve
 
 from resnet_paths.errors import ResnetPathsError
 from resnet_paths.figures.gradients import plot_coherence, plot_effective_window, plot_path_gradients
 from resnet_paths.figures.layout import INK, MARKERS, MUTED, checked, groups_of, legend_above, whole_numbers_from_zero
+from resnet_paths.figures.lesions import (
+    plot_lesion_counts,
+    plot_pair_interactions,
+    plot_predicted_effects,
+    plot_reorderings,
+    plot_single_deletions,
+)
 from resnet_paths.paper import paper_style, save_figure
 from resnet_paths.paths import check_path
 
 __all__ = [
-    "paper_style", "plot_coherence", "plot_effective_window", "plot_path_gradients", "plot_path_histogram",
+    "paper_style", "plot_coherence", "plot_effective_window", "plot_lesion_counts", "plot_pair_interactions",
+    "plot_path_gradients", "plot_path_histogram", "plot_predicted_effects", "plot_reorderings",
     "plot_single_deletions", "plot_training_curves", "plot_unraveled_graph", "save_figure",
 ]  # fmt: skip
 
@@ -73,81 +79,6 @@ def plot_path_histogram(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     whole_numbers_from_zero(ax)
     if by:
         legend_above(ax, ax.get_legend_handles_labels()[0])
-    return ax
-
-
-def plot_single_deletions(
-    frame: pd.DataFrame,
-    ax: Axes | None = None,
-    published: pd.DataFrame | None = None,
-    stage_starts: Sequence[int] = (),
-    chance: float | None = None,
-) -> Axes:
-    """Test error after deleting one block, against the block's index (Veit et al. 2016, figures 3 and 4).
-
-    A marked line with interval bars a network; its error when intact is the dashed line of the same colour. A row
-    without a number leaves a gap.
-
-    Args:
-        frame: A row a deleted block: ``network``, ``block_index`` counted from 0, and in [0, 1] ``error_rate``,
-            ``error_rate_low``, ``error_rate_high``, ``intact_error_rate``.
-        ax: Where to draw; the current axes if None.
-        published: Results of the paper's authors, drawn in grey behind: ``network``, ``dataset``, ``block_index``,
-            and in percent ``error_percent``, ``intact_error_percent``.
-        stage_starts: Indices of blocks to mark, the first ones of their stages.
-        chance: Error rate of guessing, in [0, 1].
-
-    Returns:
-        The axes.
-
-    Raises:
-        ResnetPathsError: If columns are missing, no row has a number, a block occurs twice in one network, or a rate is
-            not in [0, 1].
-    """
-    keys = ["network", "block_index"]
-    bounds = ["error_rate_low", "error_rate_high", "intact_error_rate"]
-    frame = checked("frame", frame, "error_rate", keys, bounds, rate=True)
-    if published is not None:
-        published = checked("published", published, "error_percent", [*keys, "dataset"], ["intact_error_percent"])
-    if chance is not None and not 0 <= chance <= 1:
-        raise ResnetPathsError("chance", chance, "an error rate in [0, 1]")
-    ax = plt.gca() if ax is None else ax
-    handles: list[Artist] = []
-    behind: list[Artist] = []
-    style: dict[str, Any]
-    if published is not None:
-        greys = cycle(("0.5", "0.7", "0.6", "0.8"))
-        for (name, rows), grey in zip(groups_of(published, ["network", "dataset"], "block_index"), greys, strict=False):
-            label = f"Veit et al. 2016, {name[0]} ({name[1]})"
-            style = {"color": grey, "linewidth": 0.7, "zorder": 1.5}
-            behind += ax.plot(rows["block_index"], rows["error_percent"], label=label, **style)
-            _intact_line(ax, rows["block_index"], rows["intact_error_percent"], style)
-    networks = groups_of(frame, ["network"], "block_index")
-    for index, ((network, rows), marker) in enumerate(zip(networks, cycle(MARKERS), strict=False)):
-        x, colour = rows["block_index"], f"C{index}"
-        ax.vlines(x, 100 * rows["error_rate_low"], 100 * rows["error_rate_high"], color=colour, linewidth=0.8)
-        style = {"color": colour, "linewidth": 0.8}
-        # No line leads across a block that could not be deleted.
-        curve = rows.set_index("block_index")["error_rate"].reindex(range(int(x.min()), int(x.max()) + 1))
-        handles += ax.plot(curve.index, 100 * curve, marker=marker, markersize=2.5, label=str(network), **style)
-        _intact_line(ax, x, 100 * rows["intact_error_rate"], style)
-    handles.append(Line2D([], [], color=INK, linestyle="--", linewidth=0.8, label="intact"))
-    if chance is not None:
-        ax.axhline(100 * chance, color=INK, linestyle=":", linewidth=0.8, zorder=1)
-        # No room above the line where chance is near 100 %: then below it.
-        above = chance <= 0.9
-        ax.annotate(
-            "chance", (1, 100 * chance), xycoords=("axes fraction", "data"), xytext=(0, 1 if above else -1),
-            textcoords="offset points", ha="right", va="bottom" if above else "top", fontsize="small", color=INK,
-        )  # fmt: skip
-        ax.set_ylim(top=max(ax.get_ylim()[1], 100 * chance + 12))
-    ax.set(xlabel="deleted block (index from 0)", ylabel="test error (%)")
-    last = max(data["block_index"].max() for data in (frame, published) if data is not None)
-    ax.set(xlim=(-1, last + 1), ylim=(0, min(ax.get_ylim()[1], 102)))
-    whole_numbers_from_zero(ax)
-    if len(stage_starts):
-        _mark_stages(ax, sorted(stage_starts))
-    legend_above(ax, behind, handles, gap_points=11 if len(stage_starts) else 3)
     return ax
 
 
@@ -256,24 +187,6 @@ def plot_training_curves(frame: pd.DataFrame, ax: Axes | None = None, value: str
     whole_numbers_from_zero(ax)
     legend_above(ax, ax.get_legend_handles_labels()[0])
     return ax
-
-
-def _intact_line(ax: Axes, x: pd.Series[Any], percent: pd.Series[Any], style: dict[str, Any]) -> None:
-    """A dashed line at each intact error there is (one a network) along the network's blocks."""
-    ax.hlines(percent.dropna().unique(), x.min() - 0.5, x.max() + 0.5, linestyles="dashed", **style)
-
-
-def _mark_stages(ax: Axes, starts: Sequence[int]) -> None:
-    """Thin lines with a mark on top, and one label where there is most room between them."""
-    along = ax.get_xaxis_transform()
-    ax.vlines(starts, 0, 1, color=MUTED, linewidth=0.5, zorder=0.5, transform=along)
-    tops = [1.0] * len(starts)
-    ax.plot(starts, tops, linestyle="none", marker="v", markersize=3, color=INK, clip_on=False, transform=along)
-    gaps = np.diff([*starts, ax.get_xlim()[1]])
-    ax.annotate(
-        "stage starts", (starts[int(np.argmax(gaps))], 1), xycoords=along, xytext=(4, 0), textcoords="offset points",
-        va="bottom", fontsize="small", color=INK,
-    )  # fmt: skip
 
 
 def _offered(graph: nx.DiGraph) -> list[list[int]]:

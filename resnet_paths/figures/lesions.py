@@ -1,0 +1,280 @@
+"""Figures of lesion studies (Veit et al. 2016, figures 3 to 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import cycle
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from resnet_paths.errors import ResnetPathsError
+from resnet_paths.figures.layout import INK, MARKERS, MUTED, checked, groups_of, legend_above, whole_numbers_from_zero
+
+__all__ = [
+    "plot_lesion_counts", "plot_pair_interactions", "plot_predicted_effects", "plot_reorderings",
+    "plot_single_deletions",
+]  # fmt: skip
+
+_SCORES = {
+    "first_order_loss_increase": "loss increase to first order (nats)",
+    "block_influence": "block influence (1 - cosine)",
+    "angular_distance": "angular distance (share of a half turn)",
+    "relative_branch_norm": "norm of branch / norm of skip",
+}
+_EFFECTS = {"error_increase": "error increase (points)", "loss": "loss (nats)"}
+_TAU_BIN = 0.05
+
+
+def plot_single_deletions(
+    frame: pd.DataFrame,
+    ax: Axes | None = None,
+    published: pd.DataFrame | None = None,
+    stage_starts: Sequence[int] = (),
+    chance: float | None = None,
+) -> Axes:
+    """Test error after deleting one block, against the block's index (Veit et al. 2016, figures 3 and 4).
+
+    A marked line with interval bars a network; its error when intact is the dashed line of the same colour. A row
+    without a number leaves a gap.
+
+    Args:
+        frame: A row a deleted block: ``network``, ``block_index`` counted from 0, and in [0, 1] ``error_rate``,
+            ``error_rate_low``, ``error_rate_high``, ``intact_error_rate``.
+        ax: Where to draw; the current axes if None.
+        published: Results of the paper's authors, drawn in grey behind: ``network``, ``dataset``, ``block_index``,
+            and in percent ``error_percent``, ``intact_error_percent``.
+        stage_starts: Indices of blocks to mark, the first ones of their stages.
+        chance: Error rate of guessing, in [0, 1].
+
+    Returns:
+        The axes.
+
+    Raises:
+        ResnetPathsError: If columns are missing, no row has a number, a block occurs twice in one network, or a rate is
+            not in [0, 1].
+    """
+    keys = ["network", "block_index"]
+    bounds = ["error_rate_low", "error_rate_high", "intact_error_rate"]
+    frame = checked("frame", frame, "error_rate", keys, bounds, rate=True)
+    if published is not None:
+        published = checked("published", published, "error_percent", [*keys, "dataset"], ["intact_error_percent"])
+    if chance is not None and not 0 <= chance <= 1:
+        raise ResnetPathsError("chance", chance, "an error rate in [0, 1]")
+    ax = plt.gca() if ax is None else ax
+    handles: list[Artist] = []
+    behind: list[Artist] = []
+    style: dict[str, Any]
+    if published is not None:
+        greys = cycle(("0.5", "0.7", "0.6", "0.8"))
+        for (name, rows), grey in zip(groups_of(published, ["network", "dataset"], "block_index"), greys, strict=False):
+            label = f"Veit et al. 2016, {name[0]} ({name[1]})"
+            style = {"color": grey, "linewidth": 0.7, "zorder": 1.5}
+            behind += ax.plot(rows["block_index"], rows["error_percent"], label=label, **style)
+            _intact_line(ax, rows["block_index"], rows["intact_error_percent"], style)
+    networks = groups_of(frame, ["network"], "block_index")
+    for index, ((network, rows), marker) in enumerate(zip(networks, cycle(MARKERS), strict=False)):
+        x, colour = rows["block_index"], f"C{index}"
+        ax.vlines(x, 100 * rows["error_rate_low"], 100 * rows["error_rate_high"], color=colour, linewidth=0.8)
+        style = {"color": colour, "linewidth": 0.8}
+        # No line leads across a block that could not be deleted.
+        curve = rows.set_index("block_index")["error_rate"].reindex(range(int(x.min()), int(x.max()) + 1))
+        handles += ax.plot(curve.index, 100 * curve, marker=marker, markersize=2.5, label=str(network), **style)
+        _intact_line(ax, x, 100 * rows["intact_error_rate"], style)
+    handles.append(Line2D([], [], color=INK, linestyle="--", linewidth=0.8, label="intact"))
+    if chance is not None:
+        ax.axhline(100 * chance, color=INK, linestyle=":", linewidth=0.8, zorder=1)
+        # No room above the line where chance is near 100 %: then below it.
+        above = chance <= 0.9
+        ax.annotate(
+            "chance", (1, 100 * chance), xycoords=("axes fraction", "data"), xytext=(0, 1 if above else -1),
+            textcoords="offset points", ha="right", va="bottom" if above else "top", fontsize="small", color=INK,
+        )  # fmt: skip
+        ax.set_ylim(top=max(ax.get_ylim()[1], 100 * chance + 12))
+    ax.set(xlabel="deleted block (index from 0)", ylabel="test error (%)")
+    last = max(data["block_index"].max() for data in (frame, published) if data is not None)
+    ax.set(xlim=(-1, last + 1), ylim=(0, min(ax.get_ylim()[1], 102)))
+    whole_numbers_from_zero(ax)
+    if len(stage_starts):
+        _mark_stages(ax, sorted(stage_starts))
+    legend_above(ax, behind, handles, gap_points=11 if len(stage_starts) else 3)
+    return ax
+
+
+def plot_lesion_counts(frame: pd.DataFrame, ax: Axes | None = None, published: pd.DataFrame | None = None) -> Axes:
+    """Test error against the number of blocks deleted at once, or duplicated (Veit et al. 2016, figure 5a).
+
+    A faint dot a lesion; their median a marked line, with bars from the first to the third quartile.
+
+    Args:
+        frame: From `resnet_paths.lesion_study`: ``num_lesions``, ``error_rate`` in [0, 1]; a column ``network`` names
+            several networks.
+        ax: Where to draw; the current axes if None.
+        published: Results of the paper's authors, drawn in grey behind: ``network``, ``dataset``, ``num_lesions``, and
+            in percent ``error_percent_q25``, ``error_percent_median``, ``error_percent_q75``.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ResnetPathsError: If columns are missing, no row has a number, or a rate is not in [0, 1].
+    """
+    ax = _plot_quartiles(frame, "num_lesions", ax, published, "num_lesions")
+    ax.set(xlabel="blocks at once", ylabel="test error (%)")
+    whole_numbers_from_zero(ax)
+    return ax
+
+
+def plot_reorderings(frame: pd.DataFrame, ax: Axes | None = None, published: pd.DataFrame | None = None) -> Axes:
+    """Test error against Kendall's tau of the order of the blocks with the intact one (Veit et al. 2016, figure 5b).
+
+    A faint dot a lesion; the median of the lesions within 0.025 of each multiple of 0.05 a marked line, with bars from
+    the first to the third quartile. Disorder grows to the right.
+
+    Args:
+        frame: From `resnet_paths.lesion_study`: ``kendall_tau``, ``error_rate`` in [0, 1]; a column ``network`` names
+            several networks.
+        ax: Where to draw; the current axes if None.
+        published: Results of the paper's authors, drawn in grey behind: ``network``, ``dataset``, ``kendall_tau_bin``,
+            and in percent ``error_percent_q25``, ``error_percent_median``, ``error_percent_q75``.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ResnetPathsError: If columns are missing, no row has a number, or a rate is not in [0, 1].
+    """
+    ax = _plot_quartiles(frame, "kendall_tau", ax, published, "kendall_tau_bin", bin_width=_TAU_BIN)
+    ax.set(xlabel="Kendall's tau of the order of blocks", ylabel="test error (%)", ylim=(0, None))
+    ax.xaxis.set_inverted(True)
+    return ax
+
+
+def plot_pair_interactions(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """What the deletion of two blocks costs beyond the sum of what each costs alone, for each pair.
+
+    Args:
+        frame: From `resnet_paths.pair_interactions`: ``first``, ``second``, ``interaction`` in [-1, 1].
+        ax: Where to draw; the current axes if None.
+
+    Returns:
+        The axes: a map with a colour bar in points of error, above 0 where blocks stand in for one another.
+
+    Raises:
+        ResnetPathsError: If columns are missing, no row has a number, or a pair occurs twice.
+    """
+    frame = checked("frame", frame, "interaction", ["first", "second"])
+    ax = plt.gca() if ax is None else ax
+    blocks = np.union1d(frame["first"], frame["second"])
+    both = pd.concat([frame, frame.rename(columns={"first": "second", "second": "first"})])
+    table = 100 * both.pivot_table(index="first", columns="second", values="interaction").reindex(
+        blocks, columns=blocks
+    )
+    most = float(np.nanmax(np.abs(table.to_numpy()))) or 1.0
+    edges = np.append(blocks, blocks[-1] + 1) - 0.5
+    mesh = ax.pcolormesh(edges, edges, table, cmap="RdBu_r", vmin=-most, vmax=most, rasterized=True)
+    ax.figure.colorbar(mesh, ax=ax, label="interaction (points of error)", pad=0.02)
+    ax.set(xlabel="deleted block", ylabel="deleted block", aspect="equal")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    return ax
+
+
+def plot_predicted_effects(
+    predicted: pd.DataFrame, study: pd.DataFrame, score: str, ax: Axes | None = None, effect: str = "error_increase"
+) -> Axes:
+    """A cheap score of each block against what its deletion does, with bars of one standard error of the score.
+
+    Args:
+        predicted: From `resnet_paths.predicted_effects`.
+        study: From `resnet_paths.lesion_study`, with single deletions.
+        score: ``"first_order_loss_increase"``, ``"block_influence"``, ``"angular_distance"`` or
+            ``"relative_branch_norm"``.
+        ax: Where to draw; the current axes if None.
+        effect: ``"error_increase"``, drawn in points, or ``"loss"``.
+
+    Returns:
+        The axes; blocks are numbered where there are at most twelve.
+
+    Raises:
+        ResnetPathsError: If the score or the effect is another, or columns are missing.
+    """
+    for argument, value, known in (("score", score, _SCORES), ("effect", effect, _EFFECTS)):
+        if value not in known:
+            raise ResnetPathsError(argument, value, f"one of {', '.join(map(repr, known))}")
+    predicted = checked("predicted", predicted, score, ["block_index"], [f"{score}_se"])
+    single = study[study["blocks"].map(len) == 1]
+    single = checked("study", single.assign(block_index=[b[0] for b in single["blocks"]]), effect, ["block_index"])
+    both = predicted.merge(single, on="block_index")
+    ax = plt.gca() if ax is None else ax
+    y = both[effect] * (100 if effect == "error_increase" else 1)
+    ax.errorbar(both[score], y, xerr=both[f"{score}_se"], linestyle="none", marker="o", markersize=2.5, elinewidth=0.5)
+    if len(both) <= 12:
+        for x, height, index in zip(both[score], y, both["block_index"], strict=True):
+            ax.annotate(str(index), (x, height), (3, 2), textcoords="offset points", fontsize="small", color=INK)
+    ax.set(xlabel=_SCORES[score], ylabel=_EFFECTS[effect])
+    return ax
+
+
+def _plot_quartiles(
+    frame: pd.DataFrame, along: str, ax: Axes | None, published: pd.DataFrame | None, published_along: str,
+    bin_width: float | None = None,
+) -> Axes:  # fmt: skip
+    """Dots, medians and quartiles of the error in percent, by place on the horizontal axis; the authors' behind."""
+    by = ["network"] if isinstance(frame, pd.DataFrame) and "network" in frame else []
+    columns = [*by, along, "error_rate"]
+    # Several lesions may well stand at one place: rows are told apart by their number.
+    numbered = frame.reset_index(drop=True).reset_index() if isinstance(frame, pd.DataFrame) else frame
+    frame = checked("frame", numbered, "error_rate", ["index", *columns[:-1]], rate=True)
+    quartiles = [f"error_percent_{name}" for name in ("median", "q25", "q75")]
+    if published is not None:
+        names = ["network", "dataset", published_along]
+        published = checked("published", published, quartiles[0], names, quartiles[1:])
+    ax = plt.gca() if ax is None else ax
+    behind: list[Artist] = []
+    if published is not None:
+        greys = cycle(("0.5", "0.7", "0.6"))
+        groups = groups_of(published, ["network", "dataset"], published_along)
+        for (name, rows), grey in zip(groups, greys, strict=False):
+            x = rows[published_along]
+            label = f"Veit et al. 2016, {name[0]} ({name[1]})"
+            behind += ax.plot(x, rows[quartiles[0]], color=grey, linewidth=0.8, zorder=1.5, label=label)
+            ax.fill_between(x, rows[quartiles[1]], rows[quartiles[2]], color=grey, alpha=0.25, linewidth=0, zorder=1)
+    handles: list[Artist] = []
+    networks = groups_of(frame, by, along)
+    for index, ((network, rows), marker) in enumerate(zip(networks, cycle(MARKERS), strict=False)):
+        percent, colour = 100 * rows["error_rate"], f"C{index}"
+        place = rows[along] if bin_width is None else bin_width * (rows[along] / bin_width).round()
+        low, middle, high = (percent.groupby(place).quantile(share) for share in (0.25, 0.5, 0.75))
+        ax.scatter(rows[along], percent, s=2, color=colour, alpha=0.25, linewidths=0, zorder=1.8)
+        ax.vlines(middle.index, low, high, color=colour, linewidth=1.2)
+        label = "median and quartiles" if network is None else str(network)
+        handles += ax.plot(
+            middle.index, middle, marker=marker, markersize=2.5, color=colour, linewidth=0.8, label=label
+        )
+    legend_above(ax, behind, handles)
+    return ax
+
+
+def _intact_line(ax: Axes, x: pd.Series[Any], percent: pd.Series[Any], style: dict[str, Any]) -> None:
+    """A dashed line at each intact error there is (one a network) along the network's blocks."""
+    ax.hlines(percent.dropna().unique(), x.min() - 0.5, x.max() + 0.5, linestyles="dashed", **style)
+
+
+def _mark_stages(ax: Axes, starts: Sequence[int]) -> None:
+    """Thin lines with a mark on top, and one label where there is most room between them."""
+    along = ax.get_xaxis_transform()
+    ax.vlines(starts, 0, 1, color=MUTED, linewidth=0.5, zorder=0.5, transform=along)
+    tops = [1.0] * len(starts)
+    ax.plot(starts, tops, linestyle="none", marker="v", markersize=3, color=INK, clip_on=False, transform=along)
+    gaps = np.diff([*starts, ax.get_xlim()[1]])
+    ax.annotate(
+        "stage starts", (starts[int(np.argmax(gaps))], 1), xycoords=along, xytext=(4, 0), textcoords="offset points",
+        va="bottom", fontsize="small", color=INK,
+    )  # fmt: skip
