@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,6 +17,11 @@ app = typer.Typer(
     help="Residual networks as ensembles of paths (Veit, Wilber and Belongie 2016).",
 )
 
+_PLANS = (
+    "single-deletions", "random-deletions", "pair-deletions", "random-swaps", "duplications", "random-duplications",
+    "layer-schedules",
+)  # fmt: skip
+
 
 @app.command()
 def train(
@@ -25,7 +30,7 @@ def train(
     epochs: Annotated[int, typer.Option(help="Passes over the training split.")] = 12,
     seed: Annotated[int, typer.Option(help="Seed of initialisation, order and augmentation.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Images a step, over all devices together.")] = 128,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 0.1,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak; the network's own by default.")] = None,
     precision: Annotated[str, typer.Option(help="Fabric's: '32-true', 'bf16-mixed', '16-mixed'.")] = "32-true",
     accelerator: Annotated[str, typer.Option(help="Fabric's: 'auto', 'cpu', 'gpu', 'mps'.")] = "auto",
     devices: Annotated[str, typer.Option(help="Fabric's: number of devices a machine, or 'auto'.")] = "1",
@@ -38,10 +43,10 @@ def train(
     from resnet_paths.errors import ResnetPathsError
     from resnet_paths.training import TrainingSettings, train
 
+    own: dict[str, Any] = {} if learning_rate is None else {"learning_rate": learning_rate}
     settings = TrainingSettings(
-        network=network, dataset=dataset, epochs=epochs, seed=seed, batch_size=batch_size,
-        learning_rate=learning_rate, precision=precision,
-    )  # fmt: skip
+        network=network, dataset=dataset, epochs=epochs, seed=seed, batch_size=batch_size, precision=precision, **own
+    )
     try:
         epochs_kept = [int(number) for number in snapshots.split(",") if number]
     except ValueError as error:
@@ -73,36 +78,74 @@ def reproduce(
 @app.command()
 def lesion(
     network: Annotated[str, typer.Argument(help="Name of a network with shipped weights, or of any with --weights.")],
+    plan: Annotated[str, typer.Option(help=f"One of {', '.join(_PLANS)}.")] = "single-deletions",
+    counts: Annotated[str, typer.Option(help="How many blocks at once for the random plans, as in '1-20'.")] = "1-20",
+    repeats: Annotated[int, typer.Option(help="Lesions of each count for the random plans.")] = 20,
+    seed: Annotated[int, typer.Option(help="Seed of the random plans.")] = 0,
     weights: Annotated[Path | None, typer.Option(help="A weights file that 'resnet-paths train' wrote.")] = None,
     dataset: Annotated[str, typer.Option(help="'fashion-mnist' or 'cifar-10'; its test split.")] = "fashion-mnist",
     num_images: Annotated[int | None, typer.Option(help="The first so many test images; all by default.")] = None,
+    store: Annotated[Path | None, typer.Option(help="Folder of finished pieces: a stopped study goes on.")] = None,
+    device: Annotated[str, typer.Option(help="'auto', or a device of torch such as 'cuda:1'.")] = "auto",
+    precision: Annotated[str | None, typer.Option(help="'bfloat16', 'float16', 'float32' or 'float64'.")] = None,
+    channels_last: Annotated[bool, typer.Option(help="Lay images out with their channels last.")] = False,
+    batch_size: Annotated[int, typer.Option(help="Images in a piece of work.")] = 250,
+    batch_budget: Annotated[int | None, typer.Option(help="Most examples a step: splits or stacks batches.")] = None,
     output: Annotated[Path | None, typer.Option(help="CSV file to write; printed by default.")] = None,
 ) -> None:
-    """Delete each block in turn and measure the test error."""
+    """Delete, duplicate or reorder blocks and measure the test error of each lesion."""
+    import torch
     from torch.utils.data import DataLoader, Subset
 
+    from resnet_paths import lesion_plans
     from resnet_paths.datasets import load_dataset
-    from resnet_paths.errors import ResnetPathsError
+    from resnet_paths.errors import ResnetPathsError, StudyInterrupted
     from resnet_paths.files import write_then_rename
-    from resnet_paths.lesion_plans import single_deletions
     from resnet_paths.lesions import lesion_study
     from resnet_paths.unraveling import unravel
     from resnet_paths.zoo import load_network
 
+    if plan not in _PLANS:
+        raise ResnetPathsError("plan", plan, f"one of {', '.join(map(repr, _PLANS))}")
+    if batch_size < 1:
+        raise ResnetPathsError("batch_size", batch_size, "an int of at least 1")
     images = load_dataset(dataset, "test")
     count = len(images) if num_images is None else num_images
     if not 1 <= count <= len(images):
         raise ResnetPathsError("num_images", count, f"an int from 1 to {len(images)}")
-    model = load_network(network, weights, device="auto")
-    chain = unravel(model, images[0][0].unsqueeze(0).to(next(model.parameters()).device))
-    loader = DataLoader(Subset(images, range(count)), batch_size=250)
-    frame = lesion_study(chain, loader, single_deletions(chain))
+    # Unraveled where it was loaded; the study moves it.
+    chain = unravel(load_network(network, weights), images[0][0].unsqueeze(0))
+    arguments: dict[str, Any] = {}
+    if plan.startswith("random-"):
+        arguments = {
+            "counts": _range_of(counts), "repeats": repeats, "generator": torch.Generator().manual_seed(seed),
+        }  # fmt: skip
+    lesions = getattr(lesion_plans, plan.replace("-", "_"))(chain, **arguments)
+    loader = DataLoader(Subset(images, range(count)), batch_size=batch_size)
+    try:
+        frame = lesion_study(
+            chain, loader, lesions, store=store, device=device, precision=precision, channels_last=channels_last,
+            batch_budget=batch_budget,
+        )  # fmt: skip
+    except StudyInterrupted as interrupt:
+        kept = f"; run the same command again to go on from {store}" if store else ", which were not kept: no --store"
+        typer.echo(f"resnet-paths: stopped after {interrupt.num_batches} batches{kept}", err=True)
+        raise typer.Exit(130) from None
     if output is None:
         typer.echo(frame.to_string(index=False, float_format="{:.4f}".format))
     else:
         with write_then_rename(output) as temporary:
             frame.to_csv(temporary, index=False)
         typer.echo(f"wrote {output}")
+
+
+def _range_of(counts: str) -> list[int]:
+    from resnet_paths.errors import ResnetPathsError
+
+    first, _, last = counts.partition("-")
+    if not (first.isdigit() and (last or first).isdigit()):
+        raise ResnetPathsError("counts", counts, "a number or a range of numbers, as in '1-20'")
+    return list(range(int(first), int(last or first) + 1))
 
 
 @app.command()
