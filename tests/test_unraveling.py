@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import resnet_paths as rp
-from resnet_paths.zoo import NETWORKS, build_network
+from resnet_paths.zoo import build_network
 from tests.chains import assert_same, inputs, plans, random_model, snapshot
 
 BLOCKS = {
@@ -99,17 +99,6 @@ def test_random_models_as_users_write_them(plan):
     nn.init.zeros_(without.blocks[index].fc2.bias)
     with torch.no_grad():
         assert torch.equal(rp.delete_block(chain, index)(inputs()), without(inputs()))
-
-
-@pytest.mark.parametrize(
-    "name", ["preact-resnet-20", "plain-20", pytest.param("preact-resnet-164", marks=pytest.mark.slow)]
-)
-def test_our_networks(name):
-    model = build_network(name, torch.Generator().manual_seed(0)).eval()
-    chain = rp.unravel(model, images(2, 28, 1))
-    assert (len(chain), chain.num_paths) == (NETWORKS[name].num_blocks, NETWORKS[name].num_paths)
-    with torch.no_grad():
-        assert torch.equal(chain(images(3, 28, 1)), model(images(3, 28, 1)))
 
 
 def test_all_512_paths_of_a_nine_block_network_run_alone():

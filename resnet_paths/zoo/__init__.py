@@ -6,9 +6,6 @@ They are made by ``resnet-paths train NAME`` and never read through pickle.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -16,103 +13,12 @@ import torch
 from torch import nn
 
 from resnet_paths.device import choose_device
-from resnet_paths.errors import ResnetPathsError, nearest_names
+from resnet_paths.errors import ResnetPathsError
 from resnet_paths.files import shipped_folder
-from resnet_paths.zoo.resnet import PlainNet, PreactResNet
+from resnet_paths.zoo.catalog import NETWORKS, NetworkFacts, Recipe, build_network, find_network
 from resnet_paths.zoo.weights import read_metadata, read_weights
 
-__all__ = ["NETWORKS", "NetworkFacts", "build_network", "find_network", "list_networks", "load_network"]
-
-
-@dataclass(frozen=True)
-class NetworkFacts:
-    """What the project knows of a network before it is built.
-
-    Attributes:
-        build: Called with ``in_channels`` and ``num_classes``; returns the module.
-        description: One line for people.
-        num_blocks: Blocks that `resnet_paths.unravel` finds.
-        num_paths: Paths through them, 2^n with skips and 1 without.
-    """
-
-    build: Callable[..., nn.Module]
-    description: str
-    num_blocks: int
-    num_paths: int
-
-
-def _preact(depth: int, *, bottleneck: bool = False) -> NetworkFacts:
-    layers = 3 if bottleneck else 2
-    blocks = (depth - 2) // layers
-    return NetworkFacts(
-        partial(PreactResNet, depth, bottleneck=bottleneck),
-        f"pre-activation ResNet, {blocks} blocks of {layers} convolutions",
-        blocks,
-        2**blocks,
-    )
-
-
-def _plain(depth: int) -> NetworkFacts:
-    blocks = (depth - 2) // 2
-    return NetworkFacts(partial(PlainNet, depth), f"plain net, {blocks} blocks of 2 convolutions, no skips", blocks, 1)
-
-
-NETWORKS: dict[str, NetworkFacts] = {
-    **{f"preact-resnet-{depth}": _preact(depth) for depth in (20, 32, 44, 56, 110)},
-    "preact-resnet-164": _preact(164, bottleneck=True),
-    **{f"plain-{depth}": _plain(depth) for depth in (20, 32, 44, 56, 110)},
-}
-"""All networks by name."""
-
-
-def find_network(name: str) -> NetworkFacts:
-    """Facts of the network called `name`.
-
-    Args:
-        name: Key of `NETWORKS`.
-
-    Returns:
-        Its facts.
-
-    Raises:
-        ResnetPathsError: If there is no such network; the nearest names are given.
-    """
-    if name not in NETWORKS:
-        raise ResnetPathsError("name", name, f"one of the known networks, nearest {nearest_names(name, NETWORKS)}")
-    return NETWORKS[name]
-
-
-def build_network(name: str, generator: torch.Generator, *, in_channels: int = 1, num_classes: int = 10) -> nn.Module:
-    """An untrained network in training mode, initialised from `generator` alone.
-
-    Convolutions are drawn by He's rule (fan-out; He et al. 2015), linear layers by torch's default rule.
-
-    Args:
-        name: Key of `NETWORKS`.
-        generator: Source of all random numbers; a CPU generator.
-        in_channels: Channels of the image.
-        num_classes: Number of logits.
-
-    Returns:
-        The module, on the CPU, in float32.
-
-    Raises:
-        ResnetPathsError: If the name is unknown.
-    """
-    facts = find_network(name)
-    with torch.device("meta"):
-        model = facts.build(in_channels=in_channels, num_classes=num_classes)
-    model.to_empty(device="cpu")
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu", generator=generator)
-        elif isinstance(module, nn.Linear):
-            bound = module.in_features**-0.5
-            nn.init.uniform_(module.weight, -bound, bound, generator=generator)
-            nn.init.uniform_(module.bias, -bound, bound, generator=generator)
-        elif isinstance(module, nn.BatchNorm2d):
-            module.reset_parameters()
-    return model
+__all__ = ["NETWORKS", "NetworkFacts", "Recipe", "build_network", "find_network", "list_networks", "load_network"]
 
 
 def load_network(name: str, weights: str | Path | None = None, *, device: str | torch.device = "cpu") -> nn.Module:

@@ -1,4 +1,4 @@
-"""CIFAR-style networks of 6n+2 (or 9n+2) layers: pre-activation ResNets and plain twins without skips.
+"""CIFAR-style networks of 6n+2 (or 9n+2) layers: pre- and post-activation ResNets and plain twins without skips.
 
 Three stages at full, half and quarter resolution with 16, 32 and 64 channels (He et al. 2016a, section 4.2).
 Written as ordinary modules, in the way a user would write them: `resnet_paths.unravel` reads them like any other.
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-__all__ = ["PlainNet", "PreactResNet"]
+__all__ = ["PlainNet", "PreactResNet", "ResNet"]
 
 
 def _conv(in_channels: int, out_channels: int, size: int, stride: int = 1) -> nn.Conv2d:
@@ -39,9 +39,16 @@ class PreactBasicBlock(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[batch, in_channels, H, W] to [batch, channels, H / stride, W / stride]."""
         activated = F.relu(self.bn1(x))
-        skip = x if self.projection is None else self.projection(activated)
+        return self.skip(x, activated) + self.branch(activated)
+
+    def skip(self, x: torch.Tensor, activated: torch.Tensor) -> torch.Tensor:
+        """What leads around the branch: the input, or the projection of its pre-activation."""
+        return x if self.projection is None else self.projection(activated)
+
+    def branch(self, activated: torch.Tensor) -> torch.Tensor:
+        """The residual function of the pre-activation."""
         branch: torch.Tensor = self.conv2(F.relu(self.bn2(self.conv1(activated))))
-        return skip + branch
+        return branch
 
 
 class PreactBottleneckBlock(nn.Module):
@@ -68,6 +75,32 @@ class PreactBottleneckBlock(nn.Module):
         hidden = self.conv2(F.relu(self.bn2(self.conv1(activated))))
         branch: torch.Tensor = self.conv3(F.relu(self.bn3(hidden)))
         return skip + branch
+
+
+class BasicBlock(nn.Module):
+    """Post-activation block of two 3x3 convolutions with BatchNorm (He et al. 2016a, figure 2).
+
+    Where the shape changes, the skip takes every second row and column and appends channels of zeros: option A, without
+    parameters.
+    """
+
+    expansion = 1
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = _conv(in_channels, channels, 3, stride)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = _conv(channels, channels, 3)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.stride = stride
+        self.new_channels = channels - in_channels
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[batch, in_channels, H, W] to [batch, channels, H / stride, W / stride]."""
+        branch = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        if self.stride != 1 or self.new_channels:
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_channels))
+        return F.relu(x + branch)
 
 
 class PlainBlock(nn.Module):
@@ -125,20 +158,22 @@ class PreactResNet(nn.Module):
         return logits
 
 
-class PlainNet(nn.Module):
-    """The plain twin: the same convolutions and BatchNorm as a 6n + 2 ResNet, and no skips (He et al. 2016a).
+class ResNet(nn.Module):
+    """Post-activation ResNet with shortcuts of option A (He et al. 2016a, section 4.2).
 
     Args:
-        depth: Number of weight layers, 6n + 2, in 3n blocks without skip: one path.
+        depth: Number of weight layers, 6n + 2, in 3n blocks.
         in_channels: Channels of the image.
         num_classes: Number of logits.
     """
+
+    block: type[nn.Module] = BasicBlock
 
     def __init__(self, depth: int, in_channels: int = 1, num_classes: int = 10) -> None:
         super().__init__()
         self.conv = _conv(in_channels, 16, 3)
         self.bn = nn.BatchNorm2d(16)
-        self.layer1, self.layer2, self.layer3 = _stages(PlainBlock, 1, (depth - 2) // 6)
+        self.layer1, self.layer2, self.layer3 = _stages(self.block, 1, (depth - 2) // 6)
         self.fc = nn.Linear(64, num_classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -146,3 +181,12 @@ class PlainNet(nn.Module):
         x = F.relu(self.bn(self.conv(x)))
         logits: torch.Tensor = self.fc(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
         return logits
+
+
+class PlainNet(ResNet):
+    """The plain twin: parameter for parameter the post-activation ResNet, but without skips (He et al. 2016a).
+
+    Its 3n blocks have no skip: one path.
+    """
+
+    block = PlainBlock

@@ -13,7 +13,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,62 +24,15 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from resnet_paths.datasets import DATASETS, ImageDataset, load_dataset
-from resnet_paths.errors import ResnetPathsError, nearest_names
+from resnet_paths.errors import ResnetPathsError
 from resnet_paths.files import write_then_rename
-from resnet_paths.zoo import build_network, find_network
-from resnet_paths.zoo.weights import read_metadata, read_tensors, write_tensors
+from resnet_paths.training.batches import augmented_batches
+from resnet_paths.training.checkpoints import refuse_other_settings, resume, write_checkpoint
+from resnet_paths.training.settings import TrainingSettings, learning_rate_at
+from resnet_paths.zoo.catalog import build_network
+from resnet_paths.zoo.weights import write_tensors
 
 __all__ = ["TrainingSettings", "evaluate", "train"]
-
-# Those of Fabric's that keep the weights in float32.
-_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
-_LARGEST_SEED = 2**32 - 1
-
-
-@dataclass(frozen=True)
-class TrainingSettings:
-    """Everything that the trained weights depend on. Defaults are those of the shipped networks.
-
-    The optimizer is SGD with Nesterov momentum; the learning rate rises linearly over the first `warmup_epochs` and
-    falls to zero on a cosine. Images are padded by `crop_padding` pixels, cropped at random and flipped at random
-    (He et al. 2016a, section 4.2). `precision` is Fabric's, ``"32-true"``, ``"bf16-mixed"`` or ``"16-mixed"``:
-    ``"bf16-mixed"`` is the one for GPUs and for processors
-    with bfloat16 matrix units; on others it is slower than ``"32-true"``.
-    """
-
-    network: str
-    dataset: str = "fashion-mnist"
-    epochs: int = 12
-    seed: int = 0
-    batch_size: int = 128
-    learning_rate: float = 0.1
-    warmup_epochs: float = 1.0
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    crop_padding: int = 2
-    precision: str = "32-true"
-
-    def __post_init__(self) -> None:
-        """Refuse settings that cannot be trained with."""
-        find_network(self.network)
-        if self.dataset not in DATASETS:
-            raise ResnetPathsError("dataset", self.dataset, f"one of {nearest_names(self.dataset, DATASETS, cutoff=0)}")
-        for name, least in (("epochs", 1), ("batch_size", 2), ("crop_padding", 0), ("seed", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ResnetPathsError(name, value, f"an int of at least {least}")
-        if self.seed > _LARGEST_SEED:
-            raise ResnetPathsError("seed", self.seed, f"an int from 0 to {_LARGEST_SEED}")
-        for name in ("learning_rate", "warmup_epochs", "momentum", "weight_decay"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-                raise ResnetPathsError(name, value, "a finite number of at least 0")
-        if not self.learning_rate > 0:
-            raise ResnetPathsError("learning_rate", self.learning_rate, "a positive number")
-        if not 0 < self.momentum < 1:
-            raise ResnetPathsError("momentum", self.momentum, "a number between 0 and 1, both excluded")
-        if self.precision not in _PRECISIONS:
-            raise ResnetPathsError("precision", self.precision, f"one of {', '.join(map(repr, _PRECISIONS))}")
 
 
 def train(
@@ -135,7 +88,7 @@ def train(
     stem = Path(folder) / f"{settings.network}-seed{settings.seed}"
     weights, checkpoint = stem.with_suffix(".safetensors"), stem.with_suffix(".checkpoint.safetensors")
     if weights.is_file():
-        _refuse_other_settings(weights, settings)
+        refuse_other_settings(weights, settings)
         if fabric.global_rank == 0:
             checkpoint.unlink(missing_ok=True)  # left there by a kill at the very last moment
         return weights
@@ -154,16 +107,13 @@ def train(
         settings.network, torch.Generator().manual_seed(settings.seed), **_shape_of_network(settings.dataset)
     )
     raw = raw.to(memory_format=torch.channels_last)
-    sgd = torch.optim.SGD(
-        raw.parameters(), settings.learning_rate, settings.momentum,
-        weight_decay=settings.weight_decay, nesterov=True,
-    )  # fmt: skip
-    model, optimizer = fabric.setup(raw, sgd)
+    bare = _optimizer(raw, settings)
+    model, optimizer = fabric.setup(raw, bare)
     log: list[dict[str, Any]] = []
     if checkpoint.is_file():
-        _refuse_other_settings(checkpoint, settings)
+        refuse_other_settings(checkpoint, settings)
         # After the set-up: what is read here must be on the device where the weights are now.
-        log = _resume(checkpoint, raw, sgd, fabric.strategy.precision)
+        log = resume(checkpoint, raw, bare, fabric.strategy.precision, settings)
     fabric.barrier()
     if 0 in snapshots and not log and fabric.global_rank == 0:
         with _measured_batchnorm(fabric, model, raw, train_set, settings):
@@ -186,7 +136,7 @@ def train(
                 # Before the checkpoint: a run killed between the two writes the same snapshot again.
                 if epoch + 1 in snapshots:
                     _write_finished(_snapshot_file(stem, epoch + 1), raw, settings, log, test_set)
-                _write_checkpoint(checkpoint, raw, sgd, fabric.strategy.precision, settings, log)
+                write_checkpoint(checkpoint, raw, bare, fabric.strategy.precision, settings, log)
                 _write_log(stem.with_suffix(".csv"), log)
     if fabric.global_rank == 0:
         _write_log(stem.with_suffix(".csv"), log)  # again: the last kill may have come just before it
@@ -219,21 +169,15 @@ def evaluate(model: nn.Module, dataset: ImageDataset, batch_size: int = 500) -> 
     return loss_sum / len(dataset), num_wrong / len(dataset)
 
 
-def learning_rate_at(settings: TrainingSettings, epoch: float) -> float:
-    """The learning rate at a moment of training, counted in epochs.
-
-    Args:
-        settings: The run's settings.
-        epoch: Epochs done, in [0, settings.epochs].
-
-    Returns:
-        Linear from 0 to the peak over the warm-up, then a half cosine to 0.
-    """
-    warmup = min(settings.warmup_epochs, settings.epochs / 2)
-    if epoch < warmup:
-        return settings.learning_rate * epoch / warmup
-    done = (epoch - warmup) / (settings.epochs - warmup)
-    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+def _optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(
+            model.parameters(), settings.learning_rate, (settings.momentum, 0.999), weight_decay=settings.weight_decay
+        )
+    return torch.optim.SGD(
+        model.parameters(), settings.learning_rate, settings.momentum,
+        weight_decay=settings.weight_decay, nesterov=True,
+    )  # fmt: skip
 
 
 def _train_one_epoch(
@@ -243,7 +187,7 @@ def _train_one_epoch(
     model.train()
     loss_sum, num_wrong, num_seen = (torch.zeros((), device=fabric.device) for _ in range(3))
     num_steps = -(-len(dataset) // settings.batch_size)
-    batches = _augmented_batches(dataset, settings, epoch, fabric.global_rank, fabric.world_size)
+    batches = augmented_batches(dataset, settings, epoch, fabric.global_rank, fabric.world_size)
     rate = 0.0
     for step, (images, labels) in enumerate(batches):
         rate = learning_rate_at(settings, epoch + (step + 1) / num_steps)
@@ -298,29 +242,6 @@ def _refuse_diverged(settings: TrainingSettings, epoch: int) -> NoReturn:
         f"a rate at which the loss stays finite; it did not in epoch {epoch + 1}",
         "Nothing was written for this epoch. Try a third of the rate.",
     )  # fmt: skip
-
-
-def _augmented_batches(
-    dataset: ImageDataset, settings: TrainingSettings, epoch: int, rank: int, world_size: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """This process's share of an epoch, in an order and with crops and flips that (seed, epoch) determine."""
-    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch + 1)
-    order = torch.randperm(len(dataset), generator=generator)
-    labels = torch.tensor(dataset.labels)
-    padding = settings.crop_padding
-    height, width = dataset.images.shape[-2:]
-    for batch in torch.split(order, settings.batch_size):
-        # Drawn for the whole batch on every process, so that the draws do not depend on their number.
-        rows = torch.randint(2 * padding + 1, (len(batch), 1), generator=generator)
-        columns = torch.randint(2 * padding + 1, (len(batch), 1), generator=generator)
-        flipped = torch.rand(len(batch), 1, generator=generator) < 0.5
-        rows = rows + torch.arange(height)
-        columns = columns + torch.where(flipped, torch.arange(width - 1, -1, -1), torch.arange(width))
-        mine = slice(rank, None, world_size)
-        padded = F.pad(dataset.images[batch[mine]], [padding] * 4)
-        number = torch.arange(len(padded))[:, None, None]
-        cropped = padded[number, :, rows[mine, :, None], columns[mine, None, :]]
-        yield dataset.normalise(cropped.permute(0, 3, 1, 2)), labels[batch[mine]]
 
 
 def _measure(fabric: Any, model: nn.Module, dataset: ImageDataset, batch_size: int) -> dict[str, Any]:
@@ -383,7 +304,7 @@ def _measured_batchnorm(
         norm.momentum = None  # the plain average over batches
     model.train()
     with torch.no_grad():
-        batches = _augmented_batches(dataset, settings, 0, 0, 1)
+        batches = augmented_batches(dataset, settings, 0)
         for images, _ in itertools.islice(batches, 10):
             model(images.to(fabric.device, memory_format=torch.channels_last))
     try:
@@ -393,43 +314,6 @@ def _measured_batchnorm(
             norm.momentum = momentum
             for name, buffer in norm.named_buffers():
                 buffer.copy_(buffers[name])
-
-
-def _write_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, precision: Any,
-    settings: TrainingSettings, log: list[dict[str, Any]],
-) -> None:  # fmt: skip
-    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
-    for name, parameter in model.named_parameters():
-        tensors[f"momentum.{name}"] = optimizer.state[parameter]["momentum_buffer"]
-    # The loss scale of "16-mixed"; nothing at other precisions.
-    write_tensors(path, tensors, {**asdict(settings), "log": log, "scaler": precision.state_dict()})
-
-
-def _resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, precision: Any) -> list[dict[str, Any]]:
-    tensors, metadata = read_tensors(path), read_metadata(path)
-    try:
-        model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
-        for name, parameter in model.named_parameters():
-            momentum = torch.empty_like(parameter).copy_(tensors[f"momentum.{name}"])
-            optimizer.state[parameter]["momentum_buffer"] = momentum
-        if metadata.get("scaler"):
-            precision.load_state_dict(metadata["scaler"])
-        return list(metadata["log"])
-    except (KeyError, RuntimeError) as error:
-        raise ResnetPathsError(
-            f"checkpoint {path}", str(error), "a checkpoint of this network", "Delete it to start again."
-        ) from error
-
-
-def _refuse_other_settings(path: Path, settings: TrainingSettings) -> None:
-    stored = read_metadata(path)
-    for key, value in asdict(settings).items():
-        if stored.get(key) != value:
-            raise ResnetPathsError(
-                key, value, f"{stored.get(key)!r}, as in {path}",
-                "Pass the same settings to go on, or another folder to start anew.",
-            )  # fmt: skip
 
 
 def _write_log(path: Path, log: list[dict[str, Any]]) -> None:

@@ -1,0 +1,95 @@
+"""Each network is trained by its own recipe, and a stop changes nothing whatever the recipe is."""
+
+import dataclasses
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from resnet_paths import training
+from resnet_paths.training import TrainingSettings, train
+from resnet_paths.training.checkpoints import refuse_other_settings
+from resnet_paths.zoo import NETWORKS, Recipe
+from resnet_paths.zoo.weights import read_metadata, read_tensors, write_tensors
+
+
+@pytest.fixture
+def run(make_images):
+    images = {"train_set": make_images(40), "test_set": make_images(21, seed=1)}
+
+    def call(folder, settings, **options):
+        return train(settings, folder, **{"accelerator": "cpu", "progress": False, **images, **options})
+
+    return call
+
+
+def stopped_after_the_first_epoch(run, folder, settings):
+    """Run, stop after the first checkpoint and run again; returns the weights file."""
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "_write_log", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, settings)
+    assert [path.suffixes for path in folder.iterdir()] == [[".checkpoint", ".safetensors"]]
+    return run(folder, settings)
+
+
+def same_tensors(first, second):
+    one, other = load_file(first), load_file(second)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(value, other[key]) for key, value in one.items())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_settings_follow_the_recipe_unless_told_otherwise(name):
+    recipe = NETWORKS[name].recipe
+    settings = TrainingSettings(name)
+    for field in dataclasses.fields(Recipe):
+        assert getattr(settings, field.name) == getattr(recipe, field.name)
+    assert TrainingSettings(name, learning_rate=0.3, weight_decay=0.0).learning_rate == 0.3
+    assert TrainingSettings(name, weight_decay=0.0).weight_decay == 0
+
+
+def test_a_network_without_batchnorm_has_a_smaller_rate():
+    assert TrainingSettings("vgg-15").learning_rate == 0.02
+    assert TrainingSettings("resnet-56") == dataclasses.replace(TrainingSettings("plain-56"), network="resnet-56")
+
+
+def test_vgg_trains_with_its_recipe(run, tmp_path):
+    settings = TrainingSettings("vgg-15", epochs=2, batch_size=20)
+    path = stopped_after_the_first_epoch(run, tmp_path / "stopped", settings)
+    same_tensors(path, run(tmp_path / "whole", settings))
+    assert read_metadata(path)["learning_rate"] == 0.02
+
+
+def test_files_of_the_time_before_there_was_a_choice_of_optimizer(run, tmp_path):
+    """Finished runs are known again, and stopped ones go on to the same weights."""
+    settings = TrainingSettings("plain-20", epochs=2, batch_size=20)
+    whole = run(tmp_path / "whole", settings)
+    keep = training.write_checkpoint
+
+    def write_as_before(path, *args):
+        keep(path, *args)
+        metadata = {key: value for key, value in read_metadata(path).items() if key not in ("optimizer", "untouched")}
+        write_tensors(path, read_tensors(path), metadata)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "write_checkpoint", write_as_before)
+        same_tensors(stopped_after_the_first_epoch(run, tmp_path / "stopped", settings), whole)
+    metadata = read_metadata(whole)
+    del metadata["optimizer"]
+    write_tensors(whole, load_file(whole), metadata)
+    refuse_other_settings(whole, settings)
+    with pytest.raises(training.ResnetPathsError, match="optimizer: got 'adamw'; allowed: 'sgd'"):
+        refuse_other_settings(whole, dataclasses.replace(settings, optimizer="adamw"))
+
+
+def test_adamw_is_resumed_with_all_of_its_state(run, tmp_path):
+    settings = TrainingSettings("plain-20", epochs=3, batch_size=16, optimizer="adamw", learning_rate=0.003)
+    path = stopped_after_the_first_epoch(run, tmp_path / "stopped", settings)
+    same_tensors(path, run(tmp_path / "whole", settings))
+    by_sgd = run(tmp_path / "sgd", dataclasses.replace(settings, optimizer="sgd"))
+    assert not torch.equal(load_file(path)["fc.weight"], load_file(by_sgd)["fc.weight"])
