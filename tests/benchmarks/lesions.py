@@ -148,12 +148,9 @@ def trie(chain: rp.ResidualChain) -> None:
     prefixes = {tuple(path[: i + 1]) for path in paths for i in range(len(path))}
     one_by_one = sum(map(len, paths))
     counted = frame.attrs["block_evaluations"], frame.attrs["block_evaluations_one_by_one"]
-    print(
-        f"2. {len(plan)} random deletions of 1 to 20 blocks: {counted[0]} block evaluations of {counted[1]}, ", end=""
-    )
-    print(
-        f" of {counted[1]}, {1 - counted[0] / counted[1]:.1%} saved; counted by hand {len(prefixes)} of {one_by_one}\n"
-    )
+    saved = 1 - counted[0] / counted[1]
+    print(f"2. {len(plan)} random deletions of 1 to 20 blocks: {counted[0]} block evaluations of {counted[1]},")
+    print(f"   {saved:.1%} saved; counted by hand {len(prefixes)} of {one_by_one}\n")
     assert counted == (len(prefixes), one_by_one)
 
 
@@ -194,12 +191,10 @@ def dask(chain: rp.ResidualChain, repeats: int) -> None:
                 frames.append(rp.lesion_study(chain, loader, plan, executor=client.get_executor(), progress=False))
                 seconds[workers].append(time.perf_counter() - start)
     ratios = sorted(one / two for one, two in zip(seconds[1], seconds[2], strict=True))
+    equal = all(frame.equals(frames[0]) for frame in frames)
+    print(f"4. Dask, {len(plan)} deletions, 500 images, two workers against one, one thread each:")
     print(
-        f"4. Dask, {len(plan)} deletions, 500 images: two workers {np.median(ratios):.2f} times the throughput of one ",
-        end="",
-    )
-    print(
-        f" the throughput of one ({ratios[0]:.2f} to {ratios[-1]:.2f}); frames equal: {all(frame.equals(frames[0]) for frame in frames)}"
+        f"   {np.median(ratios):.2f} times the throughput ({ratios[0]:.2f} to {ratios[-1]:.2f}); frames equal: {equal}"
     )
 
 
