@@ -194,7 +194,7 @@ def dask(chain: rp.ResidualChain, repeats: int) -> None:
     equal = all(frame.equals(frames[0]) for frame in frames)
     print(f"4. Dask, {len(plan)} deletions, 500 images, two workers against one, one thread each:")
     print(
-        f"   {np.median(ratios):.2f} times the throughput ({ratios[0]:.2f} to {ratios[-1]:.2f}); frames equal: {equal}"
+        f"   {np.median(ratios):.2f} times as many images a second ({ratios[0]:.2f} to {ratios[-1]:.2f}); frames equal: {equal}"
     )
 
 
