@@ -193,9 +193,8 @@ def dask(chain: rp.ResidualChain, repeats: int) -> None:
     ratios = sorted(one / two for one, two in zip(seconds[1], seconds[2], strict=True))
     equal = all(frame.equals(frames[0]) for frame in frames)
     print(f"4. Dask, {len(plan)} deletions, 500 images, two workers against one, one thread each:")
-    print(
-        f"   {np.median(ratios):.2f} times as many images a second ({ratios[0]:.2f} to {ratios[-1]:.2f}); frames equal: {equal}"
-    )
+    print(f"   {np.median(ratios):.2f} times as many images a second ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+    print(f"   frames equal: {equal}")
 
 
 if __name__ == "__main__":
