@@ -37,6 +37,7 @@ _HOME = {
     "swap_blocks": "edits",
     "list_networks": "zoo",
     "load_network": "zoo",
+    "training_logs": "zoo",
     "load_dataset": "datasets",
     "effective_window": "gradients",
     "fit_decay": "gradients",
@@ -68,7 +69,7 @@ __all__ = [
     "lesion_study", "list_networks", "load_dataset", "load_network", "mean_replacements", "pair_deletions",
     "pair_interactions", "parallel_blocks", "path_histogram", "path_network", "permute_blocks", "predicted_effects",
     "random_deletions", "random_duplications", "random_swaps", "reverse_blocks", "sample_paths", "scale_block",
-    "scalings", "score_correlations", "single_deletions", "swap_blocks", "unravel", "unraveled_graph",
+    "scalings", "score_correlations", "single_deletions", "swap_blocks", "training_logs", "unravel", "unraveled_graph",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ if TYPE_CHECKING:
     from resnet_paths.lesions import lesion_study, pair_interactions, predicted_effects, score_correlations
     from resnet_paths.paths import enumerate_paths, path_histogram, sample_paths
     from resnet_paths.unraveling import unravel
-    from resnet_paths.zoo import list_networks, load_network
+    from resnet_paths.zoo import list_networks, load_network, training_logs
 
 
 def __getattr__(name: str) -> Any:

@@ -59,6 +59,18 @@ def train(
 
 
 @app.command()
+def publish(
+    weights: Annotated[Path, typer.Argument(help="Weights of a finished run, such as runs/vgg-15-seed0.safetensors.")],
+    folder: Annotated[Path | None, typer.Option(help="Where to store them; data/networks by default.")] = None,
+) -> None:
+    """Store a finished run, its snapshots and its log to be loaded by name, in half precision if nothing is lost."""
+    from resnet_paths.training.publishing import publish
+
+    for path in publish(weights, folder):
+        typer.echo(f"wrote {path}")
+
+
+@app.command()
 def reproduce(
     profile: Annotated[str, typer.Option(help="'quick' (minutes on a laptop) or 'full' (all images).")] = "quick",
     only: Annotated[list[str] | None, typer.Option(help="Beginning of a notebook's name, such as 02.")] = None,
@@ -159,11 +171,13 @@ def paths(
 
 
 @app.command()
-def networks() -> None:
+def networks(
+    markdown: Annotated[bool, typer.Option(help="The trained ones alone, as a Markdown table.")] = False,
+) -> None:
     """List the known networks, and how good those with shipped weights are."""
-    from resnet_paths.zoo import list_networks
+    from resnet_paths.zoo import list_networks, networks_table
 
-    typer.echo(list_networks().to_string(index=False, na_rep="-"))
+    typer.echo(networks_table() if markdown else list_networks().to_string(index=False, na_rep="-"))
 
 
 def main() -> None:

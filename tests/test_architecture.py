@@ -15,11 +15,11 @@ import resnet_paths as rp
 PACKAGE = Path(rp.__file__).parent
 FLOORS = [
     {"errors", "files", "paths", "device", "fingerprint"},
-    {"chain", "tracing", "zoo.weights", "zoo.initialisation", "zoo.resnet", "zoo.vgg"},
+    {"chain", "tracing", "zoo.weights", "zoo.places", "zoo.initialisation", "zoo.resnet", "zoo.vgg"},
     {"unraveling", "datasets", "placement", "lesions.batchnorm", "gradients.adjoints", "zoo.catalog"},
-    {"zoo", "training.settings"},
+    {"zoo", "training.settings", "training.tasks"},
     {"training.batches", "training.checkpoints"},
-    {"edits", "training", "gradients.cotangents", "gradients.readings", "gradients.effective"},
+    {"edits", "training", "training.publishing", "gradients.cotangents", "gradients.readings", "gradients.effective"},
     {"gradients.backward", "lesion_plans", "lesions.predicted", "lesions.trie"},
     {"gradients.passes", "lesions.pieces"},
     {"lesions.store", "lesions.tally"},

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from resnet_paths import cli, training
 from resnet_paths.errors import ResnetPathsError
-from resnet_paths.zoo import NETWORKS, list_networks, load_network
+from resnet_paths.zoo import NETWORKS, list_networks, load_network, networks_table
 
 COMMANDS = [command.name or command.callback.__name__ for command in cli.app.registered_commands]
 
@@ -161,6 +161,12 @@ def test_networks_prints_every_network():
     assert lines[0].split() == list(list_networks().columns)
     row = next(line for line in lines if "preact-resnet-110" in line)
     assert str(2**54) in row  # exact, never 1.8e16
+
+
+def test_networks_as_markdown():
+    result = CliRunner().invoke(cli.app, ["networks", "--markdown"])
+    assert result.exit_code == 0
+    assert result.stdout == networks_table() + "\n"
 
 
 def test_lesion_deletes_each_block_and_writes_a_table(capsys, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import pickle
 import struct
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -14,11 +15,15 @@ from resnet_paths.datasets import load_dataset
 from resnet_paths.errors import ResnetPathsError
 from resnet_paths.files import shipped_folder
 from resnet_paths.training import TrainingSettings, evaluate, train
-from resnet_paths.zoo import NETWORKS, build_network, list_networks, load_network
+from resnet_paths.training.tasks import TASKS
+from resnet_paths.zoo import NETWORKS, build_network, list_networks, load_network, networks_table, training_logs
+from resnet_paths.zoo.places import weights_in
 from resnet_paths.zoo.weights import read_metadata, read_tensors, read_weights, write_tensors
 
 SMALL = "preact-resnet-20"
-SHIPPED = sorted(path.stem for path in (shipped_folder("data") / "networks").glob("*.safetensors"))
+FOLDER = shipped_folder("data") / "networks"
+SHIPPED = [name for name in NETWORKS if weights_in(FOLDER, name)]
+FILES = [(name, *which) for name in SHIPPED for which in weights_in(FOLDER, name)]
 
 
 def state_copy(model):
@@ -285,18 +290,23 @@ def test_list_networks():
     assert frame["name"].tolist() == list(NETWORKS)
     assert list(frame.columns) == [
         "name", "description", "num_blocks", "num_paths", "num_parameters",
-        "trained", "dataset", "epochs", "seed", "test_error_rate",
+        "trained", "dataset", "epochs", "seeds", "snapshots", "test_error_rate", "test_rmse",
     ]  # fmt: skip
     assert frame["trained"].dtype == bool
-    assert frame["epochs"].dtype == frame["seed"].dtype == pd.Int64Dtype()
-    assert frame["test_error_rate"].dtype == float
+    assert frame["epochs"].dtype == pd.Int64Dtype()
+    assert frame["test_error_rate"].dtype == frame["test_rmse"].dtype == float
     assert frame["num_blocks"].dtype == frame["num_parameters"].dtype == "int64"
     for row in frame.itertuples():
         assert type(row.num_paths) is int
         assert row.num_paths == NETWORKS[row.name].num_paths
         assert row.num_parameters > 0
         assert row.trained == (row.name in SHIPPED)
-        assert pd.isna(row.test_error_rate) != row.trained
+        denoises = NETWORKS[row.name].task == "denoising"
+        assert pd.isna(row.test_error_rate) != (row.trained and not denoises)
+        assert pd.isna(row.test_rmse) != (row.trained and denoises)
+        assert list(row.seeds) == [seed for name, seed, epoch in FILES if name == row.name and epoch is None]
+        kept = [epoch for name, seed, epoch in FILES if (name, seed) == (row.name, 0) and epoch is not None]
+        assert list(row.snapshots) == kept
         assert "block" in row.description
 
 
@@ -307,18 +317,32 @@ def test_the_promised_networks_are_shipped():
     assert {"preact-resnet-20", "preact-resnet-56", "plain-20"} <= set(SHIPPED)
 
 
-def test_shipped_networks_have_settings_and_a_log_a_row_an_epoch():
-    for name in SHIPPED:
-        metadata = read_metadata(shipped_folder("data") / "networks" / f"{name}.safetensors")
-        assert metadata["network"] == name
-        assert metadata["dataset"] == "fashion-mnist"
-        log = pd.read_csv(shipped_folder("data") / "networks" / f"{name}.csv")
-        assert log["epoch"].tolist() == list(range(1, metadata["epochs"] + 1))
-        model = load_network(name)
-        assert len(model.training_log) == metadata["epochs"]
+def test_every_file_in_the_folder_belongs_to_a_network():
+    files = {path for name in NETWORKS for path in weights_in(FOLDER, name).values()}
+    logs = {path.with_suffix(".csv") for path in files if ".epoch" not in path.name}
+    assert set(FOLDER.iterdir()) == files | logs
+
+
+def test_the_data_are_small():
+    assert sum(path.stat().st_size for path in FOLDER.parent.rglob("*") if path.is_file()) < 60e6
+
+
+@pytest.mark.parametrize(("name", "seed", "snapshot"), FILES)
+def test_shipped_networks_have_settings_and_a_log_a_row_an_epoch(name, seed, snapshot):
+    path = weights_in(FOLDER, name)[seed, snapshot]
+    metadata = read_metadata(path)
+    assert (metadata["network"], metadata["seed"], metadata["dataset"]) == (name, seed, "fashion-mnist")
+    epochs = metadata["epochs"] if snapshot is None else snapshot
+    log = pd.read_csv(weights_in(FOLDER, name)[seed, None].with_suffix(".csv"))
+    assert log["epoch"].tolist() == list(range(1, metadata["epochs"] + 1))
+    model = load_network(name, seed=seed, snapshot=snapshot)
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    assert len(model.training_log) == epochs
+    if epochs:
         assert list(model.training_log.columns) == list(log.columns)
         for column in ("train_loss", "test_loss", "test_error_rate"):
-            assert model.training_log[column].tolist() == pytest.approx(log[column].tolist(), rel=1e-5)
+            given = pd.to_numeric(model.training_log[column]).tolist()
+            assert given == pytest.approx(log[column].tolist()[:epochs], rel=1e-5, nan_ok=True)
 
 
 def test_shipped_resnet_56_is_good_enough():
@@ -327,9 +351,41 @@ def test_shipped_resnet_56_is_good_enough():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SHIPPED)
-def test_shipped_network_has_the_error_that_its_file_states(name):
-    stated = read_metadata(shipped_folder("data") / "networks" / f"{name}.safetensors")
-    loss, error_rate = evaluate(load_network(name), load_dataset("fashion-mnist", "test"))
-    assert error_rate == pytest.approx(stated["test_error_rate"], abs=1e-4)
+@pytest.mark.parametrize(("name", "seed", "snapshot"), FILES)
+def test_shipped_network_has_the_error_that_its_file_states(name, seed, snapshot):
+    stated = read_metadata(weights_in(FOLDER, name)[seed, snapshot])
+    task = NETWORKS[name].task
+    model = load_network(name, seed=seed, snapshot=snapshot)
+    loss, judged = evaluate(model, load_dataset("fashion-mnist", "test"), task=task)
+    assert judged == pytest.approx(stated[TASKS[task].measure], abs=1e-4)
     assert loss == pytest.approx(stated["test_loss"], abs=1e-4)
+
+
+def test_the_readme_holds_the_table_of_shipped_networks():
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    table = readme.split("<!-- The table is what 'resnet-paths networks --markdown' prints. -->\n")[1]
+    assert table.split("\n<!-- End of the table. -->")[0] == networks_table()
+
+
+def test_the_table_has_a_row_a_network_and_seed():
+    lines = networks_table().splitlines()
+    assert len(lines) == 2 + len([snapshot for *_, snapshot in FILES if snapshot is None])
+    assert {line.count("|") for line in lines} == {8}
+    row = next(line for line in lines if "`preact-resnet-20`" in line)
+    assert row.startswith("| `preact-resnet-20` | pre-activation ResNet, 9 blocks of 2 convolutions | ")
+    assert row.endswith(" | 271,994 | 6.19 % | 0 | 12 | 21 min |")
+
+
+def test_training_logs_are_one_tidy_frame():
+    frame = training_logs()
+    runs = frame.groupby(["network", "seed"], sort=False)
+    assert list(runs.groups) == [(name, seed) for name, seed, snapshot in FILES if snapshot is None]
+    for (name, seed), log in runs:
+        pd.testing.assert_frame_equal(log.reset_index(drop=True), load_network(name, seed=seed).training_log)
+    assert set(training_logs("plain-20")["network"]) == {"plain-20"}
+    two = training_logs(["plain-20", "preact-resnet-56"])
+    assert list(two["network"].unique()) == ["plain-20", "preact-resnet-56"]
+    untrained = next(name for name in NETWORKS if name not in SHIPPED)
+    for name, message in (("plain-21", "name: got 'plain-21'"), (untrained, f"names: got '{untrained}'; .*plain-20")):
+        with pytest.raises(ResnetPathsError, match=message):
+            training_logs(name)

@@ -20,7 +20,6 @@ from typing import Any, NoReturn
 import pandas as pd
 import torch
 from torch import nn
-from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from resnet_paths.datasets import DATASETS, ImageDataset, load_dataset
@@ -29,7 +28,9 @@ from resnet_paths.files import write_then_rename
 from resnet_paths.training.batches import augmented_batches
 from resnet_paths.training.checkpoints import refuse_other_settings, resume, write_checkpoint
 from resnet_paths.training.settings import TrainingSettings, learning_rate_at
-from resnet_paths.zoo.catalog import build_network
+from resnet_paths.training.tasks import TASKS, Classification, evaluate, sum_losses
+from resnet_paths.zoo.catalog import build_network, find_network
+from resnet_paths.zoo.places import snapshot_file
 from resnet_paths.zoo.weights import write_tensors
 
 __all__ = ["TrainingSettings", "evaluate", "train"]
@@ -109,6 +110,7 @@ def train(
     raw = raw.to(memory_format=torch.channels_last)
     bare = _optimizer(raw, settings)
     model, optimizer = fabric.setup(raw, bare)
+    task = _task(settings)
     log: list[dict[str, Any]] = []
     if checkpoint.is_file():
         refuse_other_settings(checkpoint, settings)
@@ -117,7 +119,7 @@ def train(
     fabric.barrier()
     if 0 in snapshots and not log and fabric.global_rank == 0:
         with _measured_batchnorm(fabric, model, raw, train_set, settings):
-            _write_finished(_snapshot_file(stem, 0), raw, settings, log, test_set)
+            _write_finished(snapshot_file(weights, 0), raw, settings, log, test_set)
     steps = -(-len(train_set) // settings.batch_size)
     with tqdm(
         total=settings.epochs * steps, initial=len(log) * steps, desc=settings.network, unit="batch",
@@ -126,16 +128,16 @@ def train(
         for epoch in range(len(log), settings.epochs):
             started = time.perf_counter()
             row = _train_one_epoch(fabric, model, optimizer, train_set, settings, epoch, bar)
-            row |= _measure(fabric, model, test_set, settings.batch_size)
+            row |= _measure(fabric, model, test_set, settings)
             if not math.isfinite(row["test_loss"]):
                 _refuse_diverged(settings, epoch)
             row["seconds"] = round(time.perf_counter() - started, 1)
             log.append({"network": settings.network, "seed": settings.seed, **row})
-            bar.set_postfix(test_error=f"{row['test_error_rate']:.2%}")
+            bar.set_postfix({task.measure: f"{task.judge(row['test_loss'], row['test_error_rate']):.4f}"})
             if fabric.global_rank == 0:
                 # Before the checkpoint: a run killed between the two writes the same snapshot again.
                 if epoch + 1 in snapshots:
-                    _write_finished(_snapshot_file(stem, epoch + 1), raw, settings, log, test_set)
+                    _write_finished(snapshot_file(weights, epoch + 1), raw, settings, log, test_set)
                 write_checkpoint(checkpoint, raw, bare, fabric.strategy.precision, settings, log)
                 _write_log(stem.with_suffix(".csv"), log)
     if fabric.global_rank == 0:
@@ -144,29 +146,6 @@ def train(
         checkpoint.unlink(missing_ok=True)
     fabric.barrier()
     return weights
-
-
-@torch.inference_mode()
-def evaluate(model: nn.Module, dataset: ImageDataset, batch_size: int = 500) -> tuple[float, float]:
-    """Loss and error rate in float32, in eval mode; the model's mode is put back.
-
-    Args:
-        model: A classifier; images are moved to the device of its parameters.
-        dataset: The images.
-        batch_size: Images at a time.
-
-    Returns:
-        Mean cross-entropy in nats, and error rate in [0, 1].
-    """
-    device = next(model.parameters()).device
-    was_training = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        loss_sum, num_wrong = _sum_losses(model, dataset, torch.arange(len(dataset)), batch_size, device)
-    finally:
-        for module, training in was_training:
-            module.training = training
-    return loss_sum / len(dataset), num_wrong / len(dataset)
 
 
 def _optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:
@@ -189,20 +168,20 @@ def _train_one_epoch(
     num_steps = -(-len(dataset) // settings.batch_size)
     batches = augmented_batches(dataset, settings, epoch, fabric.global_rank, fabric.world_size)
     rate = 0.0
-    for step, (images, labels) in enumerate(batches):
+    task = _task(settings)
+    for step, (inputs, targets) in enumerate(batches):
         rate = learning_rate_at(settings, epoch + (step + 1) / num_steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        images = images.to(fabric.device, memory_format=torch.channels_last)
-        labels = labels.to(fabric.device)
-        logits = model(images)
-        loss = F.cross_entropy(logits.float(), labels)
+        targets = targets.to(fabric.device)
+        outputs = model(inputs.to(fabric.device, memory_format=torch.channels_last)).float()
+        loss = task.loss(outputs, targets)
         optimizer.zero_grad()
         fabric.backward(loss)
         optimizer.step()
-        loss_sum += loss.detach() * len(labels)
-        num_wrong += (logits.detach().argmax(1) != labels).sum()
-        num_seen += len(labels)
+        loss_sum += loss.detach() * len(targets)
+        num_wrong += task.num_wrong(outputs.detach(), targets)
+        num_seen += len(targets)
         bar.update()
         # Looked at now and then: each look waits for the device.
         if step % 50 == 49 or step == num_steps - 1:
@@ -215,7 +194,7 @@ def _train_one_epoch(
         "epoch": epoch + 1,
         "learning_rate": rate,
         "train_loss": (loss_sum / num_seen).item(),
-        "train_error_rate": (num_wrong / num_seen).item(),
+        "train_error_rate": task.error_rate(num_wrong.item(), int(num_seen)),
     }
 
 
@@ -244,28 +223,19 @@ def _refuse_diverged(settings: TrainingSettings, epoch: int) -> NoReturn:
     )  # fmt: skip
 
 
-def _measure(fabric: Any, model: nn.Module, dataset: ImageDataset, batch_size: int) -> dict[str, Any]:
+def _task(settings: TrainingSettings) -> Classification:
+    return TASKS[find_network(settings.network).task]
+
+
+def _measure(fabric: Any, model: nn.Module, dataset: ImageDataset, settings: TrainingSettings) -> dict[str, Any]:
     """Test loss and error in the training precision, each process measuring its share."""
     model.eval()
+    task = _task(settings)
     mine = torch.arange(fabric.global_rank, len(dataset), fabric.world_size)
     with torch.inference_mode():
-        sums = torch.tensor(_sum_losses(model, dataset, mine, batch_size * 4, fabric.device))
+        sums = torch.tensor(sum_losses(model, dataset, task, mine, settings.batch_size * 4, fabric.device))
     loss_sum, num_wrong = fabric.all_reduce(sums.to(fabric.device), reduce_op="sum").tolist()
-    return {"test_loss": loss_sum / len(dataset), "test_error_rate": num_wrong / len(dataset)}
-
-
-def _sum_losses(
-    model: nn.Module, dataset: ImageDataset, indices: torch.Tensor, batch_size: int, device: torch.device
-) -> tuple[float, int]:
-    labels = torch.tensor(dataset.labels)
-    loss_sum, num_wrong = 0.0, 0
-    for batch in torch.split(indices, batch_size):
-        images = dataset.normalise(dataset.images[batch]).to(device, memory_format=torch.channels_last)
-        truth = labels[batch].to(device)
-        logits = model(images).float()
-        loss_sum += F.cross_entropy(logits, truth, reduction="sum").item()
-        num_wrong += int((logits.argmax(1) != truth).sum())
-    return loss_sum, num_wrong
+    return {"test_loss": loss_sum / len(dataset), "test_error_rate": task.error_rate(num_wrong, len(dataset))}
 
 
 def _shape_of_network(dataset: str) -> dict[str, int]:
@@ -273,18 +243,15 @@ def _shape_of_network(dataset: str) -> dict[str, int]:
     return {"in_channels": facts.shape[0], "num_classes": len(facts.classes)}
 
 
-def _snapshot_file(stem: Path, epoch: int) -> Path:
-    return stem.with_name(f"{stem.name}.epoch{epoch}.safetensors")
-
-
 def _write_finished(
     path: Path, model: nn.Module, settings: TrainingSettings, log: list[dict[str, Any]], test_set: ImageDataset
 ) -> None:
     """Weights that can be loaded by name: with settings, log and test error in float32 inside."""
-    loss, error_rate = evaluate(model, test_set)
+    task = find_network(settings.network).task
+    loss, judged = evaluate(model, test_set, task=task)
     metadata = {
         **asdict(settings), **_shape_of_network(settings.dataset), "log": log, "epochs_done": len(log),
-        "test_error_rate": error_rate, "test_loss": loss,
+        TASKS[task].measure: judged, "test_loss": loss,
         "num_parameters": sum(p.numel() for p in model.parameters()), "torch": torch.__version__,
     }  # fmt: skip
     write_tensors(path, model.state_dict(), metadata)

@@ -1,12 +1,15 @@
 """The networks that come with the project: how each is built, what it is, and its trained weights.
 
-Weights lie in ``data/networks/NAME.safetensors`` with their settings inside, beside ``NAME.csv``, the training log.
-They are made by ``resnet-paths train NAME`` and never read through pickle.
+Weights lie in ``data/networks/NAME.safetensors`` with their settings inside, beside ``NAME.csv``, the training log;
+those of further seeds in ``NAME-seed1.safetensors`` and those of moments of training in ``NAME.epoch4.safetensors``.
+They are made by ``resnet-paths train NAME`` and ``resnet-paths publish``, and never read through pickle.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -16,25 +19,39 @@ from resnet_paths.device import choose_device
 from resnet_paths.errors import ResnetPathsError
 from resnet_paths.files import shipped_folder
 from resnet_paths.zoo.catalog import NETWORKS, NetworkFacts, Recipe, build_network, find_network
+from resnet_paths.zoo.places import choose_weights, weights_in
 from resnet_paths.zoo.weights import read_metadata, read_weights
 
-__all__ = ["NETWORKS", "NetworkFacts", "Recipe", "build_network", "find_network", "list_networks", "load_network"]
+__all__ = [
+    "NETWORKS", "NetworkFacts", "Recipe", "build_network", "find_network", "list_networks", "load_network",
+    "networks_table", "training_logs",
+]  # fmt: skip
 
 
-def load_network(name: str, weights: str | Path | None = None, *, device: str | torch.device = "cpu") -> nn.Module:
+def load_network(
+    name: str,
+    weights: str | Path | None = None,
+    *,
+    seed: int | None = None,
+    snapshot: int | None = None,
+    device: str | torch.device = "cpu",
+) -> nn.Module:
     """A trained network in eval mode; ``model.training_log`` is its training log, a row an epoch.
 
     Args:
         name: Name of a network with shipped weights (see `list_networks`), or of any known network with `weights`.
-        weights: A ``.safetensors`` file that ``resnet-paths train`` wrote, instead of the shipped one.
+        weights: Instead of the shipped weights, a ``.safetensors`` file that ``resnet-paths train`` wrote, or a folder
+            of such files.
+        seed: Seed of the run, 0 by default.
+        snapshot: Number of epochs after which the weights were kept, 0 for the initialisation; None is the end.
         device: Where to put it; ``"auto"`` is the accelerator if there is one.
 
     Returns:
         The module, in float32.
 
     Raises:
-        ResnetPathsError: If the name is unknown, no weights are there, or the file is cut short, a pickle, of
-            another network, or holds values that are not finite.
+        ResnetPathsError: If the name is unknown, no weights are there, or not of this seed or moment (those that are,
+            are named), or the file is cut short, a pickle, of another network, or holds values that are not finite.
 
     Example:
         >>> model = load_network("preact-resnet-20")
@@ -42,15 +59,13 @@ def load_network(name: str, weights: str | Path | None = None, *, device: str | 
         (False, 12)
     """
     find_network(name)
-    path = _weights_file(name) if weights is None else Path(weights)
-    if not path.is_file():
-        trained = [n for n in NETWORKS if _weights_file(n).is_file()]
+    if weights is None and not weights_in(_shipped(), name):
+        trained = [n for n in NETWORKS if weights_in(_shipped(), n)]
         raise ResnetPathsError(
-            "name" if weights is None else "weights",
-            name if weights is None else str(path),
-            f"a network with shipped weights ({', '.join(trained)}) or an existing weights file",
+            "name", name, f"a network with shipped weights ({', '.join(trained)}) or an existing weights file",
             f"Train it with 'resnet-paths train {name}' and pass the file as weights=.",
-        )
+        )  # fmt: skip
+    path = choose_weights(name, _shipped() if weights is None else Path(weights), seed, snapshot)
     metadata = read_metadata(path)
     shape = {"in_channels": 1, "num_classes": 10}
     for key, default in shape.items():
@@ -68,7 +83,9 @@ def list_networks() -> pd.DataFrame:
 
     Returns:
         A row a network: ``name``, ``description``, ``num_blocks``, ``num_paths`` (exact int), ``num_parameters``,
-        ``trained`` (whether weights are shipped), ``dataset``, ``epochs``, ``seed``, ``test_error_rate`` in [0, 1].
+        ``trained`` (whether weights are shipped), ``dataset``, ``epochs``, ``seeds`` and ``snapshots`` (tuples of ints:
+        what `load_network` takes), and of the first seed ``test_error_rate`` in [0, 1] or ``test_rmse``, the
+        root-mean-square error of a denoiser.
 
     Example:
         >>> list_networks().set_index("name").num_paths["preact-resnet-20"]
@@ -78,8 +95,9 @@ def list_networks() -> pd.DataFrame:
     for name, facts in NETWORKS.items():
         with torch.device("meta"):
             model = facts.build(in_channels=1, num_classes=10)
-        path = _weights_file(name)
-        metadata = read_metadata(path) if path.is_file() else {}
+        found = weights_in(_shipped(), name)
+        seeds = tuple(seed for seed, snapshot in found if snapshot is None)
+        metadata = read_metadata(found[seeds[0], None]) if seeds else {}
         rows.append({
             "name": name,
             "description": facts.description,
@@ -89,14 +107,77 @@ def list_networks() -> pd.DataFrame:
             "trained": bool(metadata),
             "dataset": metadata.get("dataset"),
             "epochs": metadata.get("epochs"),
-            "seed": metadata.get("seed"),
+            "seeds": seeds,
+            "snapshots": tuple(epoch for seed, epoch in found if epoch is not None and seed == seeds[0]),
             "test_error_rate": metadata.get("test_error_rate"),
+            "test_rmse": metadata.get("test_rmse"),
         })
     frame = pd.DataFrame(rows)
     # Python ints, not floats: 2**81 paths are exact.
     frame["num_paths"] = pd.Series([row["num_paths"] for row in rows], dtype=object)
-    return frame.astype({"epochs": "Int64", "seed": "Int64", "test_error_rate": "float64"})
+    return frame.astype({"epochs": "Int64", "test_error_rate": "float64", "test_rmse": "float64"})
 
 
-def _weights_file(name: str) -> Path:
-    return shipped_folder("data") / "networks" / f"{name}.safetensors"
+def training_logs(names: str | Iterable[str] | None = None) -> pd.DataFrame:
+    """The training logs of the shipped networks, all seeds of each: error against epoch, with seeds to tell noise.
+
+    Args:
+        names: A name or names of networks with shipped weights; all of them by default.
+
+    Returns:
+        A row a network, seed and epoch, in this order: ``network``, ``seed``, ``epoch`` (from 1), ``learning_rate``,
+        ``train_loss``, ``train_error_rate``, ``test_loss``, ``test_error_rate``, ``seconds``.
+
+    Raises:
+        ResnetPathsError: If a name is unknown, or there are no shipped weights of it.
+
+    Example:
+        >>> training_logs("plain-20").groupby(["network", "seed"]).test_error_rate.last().round(3).item()
+        0.062
+    """
+    names = NETWORKS if names is None else [names] if isinstance(names, str) else list(names)
+    trained = [name for name in NETWORKS if weights_in(_shipped(), name)]
+    for name in names:
+        find_network(name)
+        if names is not NETWORKS and name not in trained:
+            raise ResnetPathsError("names", name, f"networks with shipped weights: {', '.join(trained)}")
+    runs = [_runs(name) for name in names if name in trained]
+    return pd.concat([pd.DataFrame(metadata["log"]) for run in runs for metadata in run], ignore_index=True)
+
+
+def networks_table() -> str:
+    """The shipped networks as a Markdown table, made from what their files say of themselves.
+
+    Returns:
+        A row a network and seed: what it is, parameters, test error, seed, epochs and training time; no final newline.
+    """
+    lines = [
+        "| network | what | parameters | test error | seed | epochs | training time |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, facts in NETWORKS.items():
+        for metadata in _runs(name):
+            minutes = round(sum(row["seconds"] for row in metadata["log"]) / 60)
+            cells = [
+                f"`{name}`", facts.description, f"{metadata['num_parameters']:,}", _judgement(metadata),
+                str(metadata["seed"]), str(metadata["epochs"]),
+                f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min",
+            ]  # fmt: skip
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _judgement(metadata: Mapping[str, Any]) -> str:
+    if "test_rmse" in metadata:
+        return f"RMSE {metadata['test_rmse']:.3f}"
+    return f"{100 * metadata['test_error_rate']:.2f} %"
+
+
+def _runs(name: str) -> list[dict[str, Any]]:
+    """What each shipped file of a network says of itself: a mapping a seed, snapshots left out."""
+    found = weights_in(_shipped(), name)
+    return [read_metadata(path) for (_, snapshot), path in found.items() if snapshot is None]
+
+
+def _shipped() -> Path:
+    return shipped_folder("data") / "networks"

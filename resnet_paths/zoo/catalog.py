@@ -42,6 +42,7 @@ class NetworkFacts:
         num_blocks: Blocks that `resnet_paths.unravel` finds.
         num_paths: Paths through them, 2^n with skips and 1 without.
         recipe: How it is trained.
+        task: What it is trained to do: ``"classification"`` or ``"denoising"``.
     """
 
     build: Callable[..., nn.Module]
@@ -49,6 +50,7 @@ class NetworkFacts:
     num_blocks: int
     num_paths: int
     recipe: Recipe = Recipe()
+    task: str = "classification"
 
 
 def _preact(depth: int, *, bottleneck: bool = False) -> NetworkFacts:

@@ -1,0 +1,98 @@
+"""Finished runs stored where `resnet_paths.load_network` finds them by name, in half the space if nothing is lost."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from resnet_paths.datasets import ImageDataset, load_dataset
+from resnet_paths.errors import ResnetPathsError
+from resnet_paths.files import shipped_folder, write_then_rename
+from resnet_paths.training.tasks import TASKS, evaluate
+from resnet_paths.zoo import find_network, load_network
+from resnet_paths.zoo.places import snapshot_file, weights_in
+from resnet_paths.zoo.weights import read_metadata, write_tensors
+
+__all__ = ["publish"]
+
+# 0.01 points: one image of 10,000.
+_TOLERATED = 1e-4
+
+
+def publish(
+    weights: str | Path, folder: str | Path | None = None, *, test_set: ImageDataset | None = None
+) -> list[Path]:
+    """Store a finished run's weights, its snapshots and its log for `resnet_paths.load_network`.
+
+    Parameters are stored in float16 where that leaves the test error in float32 within 0.01 points; else, and where a
+    value would be too large, they stay float32, as BatchNorm statistics always do. The file says which
+    (``stored_as``), what the test error was before (``trained_test_error_rate``) and what it is now
+    (``test_error_rate``).
+
+    Args:
+        weights: ``NAME-seedS.safetensors`` as `resnet_paths.training.train` left it, its log and snapshots beside it.
+        folder: Where to store it: as ``NAME.safetensors`` for seed 0, under its old name for others. By default
+            ``data/networks`` of the checkout, whose files are loaded by name alone.
+        test_set: Images to measure on instead of the data set's test split.
+
+    Returns:
+        The weights files written, that of the end of training first.
+
+    Raises:
+        ResnetPathsError: If the file is not whole, or not that of a finished run.
+    """
+    source = Path(weights)
+    metadata, log = read_metadata(source), source.with_suffix(".csv")
+    is_finished = "epochs_done" in metadata and metadata["epochs_done"] == metadata["epochs"]
+    if not is_finished or not log.is_file():
+        raise ResnetPathsError(
+            "weights", str(source), "the weights of a finished run, as 'resnet-paths train' writes them beside the log",
+            "Snapshots are stored together with them.",
+        )  # fmt: skip
+    network, seed = metadata["network"], metadata["seed"]
+    stem = network if seed == 0 else f"{network}-seed{seed}"
+    place = shipped_folder("data") / "networks" if folder is None else Path(folder)
+    target = place / f"{stem}.safetensors"
+    if test_set is None:
+        test_set = load_dataset(metadata["dataset"], "test")
+    pairs = {source: target}
+    for (other, epoch), path in weights_in(source.parent, network).items():
+        if other == seed and epoch is not None:
+            pairs[path] = snapshot_file(target, epoch)
+    for path, stored in pairs.items():
+        _store(path, stored, network, test_set)
+    with write_then_rename(target.with_suffix(".csv")) as temporary:
+        shutil.copyfile(log, temporary)
+    return list(pairs.values())
+
+
+def _store(source: Path, target: Path, network: str, test_set: ImageDataset) -> None:
+    task = find_network(network).task
+    model = load_network(network, source)
+    trained = {key: value.clone() for key, value in model.state_dict().items()}
+    before = evaluate(model, test_set, task=task)
+    tensors, stored_as = _halved(model), "float16"
+    model.load_state_dict({key: value.to(trained[key].dtype) for key, value in tensors.items()})
+    after = evaluate(model, test_set, task=task)
+    if abs(after[1] - before[1]) > _TOLERATED * 1.000001:  # rounding of the difference aside
+        tensors, stored_as, after = trained, "float32", before
+    metadata: dict[str, Any] = read_metadata(source)
+    metadata |= {
+        "stored_as": stored_as, f"trained_{TASKS[task].measure}": before[1], TASKS[task].measure: after[1],
+        "test_loss": after[0],
+    }  # fmt: skip
+    write_tensors(target, tensors, metadata)
+
+
+def _halved(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state with parameters in float16; BatchNorm statistics may lie below its range, and are few."""
+    tensors = dict(model.state_dict())
+    for name, parameter in model.named_parameters():
+        half = parameter.detach().to(torch.float16)
+        if bool(half.isfinite().all()):
+            tensors[name] = half
+    return tensors
