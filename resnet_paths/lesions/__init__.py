@@ -189,7 +189,7 @@ def pair_interactions(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _keys(chains: Sequence[ResidualChain]) -> list[str]:
     """Fingerprints of whole networks, equal where they compute the same thing."""
-    known: dict[int, str] = {}
+    known: dict[int, bytes] = {}
     key_of = functools.partial(fingerprint, known=known)
     return [fingerprint(chain_key(chain, key_of)) for chain in chains]
 
