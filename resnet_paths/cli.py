@@ -31,6 +31,7 @@ def train(
     seed: Annotated[int, typer.Option(help="Seed of initialisation, order and augmentation.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Images a step, over all devices together.")] = 128,
     learning_rate: Annotated[float | None, typer.Option(help="Peak; the network's own by default.")] = None,
+    num_drawn_blocks: Annotated[str, typer.Option(help="Of 'effective-...': blocks a batch, as in 23 or 5-17.")] = "",
     precision: Annotated[str, typer.Option(help="Fabric's: '32-true', 'bf16-mixed', '16-mixed'.")] = "32-true",
     accelerator: Annotated[str, typer.Option(help="Fabric's: 'auto', 'cpu', 'gpu', 'mps'.")] = "auto",
     devices: Annotated[str, typer.Option(help="Fabric's: number of devices a machine, or 'auto'.")] = "1",
@@ -40,17 +41,16 @@ def train(
     folder: Annotated[Path, typer.Option(help="Where weights, log and checkpoint go.")] = Path("runs"),
 ) -> None:
     """Train a network by name; a run that was stopped goes on where it was."""
-    from resnet_paths.errors import ResnetPathsError
     from resnet_paths.training import TrainingSettings, train
 
     own: dict[str, Any] = {} if learning_rate is None else {"learning_rate": learning_rate}
+    if num_drawn_blocks:
+        numbers = _numbers("num_drawn_blocks", num_drawn_blocks, "-", "a number, or two, as in 23 or 5-17")
+        own["num_drawn_blocks"] = numbers[0] if len(numbers) == 1 else numbers
     settings = TrainingSettings(
         network=network, dataset=dataset, epochs=epochs, seed=seed, batch_size=batch_size, precision=precision, **own
     )
-    try:
-        epochs_kept = [int(number) for number in snapshots.split(",") if number]
-    except ValueError as error:
-        raise ResnetPathsError("snapshots", snapshots, "numbers of epochs with commas between, as in 0,1,4") from error
+    epochs_kept = _numbers("snapshots", snapshots, ",", "numbers of epochs with commas between, as in 0,1,4")
     path = train(
         settings, folder, snapshots=epochs_kept, accelerator=accelerator, num_nodes=num_nodes, strategy=strategy,
         devices=int(devices) if devices.lstrip("-").isdigit() else devices,
@@ -178,6 +178,15 @@ def networks(
     from resnet_paths.zoo import list_networks, networks_table
 
     typer.echo(networks_table() if markdown else list_networks().to_string(index=False, na_rep="-"))
+
+
+def _numbers(argument: str, text: str, separator: str, allowed: str) -> list[int]:
+    from resnet_paths.errors import ResnetPathsError
+
+    try:
+        return [int(number) for number in text.split(separator)] if text else []
+    except ValueError as error:
+        raise ResnetPathsError(argument, text, allowed) from error
 
 
 def main() -> None:

@@ -16,8 +16,9 @@ PACKAGE = Path(rp.__file__).parent
 FLOORS = [
     {"errors", "files", "paths", "device", "fingerprint"},
     {"chain", "tracing", "zoo.weights", "zoo.places", "zoo.initialisation", "zoo.resnet", "zoo.vgg"},
-    {"unraveling", "datasets", "placement", "lesions.batchnorm", "gradients.adjoints", "zoo.catalog"},
-    {"zoo", "training.settings", "training.tasks"},
+    {"unraveling", "datasets", "placement", "lesions.batchnorm", "gradients.adjoints", "zoo.drawn"},
+    {"zoo.catalog", "training.tasks"},
+    {"zoo", "training.settings"},
     {"training.batches", "training.checkpoints"},
     {"edits", "training", "training.publishing", "gradients.cotangents", "gradients.readings", "gradients.effective"},
     {"gradients.backward", "lesion_plans", "lesions.predicted", "lesions.trie"},

@@ -86,6 +86,10 @@ def test_refusal_of_a_process_is_one_line_and_status_2():
         (["plain-20", "--batch-size", "1"], "batch_size: got 1; allowed: an int of at least 2."),
         (["plain-20", "--seed", "-1"], "seed: got -1"),
         (["plain-20", "--learning-rate", "nan"], "learning_rate: got nan"),
+        (["plain-20", "--snapshots", "0,one"], "snapshots: got '0,one'; allowed: numbers of epochs with commas"),
+        (["plain-20", "--num-drawn-blocks", "3"], "num_drawn_blocks: got 3; allowed: None for 'plain-20'"),
+        (["effective-20", "--num-drawn-blocks", "few"], "num_drawn_blocks: got 'few'; allowed: a number, or two"),
+        (["effective-20", "--num-drawn-blocks", "1-2-3"], "num_drawn_blocks: got [1, 2, 3]"),
         (["plain-20", "--precision", "bf16"], "precision: got 'bf16'; allowed: one of '32-true', 'bf16-mixed'"),
         (["plain-20", "--accelerator", "abacus"], "accelerator='abacus'"),
         (["plain-20", "--devices", "0"], "devices"),
@@ -151,6 +155,14 @@ def test_defaults_of_train_are_those_of_the_settings(monkeypatch, tmp_path):
     assert str(folder) == "runs"
     assert options == {"accelerator": "auto", "devices": 1, "num_nodes": 1, "strategy": "auto", "snapshots": []}
     assert other["devices"] == "auto"
+
+
+def test_train_takes_a_number_of_blocks_or_a_range(monkeypatch):
+    asked = []
+    monkeypatch.setattr(training, "train", lambda settings, *arguments, **options: asked.append(settings))
+    for arguments in ([], ["--num-drawn-blocks", "3"], ["--num-drawn-blocks", "2-7"]):
+        assert CliRunner().invoke(cli.app, ["train", "effective-20", *arguments]).exit_code == 0
+    assert [settings.num_drawn_blocks for settings in asked] == [(4, 4), (3, 3), (2, 7)]
 
 
 def test_networks_prints_every_network():

@@ -3,11 +3,6 @@
 import dataclasses
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import textwrap
 
 import lightning_fabric
 import pandas as pd
@@ -24,6 +19,7 @@ from resnet_paths.training import TrainingSettings, evaluate, train
 from resnet_paths.training.settings import learning_rate_at
 from resnet_paths.zoo import build_network, load_network
 from resnet_paths.zoo.weights import read_metadata, read_tensors, write_tensors
+from tests.killed_training import killed_and_resumed, start_training
 
 SETTINGS = TrainingSettings("plain-20", epochs=3, batch_size=16, seed=4)
 NAME = "plain-20-seed4"
@@ -279,55 +275,6 @@ def test_resuming_in_mixed_precision_is_the_same_run(run, tmp_path, monkeypatch)
     same_run(run(tmp_path / "stopped", settings), run(tmp_path / "whole", settings))
 
 
-# Kills itself at the given step, with no chance to clean up.
-SCRIPT = textwrap.dedent("""
-    import os, signal, sys
-    import safetensors.torch, torch
-    from pathlib import Path
-    from resnet_paths import training
-    from resnet_paths.datasets import ImageDataset
-
-    folder, place, call = sys.argv[1], sys.argv[2], int(sys.argv[3])
-    calls = 0
-
-    def dies(function, before):
-        def step(*args, **kwargs):
-            global calls
-            calls += 1
-            if calls < call:
-                return function(*args, **kwargs)
-            before(*args, **kwargs)
-            os.kill(os.getpid(), signal.SIGKILL)
-        return step
-
-    def half(tensors, path, metadata):
-        save(tensors, path, metadata)
-        with open(path, "r+b") as file:
-            file.truncate(Path(path).stat().st_size // 2)
-
-    save, replace, backward = safetensors.torch.save_file, Path.replace, torch.Tensor.backward
-    if place == "half a file":
-        safetensors.torch.save_file = dies(save, half)
-    elif place == "before the rename":
-        Path.replace = dies(replace, lambda *args: None)
-    elif place == "after the rename":
-        Path.replace = dies(replace, replace)
-    elif place == "in a batch":
-        torch.Tensor.backward = dies(backward, backward)
-
-    def images(number, seed):
-        generator = torch.Generator().manual_seed(seed)
-        labels = torch.randint(10, (number,), generator=generator)
-        noise = torch.randint(60, (number, 1, 28, 28), generator=generator)
-        return ImageDataset("fashion-mnist", (noise + 20 * labels.view(-1, 1, 1, 1)).to(torch.uint8), labels)
-
-    settings = training.TrainingSettings("plain-20", epochs=3, batch_size=16, seed=4)
-    training.train(
-        settings, folder, accelerator="cpu", train_set=images(40, 0), test_set=images(21, 1), progress=False
-    )
-""")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "moments",
@@ -338,20 +285,8 @@ SCRIPT = textwrap.dedent("""
     ],
 )
 def test_killed_at_several_moments_and_resumed_is_the_same_run(run, uninterrupted, tmp_path, moments):
-    (tmp_path / "script.py").write_text(SCRIPT)
     folder = tmp_path / "runs"
-
-    def start(place, call):
-        command = [sys.executable, str(tmp_path / "script.py"), str(folder), place, str(call)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=200)
-
-    for place, call in moments:
-        killed = start(place, call)
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
-        for path in folder.glob("[!.]*.safetensors"):  # whatever carries a final name is whole
-            read_tensors(path)
-    finished = start("never", 0)
-    assert finished.returncode == 0, finished.stderr
+    killed_and_resumed(folder, SETTINGS, moments)
     assert [name for name in names_in(folder) if name[0] != "."] == [f"{NAME}.csv", f"{NAME}.safetensors"]
     same_run(folder / f"{NAME}.safetensors", run(uninterrupted))
 
@@ -611,6 +546,7 @@ def test_defaults_are_those_of_the_shipped_networks():
         "network": "plain-20", "dataset": "fashion-mnist", "epochs": 12, "seed": 0, "batch_size": 128,
         "learning_rate": 0.1, "warmup_epochs": 1.0, "momentum": 0.9, "weight_decay": 5e-4, "crop_padding": 2,
         "precision": "32-true", "optimizer": "sgd",
+        "num_drawn_blocks": None,
     }  # fmt: skip
 
 
@@ -728,11 +664,7 @@ def test_several_processes_together_see_the_batches_of_one(world_size):
 @pytest.mark.slow
 def test_two_processes_train_one_network(uninterrupted, run, tmp_path):
     """Learning rates, images and their order are those of one process; BatchNorm sees halves of each batch."""
-    script = SCRIPT.replace('accelerator="cpu",', 'accelerator="cpu", devices=2, strategy="ddp",')
-    (tmp_path / "script.py").write_text(script)
-    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "runs"), "never", "0"]
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1"}
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    finished = start_training(tmp_path / "runs", SETTINGS, devices=2, strategy="ddp")
     assert finished.returncode == 0, finished.stderr
     path = tmp_path / "runs" / f"{NAME}.safetensors"
     two, one = read_metadata(path), read_metadata(run(uninterrupted))

@@ -17,6 +17,9 @@ DEEPER = {name for name in NETWORKS if name.endswith(("-32", "-44", "-56", "-110
 ALL = [pytest.param(name, marks=pytest.mark.slow) if name in DEEPER else name for name in NETWORKS]
 
 
+PREACTIVATED = ("preact-resnet", "stochastic-depth", "effective")
+
+
 def on_meta(name, **shape):
     with torch.device("meta"):
         return NETWORKS[name].build(**shape)
@@ -89,13 +92,13 @@ def num_parameters_by_formula(name, in_channels, num_classes):
         return total + 2 * 256 + 256 * num_classes + num_classes
     n = (depth - 2) // 6
     for w, entering in ((16, 16), (32, 16), (64, 32)):
-        if kind == "preact-resnet":
+        if kind in PREACTIVATED:
             projection = entering * w if entering != w else 0
             total += 2 * entering + 9 * entering * w + 2 * w + 9 * w * w + projection
         else:
             total += 9 * entering * w + 2 * w + 9 * w * w + 2 * w
         total += (n - 1) * (18 * w * w + 4 * w)
-    return total + (128 if kind == "preact-resnet" else 32) + 64 * num_classes + num_classes
+    return total + (128 if kind in PREACTIVATED else 32) + 64 * num_classes + num_classes
 
 
 @pytest.mark.parametrize("shape", [(1, 10), (3, 7)])

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from resnet_paths.datasets import DATASETS, ImageDataset, load_dataset
 from resnet_paths.errors import ResnetPathsError
 from resnet_paths.files import write_then_rename
-from resnet_paths.training.batches import augmented_batches
+from resnet_paths.training.batches import augmented_batches, generator_of
 from resnet_paths.training.checkpoints import refuse_other_settings, resume, write_checkpoint
 from resnet_paths.training.settings import TrainingSettings, learning_rate_at
 from resnet_paths.training.tasks import TASKS, Classification, evaluate, sum_losses
@@ -80,8 +80,9 @@ def train(
         if images is not None and images.name != settings.dataset:
             raise ResnetPathsError(argument, images.name, f"images of {settings.dataset!r}, as in the settings")
     fabric = _launch(
-        accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy=strategy, precision=settings.precision
-    )
+        find_network(settings.network).draws_blocks,
+        accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy=strategy, precision=settings.precision,
+    )  # fmt: skip
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -105,8 +106,9 @@ def train(
             f"The last batch of {len(train_set)} images would hold {last_batch}.",
         )  # fmt: skip
     raw = build_network(
-        settings.network, torch.Generator().manual_seed(settings.seed), **_shape_of_network(settings.dataset)
-    )
+        settings.network, torch.Generator().manual_seed(settings.seed),
+        num_drawn_blocks=settings.num_drawn_blocks, **_shape_of_network(settings.dataset),
+    )  # fmt: skip
     raw = raw.to(memory_format=torch.channels_last)
     bare = _optimizer(raw, settings)
     model, optimizer = fabric.setup(raw, bare)
@@ -169,7 +171,11 @@ def _train_one_epoch(
     batches = augmented_batches(dataset, settings, epoch, fabric.global_rank, fabric.world_size)
     rate = 0.0
     task = _task(settings)
+    draw_blocks = getattr(model.module, "draw_blocks", None)
+    generator = generator_of(settings, epoch, "blocks")  # the same on every process
     for step, (inputs, targets) in enumerate(batches):
+        if draw_blocks is not None:
+            draw_blocks(generator)
         rate = learning_rate_at(settings, epoch + (step + 1) / num_steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -198,13 +204,17 @@ def _train_one_epoch(
     }
 
 
-def _launch(**options: Any) -> Any:
+def _launch(draws_blocks: bool, **options: Any) -> Any:
     """Fabric with its processes started; what it cannot work with is refused."""
     from lightning_fabric import Fabric
+    from lightning_fabric.strategies.ddp import DDPStrategy
     from lightning_fabric.utilities.exceptions import MisconfigurationException
 
     try:
         fabric = Fabric(**options)
+        if draws_blocks and isinstance(fabric.strategy, DDPStrategy):
+            # Parameters of blocks that are not drawn get no gradient, for which its processes would wait.
+            fabric = Fabric(**options | {"strategy": "ddp_find_unused_parameters_true"})
     except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
         names = "accelerator, devices, num_nodes, strategy, precision"
         values = ", ".join(str(options[name]) for name in names.split(", "))

@@ -22,7 +22,7 @@ _KEPT = {
     "adamw": {"average": "exp_avg", "average_of_squares": "exp_avg_sq", "steps": "step"},
 }
 # What files of the time before a setting existed mean by its absence.
-_BEFORE = {"optimizer": "sgd"}
+_BEFORE = {"optimizer": "sgd", "num_drawn_blocks": None}
 
 
 def write_checkpoint(

@@ -8,7 +8,7 @@ from typing import Any
 
 from resnet_paths.datasets import DATASETS
 from resnet_paths.errors import ResnetPathsError, nearest_names
-from resnet_paths.zoo.catalog import find_network
+from resnet_paths.zoo.catalog import check_num_drawn_blocks, find_network
 
 __all__ = ["TrainingSettings", "learning_rate_at"]
 
@@ -29,7 +29,9 @@ class TrainingSettings:
     `momentum`; the learning rate rises linearly over the first `warmup_epochs` and falls to zero on a cosine. Images
     are padded by `crop_padding` pixels, cropped at random and flipped at random (He et al. 2016a, section 4.2).
     `precision` is Fabric's, ``"32-true"``, ``"bf16-mixed"`` or ``"16-mixed"``: ``"bf16-mixed"`` is the one for GPUs
-    and for processors with bfloat16 matrix units; on others it is slower than ``"32-true"``.
+    and for processors with bfloat16 matrix units; on others it is slower than ``"32-true"``. `num_drawn_blocks` is how
+    many blocks of ``"effective-..."`` each mini-batch trains, or the lowest and the highest number, by default the
+    network's own (Veit et al. 2016, section 4.3).
     """
 
     network: str
@@ -44,6 +46,7 @@ class TrainingSettings:
     crop_padding: int = 2
     precision: str = "32-true"
     optimizer: str = _FROM_RECIPE
+    num_drawn_blocks: int | tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         """Fill in the recipe and refuse settings that cannot be trained with."""
@@ -51,6 +54,8 @@ class TrainingSettings:
         for name in ("learning_rate", "weight_decay", "optimizer"):
             if getattr(self, name) is _FROM_RECIPE:
                 object.__setattr__(self, name, getattr(recipe, name))
+        drawn = check_num_drawn_blocks(self.network, self.num_drawn_blocks)
+        object.__setattr__(self, "num_drawn_blocks", drawn)
         if self.dataset not in DATASETS:
             raise ResnetPathsError("dataset", self.dataset, f"one of {nearest_names(self.dataset, DATASETS, cutoff=0)}")
         for name, least in (("epochs", 1), ("batch_size", 2), ("crop_padding", 0), ("seed", 0)):

@@ -72,7 +72,8 @@ def load_network(
         shape[key] = metadata.get(key, default)
         if not isinstance(shape[key], int) or not 1 <= shape[key] <= 100_000:
             raise ResnetPathsError(f"{key} of weights file {path}", shape[key], "an int from 1 to 100000")
-    model = build_network(name, torch.Generator(), **shape)
+    drawn = metadata.get("num_drawn_blocks")
+    model = build_network(name, torch.Generator(), num_drawn_blocks=drawn, **shape)
     read_weights(path, model, name)
     model.training_log = pd.DataFrame(metadata.get("log", []))  # type: ignore[assignment]
     return model.eval().to(choose_device(device))

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from resnet_paths.errors import ResnetPathsError, nearest_names
+from resnet_paths.zoo.drawn import EffectiveResNet, StochasticDepthResNet
 from resnet_paths.zoo.initialisation import initialise
 from resnet_paths.zoo.resnet import PlainNet, PreactResNet, ResNet
 from resnet_paths.zoo.vgg import VGG
 
-__all__ = ["NETWORKS", "NetworkFacts", "Recipe", "build_network", "find_network"]
+__all__ = ["NETWORKS", "NetworkFacts", "Recipe", "build_network", "check_num_drawn_blocks", "find_network"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class NetworkFacts:
         num_paths: Paths through them, 2^n with skips and 1 without.
         recipe: How it is trained.
         task: What it is trained to do: ``"classification"`` or ``"denoising"``.
+        draws_blocks: Whether a mini-batch trains some of its blocks only, which its ``draw_blocks(generator)`` draws.
+        num_drawn_blocks: The lowest and the highest number of blocks that are drawn, where `build` takes it.
     """
 
     build: Callable[..., nn.Module]
@@ -51,6 +54,8 @@ class NetworkFacts:
     num_paths: int
     recipe: Recipe = Recipe()
     task: str = "classification"
+    draws_blocks: bool = False
+    num_drawn_blocks: tuple[int, int] | None = None
 
 
 def _preact(depth: int, *, bottleneck: bool = False) -> NetworkFacts:
@@ -76,9 +81,35 @@ def _plain(depth: int) -> NetworkFacts:
     return NetworkFacts(partial(PlainNet, depth), f"plain net, {blocks} blocks of 2 convolutions, no skips", blocks, 1)
 
 
+def _stochastic_depth(depth: int) -> NetworkFacts:
+    blocks = (depth - 2) // 2
+    return NetworkFacts(
+        partial(StochasticDepthResNet, depth),
+        f"pre-activation ResNet, {blocks} blocks that survive training by chance",
+        blocks,
+        2**blocks,
+        draws_blocks=True,
+    )
+
+
+def _effective(depth: int) -> NetworkFacts:
+    blocks = (depth - 2) // 2
+    drawn = round(blocks * 23 / 54)  # the paper's share
+    return NetworkFacts(
+        partial(EffectiveResNet, depth, num_drawn_blocks=(drawn, drawn)),
+        f"pre-activation ResNet, {blocks} blocks of which each mini-batch trains {drawn}",
+        blocks,
+        2**blocks,
+        draws_blocks=True,
+        num_drawn_blocks=(drawn, drawn),
+    )
+
+
 NETWORKS: dict[str, NetworkFacts] = {
     **{f"preact-resnet-{depth}": _preact(depth) for depth in (20, 32, 44, 56, 110)},
     "preact-resnet-164": _preact(164, bottleneck=True),
+    **{f"stochastic-depth-{depth}": _stochastic_depth(depth) for depth in (20, 56, 110)},
+    **{f"effective-{depth}": _effective(depth) for depth in (20, 56, 110)},
     **{f"resnet-{depth}": _resnet(depth) for depth in (20, 32, 44, 56, 110)},
     **{f"plain-{depth}": _plain(depth) for depth in (20, 32, 44, 56, 110)},
     # Without BatchNorm a rate of 0.1 diverges.
@@ -106,7 +137,42 @@ def find_network(name: str) -> NetworkFacts:
     return NETWORKS[name]
 
 
-def build_network(name: str, generator: torch.Generator, *, in_channels: int = 1, num_classes: int = 10) -> nn.Module:
+def check_num_drawn_blocks(name: str, number: object) -> tuple[int, int] | None:
+    """How many blocks a mini-batch trains, as a lowest and a highest number.
+
+    Args:
+        name: Key of `NETWORKS`.
+        number: A number, a pair of numbers, or None for the network's own.
+
+    Returns:
+        The two numbers; None for a network that has no such choice.
+
+    Raises:
+        ResnetPathsError: If the network has no such choice, or not so many blocks.
+    """
+    facts = find_network(name)
+    if number is None or facts.num_drawn_blocks is None:
+        if number is not None:
+            raise ResnetPathsError("num_drawn_blocks", number, f"None for {name!r}, where it is no choice")
+        return facts.num_drawn_blocks
+    pair = tuple(number) if isinstance(number, list | tuple) else (number, number)
+    is_pair = len(pair) == 2 and all(type(n) is int for n in pair)
+    if not is_pair or not 1 <= pair[0] <= pair[1] <= facts.num_blocks:
+        raise ResnetPathsError(
+            "num_drawn_blocks", number,
+            f"an int from 1 to {facts.num_blocks}, or a lowest and a highest one, for {name!r}",
+        )  # fmt: skip
+    return pair[0], pair[1]
+
+
+def build_network(
+    name: str,
+    generator: torch.Generator,
+    *,
+    in_channels: int = 1,
+    num_classes: int = 10,
+    num_drawn_blocks: int | tuple[int, int] | None = None,
+) -> nn.Module:
     """An untrained network in training mode, initialised from `generator` alone.
 
     Args:
@@ -114,16 +180,20 @@ def build_network(name: str, generator: torch.Generator, *, in_channels: int = 1
         generator: Source of all random numbers; a CPU generator.
         in_channels: Channels of the image.
         num_classes: Number of logits.
+        num_drawn_blocks: How many blocks a mini-batch trains, or a lowest and a highest number, instead of the
+            network's own; only for ``"effective-..."``.
 
     Returns:
         The module, on the CPU, in float32.
 
     Raises:
-        ResnetPathsError: If the name is unknown.
+        ResnetPathsError: If the name is unknown, or the network has not so many blocks or no such choice.
     """
     facts = find_network(name)
+    drawn = check_num_drawn_blocks(name, num_drawn_blocks)
+    options = {} if drawn is None else {"num_drawn_blocks": drawn}
     with torch.device("meta"):
-        model = facts.build(in_channels=in_channels, num_classes=num_classes)
+        model = facts.build(in_channels=in_channels, num_classes=num_classes, **options)
     model.to_empty(device="cpu")
     initialise(model, generator)
     return model

@@ -142,9 +142,11 @@ class PreactResNet(nn.Module):
         bottleneck: Whether blocks hold three convolutions instead of two.
     """
 
+    basic_block: type[PreactBasicBlock] = PreactBasicBlock
+
     def __init__(self, depth: int, in_channels: int = 1, num_classes: int = 10, *, bottleneck: bool = False) -> None:
         super().__init__()
-        block = PreactBottleneckBlock if bottleneck else PreactBasicBlock
+        block = PreactBottleneckBlock if bottleneck else self.basic_block
         per_stage = (depth - 2) // (9 if bottleneck else 6)
         self.conv = _conv(in_channels, 16, 3)
         self.layer1, self.layer2, self.layer3 = _stages(block, block.expansion, per_stage)
