@@ -18,6 +18,8 @@ from torch import nn
 
 from resnet_paths.errors import ResnetPathsError, nearest_names
 from resnet_paths.paths import Entry, check_path, choices_of, num_paths
+from resnet_paths.reports import chain_table
+from resnet_paths.units import length_polynomial
 
 __all__ = ["Block", "Constant", "Parallel", "Placed", "ResidualChain", "Scaled", "path_network"]
 
@@ -81,6 +83,11 @@ class Block(nn.Module):
             return self.post(self.skip(x))
         if self.skip is None:
             return self.post(self.branch(x))
+        if isinstance(self.branch, Parallel) and self.branch.onto_skip:
+            total = self.skip(x)
+            for branch in self.branch:
+                total = add_states(total, branch(x))
+            return self.post(total)
         return self.post(add_states(self.skip(x), self.branch(x)))
 
     @property
@@ -156,9 +163,9 @@ class ResidualChain(nn.Module):
         self.head = head
         self.eval_only = False  # set for a chain that was read from a model in eval mode
 
-    def forward(self, *inputs: Any) -> Any:
+    def forward(self, *inputs: Any, **keywords: Any) -> Any:
         """What the network returns."""
-        x = self.stem(*inputs)
+        x = self.stem(*inputs, **keywords)
         for block in self.blocks:
             x = block(x)
         return self.head(x)
@@ -248,6 +255,38 @@ class ResidualChain(nn.Module):
         lines += [f"  {index:>3} {block.summary()}" for index, block in enumerate(self)]
         return "\n".join(lines)
 
+    def summary(self) -> str:
+        """A table for people: what every block holds, those inside branches indented.
+
+        Returns:
+            Lines of text: name, stage, skip, what stands before skip and branch, in the branch and after the addition,
+            weight layers on the longest route through the branch, parameters, shapes without the batch.
+        """
+        first = f"ResidualChain of {len(self)} blocks, {self.num_paths:,} paths, {_count_parameters(self):,} parameters"
+        table = chain_table(self)
+        return "\n".join([first, table.to_string(index=False, justify="left")]) if len(table) else first
+
+    def _repr_html_(self) -> str:
+        """The same as a table in a notebook."""
+        table = (
+            chain_table(self).style.hide(axis="index").set_properties(**{"text-align": "left", "white-space": "pre"})
+        )
+        return f"<p>ResidualChain of {len(self)} blocks, {self.num_paths:,} paths</p>{table.to_html()}"
+
+    def length_polynomial(self, unit: str = "sublayer") -> list[int]:
+        """Number of paths by length, lengths counted in a unit; see `resnet_paths.path_histogram`.
+
+        Args:
+            unit: ``"sublayer"``, ``"block"`` or ``"layer"``.
+
+        Returns:
+            Exact ints; entry k is the number of paths of length k.
+
+        Raises:
+            ResnetPathsError: If it is another unit, or branches hold chains and the unit is not the sublayer.
+        """
+        return length_polynomial(self, unit)
+
 
 def add_states(one: Any, other: Any) -> Any:
     """The sum of two states.
@@ -329,11 +368,18 @@ class Placed(nn.Module):
 
 
 class Parallel(nn.ModuleList):
-    """Branches side by side, added up: ``sum(branch(x) for branch in branches)``; a path takes one of them."""
+    """Branches side by side, added up: ``sum(branch(x) for branch in branches)``; a path takes one of them.
 
-    def __init__(self, branches: Iterable[nn.Module]) -> None:
+    Args:
+        branches: The branches.
+        onto_skip: Whether a block adds them to its skip one after the other, as some models do, not their sum at once.
+            The two differ by rounding alone.
+    """
+
+    def __init__(self, branches: Iterable[nn.Module], *, onto_skip: bool = False) -> None:
         super().__init__(branches)
         self.training = any(branch.training for branch in self)
+        self.onto_skip = onto_skip
 
     def forward(self, x: Any) -> Any:
         """The sum of all branches at `x`."""

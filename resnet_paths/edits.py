@@ -171,7 +171,7 @@ def scale_block(model: nn.Module, block: int | str, factor: float, *, example_in
         raise ResnetPathsError("block", block, "a block with a branch", "This one's branch is deleted.")
     by_factor: nn.Module
     if isinstance(branch, Parallel):
-        by_factor = Parallel([Scaled(b, factor) for b in branch])
+        by_factor = Parallel([Scaled(b, factor) for b in branch], onto_skip=branch.onto_skip)
     elif isinstance(branch, ResidualChain):  # its paths still count
         by_factor = branch.with_head(Scaled(branch.head, factor))
     else:

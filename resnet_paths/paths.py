@@ -99,7 +99,7 @@ def path_polynomial(chain: HasPathChoices | int) -> list[int]:
 def _polynomial(choices: Choices) -> list[int]:
     coefficients = [1]
     for offered in choices:
-        coefficients = _product(coefficients, _polynomial_of_block(offered))
+        coefficients = multiplied(coefficients, _polynomial_of_block(offered))
     return coefficients
 
 
@@ -111,7 +111,16 @@ def _polynomial_of_block(offered: Sequence[Choice]) -> list[int]:
     return total
 
 
-def _product(one: list[int], other: list[int]) -> list[int]:
+def multiplied(one: list[int], other: list[int]) -> list[int]:
+    """The product of two polynomials, lowest coefficient first.
+
+    Args:
+        one: Coefficients.
+        other: Coefficients.
+
+    Returns:
+        Coefficients of the product, exact ints.
+    """
     result = [0] * (len(one) + len(other) - 1)
     for shift, factor in enumerate(other):
         if factor:
@@ -120,15 +129,21 @@ def _product(one: list[int], other: list[int]) -> list[int]:
     return result
 
 
-def path_histogram(chain: HasPathChoices | int) -> pd.DataFrame:
+def path_histogram(chain: HasPathChoices | int, unit: str = "sublayer") -> pd.DataFrame:
     """Number and fraction of paths by length: the binomial of Veit et al. 2016, figure 6a.
 
     Args:
         chain: A chain, or a number of residual blocks.
+        unit: What lengths count: ``"sublayer"``, the additions of the chain, one for each of its blocks; ``"block"``,
+            which takes a transformer's attention and MLP together; ``"layer"``, weight layers. `resnet_paths.units`
+            says which is which for every family. A number of blocks has the one unit only.
 
     Returns:
         A row a length from 0 to the longest path: ``path_length``; ``num_paths``, an exact Python int at any depth;
         ``fraction`` of all paths, the float nearest to the exact ratio.
+
+    Raises:
+        ResnetPathsError: If the unit is another, or not defined for the chain.
 
     Example:
         >>> frame = path_histogram(54)
@@ -137,7 +152,10 @@ def path_histogram(chain: HasPathChoices | int) -> pd.DataFrame:
         >>> int(frame.num_paths.sum()) == 2**54
         True
     """
-    counts = path_polynomial(chain)
+    if unit == "sublayer" or not hasattr(chain, "length_polynomial"):
+        counts = path_polynomial(chain)
+    else:
+        counts = chain.length_polynomial(unit)
     total = sum(counts)
     return pd.DataFrame({
         "path_length": range(len(counts)),
@@ -202,7 +220,7 @@ def _paths(choices: Choices, allowed: int) -> Iterator[Path]:
 
 
 def _product_of_sets(lengths: int, offered: Sequence[Choice]) -> list[int]:
-    return _product([lengths >> k & 1 for k in range(lengths.bit_length())], _polynomial_of_block(offered))
+    return multiplied([lengths >> k & 1 for k in range(lengths.bit_length())], _polynomial_of_block(offered))
 
 
 def _entries(offered: Sequence[Choice], allowed: int, lengths_after: int) -> Iterator[Entry]:
@@ -284,7 +302,7 @@ def _sampler(choices: Choices, longest: int) -> Callable[[int, Iterator[float]],
     # completions[i][k]: ways to go on from block i with k branches still to take.
     completions = [[1]]
     for polynomial in reversed(polynomials):
-        completions.insert(0, _product(completions[0], polynomial)[: longest + 1])
+        completions.insert(0, multiplied(completions[0], polynomial)[: longest + 1])
     inner = [[_sampler(c, longest) if isinstance(c, tuple) else None for c in offered] for offered in choices]
 
     def draw(left: int, uniforms: Iterator[float]) -> Path:

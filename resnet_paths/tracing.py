@@ -22,6 +22,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 from resnet_paths.errors import ResnetPathsError
+from resnet_paths.gates import write_gates_as_branches
 
 __all__ = ["Segment", "Trace", "module_path", "trace"]
 
@@ -39,12 +40,22 @@ class Segment(GraphModule):
 
 
 class FixedShape(nn.Module):
-    """A module that takes the shapes it was traced with, but for the batch: sizes may stand in its graph as numbers."""
+    """A module that takes the shapes it was traced with, but for the batch: sizes may stand in its graph as numbers.
 
-    def __init__(self, module: nn.Module, shapes: list[tuple[int, ...]]) -> None:
+    Args:
+        module: The module; it takes tensors in a row.
+        shapes: Their shapes, without the batch.
+        tensors_of: The tensors among positional and keyword arguments; None where the arguments are the tensors.
+    """
+
+    def __init__(
+        self, module: nn.Module, shapes: list[tuple[int, ...]],
+        tensors_of: Callable[[tuple[Any, ...], dict[str, Any]], tuple[torch.Tensor, ...]] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.module = module
         self.shapes = shapes
+        self.tensors_of = tensors_of
         self.training = False
 
     def check(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -58,9 +69,10 @@ class FixedShape(nn.Module):
             )  # fmt: skip
         return inputs
 
-    def forward(self, *inputs: torch.Tensor) -> Any:
+    def forward(self, *inputs: Any, **keywords: Any) -> Any:
         """What the module returns, for inputs of the right shapes."""
-        return self.module(*self.check(*inputs))
+        tensors = inputs if self.tensors_of is None else self.tensors_of(inputs, keywords)
+        return self.module(*self.check(*tensors))
 
 
 class Trace:
@@ -183,9 +195,11 @@ def trace(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Trace:
         ResnetPathsError: If the module cannot be exported (naming where), is bound to one batch size, holds operations
             of training mode, changes its buffers, or does not return one tensor.
     """
+    batch = max((x.shape[0] for x in inputs if x.dim()), default=1)
     # A batch of one would be traced as if it were the number 1.
-    example = tuple(torch.cat([x, x]) if x.dim() and x.shape[0] == 1 else x for x in inputs)
-    dynamic: Any = tuple({0: torch.export.Dim.AUTO} if x.dim() else {} for x in example)
+    example = tuple(torch.cat([x, x]) if x.dim() and batch == 1 else x for x in inputs)
+    # One row for all examples, such as positions, stays one.
+    dynamic: Any = tuple({0: torch.export.Dim.AUTO} if x.dim() and x.shape[0] > 1 else {} for x in example)
     try:
         if _takes_any_number_of_inputs(model):
             dynamic = (dynamic,)
@@ -194,7 +208,7 @@ def trace(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Trace:
             program = program.run_decompositions({})
     except Exception as error:
         raise ResnetPathsError(
-            "model", f"{type(model).__name__}: {_first_line(error)}",
+            "model", f"{name_of(model)}: {_first_line(error)}",
             f"a model whose operations do not depend on the data; export failed at {_user_frame(error, model)}",
             "Replace the data-dependent branch by tensor operations such as torch.where.",
         ) from error  # fmt: skip
@@ -222,13 +236,13 @@ def _flatten(model: nn.Module, program: torch.export.ExportedProgram) -> Trace:
     changed = [s.target for s in specs if s.kind != torch.export.graph_signature.OutputKind.USER_OUTPUT]
     if changed:
         raise ResnetPathsError(
-            "model", f"{type(model).__name__} changes {changed[0]!r} when it runs", "a model that only computes",
+            "model", f"{name_of(model)} changes {changed[0]!r} when it runs", "a model that only computes",
             "Call model.eval() first; if that is done, keep the count outside the model.",
         )  # fmt: skip
     leaf = program.call_spec.out_spec
     if len(values) != 1 or leaf is None or not leaf.is_leaf():
         raise ResnetPathsError(
-            "model", f"{type(model).__name__} returns {len(values)} values in a container",
+            "model", f"{name_of(model)} returns {len(values)} values in a container",
             "a model that returns one tensor",
             "Wrap it in a module whose forward returns the tensor you study.",
         )  # fmt: skip
@@ -242,12 +256,13 @@ def _flatten(model: nn.Module, program: torch.export.ExportedProgram) -> Trace:
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor) and value.dim() and not _varies(value.shape[0]):
             raise ResnetPathsError(
-                "model", f"{type(model).__name__} works for a batch of {value.shape[0]} only",
+                "model", f"{name_of(model)} works for a batch of {value.shape[0]} only",
                 "a model that takes any batch size",
                 "Write sizes as x.shape[0] or -1 instead of a number; give a single example as x.unsqueeze(0).",
             )  # fmt: skip
     _restore_batch_norm(graph)
     _nest_concatenations(graph)
+    write_gates_as_branches(graph)
     for node in graph.nodes:
         # The same values, for tensors of any layout: images with their channels last cannot be viewed as vectors.
         if node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
@@ -300,6 +315,11 @@ def _tensor_of(model: nn.Module, program: torch.export.ExportedProgram, name: st
     except AttributeError:
         constants: dict[str, Any] = dict(program.constants)
         return constants[name] if name in constants else program.state_dict[name]
+
+
+def name_of(model: nn.Module) -> str:
+    """The class of a model, or of the model that it calls."""
+    return str(getattr(model, "called_name", type(model).__name__))
 
 
 def module_path(node: Node) -> str:
@@ -373,6 +393,6 @@ def _user_frame(error: BaseException, model: nn.Module) -> str:
         ]  # fmt: skip
         cause = cause.__cause__ or cause.__context__
     if not frames:
-        return f"{type(model).__name__}.forward"
+        return f"{name_of(model)}.forward"
     frame = frames[-1]
     return f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}: {frame.line}"

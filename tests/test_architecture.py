@@ -14,12 +14,21 @@ import resnet_paths as rp
 
 PACKAGE = Path(rp.__file__).parent
 FLOORS = [
-    {"errors", "files", "paths", "device", "fingerprint"},
+    {"errors", "files", "paths", "device", "fingerprint", "gates", "reports"},
+    {"units"},
     {"chain", "tracing", "zoo.weights", "zoo.places", "zoo.initialisation", "zoo.resnet", "zoo.vgg"},
-    {"unraveling", "datasets", "placement", "lesions.batchnorm", "gradients.adjoints", "zoo.drawn"},
+    {
+        "unraveling.merges",
+        "unraveling.calling",
+        "datasets",
+        "placement",
+        "lesions.batchnorm",
+        "gradients.adjoints",
+        "zoo.drawn",
+    },
     {"zoo.catalog", "training.tasks"},
-    {"zoo", "training.settings"},
-    {"training.batches", "training.checkpoints"},
+    {"zoo", "training.settings", "unraveling.assembly"},
+    {"training.batches", "training.checkpoints", "unraveling"},
     {"edits", "training", "training.publishing", "gradients.cotangents", "gradients.readings", "gradients.effective"},
     {"gradients.backward", "lesion_plans", "lesions.predicted", "lesions.trie"},
     {"gradients.passes", "lesions.pieces"},

@@ -79,9 +79,17 @@ class Trie:
                 self.nodes[node].members |= 1 << index
             assert node is not None  # every chain has a stem and a head
             self.nodes[node].ends.append(index)
-        for node_of_many in self.nodes:
-            # The heaviest first: the lightest is then run first, and while the heaviest runs no other holds the state.
-            node_of_many.children.sort(key=lambda child: -self.nodes[child].members.bit_count())
+        self._sort_children()
+
+    def _sort_children(self) -> None:
+        """Behind each node the child that holds most states comes first: it is run last, when no other waits."""
+        held = [1] * len(self.nodes)  # states at once, from a node's output on
+        for number in reversed(range(len(self.nodes))):  # children were made after their parents
+            children = self.nodes[number].children
+            children.sort(key=lambda child: -held[child])
+            if children:
+                held[number] = max(held[children[0]], *(held[child] + 1 for child in children[1:2]))
+        self.roots.sort(key=lambda root: -held[root])
 
     def logits(
         self, inputs: torch.Tensor, wanted: Sequence[int] | None = None, most_examples: int | None = None
@@ -199,7 +207,7 @@ def _part_key(part: nn.Module | None, key_of: Callable[[nn.Module], Hashable]) -
     if isinstance(part, Scaled):
         return ("scaled", part.factor, _part_key(part.branch, key_of))
     if isinstance(part, Parallel):
-        return ("parallel", *(_part_key(branch, key_of) for branch in part))
+        return ("parallel", part.onto_skip, *(_part_key(branch, key_of) for branch in part))
     return key_of(part)
 
 

@@ -1,0 +1,159 @@
+"""What a block holds, for people and for counting: weight layers, operations by name, a table of a chain."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+
+__all__ = ["chain_table", "contents", "weight_layers"]
+
+_ATEN = torch.ops.aten
+_WEIGHT_LAYERS = {
+    _ATEN.conv1d.default, _ATEN.conv2d.default, _ATEN.conv3d.default, _ATEN.conv2d.padding, _ATEN.conv1d.padding,
+    _ATEN.convolution.default, _ATEN.conv_transpose2d.input, _ATEN.linear.default, _ATEN.addmm.default,
+    _ATEN.mm.default, _ATEN.matmul.default, _ATEN.bmm.default, _ATEN.einsum.default,
+}  # fmt: skip
+_LAYER_MODULES = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear)
+_NAMES = {
+    "batch_norm": "norm", "layer_norm": "norm", "group_norm": "norm", "instance_norm": "norm", "rms_norm": "norm",
+    "scaled_dot_product_attention": "attention", "max_pool2d": "max pool", "avg_pool2d": "average pool",
+    "adaptive_avg_pool2d": "average pool", "addmm": "linear", "softmax": "softmax",
+}  # fmt: skip
+_SHOWN = {
+    *_NAMES, "linear", "relu", "relu_", "gelu", "silu", "silu_", "sigmoid", "tanh", "hardswish", "hardswish_",
+    "hardsigmoid", "elu", "leaky_relu", "softplus", "mish", "matmul", "bmm", "einsum", "cat", "upsample_bilinear2d",
+    "upsample_nearest2d",
+}  # fmt: skip
+
+
+def weight_layers(module: nn.Module | None) -> int:
+    """Weight layers on the longest route through a module: convolutions and linear maps with parameters.
+
+    The unit in which the paper's abstract counts ("10-34 layers"). Products of two activations, as in attention, are
+    none.
+
+    Args:
+        module: A branch; None for a deleted one.
+
+    Returns:
+        Their number; of a module written by hand, of all such layers that it holds.
+    """
+    if module is None:
+        return 0
+    if isinstance(module, GraphModule):
+        return _longest_route(module)
+    inner = list(module.children())
+    if isinstance(module, nn.ModuleList):  # branches side by side
+        return max(map(weight_layers, inner), default=0)
+    return int(isinstance(module, _LAYER_MODULES)) + sum(map(weight_layers, inner))
+
+
+def _longest_route(module: GraphModule) -> int:
+    depth: dict[Node, int] = {}
+    for node in module.graph.nodes:
+        has_weight = any(arg.op == "get_attr" for arg in node.all_input_nodes)
+        own = int(node.target in _WEIGHT_LAYERS and has_weight)
+        depth[node] = own + max((depth[arg] for arg in node.all_input_nodes), default=0)
+    return max(depth.values(), default=0)
+
+
+def contents(module: nn.Module | None) -> str:
+    """What a module holds, in order, repeats folded, such as ``"2 x (norm, relu, conv 3x3)"``.
+
+    Args:
+        module: A branch; None for a deleted one.
+
+    Returns:
+        Words with commas between.
+    """
+    if module is None:
+        return "deleted"
+    return ", ".join(_folded(list(_words(module)))) or type(module).__name__
+
+
+def _words(module: nn.Module) -> Iterable[str]:
+    if isinstance(module, GraphModule):
+        yield from filter(None, (_word(module, node) for node in module.graph.nodes))
+    elif isinstance(module, nn.ModuleList):
+        yield " | ".join(contents(branch) for branch in module)
+    elif not list(module.children()):
+        if isinstance(module, nn.modules.conv._ConvNd):
+            yield "conv " + "x".join(map(str, module.kernel_size))
+        elif not isinstance(module, nn.Identity):
+            yield type(module).__name__
+    else:
+        for child in module.children():
+            yield from _words(child)
+
+
+def _word(module: GraphModule, node: Node) -> str:
+    name = str(getattr(node.target, "__name__", "")).split(".")[0]
+    if name.startswith("conv"):
+        weight = operator.attrgetter(str(node.args[1].target))(module)  # type: ignore[union-attr]
+        return "conv " + "x".join(map(str, weight.shape[2:]))
+    return _NAMES.get(name, name.rstrip("_")) if name in _SHOWN else ""
+
+
+def _folded(words: Sequence[str]) -> list[str]:
+    """Runs of equal words, or of equal groups of words, written once with their number."""
+    folded: list[str] = []
+    start = 0
+    while start < len(words):
+        size, times = max(_repeats(words, start), key=lambda found: found[0] * found[1] if found[1] > 1 else 0)
+        if times > 1:
+            group = ", ".join(words[start : start + size])
+            folded.append(f"{times} x ({group})" if size > 1 else f"{times} x {group}")
+            start += size * times
+        else:
+            folded.append(words[start])
+            start += 1
+    return folded
+
+
+def _repeats(words: Sequence[str], start: int) -> Iterable[tuple[int, int]]:
+    """(Size, times) of every group that begins at `start` and repeats."""
+    for size in range(1, max((len(words) - start) // 2, 1) + 1):
+        group = list(words[start : start + size])
+        times = 1
+        while list(words[start + times * size : start + (times + 1) * size]) == group:
+            times += 1
+        yield size, times
+
+
+def chain_table(blocks: Iterable[Any], depth: int = 0) -> pd.DataFrame:
+    """A table of a chain, those inside its branches included, indented.
+
+    Args:
+        blocks: The blocks of a chain.
+        depth: How deep the chain stands inside others.
+
+    Returns:
+        A row a block: ``index``, ``block``, ``stage``, ``skip``, ``before``, ``branch``, ``after`` (what it holds),
+        ``weight_layers``, ``parameters`` (of all its parts), ``shape`` (in and out).
+    """
+    rows = []
+    for index, block in enumerate(blocks):
+        inner = getattr(block.branch, "blocks", None)
+        shapes = ["x".join(map(str, shape or ())) or "?" for shape in (block.in_shape, block.out_shape)]
+        rows.append({
+            "index": index, "block": "  " * depth + (block.name or "(unnamed)"), "stage": block.stage,
+            "skip": block.skip_kind or "none", "before": contents(block.pre) if _does(block.pre) else "",
+            "branch": f"chain of {len(inner)} blocks" if inner is not None else contents(block.branch),
+            "after": contents(block.post) if _does(block.post) else "",
+            "weight_layers": weight_layers(block.branch),
+            "parameters": sum(p.numel() for p in block.parameters()),
+            "shape": shapes[0] if shapes[0] == shapes[1] else " -> ".join(shapes),
+        })  # fmt: skip
+        if inner is not None:
+            rows += chain_table(inner, depth + 1).to_dict("records")
+    return pd.DataFrame(rows)
+
+
+def _does(part: nn.Module) -> bool:
+    return not isinstance(part, nn.Identity)

@@ -1,0 +1,165 @@
+"""Any trained residual network as a chain of its blocks: `unravel(model, example_inputs)`.
+
+The model is called in one way, tensors in and one tensor out (`calling`), and exported to one flat graph
+(`resnet_paths.tracing`). Its forks and merges are found there (`merges`), and what stands between them becomes the
+parts of blocks (`assembly`). What is not a chain is refused with the name of the node that breaks it: never guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Interpreter, Node
+
+from resnet_paths.chain import ResidualChain, refuse_training_mode
+from resnet_paths.errors import ResnetPathsError
+from resnet_paths.tracing import Trace, name_of, trace
+from resnet_paths.unraveling.assembly import assemble
+from resnet_paths.unraveling.calling import Call, Signature, arguments_of, chosen
+from resnet_paths.unraveling.merges import Part, find_parts
+
+__all__ = ["unravel"]
+
+
+def unravel(
+    model: nn.Module, example_inputs: Any, *, output: str | int | None = None, max_depth: int | None = None
+) -> ResidualChain:
+    """The chain of residual blocks that a model is (Veit et al. 2016, section 3).
+
+    Works for any model whose forward `torch.export` can trace and whose blocks stand in series. Nothing is copied: the
+    chain shares every parameter and buffer with the model, and works for any batch size; another image size is
+    refused, since sizes may stand in the exported graph as numbers. Forward hooks of the model run along. A model
+    without any skips becomes a chain of its modules, with one path.
+
+    Args:
+        model: The network, in eval mode. A `ResidualChain` is returned as it is.
+        example_inputs: A tensor, a tuple of positional arguments, or a mapping of keyword arguments, with the batch in
+            dimension 0 of every tensor, on the model's device and of its dtype. The chain is called in the same way.
+        output: Which of the model's outputs the chain returns, by name or position; None for the only tensor, else
+            ``logits``, ``last_hidden_state``, ``out``, or the first.
+        max_depth: How many chains may stand inside one another, as in a U-Net, whose outermost block holds the network
+            inside it: 0 takes every branch as a whole; None, the default, looks into all.
+
+    Returns:
+        A chain with ``chain(x) == model(x)``, which is checked on `example_inputs`.
+
+    Raises:
+        ResnetPathsError: If the model holds BatchNorm or dropout in training mode, does not take the example, cannot be
+            exported (naming where), is not a chain (naming the node), or the chain does not return what the model
+            returns (naming the first block that differs).
+
+    Example:
+        >>> import torch, torchvision
+        >>> model = torchvision.models.resnet18(weights=None).eval()
+        >>> chain = unravel(model, torch.zeros(2, 3, 64, 64))
+        >>> len(chain), chain.num_paths, chain.blocks[2].name, chain.blocks[2].skip_kind
+        (8, 256, 'layer2.0', 'projection')
+    """
+    if isinstance(model, ResidualChain):
+        return model
+    args, kwargs = _check_arguments(model, example_inputs)
+    signature, tensors = Signature.of(args, kwargs)
+    returned = _run(model, args, kwargs)
+    expected = chosen(returned, output)
+    is_plain = signature.is_plain and returned is expected
+    called = model if is_plain else Call(model, signature, output)
+    traced = trace(called, tensors)
+    parts = find_parts(traced, max_depth)
+    chain = assemble(traced, parts, None if is_plain else signature)
+    with torch.no_grad():
+        found = chain(*args, **kwargs)
+    _check_chain(chain, called, traced, parts, tensors, found, expected)
+    return chain
+
+
+def _check_arguments(model: nn.Module, example_inputs: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if not isinstance(model, nn.Module):
+        raise ResnetPathsError("model", type(model).__name__, "a torch.nn.Module")
+    args, kwargs = arguments_of(example_inputs)
+    if not Signature.of(args, kwargs)[1]:
+        raise ResnetPathsError(
+            "example_inputs", [type(x).__name__ for x in (*args, *kwargs.values())],
+            "a tensor, a tuple of arguments or a mapping of keyword arguments with tensors among them",
+            "Pass a batch such as torch.zeros(2, 3, 224, 224).",
+        )  # fmt: skip
+    refuse_training_mode("model", model)
+    return args, kwargs
+
+
+def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    try:
+        # On copies of the buffers: a model that counts its calls is refused later, and must not have counted this one.
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        with torch.no_grad():
+            return torch.func.functional_call(model, buffers, args, kwargs)
+    except Exception as error:
+        tensors = Signature.of(args, kwargs)[1]
+        shapes = ", ".join(f"{x.dtype} {list(x.shape)} on {x.device}" for x in tensors)
+        raise ResnetPathsError(
+            "example_inputs", shapes, f"inputs that {type(model).__name__} takes",
+            f"It answered: {type(error).__name__}: {error}",
+        ) from error  # fmt: skip
+
+
+def _check_chain(
+    chain: ResidualChain, model: nn.Module, traced: Trace, parts: Sequence[Part],
+    inputs: tuple[torch.Tensor, ...], found: torch.Tensor, expected: torch.Tensor,
+) -> None:  # fmt: skip
+    """Raise, naming the first block that differs, unless the chain returns what the model returns."""
+    if _agree(found, expected):
+        return
+    with torch.no_grad():
+        values = _Recorder(traced, [parts[0].start, *(part.end for part in parts)]).values_on(inputs)
+        state = chain.stem.module(*inputs)  # type: ignore[operator]
+        place = "the stem"
+        for block, part in zip(chain, parts, strict=True):
+            if not _agree(state, values[part.start]) and block is chain[0]:
+                break
+            state, place = block(state), f"block {block.name!r}"
+            if not _agree(state, values[part.end]):
+                break
+        else:
+            place = "the head, or the export itself"
+    raise ResnetPathsError(
+        "model", f"{name_of(model)}: the chain's output differs from the model's",
+        "a model that unravels exactly",
+        f"The first difference is in {place}. Please report the model.",
+    )  # fmt: skip
+
+
+class _Recorder(Interpreter):
+    """Runs the flat graph on real inputs and keeps the values of some nodes."""
+
+    def __init__(self, traced: Trace, wanted: list[Node]) -> None:
+        self._tensors = traced.tensors
+        self._wanted = set(wanted)
+        self._kept: dict[Node, torch.Tensor] = {}
+        super().__init__(nn.Module(), graph=traced.graph, garbage_collect_values=False)
+
+    def fetch_attr(self, target: str) -> object:
+        return self._tensors[target]
+
+    def run_node(self, n: Node) -> object:
+        value = super().run_node(n)
+        if n in self._wanted and isinstance(value, torch.Tensor):
+            self._kept[n] = value
+        return value
+
+    def values_on(self, inputs: tuple[torch.Tensor, ...]) -> dict[Node, torch.Tensor]:
+        self.run(*inputs)
+        return self._kept
+
+
+def _agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Equal bit for bit, or, where kernels are not deterministic, to rounding of the dtype."""
+    if torch.equal(found, expected):
+        return True
+    if found.shape != expected.shape or found.dtype != expected.dtype or not found.is_floating_point():
+        return False
+    tolerance = min(1000 * torch.finfo(found.dtype).eps, 0.05)
+    largest = expected.abs().max().clamp_min(torch.finfo(found.dtype).tiny)
+    same_holes = torch.equal(torch.isfinite(found), torch.isfinite(expected))
+    return same_holes and bool(((found - expected).abs().nan_to_num() <= tolerance * largest.nan_to_num()).all())

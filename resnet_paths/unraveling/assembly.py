@@ -1,0 +1,114 @@
+"""From the blocks on a graph to a chain of modules that share the model's weights."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.fx import Node
+
+from resnet_paths.chain import Block, Parallel, Placed, ResidualChain
+from resnet_paths.tracing import FixedShape, Trace
+from resnet_paths.unraveling.calling import Signature
+from resnet_paths.unraveling.merges import Part, common_module, dimension, is_weighted
+
+__all__ = ["assemble"]
+
+_CAT = torch.ops.aten.cat.default
+
+
+def assemble(traced: Trace, parts: Sequence[Part], signature: Signature | None = None) -> ResidualChain:
+    """The chain that the parts of a graph make.
+
+    Args:
+        traced: The graph.
+        parts: Its blocks, in order.
+        signature: How the chain is to be called; None for tensors in a row.
+
+    Returns:
+        A chain in eval mode.
+    """
+    shapes = [tuple(node.meta["val"].shape[1:]) for node in traced.inputs]
+    tensors_of = None if signature is None else signature.tensors
+    stem = FixedShape(traced.segment(traced.inputs, parts[0].start), shapes, tensors_of)
+    return _chain(traced, stem, parts, traced.segment([parts[-1].end], traced.output))
+
+
+def _chain(traced: Trace, stem: nn.Module, parts: Sequence[Part], head: nn.Module) -> ResidualChain:
+    blocks, stage, previous_shape = [], 0, None
+    for part, name in zip(parts, _names(traced, parts), strict=True):
+        in_shape, out_shape = _shape(part.start), _shape(part.end)
+        if previous_shape is not None and out_shape != previous_shape:
+            stage += 1
+        previous_shape = out_shape
+        skip = None if part.skip is None else traced.segment([part.fork], part.skip)
+        branches = [_branch(traced, part, *each) for each in zip(part.branches, part.inner, strict=True)]
+        if part.merge.target is _CAT and part.skip is not None:
+            skip, branches = _placed(part, branches)
+        block = Block(
+            branches[0] if len(branches) == 1 else Parallel(branches, onto_skip=part.onto_skip), skip,
+            pre=traced.segment([part.start], part.fork), post=traced.segment([part.merge], part.end),
+            name=name, stage=stage, in_shape=in_shape, out_shape=out_shape,
+        )  # fmt: skip
+        block.training = False
+        blocks.append(block)
+    # Between blocks of a plain net there may be trunk nodes that belong to neither: they go before the later block.
+    for index, (left, right) in enumerate(itertools.pairwise(parts)):
+        if left.end is not right.start:
+            gap = traced.segment([left.end], right.start)
+            blocks[index + 1] = blocks[index + 1].replace(pre=gap, in_shape=_shape(left.end))
+    chain = ResidualChain(stem, blocks, head)
+    chain.training = chain.blocks.training = False
+    chain.eval_only = True
+    return chain
+
+
+def _branch(traced: Trace, part: Part, branch: Node, inner: Sequence[Part]) -> nn.Module:
+    """What leads from the fork to an operand of the merge: a chain of its own where there are blocks on the way."""
+    if not inner:
+        return traced.segment([part.fork], branch)
+    stem = traced.segment([part.fork], inner[0].start)
+    return _chain(traced, stem, inner, traced.segment([inner[-1].end], branch))
+
+
+def _placed(part: Part, branches: list[nn.Module]) -> tuple[nn.Module, list[nn.Module]]:
+    """Skip and branch of a concatenation: each placed into the wider space, where they are added."""
+    dim, (operand,), (branch,) = dimension(part.merge), part.branches, branches
+    sizes = {node: int(node.meta["val"].shape[dim]) for node in (part.fork, operand)}
+    if part.merge.args[0][0] is part.fork:  # type: ignore[index]
+        skip, place = Placed(dim, 0, sizes[operand]), Placed(dim, sizes[part.fork], 0)
+    else:
+        skip, place = Placed(dim, sizes[operand], 0), Placed(dim, 0, sizes[part.fork])
+    if isinstance(branch, ResidualChain):  # its paths still count
+        placed: nn.Module = branch.with_head(nn.Sequential(branch.head, place).eval())
+    else:
+        placed = nn.Sequential(branch, place).eval()
+    return skip.eval(), [placed]
+
+
+def _names(traced: Trace, parts: Sequence[Part]) -> list[str]:
+    """A name a block: the module whose forward merges; where several merge in one, the module of the branch."""
+    # Where features are concatenated, the merge stands in the layer that reads them: not a name for this block.
+    by_merge = ["" if part.merge.target is _CAT else part.module for part in parts]
+    names: list[str] = []
+    for index, (part, name) in enumerate(zip(parts, by_merge, strict=True)):
+        if name and by_merge.count(name) == 1:
+            names.append(name)
+            continue
+        region = set().union(*(traced.region([part.fork], branch) for branch in part.branches))
+        candidates = (common_module(region), common_module(n for n in region if is_weighted(n)))
+        taken = {"", *names, *by_merge}
+        free = [candidate for candidate in candidates if candidate not in taken]
+        known = next((candidate for candidate in candidates if candidate), name)
+        # A module that is run again, with the same weights: layer, layer@1, layer@2...
+        again = (f"{known}@{k}" for k in itertools.count(1) if f"{known}@{k}" not in taken)
+        names.append(free[0] if free else next(again) if known in names else name and f"{name}#{index}")
+        names[-1] = names[-1] or f"block{index}"
+    return names
+
+
+def _shape(node: Node) -> tuple[int, ...]:
+    """Shape without the batch; a dimension that varies with the batch is -1."""
+    return tuple(int(d) if isinstance(d, int) else -1 for d in node.meta["val"].shape[1:])
