@@ -62,8 +62,12 @@ def _interpolation(node: Node) -> tuple[Node, Node, Node] | None:
 
 def _is_one_minus(node: Node, gate: Node) -> bool:
     if node.target is _RSUB:
-        return node.args[0] is gate and node.args[1] == 1 and (len(node.args) < 3 or node.args[2] == 1)
-    return node.target is _SUB and node.args[0] == 1 and node.args[1] is gate and not node.kwargs
+        return node.args[0] is gate and all(_is_one(number) for number in node.args[1:])
+    return node.target is _SUB and _is_one(node.args[0]) and node.args[1] is gate and not node.kwargs
+
+
+def _is_one(argument: object) -> bool:
+    return isinstance(argument, int | float) and argument == 1
 
 
 def _comes_from(node: Node, source: Node) -> bool:

@@ -137,7 +137,7 @@ def chain_table(blocks: Iterable[Any], depth: int = 0) -> pd.DataFrame:
         A row a block: ``index``, ``block``, ``stage``, ``skip``, ``before``, ``branch``, ``after`` (what it holds),
         ``weight_layers``, ``parameters`` (of all its parts), ``shape`` (in and out).
     """
-    rows = []
+    rows: list[dict[Any, Any]] = []
     for index, block in enumerate(blocks):
         inner = getattr(block.branch, "blocks", None)
         shapes = ["x".join(map(str, shape or ())) or "?" for shape in (block.in_shape, block.out_shape)]
