@@ -268,10 +268,9 @@ class ResidualChain(nn.Module):
 
     def _repr_html_(self) -> str:
         """The same as a table in a notebook."""
-        table = (
-            chain_table(self).style.hide(axis="index").set_properties(**{"text-align": "left", "white-space": "pre"})
-        )
-        return f"<p>ResidualChain of {len(self)} blocks, {self.num_paths:,} paths</p>{table.to_html()}"
+        left = [{"selector": "th, td", "props": "text-align: left; white-space: pre"}]
+        table = chain_table(self).style.hide(axis="index").set_table_styles(left).to_html()
+        return f"<p>ResidualChain of {len(self)} blocks, {self.num_paths:,} paths</p>{table}"
 
     def length_polynomial(self, unit: str = "sublayer") -> list[int]:
         """Number of paths by length, lengths counted in a unit; see `resnet_paths.path_histogram`.
