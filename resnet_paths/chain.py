@@ -268,7 +268,7 @@ class ResidualChain(nn.Module):
 
     def _repr_html_(self) -> str:
         """The same as a table in a notebook."""
-        left = [{"selector": "th, td", "props": "text-align: left; white-space: pre"}]
+        left: Any = [{"selector": "th, td", "props": "text-align: left; white-space: pre"}]
         table = chain_table(self).style.hide(axis="index").set_table_styles(left).to_html()
         return f"<p>ResidualChain of {len(self)} blocks, {self.num_paths:,} paths</p>{table}"
 

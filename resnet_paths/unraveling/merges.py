@@ -83,7 +83,26 @@ def find_parts(traced: Trace, max_depth: int | None) -> list[Part]:
     if not traced.depends_on_input(traced.output):
         raise ResnetPathsError("model", traced.output.name, "a model whose output depends on its input")
     trunk = _trunk(traced, None, traced.output)
-    return _residual_parts(traced, trunk, max_depth) or _plain_parts(traced, trunk)
+    parts = _residual_parts(traced, trunk, max_depth)
+    if not parts:
+        _refuse_input_behind_the_stem(traced)
+    return parts or _plain_parts(traced, trunk)
+
+
+def _refuse_input_behind_the_stem(traced: Trace) -> None:
+    """Refuse an input, such as an attention mask, without which the network would be a chain."""
+    blocks_without: dict[Node, int] = {}
+    for node in traced.inputs if len(traced.inputs) > 1 else ():
+        without = Trace(traced.graph, [n for n in traced.inputs if n is not node], traced.output, traced.tensors)
+        if without.depends_on_input(traced.output):
+            trunk = _trunk(without, None, traced.output)
+            blocks_without[node] = len(_residual_parts(without, trunk, 0, strict=False))
+    if any(blocks_without.values()):
+        raise ResnetPathsError(
+            "example_inputs", max(blocks_without, key=blocks_without.__getitem__).name,
+            "inputs that only the stem reads; this one is read by blocks too",
+            "Leave it out, or wrap the model in a module that fixes it.",
+        )  # fmt: skip
 
 
 def is_weighted(node: Node) -> bool:
