@@ -67,7 +67,7 @@ def unravel(
     is_plain = signature.is_plain and returned is expected
     called = model if is_plain else Call(model, signature, output)
     traced = trace(called, tensors)
-    parts = find_parts(traced, max_depth)
+    parts = find_parts(traced, max_depth, signature.names)
     chain = assemble(traced, parts, None if is_plain else signature)
     with torch.no_grad():
         found = chain(*args, **kwargs)

@@ -35,6 +35,10 @@ def arguments_of(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,), {}
 
 
+class _Place:
+    """Stands where a tensor stands."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Signature:
     """The tensors among a model's arguments, and what stands around them.
@@ -57,6 +61,13 @@ class Signature:
         constants = tuple(None if tensor else leaf for leaf, tensor in zip(leaves, is_tensor, strict=True))
         tensors = tuple(leaf for leaf, tensor in zip(leaves, is_tensor, strict=True) if tensor)
         return cls(spec, constants, is_tensor), tensors
+
+    @property
+    def names(self) -> list[str]:
+        """A name for each tensor: its keyword, or its position."""
+        args, kwargs = self.arguments([_Place() for _ in range(sum(self.is_tensor))])
+        named = [(f"argument {index}", value) for index, value in enumerate(args)] + list(kwargs.items())
+        return [name for name, value in named for leaf in pytree.tree_leaves(value) if type(leaf) is _Place]
 
     @property
     def is_plain(self) -> bool:

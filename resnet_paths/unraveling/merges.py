@@ -67,12 +67,13 @@ class Part:
     onto_skip: bool = False
 
 
-def find_parts(traced: Trace, max_depth: int | None) -> list[Part]:
+def find_parts(traced: Trace, max_depth: int | None, input_names: Sequence[str]) -> list[Part]:
     """The blocks of a network: residual ones, or else the modules of a plain net.
 
     Args:
         traced: The network's graph.
         max_depth: How many chains may stand inside one another; None for any number.
+        input_names: What to call the inputs in messages.
 
     Returns:
         The blocks in order, at least one.
@@ -85,21 +86,21 @@ def find_parts(traced: Trace, max_depth: int | None) -> list[Part]:
     trunk = _trunk(traced, None, traced.output)
     parts = _residual_parts(traced, trunk, max_depth)
     if not parts:
-        _refuse_input_behind_the_stem(traced)
+        _refuse_input_behind_the_stem(traced, input_names)
     return parts or _plain_parts(traced, trunk)
 
 
-def _refuse_input_behind_the_stem(traced: Trace) -> None:
+def _refuse_input_behind_the_stem(traced: Trace, names: Sequence[str]) -> None:
     """Refuse an input, such as an attention mask, without which the network would be a chain."""
-    blocks_without: dict[Node, int] = {}
-    for node in traced.inputs if len(traced.inputs) > 1 else ():
+    blocks_without: dict[str, int] = {}
+    for name, node in zip(names, traced.inputs, strict=True) if len(traced.inputs) > 1 else ():
         without = Trace(traced.graph, [n for n in traced.inputs if n is not node], traced.output, traced.tensors)
         if without.depends_on_input(traced.output):
             trunk = _trunk(without, None, traced.output)
-            blocks_without[node] = len(_residual_parts(without, trunk, 0, strict=False))
+            blocks_without[name] = len(_residual_parts(without, trunk, 0, strict=False))
     if any(blocks_without.values()):
         raise ResnetPathsError(
-            "example_inputs", max(blocks_without, key=blocks_without.__getitem__).name,
+            "example_inputs", max(blocks_without, key=blocks_without.__getitem__),
             "inputs that only the stem reads; this one is read by blocks too",
             "Leave it out, or wrap the model in a module that fixes it.",
         )  # fmt: skip
