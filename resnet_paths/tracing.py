@@ -112,20 +112,20 @@ class Trace:
         """`nodes` in the order of the graph."""
         return sorted(nodes, key=self._position.__getitem__)
 
-    def segment(self, sources: list[Node], target: Node) -> nn.Module:
-        """The module that computes `target` from `sources`.
+    def segment(self, sources: list[Node], *targets: Node) -> nn.Module:
+        """The module that computes `targets` from `sources`.
 
         Args:
             sources: Nodes that become the module's inputs, in this order.
-            target: The node that it returns.
+            targets: The node that it returns; several are returned as a tuple.
 
         Returns:
-            An `nn.Identity` if `target` is the only source, else a `Segment` in eval mode.
+            An `nn.Identity` if the one target is the only source, else a `Segment` in eval mode.
 
         Raises:
             ResnetPathsError: If something besides the sources is needed.
         """
-        if sources == [target]:
+        if sources == list(targets):
             return nn.Identity().eval()
         graph = Graph()
         copies: dict[Node, Node] = {}
@@ -135,10 +135,11 @@ class Trace:
         def needed_by(node: Node) -> list[Node]:
             return node.all_input_nodes if self._size_of(node, sources) is None else []
 
-        for node in self.in_order(_walk_back(target, set(sources), needed_by)):
+        needed = set().union(*(_walk_back(target, set(sources), needed_by) for target in targets))
+        for node in self.in_order(needed):
             if node.op == "placeholder":
                 raise ResnetPathsError(
-                    "model", node.name, f"a chain; {target.name} ({describe(target)}) also reads the model's input",
+                    "model", node.name, f"a chain; {targets[0].name} ({describe(targets[0])}) also reads its input",
                     "Only the stem may read the input.",
                 )  # fmt: skip
             size = self._size_of(node, sources)
@@ -147,7 +148,7 @@ class Trace:
             else:
                 source, dim = size
                 copies[node] = graph.call_function(torch.ops.aten.sym_size.int, (copies[source], dim))
-        graph.output(copies[target])
+        graph.output(copies[targets[0]] if len(targets) == 1 else tuple(copies[target] for target in targets))
         names = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
         return Segment({name: self.tensors[name] for name in names}, graph, class_name="Segment").eval()
 
@@ -210,7 +211,8 @@ def trace(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Trace:
         raise ResnetPathsError(
             "model", f"{name_of(model)}: {_first_line(error)}",
             f"a model whose operations do not depend on the data; export failed at {_user_frame(error, model)}",
-            "Replace the data-dependent branch by tensor operations such as torch.where.",
+            "Replace the data-dependent branch by tensor operations such as torch.where; or name the residual modules "
+            'of a model that is a stack of them: unravel(model, x, blocks=["layer1.0", ...]).',
         ) from error  # fmt: skip
     return _flatten(model, program)
 

@@ -14,7 +14,7 @@ import resnet_paths as rp
 
 PACKAGE = Path(rp.__file__).parent
 FLOORS = [
-    {"errors", "files", "paths", "device", "fingerprint", "gates", "reports"},
+    {"errors", "files", "paths", "device", "fingerprint", "gates", "pairs", "reports"},
     {"units"},
     {"chain", "tracing", "zoo.weights", "zoo.places", "zoo.initialisation", "zoo.resnet", "zoo.vgg"},
     {
@@ -27,7 +27,7 @@ FLOORS = [
         "zoo.drawn",
     },
     {"zoo.catalog", "training.tasks"},
-    {"zoo", "training.settings", "unraveling.assembly"},
+    {"zoo", "training.settings", "unraveling.assembly", "unraveling.by_hand"},
     {"training.batches", "training.checkpoints", "unraveling"},
     {"edits", "training", "training.publishing", "gradients.cotangents", "gradients.readings", "gradients.effective"},
     {"gradients.backward", "lesion_plans", "lesions.predicted", "lesions.trie"},

@@ -299,3 +299,116 @@ def test_the_summary_says_what_blocks_hold():
     assert "norm, linear, tanh, linear | norm, linear" in lines[2]
     assert "<table" in chain._repr_html_()
     assert "deleted" in rp.delete_block(chain, 0).summary()
+
+
+class Bottle(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.inner, self.norm = mlp(width), nn.LayerNorm(width)
+
+    def forward(self, x):
+        return self.norm(x + self.inner(x))
+
+
+class DataDependent(nn.Module):
+    """Cannot be exported: its stem and its head look at the values."""
+
+    def __init__(self, between=False):
+        super().__init__()
+        self.between = between
+        self.inp, self.out = nn.Linear(5, 4), nn.Linear(4, 3)
+        self.layers = nn.ModuleList(Bottle(4) for _ in range(4))
+
+    def forward(self, x):
+        x = self.inp(x)
+        if x.abs().max() > 1e6:
+            x = x / 2
+        for i, layer in enumerate(self.layers):
+            x = layer(x)
+            if self.between and i == 1:
+                x = 2 * x
+        return {"logits": self.out(x) if x.sum() < 1e6 else x}
+
+
+def test_blocks_named_by_hand_where_the_model_cannot_be_exported():
+    model, x = build(DataDependent), inputs()
+    before = snapshot(model)
+    with pytest.raises(rp.ResnetPathsError, match=r"data-dependent.*blocks=\[.layer1.0., ...\]"):
+        rp.unravel(model, x)
+    names = [f"layers.{i}" for i in range(4)]
+    chain = rp.unravel(model, x, blocks=names)
+    more = inputs(7, seed=5)
+    assert torch.equal(chain(more), model(more)["logits"])
+    assert [block.name for block in chain] == names
+    assert chain.num_paths == 16
+    state = model.inp(more)
+    for i, layer in enumerate(model.layers):
+        state = layer.norm(state) if i == 2 else layer(state)
+    assert torch.allclose(rp.delete_block(chain, "layers.2")(more), model.out(state))
+    loader = [(more, torch.tensor([0, 1, 2, 0, 1, 2, 0]))]
+    assert len(rp.lesion_study(chain, loader, rp.single_deletions(chain), progress=False)) == 4
+    frame = rp.gradient_by_path_length(chain, *loader[0])
+    assert frame.gradient_share.sum() == pytest.approx(1, abs=1e-10)
+    assert sum(p.numel() for p in chain.parameters()) == sum(p.numel() for p in model.parameters())
+    assert_same(before, snapshot(model))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "between", "message"),
+    [
+        (["layers.0", "layers.9"], False, r"blocks: got 'layers.9'; allowed: the name of a module, nearest"),
+        (["layers.0", "layers.2"], False, r"blocks: got 'layers.2'; allowed: modules that run right after one another"),
+        (["layers.1", "layers.2"], True, r"blocks: got 'layers.2'; allowed: modules that run right after one another"),
+        ("layers.0", False, r"blocks: got 'layers.0'; allowed: a list of at least one module's name"),
+        ([], False, r"blocks: got \[\]; allowed: a list"),
+    ],
+)
+def test_bad_names_of_blocks(blocks, between, message):
+    with pytest.raises(rp.ResnetPathsError, match=message):
+        rp.unravel(build(DataDependent, between), inputs(), blocks=blocks)
+
+
+class WaveNet(nn.Module):
+    """Residual and skip sums; `scaled` multiplies each residual sum, `gathered` adds the skips up at the end."""
+
+    def __init__(self, scaled, gathered):
+        super().__init__()
+        self.scaled, self.gathered = scaled, gathered
+        self.inp, self.out = nn.Linear(5, 4), nn.Linear(6, 3)
+        self.gate = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+        self.res = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+        self.skip = nn.ModuleList(nn.Linear(4, 6) for _ in range(4))
+
+    def layer(self, i, x):
+        h = torch.tanh(self.gate[i](x)) * torch.sigmoid(self.gate[i](x))
+        return self.res[i](h), self.skip[i](h)
+
+    def forward(self, x, without=()):
+        x, skips, total = self.inp(x), [], 0
+        for i in range(4):
+            residual, skip = self.layer(i, x)
+            if i not in without:
+                x = x + residual
+                total = total + skip
+                skips.append(skip)
+            if self.scaled:
+                x = x * 0.5**0.5
+        return self.out(torch.relu(sum(skips) if self.gathered else total))
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("gathered", [False, True])
+def test_wavenet_is_a_chain_on_the_pair_of_value_and_sum(scaled, gathered):
+    model, x = build(WaveNet, scaled, gathered), inputs()
+    chain = rp.unravel(model, x)
+    assert torch.equal(chain(x), model(x))
+    assert torch.equal(chain(inputs(7)), model(inputs(7)))
+    assert len(chain) == 4
+    assert rp.path_histogram(chain).num_paths.tolist() == [1, 4, 6, 4, 1]
+    for i in range(4):
+        assert torch.allclose(rp.delete_block(chain, i)(x), model(x, without=(i,)), rtol=0, atol=1e-14)
+    frame = rp.gradient_by_path_length(chain, x, torch.tensor([0, 1, 2, 0]))
+    assert frame.gradient_share.sum() == pytest.approx(1, abs=1e-10)
+    assert frame.gradient_share[0] == 0  # no way to the output but through a branch
+    study = rp.lesion_study(chain, [(x, torch.tensor([0, 1, 2, 0]))], rp.single_deletions(chain), progress=False)
+    assert len(study) == 4

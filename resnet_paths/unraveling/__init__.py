@@ -18,6 +18,7 @@ from resnet_paths.chain import ResidualChain, refuse_training_mode
 from resnet_paths.errors import ResnetPathsError
 from resnet_paths.tracing import Trace, name_of, trace
 from resnet_paths.unraveling.assembly import assemble
+from resnet_paths.unraveling.by_hand import chain_of_named_blocks
 from resnet_paths.unraveling.calling import Call, Signature, arguments_of, chosen
 from resnet_paths.unraveling.merges import Part, find_parts
 
@@ -25,7 +26,12 @@ __all__ = ["unravel"]
 
 
 def unravel(
-    model: nn.Module, example_inputs: Any, *, output: str | int | None = None, max_depth: int | None = None
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    output: str | int | None = None,
+    max_depth: int | None = None,
+    blocks: Sequence[str] | None = None,
 ) -> ResidualChain:
     """The chain of residual blocks that a model is (Veit et al. 2016, section 3).
 
@@ -42,6 +48,9 @@ def unravel(
             ``logits``, ``last_hidden_state``, ``out``, or the first.
         max_depth: How many chains may stand inside one another, as in a U-Net, whose outermost block holds the network
             inside it: 0 takes every branch as a whole; None, the default, looks into all.
+        blocks: Names of the model's residual modules, such as ``["layer1.0", "layer1.1"]``, for a model that cannot be
+            exported as a whole. They run once each, one right after the other, and are exported one by one; what runs
+            before and after them is run as it is.
 
     Returns:
         A chain with ``chain(x) == model(x)``, which is checked on `example_inputs`.
@@ -64,6 +73,15 @@ def unravel(
     signature, tensors = Signature.of(args, kwargs)
     returned = _run(model, args, kwargs)
     expected = chosen(returned, output)
+    if blocks is not None:
+        chain = chain_of_named_blocks(model, _listed(blocks), signature, tensors, output, unravel)
+        with torch.no_grad():
+            if not _agree(chain(*args, **kwargs), expected):
+                raise ResnetPathsError(
+                    "blocks", list(blocks), "modules between which and behind which nothing else reads the input",
+                    "The chain does not return what the model returns.",
+                )  # fmt: skip
+        return chain
     is_plain = signature.is_plain and returned is expected
     called = model if is_plain else Call(model, signature, output)
     traced = trace(called, tensors)
@@ -87,6 +105,12 @@ def _check_arguments(model: nn.Module, example_inputs: object) -> tuple[tuple[An
         )  # fmt: skip
     refuse_training_mode("model", model)
     return args, kwargs
+
+
+def _listed(blocks: Sequence[str]) -> list[str]:
+    if isinstance(blocks, str) or not blocks or not all(isinstance(name, str) for name in blocks):
+        raise ResnetPathsError("blocks", blocks, "a list of at least one module's name, as in ['layer1.0']")
+    return list(blocks)
 
 
 def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -10,7 +10,8 @@ from torch import nn
 from torch.fx import Node
 
 from resnet_paths.chain import Block, Parallel, Placed, ResidualChain
-from resnet_paths.tracing import FixedShape, Trace
+from resnet_paths.pairs import OfValue, OnValue, TakeSum, WithEmptySum
+from resnet_paths.tracing import FixedShape, Trace, module_path
 from resnet_paths.unraveling.calling import Signature
 from resnet_paths.unraveling.merges import Part, common_module, dimension, is_weighted
 
@@ -37,12 +38,16 @@ def assemble(traced: Trace, parts: Sequence[Part], signature: Signature | None =
 
 
 def _chain(traced: Trace, stem: nn.Module, parts: Sequence[Part], head: nn.Module) -> ResidualChain:
-    blocks, stage, previous_shape = [], 0, None
+    blocks: list[Block] = []
+    stage, previous_shape = 0, None
     for part, name in zip(parts, _names(traced, parts), strict=True):
         in_shape, out_shape = _shape(part.start), _shape(part.end)
         if previous_shape is not None and out_shape != previous_shape:
             stage += 1
         previous_shape = out_shape
+        if part.rungs:
+            blocks += _ladder(traced, part, stage)
+            continue
         skip = None if part.skip is None else traced.segment([part.fork], part.skip)
         branches = [_branch(traced, part, *each) for each in zip(part.branches, part.inner, strict=True)]
         if part.merge.target is _CAT and part.skip is not None:
@@ -56,13 +61,39 @@ def _chain(traced: Trace, stem: nn.Module, parts: Sequence[Part], head: nn.Modul
         blocks.append(block)
     # Between blocks of a plain net there may be trunk nodes that belong to neither: they go before the later block.
     for index, (left, right) in enumerate(itertools.pairwise(parts)):
-        if left.end is not right.start:
+        if left.end is not right.start and not any(part.rungs for part in parts):
             gap = traced.segment([left.end], right.start)
             blocks[index + 1] = blocks[index + 1].replace(pre=gap, in_shape=_shape(left.end))
     chain = ResidualChain(stem, blocks, head)
     chain.training = chain.blocks.training = False
     chain.eval_only = True
     return chain
+
+
+def _ladder(traced: Trace, part: Part, stage: int) -> list[Block]:
+    """The blocks of a ladder: the first makes the pair of x and an empty sum, the last leaves the sum."""
+    summed = tuple(int(d) for d in part.merge.meta["val"].shape[1:])
+    names = [module_path(rung.merge if rung.merge is not None else rung.side) for rung in part.rungs]
+    blocks = []
+    for index, (rung, name) in enumerate(zip(part.rungs, names, strict=True)):
+        targets = [rung.side] if rung.branch is None else [rung.branch, rung.side]
+        later = part.rungs[index + 1].fork if rung.merge is not None else None
+        before = _in_series(traced.segment([part.start], part.fork), WithEmptySum(summed)) if index == 0 else None
+        if rung.merge is None or later is None:
+            after: nn.Module = _in_series(TakeSum(), traced.segment([part.merge], part.end))
+        else:
+            after = OnValue(traced.segment([rung.merge], later))
+        block = Block(
+            OfValue(traced.segment([rung.fork], *targets), adds_to_value=rung.branch is not None), nn.Identity(),
+            pre=before, post=after, name=name if names.count(name) == 1 and name else f"block{index}", stage=stage,
+            in_shape=_shape(rung.fork), out_shape=_shape(part.end if later is None else later),
+        )  # fmt: skip
+        blocks.append(block.train(False))
+    return blocks
+
+
+def _in_series(*modules: nn.Module) -> nn.Module:
+    return nn.Sequential(*(module for module in modules if not isinstance(module, nn.Identity))).eval()
 
 
 def _branch(traced: Trace, part: Part, branch: Node, inner: Sequence[Part]) -> nn.Module:

@@ -54,6 +54,7 @@ class Part:
         branches: The other operands; several are alternatives that a path may take.
         inner: For each branch the blocks inside it; none where it holds no chain.
         onto_skip: Whether the branches are added to the skip one after the other, not their sum at once.
+        rungs: Where the part is a ladder, whose state is a pair, its blocks; it has no branches of its own then.
     """
 
     module: str
@@ -65,6 +66,24 @@ class Part:
     branches: tuple[Node, ...]
     inner: tuple[tuple[Part, ...], ...] = ((),)
     onto_skip: bool = False
+    rungs: tuple[Rung, ...] = ()
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A block on the pair of a value x and a sum s, as in WaveNet: x + branch(x) and s + side(x).
+
+    Attributes:
+        fork: x.
+        merge: Where the branch is added to x; None for the last block, which adds to the sum alone.
+        branch: What is added to x; None for the last block.
+        side: What is added to the sum.
+    """
+
+    fork: Node
+    merge: Node | None
+    branch: Node | None
+    side: Node
 
 
 def find_parts(traced: Trace, max_depth: int | None, input_names: Sequence[str]) -> list[Part]:
@@ -135,6 +154,7 @@ class _Core:
     skip: Node | None
     branches: tuple[Node, ...]
     onto_skip: bool = False
+    rungs: tuple[Rung, ...] = ()
 
 
 def _residual_parts(traced: Trace, trunk: list[Node], depth: int | None, *, strict: bool = True) -> list[Part]:
@@ -162,7 +182,7 @@ def _residual_parts(traced: Trace, trunk: list[Node], depth: int | None, *, stri
     return [
         Part(
             module_path(core.merge), start, core.fork, core.merge, end, core.skip, core.branches,
-            tuple(_inside(traced, core.fork, branch, depth) for branch in core.branches), core.onto_skip,
+            tuple(_inside(traced, core.fork, branch, depth) for branch in core.branches), core.onto_skip, core.rungs,
         )
         for start, core, end in zip(starts, cores, ends, strict=True)
     ]  # fmt: skip
@@ -214,6 +234,9 @@ def _core(traced: Trace, fork: Node, merge: Node) -> _Core:
         branches = tuple(s for s in summands if s is not skip)
         return _Core(fork, merge, skip, branches, onto_skip=skip is not None and skip not in operands)
     shared = traced.region([fork], operands[0]) & traced.region([fork], operands[1])
+    rungs = _rungs(traced, fork, summands) if shared else ()
+    if rungs:
+        return _Core(fork, merge, None, (), rungs=rungs)
     if shared:
         node = traced.in_order(shared)[0]
         raise _not_a_chain(
@@ -241,6 +264,26 @@ def _are_alternatives(traced: Trace, fork: Node, summands: Sequence[Node]) -> bo
     weighted = [{n for n in traced.region([fork], s) if is_weighted(n)} for s in summands]
     apart = all(not (one & other) for one, other in itertools.combinations(weighted, 2))
     return len(set(summands)) == len(summands) and apart and sum(not layers for layers in weighted) <= 1
+
+
+def _rungs(traced: Trace, fork: Node, summands: Sequence[Node]) -> tuple[Rung, ...]:
+    """The blocks of a ladder: each summand is made from one of the values x along a line of residual additions."""
+    rails = {summand: _trunk(traced, fork, summand) for summand in summands}
+    rail = max(rails.values(), key=len)
+    steps = [
+        (x, merge)
+        for x, merge in itertools.pairwise(rail)
+        if merge.target is _ADD and x in traced.dependent_inputs(merge) and _holds_weights(traced, x, merge)
+    ]
+    if not steps or len(summands) != len(steps) + 1:
+        return ()
+    values = [*(x for x, _ in steps), steps[-1][1]]
+    made_from = {max((i for i, x in enumerate(values) if x in trunk), default=0): s for s, trunk in rails.items()}
+    if sorted(made_from) != list(range(len(values))):
+        return ()
+    branches = [next(o for o in traced.dependent_inputs(merge) if o is not x) for x, merge in steps]
+    rungs = [Rung(x, merge, b, made_from[i]) for i, ((x, merge), b) in enumerate(zip(steps, branches, strict=True))]
+    return (*rungs, Rung(values[-1], None, None, made_from[len(steps)]))
 
 
 def _skip_among(traced: Trace, fork: Node, operands: Sequence[Node]) -> Node | None:

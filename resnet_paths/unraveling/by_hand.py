@@ -1,0 +1,189 @@
+"""A chain from the names of its blocks, for models that cannot be exported as a whole.
+
+Each named module is unraveled on its own. What runs before the first and after the last is the model itself, with the
+blocks replaced: nothing of it has to be exported, so that it may do what it likes with the data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from resnet_paths.chain import Block, ResidualChain
+from resnet_paths.errors import ResnetPathsError, nearest_names
+from resnet_paths.unraveling.calling import Signature, chosen
+
+__all__ = ["chain_of_named_blocks"]
+
+
+class _Reached(Exception):  # noqa: N818 - no error: it stops a model where the first block begins
+    def __init__(self, state: torch.Tensor) -> None:
+        super().__init__()
+        self.state = state
+
+
+class _Stop(nn.Module):
+    """In the first block's place: takes its input out of the model."""
+
+    def forward(self, state: torch.Tensor, *_: Any, **__: Any) -> None:
+        raise _Reached(state)
+
+
+class _Give(nn.Module):
+    """In a block's place: returns what it is told to, in the container that the block returns."""
+
+    def __init__(self, returned: Any) -> None:
+        super().__init__()
+        self.returned = returned
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        if isinstance(self.returned, torch.Tensor):
+            return _GIVEN.get()
+        return type(self.returned)([_GIVEN.get(), *self.returned[1:]])
+
+
+_GIVEN: contextvars.ContextVar[torch.Tensor] = contextvars.ContextVar("given")
+
+
+class _Before(nn.Module):
+    """What the first block gets."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.training = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        try:
+            self.model(*args, **kwargs)
+        except _Reached as reached:
+            return reached.state
+        raise AssertionError("the first block was not reached")
+
+
+class _After(nn.Module):
+    """What the model makes of the last block's output; it runs on the example meanwhile, its blocks replaced."""
+
+    def __init__(self, model: nn.Module, signature: Signature, example: Sequence[torch.Tensor], output: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.signature = signature
+        self.example = [tensor[:1] for tensor in example]
+        self.output = output
+        self.training = False
+
+    def forward(self, state: torch.Tensor) -> torch.Tensor:
+        rows = [tensor.to(state.device).expand(len(state), *tensor.shape[1:]) for tensor in self.example]
+        args, kwargs = self.signature.arguments(rows)
+        token = _GIVEN.set(state)
+        try:
+            return chosen(self.model(*args, **kwargs), self.output)
+        finally:
+            _GIVEN.reset(token)
+
+
+def chain_of_named_blocks(
+    model: nn.Module, names: Sequence[str], signature: Signature, tensors: Sequence[torch.Tensor],
+    output: str | int | None, unravel: Callable[..., ResidualChain],
+) -> ResidualChain:  # fmt: skip
+    """The chain whose blocks are those of some modules of a model.
+
+    Args:
+        model: The model, in eval mode.
+        names: Names of modules that run once each, one right after the other, such as ``"layer1.0"``.
+        signature: How the model is called.
+        tensors: Example tensors for it.
+        output: As for `resnet_paths.unravel`.
+        unravel: Makes a chain of one module.
+
+    Returns:
+        A chain in eval mode.
+
+    Raises:
+        ResnetPathsError: If a module does not exist or does not run once, something runs between two of them, or one
+            cannot be unraveled.
+    """
+    modules = dict(model.named_modules())
+    for name in names:
+        if name not in modules:
+            raise ResnetPathsError("blocks", name, f"the name of a module, nearest {nearest_names(name, modules)}")
+    calls = _calls(model, modules, names, signature, tensors)
+    blocks: list[Block] = []
+    previous: torch.Tensor | None = None
+    for name in names:
+        state, returned = calls[name]
+        if previous is not None and state is not previous and not torch.equal(state, previous):
+            raise ResnetPathsError(
+                "blocks", name, "modules that run right after one another",
+                f"Something runs between it and the one before: name that as well, or leave {name!r} out.",
+            )  # fmt: skip
+        previous = chosen(returned, None)
+        blocks += _named_after(name, unravel(modules[name], state))
+    stage = 0
+    for index, block in enumerate(blocks):
+        stage += int(index > 0 and block.out_shape != blocks[index - 1].out_shape)
+        block.stage = stage
+    stem = _Before(_with_replaced(model, {names[0]: _Stop()}))
+    given = {name: _Give(calls[name][1]) for name in names}
+    chain = ResidualChain(stem, blocks, _After(_with_replaced(model, given), signature, tensors, output))
+    chain.training = chain.blocks.training = False
+    chain.eval_only = True
+    return chain
+
+
+def _named_after(name: str, chain: ResidualChain) -> Iterator[Block]:
+    """The blocks of one module, what stands around them taken into the first and the last."""
+    for index, block in enumerate(chain):
+        changes: dict[str, Any] = {"name": name if len(chain) == 1 else f"{name}.{block.name}"}
+        if index == 0 and not isinstance(chain.stem.module, nn.Identity):
+            changes["pre"] = nn.Sequential(chain.stem, block.pre).eval()
+            changes["in_shape"] = chain.stem.shapes[0]  # type: ignore[index]
+        if index == len(chain) - 1 and not isinstance(chain.head, nn.Identity):
+            changes["post"] = nn.Sequential(block.post, chain.head).eval()
+            changes["out_shape"] = None
+        yield block.replace(**changes)
+
+
+def _calls(
+    model: nn.Module, modules: Mapping[str, nn.Module], names: Sequence[str], signature: Signature,
+    tensors: Sequence[torch.Tensor],
+) -> dict[str, tuple[torch.Tensor, Any]]:  # fmt: skip
+    """First input and output of each named module on the example."""
+    found: dict[str, list[tuple[torch.Tensor, Any]]] = {name: [] for name in names}
+    with contextlib.ExitStack() as hooks:
+        for name in names:
+
+            def keep(_: nn.Module, args: Any, kwargs: Any, returned: Any, name: str = name) -> None:
+                given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+                found[name].append((given[0].clone(), returned))
+
+            handle = modules[name].register_forward_hook(keep, with_kwargs=True)
+            hooks.callback(handle.remove)
+        args, kwargs = signature.arguments(tensors)
+        with torch.no_grad():
+            model(*args, **kwargs)
+    for name, calls in found.items():
+        if len(calls) != 1:
+            raise ResnetPathsError("blocks", name, "modules that run once", f"This one runs {len(calls)} times.")
+    return {name: calls[0] for name, calls in found.items()}
+
+
+def _with_replaced(model: nn.Module, replacements: Mapping[str, nn.Module], prefix: str = "") -> nn.Module:
+    """The model with other modules in some places; everything else is shared."""
+    if prefix.rstrip(".") in replacements:
+        return replacements[prefix.rstrip(".")]
+    if not any(name.startswith(prefix) for name in replacements):
+        return model
+    twin = copy.copy(model)
+    twin._modules = {
+        name: None if child is None else _with_replaced(child, replacements, f"{prefix}{name}.")
+        for name, child in model._modules.items()
+    }
+    return twin

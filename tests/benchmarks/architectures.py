@@ -1,0 +1,230 @@
+"""What can be unraveled: ``python -m tests.benchmarks.architectures`` writes ``data/architectures.csv``.
+
+Networks of torchvision, timm and transformers, as they are, with random weights: blocks found beside the number that
+the architecture's paper or configuration states, paths, kinds of skip, the largest difference between chain and model,
+and the seconds that unraveling takes. A failure or a refusal stands in the table with its reason.
+
+Needs ``pip install timm transformers``. A network a line may be named to run these only; the others keep their rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import nn
+
+import resnet_paths as rp
+from resnet_paths.files import write_then_rename
+
+TABLE = Path(__file__).parents[2] / "data" / "architectures.csv"
+
+# What is stated: the number of residual additions, by stages or layers as the papers and configurations give them.
+TORCHVISION = {
+    "resnet18": 2 + 2 + 2 + 2, "resnet34": 3 + 4 + 6 + 3, "resnet50": 3 + 4 + 6 + 3, "resnet101": 3 + 4 + 23 + 3,
+    "resnext50_32x4d": 3 + 4 + 6 + 3, "wide_resnet50_2": 3 + 4 + 6 + 3,
+    "regnet_x_400mf": 1 + 2 + 7 + 12, "regnet_x_800mf": 1 + 3 + 7 + 5, "regnet_x_1_6gf": 2 + 4 + 10 + 2,
+    "regnet_y_400mf": 1 + 3 + 6 + 6, "regnet_y_800mf": 1 + 3 + 8 + 2, "regnet_y_1_6gf": 2 + 6 + 17 + 2,
+    "densenet121": 6 + 12 + 24 + 16, "densenet161": 6 + 12 + 36 + 24, "densenet169": 6 + 12 + 32 + 32,
+    # Repeats that keep the shape; the first of most stages has no skip.
+    "mobilenet_v2": 0 + 1 + 2 + 3 + 2 + 2 + 0, "mobilenet_v3_small": 1 + 2 + 1 + 2, "mobilenet_v3_large": 10,
+    "mnasnet1_0": 2 + 2 + 2 + 1 + 3 + 0, "efficientnet_b0": 0 + 1 + 1 + 2 + 2 + 3 + 0,
+    "efficientnet_b1": 1 + 2 + 2 + 3 + 3 + 4 + 1, "efficientnet_b3": 1 + 2 + 2 + 4 + 4 + 5 + 1,
+    "efficientnet_v2_s": 2 + 3 + 3 + 5 + 8 + 14,
+    "convnext_tiny": 3 + 3 + 9 + 3, "convnext_small": 3 + 3 + 27 + 3,
+    "swin_t": 2 * (2 + 2 + 6 + 2), "swin_s": 2 * (2 + 2 + 18 + 2), "swin_v2_t": 2 * (2 + 2 + 6 + 2),
+    "vit_b_16": 2 * 12, "vit_b_32": 2 * 12, "maxvit_t": 5 * (2 + 2 + 5 + 2),
+    "vgg11": None, "vgg16_bn": None, "alexnet": None, "squeezenet1_1": None, "googlenet": None, "inception_v3": None,
+    "shufflenet_v2_x1_0": None,
+}  # fmt: skip
+"""Blocks stated; None where there is no residual block."""
+
+TIMM = {
+    "resnet26d": 2 + 2 + 2 + 2, "resnetv2_50": 3 + 4 + 6 + 3, "resnet50_gn": 3 + 4 + 6 + 3,
+    "nf_resnet50": 3 + 4 + 6 + 3,
+    "seresnet33ts": 2 + 3 + 3 + 2, "ecaresnet26t": 2 + 2 + 2 + 2, "resnest14d": 1 + 1 + 1 + 1,
+    "res2net50_26w_4s": 3 + 4 + 6 + 3, "skresnet18": 2 + 2 + 2 + 2, "seresnext26d_32x4d": 2 + 2 + 2 + 2,
+    "darknet53": 1 + 2 + 8 + 8 + 4, "gernet_s": 1 + 3 + 7 + 2 + 1, "regnetz_b16": 2 + 6 + 12 + 2,
+    "dm_nfnet_f0": 1 + 2 + 6 + 3, "nfnet_l0": 1 + 2 + 6 + 3, "legacy_senet154": 3 + 8 + 36 + 3,
+    "efficientnet_lite0": 9, "tf_efficientnetv2_b0": 0 + 1 + 1 + 2 + 4 + 7, "mixnet_s": 0 + 1 + 3 + 2 + 2 + 2,
+    "mobilenetv3_large_100": 10, "fbnetc_100": 16, "hardcorenas_a": 11, "rexnet_100": None, "tinynet_a": None,
+    "repvgg_a0": 2 + 4 + 14 + 1 + 1, "ese_vovnet19b_dw": None, "dla34": None, "dpn68": 3 + 4 + 12 + 3,
+    "deit_tiny_patch16_224": 2 * 12, "deit3_small_patch16_224": 2 * 12, "vit_tiny_patch16_224": 2 * 12,
+    "vit_relpos_small_patch16_224": 2 * 12, "vit_small_patch16_rope_224": 2 * 12,
+    "beit_base_patch16_224": 2 * 12, "eva02_tiny_patch14_224": 2 * 12, "cait_xxs24_224": 2 * (24 + 2),
+    "xcit_nano_12_p16_224": None, "mixer_s16_224": 2 * 8, "resmlp_12_224": 2 * 12, "gmlp_s16_224": 30,
+    "convmixer_768_32": 32, "poolformer_s12": 2 * (2 + 2 + 6 + 2), "caformer_s18": 2 * (3 + 3 + 9 + 3),
+    "convformer_s18": 2 * (3 + 3 + 9 + 3), "convnextv2_atto": 2 + 2 + 6 + 2, "convnext_femto": 2 + 2 + 6 + 2,
+    "inception_next_tiny": 3 + 3 + 9 + 3, "edgenext_xx_small": None, "mobilevit_xxs": None, "mobilevitv2_050": None,
+    "pit_ti_224": 2 * (2 + 6 + 4), "visformer_tiny": 7 + 2 * 4 + 2 * 4, "twins_svt_small": None,
+    "swinv2_cr_tiny_224": 2 * (2 + 2 + 6 + 2), "davit_tiny": None, "efficientformer_l1": None, "fastvit_t8": None,
+    "volo_d1_224": None, "focalnet_tiny_srf": 2 * (2 + 2 + 6 + 2), "hiera_tiny_224": 2 * (1 + 2 + 7 + 2),
+    "starnet_s1": 2 + 2 + 8 + 3, "sequencer2d_s": 2 * (4 + 3 + 8 + 3), "pvt_v2_b0": 2 * (2 + 2 + 2 + 2),
+    "coatnet_nano_rw_224": 3 + 4 + 2 * 6 + 2 * 3, "tiny_vit_5m_224": None, "efficientvit_b0": None,
+    "mambaout_femto": 3 + 3 + 9 + 3, "xception41": None, "inception_resnet_v2": 10 + 20 + 10, "lcnet_050": None,
+    "nest_tiny": 2 * (2 + 2 + 8), "gcvit_xxtiny": None, "coat_lite_tiny": None, "crossvit_tiny_240": None,
+    "hrnet_w18_small": None, "levit_128s": None, "repvit_m0_9": None, "mobilenetv4_conv_small": None,
+}  # fmt: skip
+
+
+def transformers_models() -> dict[str, tuple[Callable[[], nn.Module], Any, int]]:
+    """Name: (maker of a tiny model, example, blocks stated)."""
+    import transformers as hf
+
+    small = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
+    words = {"vocab_size": 99, "max_position_embeddings": 64}
+    tokens = torch.randint(1, 99, (2, 9), generator=torch.Generator().manual_seed(0))
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    sound = torch.randn(2, 4000, generator=torch.Generator().manual_seed(0))
+    gpt = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "vocab_size": 99}
+    llama = small | words | {"num_key_value_heads": 2}
+    vision = small | {"image_size": 32, "patch_size": 8}
+
+    def made(model: str, config: str, **settings: Any) -> Callable[[], nn.Module]:
+        return lambda: getattr(hf, model)(getattr(hf, config)(**settings))
+
+    return {
+        "bert": (made("BertForMaskedLM", "BertConfig", **small, **words), tokens, 6),
+        "roberta": (made("RobertaModel", "RobertaConfig", **small, **words), tokens, 6),
+        "electra": (made("ElectraModel", "ElectraConfig", embedding_size=32, **small, **words), tokens, 6),
+        "distilbert": (
+            made("DistilBertModel", "DistilBertConfig", dim=32, n_layers=3, n_heads=4, hidden_dim=64, vocab_size=99),
+            tokens, 6,
+        ),
+        "albert": (made("AlbertModel", "AlbertConfig", embedding_size=16, **small, **words), tokens, 6),
+        "mpnet": (made("MPNetModel", "MPNetConfig", **small, **words), tokens, 6),
+        "gpt2": (made("GPT2LMHeadModel", "GPT2Config", use_cache=False, **gpt), tokens, 6),
+        "gptj": (made("GPTJModel", "GPTJConfig", use_cache=False, rotary_dim=4, **gpt), tokens, 3),
+        "gpt_neo": (
+            made(
+                "GPTNeoModel", "GPTNeoConfig", hidden_size=32, num_layers=4, num_heads=4, vocab_size=99,
+                use_cache=False, attention_types=[[["global", "local"], 2]], max_position_embeddings=64,
+            ), tokens, 8,
+        ),
+        "gpt_neox": (made("GPTNeoXModel", "GPTNeoXConfig", use_cache=False, **small, **words), tokens, 3),
+        "opt": (
+            made(
+                "OPTModel", "OPTConfig", hidden_size=32, num_hidden_layers=3, num_attention_heads=4, ffn_dim=64,
+                word_embed_proj_dim=32, use_cache=False, **words,
+            ), tokens, 6,
+        ),
+        "bloom": (
+            made("BloomModel", "BloomConfig", hidden_size=32, n_layer=3, n_head=4, vocab_size=99, use_cache=False),
+            tokens, 6,
+        ),
+        "llama": (made("LlamaForCausalLM", "LlamaConfig", use_cache=False, **llama), tokens, 6),
+        "mistral": (made("MistralModel", "MistralConfig", use_cache=False, **llama), tokens, 6),
+        "qwen2": (made("Qwen2Model", "Qwen2Config", use_cache=False, **llama), tokens, 6),
+        "gemma": (made("GemmaModel", "GemmaConfig", use_cache=False, head_dim=8, **llama), tokens, 6),
+        "phi": (made("PhiModel", "PhiConfig", use_cache=False, **small, **words), tokens, 3),
+        "t5_encoder": (
+            made("T5EncoderModel", "T5Config", d_model=32, num_layers=3, num_heads=4, d_kv=8, d_ff=64, vocab_size=99),
+            tokens, 6,
+        ),
+        "vit": (made("ViTForImageClassification", "ViTConfig", **vision), images, 6),
+        "deit": (made("DeiTModel", "DeiTConfig", **vision), images, 6),
+        "beit": (made("BeitModel", "BeitConfig", **vision), images, 6),
+        "dinov2": (
+            made("Dinov2Model", "Dinov2Config", **{k: v for k, v in vision.items() if k != "intermediate_size"}),
+            images, 6,
+        ),
+        "resnet": (
+            made("ResNetForImageClassification", "ResNetConfig", embedding_size=8, hidden_sizes=[8, 16], depths=[2, 2]),
+            images, 4,
+        ),
+        "convnext": (
+            made("ConvNextModel", "ConvNextConfig", hidden_sizes=[8, 16], depths=[2, 2], num_stages=2), images, 4,
+        ),
+        "wav2vec2": (
+            made(
+                "Wav2Vec2Model", "Wav2Vec2Config", conv_dim=(8, 8), conv_stride=(5, 2), conv_kernel=(10, 3),
+                num_feat_extract_layers=2, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2, **small,
+            ), sound, 6,
+        ),
+    }  # fmt: skip
+
+
+def torchvision_model(name: str) -> tuple[nn.Module, torch.Tensor]:
+    import torchvision
+
+    options = {"init_weights": False, "aux_logits": False} if name in ("googlenet", "inception_v3") else {}
+    size = 299 if name == "inception_v3" else 224
+    return torchvision.models.get_model(name, weights=None, **options), torch.randn(2, 3, size, size)
+
+
+def timm_model(name: str) -> tuple[nn.Module, torch.Tensor]:
+    import timm
+
+    model = timm.create_model(name, pretrained=False)
+    return model, torch.randn(2, *model.default_cfg["input_size"])
+
+
+def row_of(library: str, name: str, make: Callable[[], tuple[nn.Module, Any]], stated: int | None) -> dict[str, Any]:
+    """One line of the table."""
+    torch.manual_seed(0)
+    row: dict[str, Any] = {"library": library, "architecture": name, "blocks_stated": stated}
+    model, example = make()
+    model.eval()
+    start = time.perf_counter()
+    try:
+        chain = rp.unravel(model, example)
+    except rp.ResnetPathsError as error:
+        return row | {"seconds": round(time.perf_counter() - start, 1), "reason": " ".join(str(error).split())}
+    row["seconds"] = round(time.perf_counter() - start, 1)
+    with torch.no_grad():
+        returned = model(example)
+        expected = next((returned[k] for k in ("logits", "last_hidden_state") if k in returned), None) if isinstance(
+            returned, dict
+        ) else returned  # fmt: skip
+        row["max_difference"] = float((chain(example) - expected).abs().max())
+    kinds = pd.Series([str(block.skip_kind or "none") for block in chain]).value_counts()
+    row |= {
+        "blocks": len(chain), "paths": str(chain.num_paths),
+        "skips": ", ".join(f"{count} {kind}" for kind, count in kinds.items()),
+    }  # fmt: skip
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="networks to run; all by default")
+    parser.add_argument("--output", type=Path, default=TABLE)
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    work = [("torchvision", n, lambda n=n: torchvision_model(n), stated) for n, stated in TORCHVISION.items()]
+    work += [("timm", n, lambda n=n: timm_model(n), stated) for n, stated in TIMM.items()]
+    for name, (make, example, stated) in transformers_models().items():
+        work.append(("transformers", name, lambda make=make, example=example: (make(), example), stated))
+    rows = {}
+    if options.names and options.output.exists():
+        rows = {(r["library"], r["architecture"]): r for r in pd.read_csv(options.output).to_dict("records")}
+    for library, name, make, stated in work:
+        if options.names and name not in options.names:
+            continue
+        rows[library, name] = row_of(library, name, make, stated)
+        print(rows[library, name], flush=True)
+        order = {(library, name): i for i, (library, name, _, _) in enumerate(work)}
+        columns = [
+            "library", "architecture", "blocks", "blocks_stated", "paths", "skips", "max_difference", "seconds",
+            "reason",
+        ]  # fmt: skip
+        frame = pd.DataFrame(sorted(rows.values(), key=lambda r: order[r["library"], r["architecture"]]))
+        with write_then_rename(options.output) as temporary:
+            frame.reindex(columns=columns).astype({"blocks": "Int64", "blocks_stated": "Int64"}).to_csv(
+                temporary, index=False
+            )
+    exact = sum(row.get("max_difference") == 0 for row in rows.values())
+    agree = [row.get("blocks") == row["blocks_stated"] for row in rows.values() if row.get("blocks_stated") is not None]
+    print(f"{exact} of {len(rows)} unravel with difference 0; blocks as stated in {sum(agree)} of {len(agree)}")
+
+
+if __name__ == "__main__":
+    main()
