@@ -1,7 +1,8 @@
 """Edits of a chain, each a pure function: a new chain that shares every weight, the old one untouched.
 
 No hooks, no context managers, nothing to restore. A block is named by its position (negative counts from the end) or
-its name. A plain `nn.Module` may stand in for the chain if `example_inputs` are given; it is unraveled first.
+its name; a block of a chain inside a branch by its name. A plain `nn.Module` may stand in for the chain if
+`example_inputs` are given; it is unraveled first.
 
 Positions never shift when a block is deleted: it stays in its place with its skip alone. So deletions commute, and
 ``delete_blocks(chain, [3, 7])`` is ``delete_block(delete_block(chain, 3), 7)``.
@@ -10,7 +11,7 @@ Positions never shift when a block is deleted: it stays in its place with its sk
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 from torch import nn
@@ -67,8 +68,9 @@ def delete_blocks(model: nn.Module, blocks: Iterable[int | str], *, example_inpu
         ResnetPathsError: As `delete_block`.
     """
     chain = _as_chain(model, example_inputs)
-    lost = {chain.block_index(block) for block in _listed(blocks)}
-    return chain.with_blocks(_without_branch(b) if i in lost else b for i, b in enumerate(chain))
+    for block in _listed(blocks):
+        chain = _with_changed(chain, block, _without_branch)
+    return chain
 
 
 def permute_blocks(model: nn.Module, order: Sequence[int | str], *, example_inputs: Any = None) -> ResidualChain:
@@ -115,11 +117,14 @@ def swap_blocks(model: nn.Module, first: int | str, second: int | str, *, exampl
     Raises:
         ResnetPathsError: If there is no such block, or shapes do not fit.
     """
-    chain = _as_chain(model, example_inputs)
-    order = list(range(len(chain)))
-    i, j = chain.block_index(first), chain.block_index(second)
-    order[i], order[j] = order[j], order[i]
-    return permute_blocks(chain, order)
+
+    def swap(chain: ResidualChain) -> ResidualChain:
+        order = list(range(len(chain)))
+        i, j = chain.block_index(first), chain.block_index(second)
+        order[i], order[j] = order[j], order[i]
+        return permute_blocks(chain, order)
+
+    return _at_depth_of(_as_chain(model, example_inputs), first, swap)
 
 
 def duplicate_block(model: nn.Module, block: int | str, *, example_inputs: Any = None) -> ResidualChain:
@@ -136,15 +141,18 @@ def duplicate_block(model: nn.Module, block: int | str, *, example_inputs: Any =
     Raises:
         ResnetPathsError: If there is no such block, or it changes the shape.
     """
-    chain = _as_chain(model, example_inputs)
-    index = chain.block_index(block)
-    names = {b.name for b in chain}
-    original = chain[index]
-    stem = original.name.split("#")[0]
-    name = next(f"{stem}#{k}" for k in range(2, len(chain) + 3) if f"{stem}#{k}" not in names)
-    blocks = list(chain)
-    blocks.insert(index + 1, original.replace(name=name))
-    return chain.with_blocks(blocks)
+
+    def duplicate(chain: ResidualChain) -> ResidualChain:
+        index = chain.block_index(block)
+        names = {b.name for b in chain}
+        original = chain[index]
+        stem = original.name.split("#")[0]
+        name = next(f"{stem}#{k}" for k in range(2, len(chain) + 3) if f"{stem}#{k}" not in names)
+        blocks = list(chain)
+        blocks.insert(index + 1, original.replace(name=name))
+        return chain.with_blocks(blocks)
+
+    return _at_depth_of(_as_chain(model, example_inputs), block, duplicate)
 
 
 def scale_block(model: nn.Module, block: int | str, factor: float, *, example_inputs: Any = None) -> ResidualChain:
@@ -164,19 +172,18 @@ def scale_block(model: nn.Module, block: int | str, factor: float, *, example_in
     """
     if not isinstance(factor, int | float) or not math.isfinite(factor):
         raise ResnetPathsError("factor", factor, "a finite number")
-    chain = _as_chain(model, example_inputs)
-    index = chain.block_index(block)
-    branch = chain[index].branch
-    if branch is None:
-        raise ResnetPathsError("block", block, "a block with a branch", "This one's branch is deleted.")
-    by_factor: nn.Module
-    if isinstance(branch, Parallel):
-        by_factor = Parallel([Scaled(b, factor) for b in branch], onto_skip=branch.onto_skip)
-    elif isinstance(branch, ResidualChain):  # its paths still count
-        by_factor = branch.with_head(Scaled(branch.head, factor))
-    else:
-        by_factor = Scaled(branch, factor)
-    return chain.with_blocks(b.replace(branch=by_factor) if i == index else b for i, b in enumerate(chain))
+
+    def scaled(original: Block) -> Block:
+        branch = original.branch
+        if branch is None:
+            raise ResnetPathsError("block", block, "a block with a branch", "This one's branch is deleted.")
+        if isinstance(branch, Parallel):
+            return original.replace(branch=Parallel([Scaled(b, factor) for b in branch], onto_skip=branch.onto_skip))
+        if isinstance(branch, ResidualChain):  # its paths still count
+            return original.replace(branch=branch.with_head(Scaled(branch.head, factor)))
+        return original.replace(branch=Scaled(branch, factor))
+
+    return _with_changed(_as_chain(model, example_inputs), block, scaled)
 
 
 def reverse_blocks(model: nn.Module, stage: int, *, example_inputs: Any = None) -> ResidualChain:
@@ -258,6 +265,32 @@ def _as_chain(model: nn.Module, example_inputs: Any) -> ResidualChain:
             "Pass example_inputs=x, or unravel the model once and edit the chain.",
         )  # fmt: skip
     return unravel(model, example_inputs)
+
+
+def _with_changed(chain: ResidualChain, block: int | str, change: Callable[[Block], Block]) -> ResidualChain:
+    """The chain with one block changed, at whatever depth it stands."""
+
+    def edit(chain: ResidualChain) -> ResidualChain:
+        index = chain.block_index(block)
+        return chain.with_blocks(change(b) if i == index else b for i, b in enumerate(chain))
+
+    return _at_depth_of(chain, block, edit)
+
+
+def _at_depth_of(
+    chain: ResidualChain, block: int | str, edit: Callable[[ResidualChain], ResidualChain]
+) -> ResidualChain:
+    """The chain with an edit made to the chain that holds a block: itself, or one inside a branch."""
+    if isinstance(block, str) and block not in (b.name for b in chain):
+        for index, outer in enumerate(chain):
+            if isinstance(outer.branch, ResidualChain) and _holds(outer.branch, block):
+                inside = outer.replace(branch=_at_depth_of(outer.branch, block, edit))
+                return chain.with_blocks(inside if i == index else b for i, b in enumerate(chain))
+    return edit(chain)
+
+
+def _holds(chain: ResidualChain, name: str) -> bool:
+    return any(b.name == name or (isinstance(b.branch, ResidualChain) and _holds(b.branch, name)) for b in chain)
 
 
 def _listed(blocks: Iterable[int | str]) -> list[int | str]:

@@ -155,6 +155,35 @@ def test_a_u_net_is_a_chain_of_one_block_that_holds_the_network_inside_it(join):
         assert chain.summary().count("\n") == 1 + 1 + 1 + 2
 
 
+def test_blocks_inside_a_branch_are_edited_by_name():
+    model, x = build(UNet, "add"), inputs()
+    chain = rp.unravel(model, x)
+    before = snapshot(chain)
+    names = [block.name for block in chain[0].branch[0].branch]
+    assert names == ["bottom.0", "bottom.1"]
+
+    def by_hand(*branches):
+        a = torch.tanh(model.inp(x))
+        b = torch.tanh(model.down1(a))
+        z = torch.tanh(model.down2(b))
+        for f in branches:
+            z = z + f(z)
+        return model.out(a + torch.tanh(model.up1(b + torch.tanh(model.up2(z)))))
+
+    f, g = model.bottom
+    edited = {
+        rp.delete_block(chain, "bottom.0"): by_hand(g),
+        rp.delete_blocks(chain, names): by_hand(),
+        rp.swap_blocks(chain, *names): by_hand(g, f),
+        rp.duplicate_block(chain, "bottom.1"): by_hand(f, g, g),
+        rp.scale_block(chain, "bottom.1", 0.5): by_hand(f, lambda z: 0.5 * g(z)),
+    }
+    for lesioned, expected in edited.items():
+        assert torch.allclose(lesioned(x), expected, rtol=0, atol=1e-14)
+    assert rp.delete_block(chain, "bottom.0").num_paths == 4
+    assert_same(before, snapshot(chain))
+
+
 def forms(gate, new, x):
     return [
         gate * new + (1 - gate) * x, x * (1 - gate) + new * gate, (1 - gate) * new + gate * x, x + gate * (new - x),
