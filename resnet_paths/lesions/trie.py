@@ -2,8 +2,8 @@
 
 A chain is a sequence of steps: stem, blocks, head. Several chains form a trie over those sequences, and every edge of
 the trie is computed once. Each prediction is the one that the chain gives on its own, bit for bit: the same modules run
-on the same inputs. Activations live while a branch of the trie still needs them: depth first, light branches first, so
-that few are alive at once whatever the number of chains.
+on the same inputs. Activations live while a branch of the trie still needs them: depth first, and of several branches
+the one that holds most states last, so that few are alive at once whatever the number of chains.
 
 Where one batch leaves the device idle, states that wait for the same step are stacked into one batch for it: then the
 chains move forward side by side, as many at once as the budget of examples allows.
@@ -11,14 +11,16 @@ chains move forward side by side, as many at once as the budget of examples allo
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import GraphModule, Node
 
-from resnet_paths.chain import Block, Parallel, ResidualChain, Scaled, is_identity
+from resnet_paths.chain import Block, Constant, Parallel, Placed, ResidualChain, Scaled, is_identity
 from resnet_paths.lesions.batchnorm import Statistics
 
 __all__ = ["Trie", "chain_key", "steps_of"]
@@ -31,6 +33,7 @@ class _Node:
     step: nn.Module
     kind: int  # equal for nodes whose steps compute the same thing
     place: int  # of the step in its chain
+    stacks: bool  # whether states of several chains may be one batch for it
     members: int = 0  # bit i is set if chain i passes
     children: list[int] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
@@ -62,8 +65,7 @@ class Trie:
         self.roots: list[int] = []
         self.block_evaluations = 0
         self.statistics: dict[int, Statistics] = {}
-        # Parts written by hand may change a state in place; exported ones do not.
-        self._copies_states = not all(chain.eval_only for chain in chains)
+        self._may_write: dict[int, bool] = {}  # by kind: whether a step may change its input in place
         found: dict[tuple[int | None, Hashable], int] = {}
         kinds: dict[Hashable, int] = {}
         for index, chain in enumerate(chains):
@@ -73,7 +75,10 @@ class Trie:
                 if (node, key) not in found:
                     found[node, key] = len(self.nodes)
                     (self.roots if node is None else self.nodes[node].children).append(len(self.nodes))
-                    self.nodes.append(_Node(step, kinds.setdefault(key, len(kinds)), place))
+                    kind = kinds.setdefault(key, len(kinds))
+                    if kind not in self._may_write:
+                        self._may_write[kind] = not _keeps_its_input(step)
+                    self.nodes.append(_Node(step, kind, place, _has_batch_first(chain, place)))
                     self.block_evaluations += isinstance(step, Block)
                 node = found[node, key]
                 self.nodes[node].members |= 1 << index
@@ -88,7 +93,7 @@ class Trie:
             children = self.nodes[number].children
             children.sort(key=lambda child: -held[child])
             if children:
-                held[number] = max(held[children[0]], *(held[child] + 1 for child in children[1:2]))
+                held[number] = max([held[children[0]], *(held[child] + 1 for child in children[1:2])])
         self.roots.sort(key=lambda root: -held[root])
 
     def logits(
@@ -106,7 +111,7 @@ class Trie:
         """
         mask = (1 << self.num_chains) - 1 if wanted is None else sum(1 << index for index in wanted)
         at_once = 1 if most_examples is None or self.statistics else max(1, most_examples // max(1, len(inputs)))
-        pool = [_Task(root, state) for root, state in self._handed_out(self.roots, inputs, mask)]
+        pool = self._tasks(self.roots, inputs, mask)
         while pool:
             tasks = self._next_tasks(pool, at_once)
             for task, state in zip(tasks, self._run(tasks, len(inputs)), strict=True):
@@ -114,7 +119,7 @@ class Trie:
                 for index in node.ends:
                     if mask >> index & 1:
                         yield index, state
-                pool += [_Task(child, given) for child, given in self._handed_out(node.children, state, mask)]
+                pool += self._tasks(node.children, state, mask)
             del tasks, task, state
 
     def estimate(self, inputs: torch.Tensor) -> None:
@@ -127,14 +132,12 @@ class Trie:
         """
         for number in range(len(self.nodes)):
             self.statistics.setdefault(number, Statistics())
-        pool = [_Task(root, state) for root, state in self._handed_out(self.roots, inputs, -1)]
+        pool = self._tasks(self.roots, inputs, -1)
         while pool:
             task = pool.pop()
             with self.statistics[task.node].measured():
-                state = self.nodes[task.node].step(task.state)
-            pool += [
-                _Task(child, given) for child, given in self._handed_out(self.nodes[task.node].children, state, -1)
-            ]
+                state = self._step(task)
+            pool += self._tasks(self.nodes[task.node].children, state, -1)
             del task, state
 
     def _next_tasks(self, pool: list[_Task], at_once: int) -> list[_Task]:
@@ -153,22 +156,22 @@ class Trie:
         node = self.nodes[tasks[0].node]
         if self.statistics:
             with self.statistics[tasks[0].node].applied():
-                return [node.step(tasks[0].state)]
-        if len(tasks) == 1 or not all(len(part) == batch for task in tasks for part in _parts(task.state)):
-            return [node.step(task.state) for task in tasks]
-        return _unstacked(node.step(_stacked([task.state for task in tasks])), len(tasks))
+                return [self._step(tasks[0])]
+        if len(tasks) > 1 and node.stacks and all(_lengths(task.state) <= {batch} for task in tasks):
+            together = node.step(_stacked([task.state for task in tasks]))
+            if _lengths(together) <= {len(tasks) * batch}:
+                return _unstacked(together, len(tasks))
+            node.stacks = False  # it mixes the batch with another dimension: in which order is not known
+        return [self._step(task) for task in tasks]
 
-    def _handed_out(self, nodes: Sequence[int], state: Any, mask: int) -> Iterator[tuple[int, Any]]:
-        """The nodes that lead to a wanted chain, each with a state that it may have for itself."""
-        nodes = [node for node in nodes if self.nodes[node].members & mask]
-        for node in nodes:
-            several = len(nodes) > 1 and self._copies_states
-            yield (
-                node,
-                tuple(p.clone() for p in state)
-                if several and isinstance(state, tuple)
-                else (state.clone() if several else state),
-            )
+    def _step(self, task: _Task) -> Any:
+        """The state that a task leads to; its own state stays as it is, since others may read it."""
+        node = self.nodes[task.node]
+        return node.step(_copy(task.state) if self._may_write[node.kind] else task.state)
+
+    def _tasks(self, nodes: Sequence[int], state: Any, mask: int) -> list[_Task]:
+        """A task for each of the nodes that leads to a wanted chain."""
+        return [_Task(node, state) for node in nodes if self.nodes[node].members & mask]
 
 
 def steps_of(chain: ResidualChain) -> list[tuple[int, nn.Module]]:
@@ -206,13 +209,51 @@ def _part_key(part: nn.Module | None, key_of: Callable[[nn.Module], Hashable]) -
         return type(part).__name__
     if isinstance(part, Scaled):
         return ("scaled", part.factor, _part_key(part.branch, key_of))
+    if type(part) is ResidualChain:
+        return ("chain", *(_step_key(step, key_of) for _, step in steps_of(part)))
     if isinstance(part, Parallel):
         return ("parallel", part.onto_skip, *(_part_key(branch, key_of) for branch in part))
     return key_of(part)
 
 
-def _parts(state: Any) -> tuple[torch.Tensor, ...]:
-    return state if isinstance(state, tuple) else (state,)
+def _keeps_its_input(part: nn.Module) -> bool:
+    """Whether a part is known to leave its input as it was: parts written by hand may work in place."""
+    if part._forward_hooks or part._forward_pre_hooks:
+        return False
+    if isinstance(part, GraphModule):
+        return all(map(_computes_only, part.graph.nodes))
+    ours = type(part) in (Block, Constant, Parallel, Placed, ResidualChain, Scaled)
+    of_torch = type(part).__module__.startswith("torch.nn.modules.") and not getattr(part, "inplace", False)
+    return (ours or of_torch) and all(map(_keeps_its_input, part.children()))
+
+
+def _computes_only(node: Node) -> bool:
+    target: Any = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return not target._schema.is_mutable
+    if node.op == "call_function":
+        return getattr(target, "__module__", "") in ("_operator", "math") and target not in _IN_PLACE
+    return node.op not in ("call_method", "call_module")
+
+
+# operator.iadd and its like
+_IN_PLACE = {getattr(operator, f"i{name.strip('_')}", None) for name in dir(operator)}
+
+
+def _has_batch_first(chain: ResidualChain, place: int) -> bool:
+    """Whether a step takes and returns states with the batch in dimension 0 alone, as far as their shapes are known."""
+    behind, before = (chain[i] if 0 <= i < len(chain) else None for i in (place - 2, place - 1))
+    shapes = (behind and behind.out_shape, before and before.in_shape, before and before.out_shape)
+    return not any(-1 in shape for shape in shapes if shape)
+
+
+def _lengths(state: Any) -> set[int]:
+    """Sizes of the dimension that should be the batch."""
+    return {len(part) if part.dim() else 0 for part in (state if isinstance(state, tuple) else (state,))}
+
+
+def _copy(state: Any) -> Any:
+    return tuple(part.clone() for part in state) if isinstance(state, tuple) else state.clone()
 
 
 def _stacked(states: list[Any]) -> Any:
