@@ -1,6 +1,8 @@
 """Every network is what its name says, starts from its generator alone, and is read by `unravel` as it states."""
 
+import functools
 import itertools
+import re
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch.nn import functional as F
 import resnet_paths as rp
 from resnet_paths.errors import ResnetPathsError
 from resnet_paths.zoo import NETWORKS, build_network, find_network, load_network
+from resnet_paths.zoo import vit as zoo_vit
 
 SMALL = "preact-resnet-20"
 # Those of 20 layers stand for the deeper ones of their class, which take seconds each.
@@ -17,7 +20,7 @@ DEEPER = {name for name in NETWORKS if name.endswith(("-32", "-44", "-56", "-110
 ALL = [pytest.param(name, marks=pytest.mark.slow) if name in DEEPER else name for name in NETWORKS]
 
 
-PREACTIVATED = ("preact-resnet", "stochastic-depth", "effective")
+PREACTIVATED = ("preact-resnet", "stochastic-depth", "effective", "se-resnet")
 
 
 def on_meta(name, **shape):
@@ -44,23 +47,25 @@ def with_statistics(model):
 
 
 def kind_and_depth(name):
-    kind, _, depth = name.rpartition("-")
-    return kind, int(depth)
+    kind, depth = re.match(r"(.*?)-(\d+|small)", name).groups()
+    return kind, None if depth == "small" else int(depth)
 
 
 # What the networks are
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [name for name in NETWORKS if not name.endswith("-small")])
 def test_number_of_weight_layers_is_the_one_in_the_name(name):
+    """Neither projections nor gates, which stand beside other layers, count."""
     layers = [key for key, m in on_meta(name).named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    assert len([key for key in layers if "projection" not in key]) == kind_and_depth(name)[1]
+    assert len([key for key in layers if not re.search("projection|gate", key)]) == kind_and_depth(name)[1]
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_number_of_blocks_and_paths(name):
     model = on_meta(name)
-    num_blocks = sum(len(stage) for stage in (model.layer1, model.layer2, model.layer3))
+    stages = [getattr(model, f"layer{i}", ()) for i in (1, 2, 3)]
+    num_blocks = 2 * len(model.layers) if name == "vit-small" else sum(map(len, stages))
     has_skips = not name.startswith(("plain", "vgg"))
     assert NETWORKS[name].num_blocks == num_blocks
     assert NETWORKS[name].num_paths == (2**num_blocks if has_skips else 1)
@@ -81,7 +86,23 @@ def num_parameters_by_formula(name, in_channels, num_classes):
         chain = [in_channels, *[32] * 5, *[64] * 5, *[128] * 4]
         total = sum((9 * a + 1) * b for a, b in itertools.pairwise(chain))
         return total + 128 * num_classes + num_classes
+    if kind == "vit":
+        w, hidden = 96, 192
+        attention = 2 * w + (w + 1) * 3 * w + (w + 1) * w  # LayerNorm, queries with keys and values, output
+        mlp = 2 * w + (w + 1) * hidden + (hidden + 1) * w
+        return (16 * in_channels + 1) * w + 12 * (attention + mlp) + 2 * w + (w + 1) * num_classes
+    if kind == "highway":
+        return (9 * in_channels + 1) * 16 + 48 * 2 * (9 * 16 + 1) * 16 + (256 + 1) * num_classes
     total = 9 * in_channels * 16
+    if kind == "densenet":
+        growth = 8 if name.endswith("k8") else 12
+        width = 16
+        for stage in range(3):
+            for _ in range(12):
+                total += 2 * width + 9 * width * growth
+                width += growth
+            total += 2 * width + (width * width if stage < 2 else 0)  # a transition, or the last BatchNorm
+        return total + (width + 1) * num_classes
     if depth == 164:
         n = 18
         for w, entering in ((16, 16), (32, 64), (64, 128)):
@@ -98,6 +119,8 @@ def num_parameters_by_formula(name, in_channels, num_classes):
         else:
             total += 9 * entering * w + 2 * w + 9 * w * w + 2 * w
         total += (n - 1) * (18 * w * w + 4 * w)
+        if kind == "se-resnet":
+            total += n * ((w + 1) * (w // 4) + (w // 4 + 1) * w)
     return total + (128 if kind in PREACTIVATED else 32) + 64 * num_classes + num_classes
 
 
@@ -112,10 +135,10 @@ def test_number_of_parameters(name, shape):
 @pytest.mark.parametrize(
     ("name", "millions"),
     [("plain-20", 0.27), ("resnet-32", 0.46), ("resnet-44", 0.66), ("plain-56", 0.85), ("resnet-110", 1.7),
-     ("preact-resnet-110", 1.7)],
+     ("preact-resnet-110", 1.7), ("densenet-40", 1.0)],
 )  # fmt: skip
 def test_sizes_are_those_of_the_literature(name, millions):
-    """He et al. 2016a, table 6."""
+    """He et al. 2016a, table 6; Huang et al. 2017, table 2."""
     num_parameters = sum(p.numel() for p in on_meta(name, in_channels=3).parameters())
     assert num_parameters / 1e6 == pytest.approx(millions, rel=0.025)
 
@@ -134,6 +157,9 @@ def test_a_plain_net_has_the_parameters_of_its_resnet(depth):
         ("resnet-20", (16, 32, 64)),
         ("preact-resnet-164", (64, 128, 256)),
         ("vgg-15", (32, 64, 128)),
+        ("se-resnet-20", (16, 32, 64)),
+        ("densenet-40", (160, 304, 448)),
+        ("densenet-40-k8", (112, 208, 304)),
     ],
 )
 def test_shapes_at_every_stage(name, widths):
@@ -192,13 +218,75 @@ def test_a_vgg_layer_by_hand():
     assert torch.equal(model.layer1[1](x), F.conv2d(x, model.layer1[1].conv.weight, padding=1).relu())
 
 
+def test_squeeze_and_excitation_by_hand():
+    block, x = untrained("se-resnet-20").eval().layer2[1], images(3, 32, 8)
+    without = untrained("se-resnet-20").eval().layer2[1]
+    without.gate = nn.Identity()
+    branch = without(x) - x
+    hidden = (branch.mean((2, 3)) @ block.gate.squeeze.weight.T + block.gate.squeeze.bias).clamp_min(0)
+    gates = 1 / (1 + torch.exp(-(hidden @ block.gate.excite.weight.T + block.gate.excite.bias)))
+    torch.testing.assert_close(block(x), x + branch * gates[:, :, None, None])
+    assert hidden.shape == (3, 8)
+
+
+def test_a_dense_layer_appends_its_channels():
+    layer, x = untrained("densenet-40").eval().layer1[1], images(2, 28, 8)
+    y = layer(x)
+    assert torch.equal(y[:, :28], x)
+    assert torch.equal(y[:, 28:], F.conv2d(F.relu(layer.bn(x)), layer.conv.weight, padding=1))
+    transition, x = untrained("densenet-40").eval().transition1, images(2, 160, 8)
+    mixed = torch.einsum("bchw,dc->bdhw", F.relu(transition.bn(x)), transition.conv.weight[:, :, 0, 0])
+    torch.testing.assert_close(transition(x), mixed.unflatten(2, (4, 2)).unflatten(4, (4, 2)).mean((3, 5)))
+
+
+def test_a_highway_layer_is_between_its_input_and_its_transform():
+    layer, x = untrained("highway-50").layer1[3], images(2, 16, 8)
+    transformed = F.conv2d(x, layer.transform.weight, padding=1).relu()
+    gate = torch.sigmoid(F.conv2d(x, layer.gate.weight, layer.gate.bias, padding=1))
+    torch.testing.assert_close(layer(x), gate * transformed + (1 - gate) * x)
+    assert (layer.gate.bias == -4).all()
+    with torch.no_grad():
+        layer.gate.bias.fill_(-1e4)
+    assert torch.equal(layer(x), x)
+
+
+def test_attention_is_that_of_torch():
+    attention = untrained("vit-small").layers[0].attention
+    reference = nn.MultiheadAttention(96, 3, batch_first=True)
+    reference.load_state_dict({
+        "in_proj_weight": attention.qkv.weight, "in_proj_bias": attention.qkv.bias + 0.1,
+        "out_proj.weight": attention.out.weight, "out_proj.bias": attention.out.bias,
+    })  # fmt: skip
+    with torch.no_grad():
+        attention.qkv.bias.add_(0.1)
+    x = images(2, 1, 96)[:, 0, :7] * 5
+    torch.testing.assert_close(attention(x), reference(x, x, x, need_weights=False)[0])
+
+
+def test_a_transformer_knows_where_its_patches_lie():
+    model = untrained("vit-small").eval()
+    x = images(1)
+    swapped = x.unflatten(2, (7, 4)).flip(2).flatten(2, 3)  # rows of patches in reverse
+    with torch.no_grad():
+        assert (model(x) - model(swapped)).abs().max() > 1e-4
+    positions = zoo_vit._positions(torch.zeros(1, 96, 7, 7)).flatten(1)
+    assert torch.cdist(positions.T, positions.T).fill_diagonal_(9).min() > 0.5
+    torch.testing.assert_close(positions.square().sum(0), torch.full((49,), 48.0))
+
+
 # Read by `unravel`
+
+
+@functools.cache
+def unraveled(name):
+    """A network and its chain; both are only run."""
+    model = with_statistics(untrained(name))
+    return model, rp.unravel(model, images(2))
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_unravels_bit_for_bit_into_the_stated_blocks_and_paths(name):
-    model = with_statistics(untrained(name))
-    chain = rp.unravel(model, images(2))
+    model, chain = unraveled(name)
     assert (len(chain), chain.num_paths) == (NETWORKS[name].num_blocks, NETWORKS[name].num_paths)
     with torch.no_grad():
         assert torch.equal(chain(images(3, seed=1)), model(images(3, seed=1)))
@@ -206,8 +294,7 @@ def test_unravels_bit_for_bit_into_the_stated_blocks_and_paths(name):
 
 @pytest.mark.parametrize("name", [name for name in NETWORKS if name not in DEEPER])
 def test_each_block_that_can_be_deleted_changes_the_answer_when_it_is(name):
-    model, x = with_statistics(untrained(name)), images(2)
-    chain = rp.unravel(model, x)
+    x, (_, chain) = images(2), unraveled(name)
     deletable = [block.name for block in chain if block.skip is not None or block.keeps_shape]
     assert len(deletable) == {"vgg-15": 11}.get(name, len(chain) - 2 * name.startswith("plain"))
     with torch.no_grad():
@@ -272,12 +359,14 @@ def test_initial_weights_have_the_stated_spread():
     assert model.fc.bias.abs().max() <= 1 / 8
 
 
-def test_signals_pass_an_untrained_vgg():
-    """He's rule by fan-in keeps the mean square of the features, which nothing else does without BatchNorm."""
-    model, x = untrained("vgg-15"), images(8)
+@pytest.mark.parametrize("name", ["vgg-15", "highway-50"])
+def test_signals_pass_an_untrained_network_without_batchnorm(name):
+    """The mean square of what the last layer reads; it is below 0.001 with other first values that were tried."""
+    model, seen = untrained(name), []
+    (model.layer3 if name == "vgg-15" else model.layer2).register_forward_hook(lambda *args: seen.append(args[2]))
     with torch.no_grad():
-        features = model.layer3(model.layer2(model.layer1(x)))
-    assert 0.1 < features.square().mean() < 20
+        model(images(8))
+    assert 0.02 < seen[0].square().mean() < 20
 
 
 @pytest.mark.parametrize("function", [find_network, load_network, lambda name: build_network(name, torch.Generator())])

@@ -10,10 +10,14 @@ import torch
 from torch import nn
 
 from resnet_paths.errors import ResnetPathsError, nearest_names
+from resnet_paths.zoo.densenet import DenseNet
 from resnet_paths.zoo.drawn import EffectiveResNet, StochasticDepthResNet
+from resnet_paths.zoo.highway import HighwayNet
 from resnet_paths.zoo.initialisation import initialise
 from resnet_paths.zoo.resnet import PlainNet, PreactResNet, ResNet
+from resnet_paths.zoo.senet import SEResNet
 from resnet_paths.zoo.vgg import VGG
+from resnet_paths.zoo.vit import ViT
 
 __all__ = ["NETWORKS", "NetworkFacts", "Recipe", "build_network", "check_num_drawn_blocks", "find_network"]
 
@@ -115,6 +119,21 @@ NETWORKS: dict[str, NetworkFacts] = {
     # Without BatchNorm a rate of 0.1 diverges.
     "vgg-15": NetworkFacts(
         VGG, "VGG-like net, 14 blocks of 1 convolution, no skips, no BatchNorm", 14, 1, Recipe(learning_rate=0.02)
+    ),
+    "se-resnet-20": NetworkFacts(
+        partial(SEResNet, 20), "pre-activation ResNet, 9 blocks of 2 convolutions with squeeze and excitation", 9, 2**9
+    ),
+    "densenet-40": NetworkFacts(
+        partial(DenseNet, growth=12), "DenseNet of growth 12, 36 blocks of 1 convolution", 36, 2**36
+    ),
+    "densenet-40-k8": NetworkFacts(
+        partial(DenseNet, growth=8), "DenseNet of growth 8, 36 blocks of 1 convolution", 36, 2**36
+    ),
+    "highway-50": NetworkFacts(
+        HighwayNet, "highway net, 48 blocks of 1 gated convolution, no BatchNorm", 48, 2**48, Recipe(learning_rate=0.05)
+    ),
+    "vit-small": NetworkFacts(
+        ViT, "vision transformer, 24 blocks: attention and MLP of 12 layers", 24, 2**24, Recipe("adamw", 0.001, 0.05)
     ),
 }
 """All networks by name."""
