@@ -131,16 +131,16 @@ def in_place_chain(kind):
         return ResidualChain(stem, blocks, head).double().eval()
 
 
+@pytest.mark.parametrize("eval_only", [False, True])  # True: put into a chain that was read from a model
 @pytest.mark.parametrize("kind", ["branch", "relu", "post", "traced", "hook", "pair"])
-def test_parts_that_work_in_place(kind):
+def test_parts_that_work_in_place(kind, eval_only):
     chain = in_place_chain(kind)
+    chain.eval_only = eval_only
     lesions = [lesion.edit(chain) for lesion in rp.single_deletions(chain) + rp.duplications(chain)]
     assert_exact([chain, *lesions], inputs())
-    # Also where a step without effect on its own hands the same memory on.
+    # Also where a step without effect of its own hands the same memory on.
     aliases = chain.with_blocks([chain[0].replace(branch=None, skip=nn.Sequential()), *list(chain)[1:]])
     assert_exact([chain, rp.delete_block(aliases, 1), aliases, *lesions], inputs())
-    chain.eval_only = True  # as a chain read from a model is, into which such a part was put
-    assert_exact([chain, *lesions], inputs())
 
 
 def test_a_stem_in_place_leaves_the_batch_as_it_was():
