@@ -17,7 +17,7 @@ FLOORS = [
     {"errors", "files", "paths", "device", "fingerprint", "gates", "pairs", "reports"},
     {"units"},
     {"chain", "tracing", "zoo.weights", "zoo.places", "zoo.initialisation", "zoo.resnet"},
-    {"zoo.drawn", "zoo.senet", "zoo.vgg", "zoo.densenet", "zoo.highway", "zoo.vit"},
+    {"zoo.drawn", "zoo.senet", "zoo.vgg", "zoo.densenet", "zoo.highway", "zoo.vit", "zoo.unet"},
     {"unraveling.merges", "unraveling.calling", "datasets", "placement", "lesions.batchnorm", "gradients.adjoints"},
     {"zoo.catalog", "training.tasks"},
     {"zoo", "training.settings", "unraveling.assembly", "unraveling.by_hand"},

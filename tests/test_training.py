@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from resnet_paths import training
 from resnet_paths.datasets import ImageDataset
 from resnet_paths.errors import ResnetPathsError
-from resnet_paths.training import TrainingSettings, evaluate, train
+from resnet_paths.training import TrainingSettings, train
 from resnet_paths.training.settings import learning_rate_at
 from resnet_paths.zoo import build_network, load_network
 from resnet_paths.zoo.weights import read_metadata, read_tensors, write_tensors
@@ -685,41 +685,3 @@ def test_a_last_batch_too_small_for_the_processes_is_refused(make_images, tmp_pa
     monkeypatch.setattr(lightning_fabric, "Fabric", TwoProcesses)
     with pytest.raises(ResnetPathsError, match=r"batch_size: got 16; .*each of 2 processes.*33 images.*hold 1"):
         train(SETTINGS, tmp_path, accelerator="cpu", train_set=make_images(33), test_set=make_images(5))
-
-
-# Evaluation
-
-
-@pytest.mark.parametrize("batch_size", [1, 7, 21, 500])
-def test_evaluate_agrees_with_a_loop_by_hand(make_images, batch_size):
-    images = make_images(21)
-    model = build_network("preact-resnet-20", torch.Generator().manual_seed(0))
-    model.bn.running_mean.normal_(generator=torch.Generator().manual_seed(1))
-    loss, error_rate = evaluate(model, images, batch_size)
-    model.eval()
-    loss_sum, num_wrong = 0.0, 0
-    with torch.no_grad():
-        for image, label in images:
-            logits = model(image.unsqueeze(0))[0].double()
-            loss_sum -= torch.log_softmax(logits, 0)[label].item()
-            num_wrong += int(logits.argmax()) != label
-    assert loss == pytest.approx(loss_sum / 21, rel=1e-5)
-    assert error_rate == num_wrong / 21
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_evaluate_leaves_modes_weights_and_gradients_alone(make_images, fails):
-    model = build_network("plain-20", torch.Generator().manual_seed(0))
-    model.layer2.eval()  # a mixture of modes
-    modes = [module.training for module in model.modules()]
-    assert len(set(modes)) == 2
-    state = {key: value.clone() for key, value in model.state_dict().items()}
-    if fails:
-        with pytest.raises(RuntimeError):
-            evaluate(model, make_images(5, name="cifar-10"))
-    else:
-        evaluate(model, make_images(5))
-    assert [module.training for module in model.modules()] == modes
-    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
-    assert torch.is_grad_enabled()

@@ -65,12 +65,13 @@ def test_number_of_weight_layers_is_the_one_in_the_name(name):
 def test_number_of_blocks_and_paths(name):
     model = on_meta(name)
     stages = [getattr(model, f"layer{i}", ()) for i in (1, 2, 3)]
-    num_blocks = 2 * len(model.layers) if name == "vit-small" else sum(map(len, stages))
+    num_blocks = {"vit-small": 24, "unet-small": 1}.get(name, sum(map(len, stages)))
     has_skips = not name.startswith(("plain", "vgg"))
     assert NETWORKS[name].num_blocks == num_blocks
-    assert NETWORKS[name].num_paths == (2**num_blocks if has_skips else 1)
+    # A path through the U-Net takes the outer skip, or the inner one, or neither.
+    assert NETWORKS[name].num_paths == (3 if name == "unet-small" else 2**num_blocks if has_skips else 1)
     assert type(NETWORKS[name].num_paths) is int
-    assert f"{num_blocks} blocks" in NETWORKS[name].description
+    assert re.search(rf"\b{num_blocks} blocks?\b", NETWORKS[name].description)
     assert ("no skips" in NETWORKS[name].description) != has_skips
 
 
@@ -91,6 +92,11 @@ def num_parameters_by_formula(name, in_channels, num_classes):
         attention = 2 * w + (w + 1) * 3 * w + (w + 1) * w  # LayerNorm, queries with keys and values, output
         mlp = 2 * w + (w + 1) * hidden + (hidden + 1) * w
         return (16 * in_channels + 1) * w + 12 * (attention + mlp) + 2 * w + (w + 1) * num_classes
+    if kind == "unet":
+        pairs = [(in_channels, 12), (12, 12), (12, 24), (24, 24), (24, 48), (48, 48)]  # down
+        pairs += [(48, 24), (24, 24), (24, 12), (12, 12)]  # and up again
+        total = sum(9 * a * b + 2 * b for a, b in pairs)
+        return total + (4 * 48 + 1) * 24 + (4 * 24 + 1) * 12 + (12 + 1) * in_channels
     if kind == "highway":
         return (9 * in_channels + 1) * 16 + 48 * 2 * (9 * 16 + 1) * 16 + (256 + 1) * num_classes
     total = 9 * in_channels * 16
@@ -178,7 +184,7 @@ def test_shapes_at_every_stage(name, widths):
 def test_colour_images_and_other_classes(name):
     model = untrained(name, in_channels=3, num_classes=7)
     with torch.no_grad():
-        assert model(images(2, 3, 32)).shape == (2, 7)
+        assert model(images(2, 3, 32)).shape == ((2, 3, 32, 32) if name == "unet-small" else (2, 7))
 
 
 def test_a_preactivation_block_by_hand():
@@ -272,6 +278,22 @@ def test_a_transformer_knows_where_its_patches_lie():
     positions = zoo_vit._positions(torch.zeros(1, 96, 7, 7)).flatten(1)
     assert torch.cdist(positions.T, positions.T).fill_diagonal_(9).min() > 0.5
     torch.testing.assert_close(positions.square().sum(0), torch.full((49,), 48.0))
+
+
+def test_the_paths_of_a_u_net():
+    """The outer skip leaves out all that is below; the inner skip only the bottom."""
+    model, chain = unraveled("unet-small")
+    x, level = images(2), model.level
+    assert [block.name for block in chain] == ["level"]
+    assert [(block.name, block.skip_kind) for block in chain[0].branch] == [("level.below", "concat")]
+    with torch.no_grad():
+        first = model.first(x)
+        alone = model.last(level.join(torch.cat([first, torch.zeros_like(first)], 1)))
+        assert torch.equal(rp.delete_block(chain, "level")(x), alone)
+        second = level.down(first)
+        second = level.below.join(torch.cat([second, torch.zeros_like(second)], 1))
+        without_bottom = model.last(level.join(torch.cat([first, level.up(second)], 1)))
+        assert torch.equal(rp.delete_block(chain, "level.below")(x), without_bottom)
 
 
 # Read by `unravel`

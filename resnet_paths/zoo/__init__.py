@@ -75,7 +75,7 @@ def load_network(
     drawn = metadata.get("num_drawn_blocks")
     model = build_network(name, torch.Generator(), num_drawn_blocks=drawn, **shape)
     read_weights(path, model, name)
-    model.training_log = pd.DataFrame(metadata.get("log", []))  # type: ignore[assignment]
+    model.training_log = _log(metadata)  # type: ignore[assignment]
     return model.eval().to(choose_device(device))
 
 
@@ -127,7 +127,8 @@ def training_logs(names: str | Iterable[str] | None = None) -> pd.DataFrame:
 
     Returns:
         A row a network, seed and epoch, in this order: ``network``, ``seed``, ``epoch`` (from 1), ``learning_rate``,
-        ``train_loss``, ``train_error_rate``, ``test_loss``, ``test_error_rate``, ``seconds``.
+        ``train_loss``, ``train_error_rate``, ``test_loss``, ``test_error_rate``, ``seconds``. A denoiser has no error
+        rates, but NaN; its losses are mean squared errors.
 
     Raises:
         ResnetPathsError: If a name is unknown, or there are no shipped weights of it.
@@ -143,7 +144,7 @@ def training_logs(names: str | Iterable[str] | None = None) -> pd.DataFrame:
         if names is not NETWORKS and name not in trained:
             raise ResnetPathsError("names", name, f"networks with shipped weights: {', '.join(trained)}")
     runs = [_runs(name) for name in names if name in trained]
-    return pd.concat([pd.DataFrame(metadata["log"]) for run in runs for metadata in run], ignore_index=True)
+    return pd.concat([_log(metadata) for run in runs for metadata in run], ignore_index=True)
 
 
 def networks_table() -> str:
@@ -166,6 +167,13 @@ def networks_table() -> str:
             ]  # fmt: skip
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _log(metadata: Mapping[str, Any]) -> pd.DataFrame:
+    frame = pd.DataFrame(metadata.get("log", []))
+    # All None in the log of a network that is neither right nor wrong.
+    rates = frame.columns.intersection(["train_error_rate", "test_error_rate"])
+    return frame.astype(dict.fromkeys(rates, "float64"))
 
 
 def _judgement(metadata: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from resnet_paths.zoo.highway import HighwayNet
 from resnet_paths.zoo.initialisation import initialise
 from resnet_paths.zoo.resnet import PlainNet, PreactResNet, ResNet
 from resnet_paths.zoo.senet import SEResNet
+from resnet_paths.zoo.unet import UNet
 from resnet_paths.zoo.vgg import VGG
 from resnet_paths.zoo.vit import ViT
 
@@ -134,6 +135,9 @@ NETWORKS: dict[str, NetworkFacts] = {
     ),
     "vit-small": NetworkFacts(
         ViT, "vision transformer, 24 blocks: attention and MLP of 12 layers", 24, 2**24, Recipe("adamw", 0.001, 0.05)
+    ),
+    "unet-small": NetworkFacts(
+        UNet, "U-Net that takes noise away, 1 block with another in its branch", 1, 3, task="denoising"
     ),
 }
 """All networks by name."""
