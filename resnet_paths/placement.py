@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import GraphModule
-from torch.fx.node import map_aggregate
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_aggregate, map_arg
 
 from resnet_paths.chain import ResidualChain
 from resnet_paths.device import choose_device
@@ -55,34 +57,62 @@ def place_chains(
         raise ResnetPathsError("precision", precision, f"one of {', '.join(map(repr, PRECISIONS))}, or None")
     here = device_of(chains[0])
     there = here if device == "auto" and here.type != "cpu" else choose_device(device)
-    # "cuda" and "cuda:0" are one device, but not equal.
-    moves = there.type != here.type or (there.index is not None and there.index != (here.index or 0))
     dtype = None if precision is None else PRECISIONS[precision]
-    floats = (t.dtype for t in [*chains[0].parameters(), *chains[0].buffers()] if t.is_floating_point())
-    converts = dtype is not None and any(kind != dtype for kind in floats)
+    # Of all: a lesion may bring tensors of its own.
+    together = nn.ModuleList(chains)
+    tensors = [*together.parameters(), *together.buffers()]
+    moves = not all(_lies_on(t, there) for t in tensors)
+    converts = dtype is not None and any(t.is_floating_point() and t.dtype != dtype for t in tensors)
     if not (moves or converts or channels_last):
         return chains
-    together = nn.ModuleList(copy.deepcopy(chains))
+    together = copy.deepcopy(together)
     together.to(device=there, dtype=dtype if converts else None)
     if channels_last:
         together.to(memory_format=torch.channels_last)
-    if moves:
-        for module in together.modules():
-            if isinstance(module, GraphModule):
-                _make_constants_on(module, there)
+    for module in together.modules():
+        if isinstance(module, GraphModule) and (moves or converts):
+            _make_constants(module, there if moves else None, dtype if converts else None)
     return list(together)  # type: ignore[arg-type]
 
 
-def _make_constants_on(module: GraphModule, device: torch.device) -> None:
-    """Let the tensors that an exported graph makes as it runs be made on another device."""
+def _lies_on(tensor: torch.Tensor, device: torch.device) -> bool:
+    # "cuda" and "cuda:0" are one device, but not equal.
+    return tensor.device.type == device.type and device.index in (None, tensor.device.index or 0)
+
+
+def _make_constants(module: GraphModule, device: torch.device | None, dtype: torch.dtype | None) -> None:
+    """Let the tensors that an exported graph makes as it runs be made on another device, or in another precision."""
+
+    def replaced(value: Any) -> Any:
+        if device is not None and isinstance(value, torch.device):
+            return device
+        is_precision = isinstance(value, torch.dtype) and value.is_floating_point
+        return dtype if dtype is not None and is_precision else value
+
     changed = False
     for node in module.graph.nodes:
-        args, kwargs = (
-            map_aggregate(value, lambda v: device if isinstance(v, torch.device) else v)
-            for value in (node.args, node.kwargs)
-        )
+        args, kwargs = map_aggregate(node.args, replaced), map_aggregate(node.kwargs, replaced)
+        if dtype is not None and _makes_numbers_of_default_dtype(node):
+            kwargs = {**kwargs, "dtype": dtype}
         if (args, kwargs) != (node.args, node.kwargs):
             node.args, node.kwargs = args, kwargs
             changed = True
     if changed:
         module.recompile()
+
+
+def _makes_numbers_of_default_dtype(node: Node) -> bool:
+    """Whether a node makes floating-point numbers out of nothing, as ``torch.zeros`` does, and names no dtype."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    arguments = node.target._schema.arguments
+    of_tensors = any("Tensor" in str(argument.type) for argument in arguments)
+    if of_tensors or not any(argument.name == "dtype" for argument in arguments):
+        return False
+    if node.kwargs.get("dtype") is not None:
+        return False
+    for size in (1, 10_000):  # for sizes that are known when it runs; a range must not end before it begins
+        args, kwargs = map_arg((node.args, dict(node.kwargs)), lambda _: size)  # noqa: B023 - used at once
+        with contextlib.suppress(RuntimeError):
+            return bool(node.target(*args, **kwargs | {"device": torch.device("meta")}).is_floating_point())
+    return False
