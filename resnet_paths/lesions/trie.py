@@ -5,8 +5,8 @@ the trie is computed once. Each prediction is the one that the chain gives on it
 on the same inputs. Activations live while a branch of the trie still needs them: depth first, and of several branches
 the one that holds most states last, so that few are alive at once whatever the number of chains.
 
-Where one batch leaves the device idle, states that wait for the same step are stacked into one batch for it: then the
-chains move forward side by side, as many at once as the budget of examples allows.
+Where one batch leaves the device idle, states that wait for the same step are stacked into one batch for it: then some
+chains move forward side by side, so many that a step of theirs fills the budget of examples.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Trie:
         at_once = 1 if most_examples is None or self.statistics else max(1, most_examples // max(1, len(inputs)))
         pool = self._tasks(self.roots, inputs, mask)
         while pool:
-            tasks = self._next_tasks(pool, at_once)
+            tasks = self._next_tasks(pool, at_once, mask)
             for task, state in zip(tasks, self._run(tasks, len(inputs)), strict=True):
                 node = self.nodes[task.node]
                 for index in node.ends:
@@ -140,17 +140,22 @@ class Trie:
             pool += self._tasks(self.nodes[task.node].children, state, -1)
             del task, state
 
-    def _next_tasks(self, pool: list[_Task], at_once: int) -> list[_Task]:
+    def _next_tasks(self, pool: list[_Task], at_once: int, mask: int) -> list[_Task]:
         """Take out of the pool what is run next: one task, or several whose steps are the same."""
         if at_once == 1:
             return [pool.pop()]
-        # While there is room the hindmost go on, so that the others are caught up with; then the foremost finish.
-        choose: Callable[..., int] = min if len(pool) < at_once else max
-        first = choose(range(len(pool)), key=lambda i: self.nodes[pool[i].node].place)
+        # The last tasks move on side by side, the hindmost first, so that the others are caught up with: as many as
+        # lead to twice the chains that a step may take. All others wait, whatever their number.
+        room, active = 2 * at_once, list[int]()
+        for i in reversed(range(len(pool))):
+            room -= (self.nodes[pool[i].node].members & mask).bit_count()
+            if active and room < 0:
+                break
+            active.append(i)
+        first = min(active, key=lambda i: self.nodes[pool[i].node].place)
         kind = self.nodes[pool[first].node].kind
-        same = [i for i, task in enumerate(pool) if i != first and self.nodes[task.node].kind == kind]
-        taken = sorted([first, *same[: at_once - 1]], reverse=True)
-        return [pool.pop(i) for i in taken]
+        same = [i for i in active if self.nodes[pool[i].node].kind == kind][:at_once]
+        return [pool.pop(i) for i in same]  # from the last to the first
 
     def _run(self, tasks: list[_Task], batch: int) -> list[Any]:
         node = self.nodes[tasks[0].node]
