@@ -6,11 +6,12 @@ it gets wrong, and its loss. All statistics are made of that, by whoever asked f
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import threading
 import uuid
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +25,7 @@ from resnet_paths.errors import ResnetPathsError
 from resnet_paths.lesions.trie import Trie
 from resnet_paths.placement import PRECISIONS, device_of, place_chains
 
-__all__ = ["Piece", "Workshop", "hand_out", "num_workers", "run_piece"]
+__all__ = ["Piece", "Workshop", "hand_out", "num_workers", "refuse_labels", "run_piece"]
 
 
 @dataclass(frozen=True)
@@ -94,15 +95,17 @@ class Workshop:
             ResnetPathsError: If labels do not fit the logits, or one example alone does not fit into memory.
         """
         with self._lock:
-            trie, device, _ = self._settled()
+            trie, device, dtype = self._settled()
         labels = labels.to(device)
         while True:
             budget = self.batch_budget
+            split = (torch.split(t, budget or len(labels)) for t in (inputs, labels))
             try:
-                parts = [
-                    self._run_part(trie, self._as_wanted(x), y, wanted, budget)
-                    for x, y in zip(*(torch.split(t, budget or len(labels)) for t in (inputs, labels)), strict=True)
-                ]
+                with _refusing_mixed_precision(self.precision):
+                    parts = [
+                        self._run_part(trie, self._as_wanted(x, device, dtype), y, wanted, budget)
+                        for x, y in zip(*split, strict=True)
+                    ]
                 break
             except torch.OutOfMemoryError as error:
                 self._halve_budget(budget, len(labels), error)
@@ -116,12 +119,15 @@ class Workshop:
         not_finite: dict[int, torch.Tensor] = {}
         # Not inference mode where operations are caught as they are dispatched: it hides them.
         with torch.no_grad() if trie.statistics else torch.inference_mode():
+            checked: set[torch.Size] = set()  # once for each head: the device is waited for
             for index, logits in trie.logits(inputs, wanted, budget):
-                if not wrong:
-                    _refuse_labels(logits, labels)
+                if not isinstance(logits, torch.Tensor) or logits.shape not in checked:
+                    refuse_labels(logits, labels)
+                    checked.add(logits.shape)
                 finite = torch.isfinite(logits).all(1)
                 wrong[index] = (logits.argmax(1) != labels) | ~finite
-                loss_sum[index] = F.cross_entropy(logits.float(), labels, reduction="sum")
+                wide = logits if logits.dtype == torch.float64 else logits.float()
+                loss_sum[index] = F.cross_entropy(wide, labels, reduction="sum")
                 not_finite[index] = (~finite).sum()
             # Gathered before they leave the device, which is waited for once.
             rows = (torch.stack([found[index] for index in wanted]) for found in (wrong, loss_sum, not_finite))
@@ -134,15 +140,21 @@ class Workshop:
             chains = place_chains(
                 self.chains, device=self.device, precision=self.precision, channels_last=self.channels_last
             )
-            self._placed = (Trie(chains), device_of(chains[0]), PRECISIONS.get(self.precision or ""))
-            with torch.no_grad():
-                for inputs in self.statistics_batches:
-                    self._placed[0].estimate(self._as_wanted(inputs))
+            trie, device, dtype = Trie(chains), device_of(chains[0]), PRECISIONS.get(self.precision or "")
+            try:
+                with torch.no_grad():
+                    for inputs in self.statistics_batches:
+                        trie.estimate(self._as_wanted(inputs, device, dtype))
+            except torch.OutOfMemoryError as error:
+                sizes = [len(inputs) for inputs in self.statistics_batches]
+                raise ResnetPathsError(
+                    "reestimate_batchnorm", f"batches of up to {max(sizes)} inputs",
+                    "batches that fit into memory whole", "Pass more, and smaller ones.",
+                ) from error  # fmt: skip
+            self._placed = trie, device, dtype
         return self._placed
 
-    def _as_wanted(self, inputs: torch.Tensor) -> torch.Tensor:
-        assert self._placed is not None
-        _, device, dtype = self._placed
+    def _as_wanted(self, inputs: torch.Tensor, device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:
         images = self.channels_last and inputs.dim() == 4
         return inputs.to(
             device=device, dtype=dtype if inputs.is_floating_point() else None,
@@ -160,7 +172,7 @@ class Workshop:
         with self._lock:
             self.batch_budget = min(smaller, self.batch_budget or smaller)
         if torch.accelerator.is_available():
-            torch.accelerator.memory.empty_cache()
+            getattr(torch.accelerator, "memory", torch.cuda).empty_cache()  # not in torch 2.7
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled once, and unpickled once in each process, however many pieces are sent there."""
@@ -225,7 +237,31 @@ def num_workers(executor: Executor) -> int:
     return int(getattr(executor, "_max_workers", 1))
 
 
-def _refuse_labels(logits: torch.Tensor, labels: torch.Tensor) -> None:
+@contextlib.contextmanager
+def _refusing_mixed_precision(precision: str | None) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if precision is None or "dtype" not in str(error):
+            raise
+        raise ResnetPathsError(
+            "precision", precision, "a precision that every operation of the network can run in",
+            f"One answered: {error}",
+        ) from error  # fmt: skip
+
+
+def refuse_labels(logits: Any, labels: torch.Tensor) -> None:
+    """Refuse logits that are none, and labels that are no classes of theirs.
+
+    Args:
+        logits: What a chain returned, [batch, class].
+        labels: Class indices [batch].
+
+    Raises:
+        ResnetPathsError: If they do not fit one another.
+    """
+    if not isinstance(logits, torch.Tensor):
+        raise ResnetPathsError("chain", f"a chain that returns a {type(logits).__name__}", "logits [batch, class]")
     if logits.dim() != 2 or len(logits) != len(labels):
         raise ResnetPathsError(
             "loader", f"labels {list(labels.shape)} for logits {list(logits.shape)}", "one label a row of logits"

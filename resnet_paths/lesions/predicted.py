@@ -17,8 +17,10 @@ from scipy import stats
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from resnet_paths.chain import Block, ResidualChain, add_states, refuse_training_mode
+from resnet_paths.chain import Block, ResidualChain, refuse_training_mode
 from resnet_paths.errors import ResnetPathsError
+from resnet_paths.lesions.pieces import refuse_labels
+from resnet_paths.lesions.work import unpack
 from resnet_paths.placement import device_of, place_chains
 
 __all__ = ["SCORES", "predicted_effects", "score_correlations"]
@@ -27,6 +29,7 @@ SCORES = ("first_order_loss_increase", "block_influence", "angular_distance", "r
 """Columns of `predicted_effects` that are held against measured effects."""
 
 
+@torch.inference_mode(False)
 def predicted_effects(
     chain: ResidualChain,
     loader: Iterable[tuple[torch.Tensor, torch.Tensor]],
@@ -60,7 +63,8 @@ def predicted_effects(
         the block cannot be deleted), ``num_examples``.
 
     Raises:
-        ResnetPathsError: If the chain is in training mode, the loader is empty, or a state is not one tensor.
+        ResnetPathsError: If the chain is in training mode, the loader is empty or does not give such batches, labels
+            are out of range, a state is not one tensor, or has no dimension `feature_dim`.
     """
     if not isinstance(chain, ResidualChain):
         raise ResnetPathsError(
@@ -70,13 +74,19 @@ def predicted_effects(
     refuse_training_mode("chain", chain)
     placed = place_chains([chain], device=device)[0]
     of_batches = []
-    for inputs, labels in tqdm(loader, desc="predicted effects", unit="batch", disable=not progress):
-        of_batches.append(_scores(placed, inputs.to(device_of(placed)), labels.to(device_of(placed)), feature_dim))
+    for batch in tqdm(loader, desc="predicted effects", unit="batch", disable=not progress):
+        # Copies: autograd cannot work with tensors of inference mode, and a stem written by hand may work in place.
+        inputs, labels = (tensor.to(device_of(placed), copy=True) for tensor in unpack(batch))
+        if len(labels):
+            of_batches.append(_scores(placed, inputs, labels, feature_dim))
     if not of_batches:
         raise ResnetPathsError("loader", "no batches", "a loader of at least one batch")
     scores = torch.cat(of_batches, dim=2)  # [block, score, example]
     num_examples = scores.shape[2]
-    means, errors = scores.mean(2), scores.std(2) / math.sqrt(num_examples)
+    means = scores.mean(2)
+    errors = scores.std(2, correction=min(1, num_examples - 1)) / math.sqrt(num_examples)
+    if num_examples == 1:
+        errors = torch.full_like(errors, math.nan)
     rows = []
     for index, block in enumerate(chain):
         row: dict[str, Any] = {"block_index": index, "block": block.name or str(index)}
@@ -104,7 +114,7 @@ def score_correlations(predicted: pd.DataFrame, study: pd.DataFrame) -> pd.DataF
         if column not in frame:
             raise ResnetPathsError(name, list(frame.columns), f"a frame with a column {column!r}")
     single = study[(study["blocks"].map(len) == 1) & study["lesion"].str.startswith("delete ")]
-    single = single.assign(block_index=single["blocks"].map(lambda blocks: blocks[0]))
+    single = single.assign(block_index=single["blocks"].map(lambda blocks: blocks[0])).drop_duplicates("block_index")
     both = predicted.dropna(subset=list(SCORES)).merge(single, on="block_index", validate="one_to_one")
     if len(both) < 3:
         raise ResnetPathsError(
@@ -129,13 +139,17 @@ def _scores(chain: ResidualChain, inputs: torch.Tensor, labels: torch.Tensor, di
     with torch.enable_grad():
         state = chain.stem(inputs)
         for block in chain:
-            total, alone = _sum_and_skip(block, state)
+            without.append(_without_branch(block, state, dim))
+            total = _sum_of_sides(block, state)
+            if not total.requires_grad:
+                total = total.detach().requires_grad_()
             sums.append(total)
-            without.append(alone)
             # Of a copy: a `post` written by hand may work in place.
             state = block.post(total.clone())
-        losses = F.cross_entropy(chain.head(state).float(), labels, reduction="sum")
-        gradients = torch.autograd.grad(losses, sums)
+        logits = chain.head(state)
+        refuse_labels(logits, labels)
+        loss = F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), labels, reduction="sum")
+        gradients = torch.autograd.grad(loss, sums)
     rows = []
     with torch.no_grad():
         for block, total, alone, gradient in zip(chain, sums, without, gradients, strict=True):
@@ -152,24 +166,31 @@ def _scores(chain: ResidualChain, inputs: torch.Tensor, labels: torch.Tensor, di
     return torch.stack(rows)
 
 
-def _sum_and_skip(block: Block, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What a block adds up, as a place where the gradient can be read, and what would be left of it."""
-    shared = block.pre(state)
-    alone = shared if block.skip is None and block.keeps_shape else None
-    if block.skip is not None:
-        alone = block.skip(shared)
-    if block.branch is None:
-        total = alone
-    else:
-        branch = block.branch(shared)
-        total = branch if block.skip is None else add_states(alone, branch)
-    if not isinstance(total, torch.Tensor):
+@torch.no_grad()
+def _without_branch(block: Block, state: Any, dim: int | None) -> torch.Tensor | None:
+    """What a block would add up without its branch; None if it cannot do without."""
+    if not isinstance(state, torch.Tensor):
         raise ResnetPathsError("chain", f"block {block.name!r} with a pair as its state", "blocks of one tensor")
-    if not total.requires_grad:
-        total.requires_grad_()
-    return total, None if alone is None else alone.detach()
+    if dim is not None and (not -state.dim() <= dim < state.dim() or dim % state.dim() == 0):
+        raise ResnetPathsError(
+            "feature_dim", dim, f"None, or a dimension of the states, from 1 to {state.dim() - 1} or from the end"
+        )
+    # From a copy: a branch written by hand may change in place what it shares with the skip.
+    shared = block.pre(state.detach().clone())
+    if block.skip is not None:
+        alone: torch.Tensor = block.skip(shared)
+        return alone
+    return shared if block.keeps_shape else None
+
+
+def _sum_of_sides(block: Block, state: torch.Tensor) -> torch.Tensor:
+    """What a block adds up, before its `post`."""
+    total: torch.Tensor = block.replace(post=None)(state)
+    return total
 
 
 def _vectors(state: torch.Tensor, dim: int | None) -> torch.Tensor:
     """The state as vectors, [batch, position, feature]."""
-    return state.flatten(1)[:, None] if dim is None else state.movedim(dim, -1).flatten(1, -2)
+    if dim is None:
+        return state.flatten(1)[:, None]
+    return state.movedim(dim, -1).reshape(len(state), -1, state.shape[dim])

@@ -20,7 +20,7 @@ from resnet_paths.errors import ResnetPathsError
 from resnet_paths.lesions.pieces import Piece, Workshop, hand_out, num_workers, run_piece
 from resnet_paths.lesions.store import Store
 
-__all__ = ["Shelf", "Work"]
+__all__ = ["Shelf", "Work", "unpack"]
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Work:
 
     def finished(self, loader: Iterable[Any]) -> Iterator[tuple[int, np.ndarray[Any, Any], Piece]]:
         """(Number, labels, piece of all lesions) of each batch, as they are finished."""
-        batches = (_unpack(batch) for batch in loader)
+        batches = (unpack(batch) for batch in loader)
         filled = (batch for batch in batches if batch[1].numel())
         jobs = (self._job(number, inputs, labels) for number, (inputs, labels) in enumerate(filled))
         done = self._run_here(jobs) if self.executor is None else self._run_on(self.executor, jobs)
@@ -81,14 +81,17 @@ class Work:
             yield job, self.workshop.run(job.inputs, job.labels, job.missing) if job.missing else None
 
     def _run_on(self, executor: Executor, jobs: Iterable[_Job]) -> Iterator[tuple[_Job, Piece | None]]:
-        handed_out = hand_out(executor, self.workshop)
+        with _refusing_what_cannot_be_sent():
+            handed_out = hand_out(executor, self.workshop)
         # Enough to keep all workers busy, and no more: the data may be larger than memory.
         most = 2 * num_workers(executor)
         pending: dict[Future[Piece], _Job] = {}
 
         def wait(until: int) -> Iterator[tuple[_Job, Piece]]:
             while len(pending) > until:
-                for future in concurrent.futures.wait(pending, return_when="FIRST_COMPLETED").done:
+                done = concurrent.futures.wait(pending, return_when="FIRST_COMPLETED").done
+                # Those that failed come last, so that no finished piece is lost.
+                for future in sorted(done, key=lambda f: (_failed(f), pending[f].number)):
                     yield pending.pop(future), _result_of(future)
 
         try:
@@ -122,35 +125,59 @@ class Work:
 def _refusing_broken_executor() -> Iterator[None]:
     try:
         yield
-    except concurrent.futures.BrokenExecutor as error:
+    except Exception as error:
+        of_executor = isinstance(error, concurrent.futures.BrokenExecutor | concurrent.futures.CancelledError)
+        if not of_executor and type(error).__module__.split(".")[0] != "distributed":
+            raise
         raise ResnetPathsError(
             "executor", f"{type(error).__name__}: {error}", "an executor whose workers live",
             "Finished pieces are kept where there is a store: make a new executor and run the study again.",
         ) from error  # fmt: skip
 
 
+@contextlib.contextmanager
+def _refusing_what_cannot_be_sent() -> Iterator[None]:
+    try:
+        yield
+    except (TypeError, AttributeError, pickle.PicklingError) as error:
+        if "pickle" not in str(error) and "Can't get" not in str(error):
+            raise
+        raise ResnetPathsError(
+            "executor", str(error), "a chain that can be sent to another process",
+            "Define its modules at the top of a file, not inside a function, or use a ThreadPoolExecutor.",
+        ) from error  # fmt: skip
+
+
+def _failed(future: Future[Piece]) -> bool:
+    return future.cancelled() or future.exception() is not None
+
+
 def _result_of(future: Future[Piece]) -> Piece:
-    with _refusing_broken_executor():
-        try:
-            return future.result()
-        except (TypeError, AttributeError, pickle.PicklingError) as error:
-            if "pickle" not in str(error):
-                raise
-            raise ResnetPathsError(
-                "executor", str(error), "a chain that can be sent to another process",
-                "Define its modules at the top of a file, not inside a function, or use a ThreadPoolExecutor.",
-            ) from error  # fmt: skip
+    with _refusing_broken_executor(), _refusing_what_cannot_be_sent():
+        return future.result()
 
 
-def _unpack(batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def unpack(batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and labels of a batch, whole labels as int64.
+
+    Args:
+        batch: What a loader gave.
+
+    Returns:
+        Inputs [batch, ...] and labels [batch, ...].
+
+    Raises:
+        ResnetPathsError: If it is no pair of tensors of one length.
+    """
     if not isinstance(batch, tuple | list) or len(batch) != 2 or not all(isinstance(b, torch.Tensor) for b in batch):
         raise ResnetPathsError(
             "loader", type(batch).__name__, "batches of (inputs, labels), both tensors",
             "Wrap a data set in torch.utils.data.DataLoader.",
         )  # fmt: skip
     inputs, labels = batch
-    if labels.dim() and inputs.dim() and len(labels) != len(inputs):
+    if not labels.dim() or not inputs.dim() or len(labels) != len(inputs):
         raise ResnetPathsError(
             "loader", f"labels {list(labels.shape)} for inputs {list(inputs.shape)}", "one label for each input"
         )
-    return inputs, labels
+    whole = not labels.is_floating_point() and not labels.is_complex()
+    return inputs, labels.long() if whole else labels
