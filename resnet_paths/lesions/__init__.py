@@ -21,6 +21,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from torch.utils import data
 from tqdm.auto import tqdm
 
 from resnet_paths.chain import ResidualChain, refuse_training_mode
@@ -106,10 +107,7 @@ def lesion_study(
     refuse_training_mode("chain", chain)
     _refuse_settings(precision, batch_budget)
     _look_at_loader(loader, store)
-    named = [
-        lesion if isinstance(lesion, Lesion) else Lesion(getattr(lesion, "__name__", repr(lesion)), lesion, ())
-        for lesion in lesions
-    ]
+    named = _named(lesions)
     # The intact chain comes first: increases are taken against it on the same images.
     chains = [chain, *(lesion.edit(chain) for lesion in named)]
     for lesion, edited in zip(named, chains[1:], strict=True):
@@ -130,12 +128,13 @@ def lesion_study(
         rows = [
             {
                 "lesion": lesion.name, "blocks": lesion.blocks, "num_lesions": len(lesion.blocks),
-                "kendall_tau": lesion.kendall_tau, "seed": lesion.seed, **row,
+                "kendall_tau": lesion.kendall_tau,
+                "seed": None if lesion.seed is None else lesion.seed % 2**64, **row,  # as generators count them
                 "batchnorm_statistics": "re-estimated" if statistics_batches else "intact",
             }
             for lesion, row in zip(named, tally.rows()[1:], strict=True)
         ]  # fmt: skip
-        made = pd.DataFrame(rows).astype({"seed": "Int64"} if rows else {})
+        made = pd.DataFrame(rows).astype({"seed": "UInt64"} if rows else {})
         made.attrs["block_evaluations"] = Trie(chains).block_evaluations
         made.attrs["block_evaluations_one_by_one"] = sum(len(steps_of(c)) - 2 for c in chains)
         made.attrs |= {"pieces_computed": work.num_computed, "pieces_found": work.num_found}
@@ -215,21 +214,45 @@ def _length_of(loader: Iterable[Any]) -> int | None:
         return None
 
 
-def _look_at_loader(loader: Iterable[Any], store: str | Path | None) -> None:
-    sampler = getattr(loader, "sampler", None)
-    if store is not None and isinstance(sampler, torch.utils.data.RandomSampler):
+def _named(lesions: Iterable[Any]) -> list[Lesion]:
+    """The lesions, functions among them named after themselves."""
+    if isinstance(lesions, str | Lesion) or not isinstance(lesions, Iterable):
+        raise ResnetPathsError("lesions", lesions, "a list of lesions, or of functions from chain to chain")
+    named = []
+    for lesion in lesions:
+        if not isinstance(lesion, Lesion) and not callable(lesion):
+            raise ResnetPathsError(
+                "lesions", lesion, "a Lesion, or a function from chain to chain",
+                "Make a plan, such as single_deletions(chain), or write lambda chain: delete_block(chain, ...).",
+            )  # fmt: skip
+        is_named = isinstance(lesion, Lesion)
+        named.append(lesion if is_named else Lesion(getattr(lesion, "__name__", repr(lesion)), lesion, ()))
+    return named
+
+
+def _look_at_loader(loader: Any, store: str | Path | None) -> None:
+    if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
         raise ResnetPathsError(
-            "loader", "a DataLoader with shuffle=True", "a loader that gives the same batches each time",
+            "loader", type(loader).__name__, "batches of (inputs, labels)",
+            "Wrap a data set in torch.utils.data.DataLoader.",
+        )  # fmt: skip
+    batches = getattr(loader, "batch_sampler", None) or loader
+    sampler = getattr(batches, "sampler", None)
+    random = data.RandomSampler | data.SubsetRandomSampler | data.WeightedRandomSampler
+    if store is not None and isinstance(sampler, random):
+        raise ResnetPathsError(
+            "loader", f"a loader with a {type(sampler).__name__} (shuffle=True)",
+            "a loader that gives the same batches each time",
             "The store finds batches again by their content: pass shuffle=False.",
         )  # fmt: skip
-    if getattr(loader, "drop_last", False) and getattr(loader, "batch_size", None):
-        with contextlib.suppress(TypeError):
-            left_out = len(loader.dataset) % loader.batch_size  # type: ignore[attr-defined]
-            if left_out:
-                warnings.warn(
-                    f"loader: drop_last=True leaves out {left_out} of {len(loader.dataset)} examples",  # type: ignore[attr-defined]
-                    stacklevel=3,
-                )
+    batch_size = getattr(batches, "batch_size", None)
+    if getattr(batches, "drop_last", False) and batch_size:
+        left_out: str | None = f"up to {batch_size - 1}"
+        with contextlib.suppress(TypeError, AttributeError):
+            num_examples = len(loader.dataset if sampler is None else sampler)
+            left_out = f"{num_examples % batch_size} of {num_examples}" if num_examples % batch_size else None
+        if left_out:
+            warnings.warn(f"loader: drop_last=True leaves out {left_out} examples", stacklevel=3)
 
 
 def _refuse_settings(precision: str | None, batch_budget: int | None) -> None:
