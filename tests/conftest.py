@@ -38,3 +38,16 @@ def make_images():
         return ImageDataset(name, (noise + 20 * labels.view(-1, 1, 1, 1)).to(torch.uint8), labels)
 
     return make
+
+
+@pytest.fixture
+def run(make_images):
+    """Train on 40 images, so that batches of 16 end with a smaller one, and measure on 21."""
+    from resnet_paths.training import train
+
+    splits = {"train_set": make_images(40), "test_set": make_images(21, seed=1)}
+
+    def call(folder, settings, **options):
+        return train(settings, folder, **{"accelerator": "cpu", "progress": False, **splits, **options})
+
+    return call

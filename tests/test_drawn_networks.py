@@ -5,17 +5,16 @@ import math
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
 from resnet_paths import training
 from resnet_paths.errors import ResnetPathsError
-from resnet_paths.training import TrainingSettings, train
+from resnet_paths.training import TrainingSettings
 from resnet_paths.training.batches import generator_of
 from resnet_paths.zoo import NETWORKS, build_network, load_network
 from resnet_paths.zoo.weights import read_metadata, read_tensors
-from tests.killed_training import killed_and_resumed, start_training
+from tests.small_runs import killed_and_resumed, same_run, start_training
 
 DRAWN = ["stochastic-depth-20", "effective-20"]
 
@@ -213,26 +212,6 @@ def test_weights_are_named_as_in_the_ordinary_network(depth):
 
 
 # Training
-
-
-@pytest.fixture
-def run(make_images):
-    splits = {"train_set": make_images(40), "test_set": make_images(21, seed=1)}
-
-    def call(folder, settings, **options):
-        return train(settings, folder, **{"accelerator": "cpu", "progress": False, **splits, **options})
-
-    return call
-
-
-def same_run(first, second):
-    one, other = load_file(first), load_file(second)
-    assert one.keys() == other.keys()
-    assert all(torch.equal(value, other[key]) for key, value in one.items())
-    logs = [
-        [{k: v for k, v in row.items() if k != "seconds"} for row in read_metadata(p)["log"]] for p in (first, second)
-    ]
-    assert logs[0] == logs[1]
 
 
 @pytest.mark.parametrize("name", DRAWN)

@@ -6,15 +6,15 @@ import math
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from resnet_paths import training, zoo
-from resnet_paths.training import TrainingSettings, evaluate, train
+from resnet_paths.training import TrainingSettings, evaluate
 from resnet_paths.training.batches import augmented_batches
 from resnet_paths.training.publishing import publish
 from resnet_paths.training.tasks import TASKS
 from resnet_paths.zoo import NETWORKS, build_network, list_networks, load_network, networks_table, training_logs
 from resnet_paths.zoo.weights import read_metadata
+from tests.small_runs import same_run
 
 DENOISER = TrainingSettings("unet-small", epochs=2, batch_size=16, seed=2)
 
@@ -125,13 +125,8 @@ def test_several_processes_together_see_the_noise_of_one(make_images):
 
 
 @pytest.fixture
-def run(make_images):
-    splits = {"train_set": make_images(40), "test_set": make_images(21, seed=1)}
-
-    def call(folder, settings=DENOISER, **options):
-        return train(settings, folder, **{"accelerator": "cpu", "progress": False, **splits, **options})
-
-    return call
+def run(run):
+    return lambda folder, settings=DENOISER, **options: run(folder, settings, **options)
 
 
 def test_a_denoiser_is_trained_and_judged_by_its_root_mean_square_error(run, make_images, tmp_path):
@@ -156,8 +151,7 @@ def test_a_denoiser_that_was_stopped_goes_on_to_the_same_weights(run, tmp_path, 
         patch.setattr(training, "_write_log", stop)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "stopped")
-    one, other = load_file(run(tmp_path / "stopped")), load_file(run(tmp_path / "whole"))
-    assert all(torch.equal(value, other[key]) for key, value in one.items())
+    same_run(run(tmp_path / "stopped"), run(tmp_path / "whole"))
 
 
 def test_a_published_denoiser_is_listed_by_its_root_mean_square_error(run, make_images, tmp_path, monkeypatch):

@@ -1,25 +1,23 @@
 """The same seed gives the same weights, stopped and resumed or not, and a run that fails leaves nothing finished."""
 
 import dataclasses
-import json
 import math
 
 import lightning_fabric
 import pandas as pd
 import pytest
 import torch
-from lightning_fabric.plugins.precision import MixedPrecision, Precision
+from lightning_fabric.plugins.precision import Precision
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from resnet_paths import training
-from resnet_paths.datasets import ImageDataset
 from resnet_paths.errors import ResnetPathsError
 from resnet_paths.training import TrainingSettings, train
 from resnet_paths.training.settings import learning_rate_at
 from resnet_paths.zoo import build_network, load_network
 from resnet_paths.zoo.weights import read_metadata, read_tensors, write_tensors
-from tests.killed_training import killed_and_resumed, start_training
+from tests.small_runs import killed_and_resumed, same_run, start_training
 
 SETTINGS = TrainingSettings("plain-20", epochs=3, batch_size=16, seed=4)
 NAME = "plain-20-seed4"
@@ -30,14 +28,8 @@ COLUMNS = [
 
 
 @pytest.fixture
-def run(make_images):
-    """Train on 40 images, so that the last batch of each epoch is a smaller one, and measure on 21."""
-    images = {"train_set": make_images(40), "test_set": make_images(21, seed=1)}
-
-    def call(folder, settings=SETTINGS, **options):
-        return train(settings, folder, **{"accelerator": "cpu", "progress": False, **images, **options})
-
-    return call
+def run(run):
+    return lambda folder, settings=SETTINGS, **options: run(folder, settings, **options)
 
 
 @pytest.fixture(scope="module")
@@ -48,21 +40,6 @@ def uninterrupted(tmp_path_factory):
 
 def names_in(folder):
     return sorted(path.name for path in folder.iterdir())
-
-
-def same_run(first, second):
-    """Assert that two weights files and their logs are equal but for the seconds."""
-    one, other = load_file(first), load_file(second)
-    assert one.keys() == other.keys()
-    for key, value in one.items():
-        assert torch.equal(value, other[key]), key
-    stated, again = read_metadata(first), read_metadata(second)
-    for metadata in (stated, again):
-        for row in metadata["log"]:
-            assert row.pop("seconds") >= 0
-    assert stated == again
-    logs = [pd.read_csv(path.with_suffix(".csv")).drop(columns="seconds") for path in (first, second)]
-    pd.testing.assert_frame_equal(*logs, check_exact=True)
 
 
 # A run
@@ -365,23 +342,6 @@ def test_a_checkpoint_is_read_after_the_weights_moved_to_their_device(run, tmp_p
     assert order == ["setup", "resume"]
 
 
-def test_the_loss_scale_is_kept_in_the_checkpoint(tmp_path):
-    def float16():
-        return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))
-
-    model = build_network("plain-20", torch.Generator().manual_seed(0))
-    sgd = torch.optim.SGD(model.parameters(), 0.1, 0.9)
-    model(torch.randn(4, 1, 28, 28, generator=torch.Generator().manual_seed(0))).sum().backward()
-    sgd.step()
-    precision = float16()
-    precision.scaler.load_state_dict({**precision.state_dict(), "scale": 64.0, "_growth_tracker": 17})
-    training.write_checkpoint(tmp_path / "x.safetensors", model, sgd, precision, SETTINGS, [])
-    again = float16()
-    assert again.state_dict() != precision.state_dict()
-    training.resume(tmp_path / "x.safetensors", model, sgd, again, SETTINGS)
-    assert again.state_dict() == precision.state_dict()
-
-
 # Snapshots
 
 
@@ -501,164 +461,11 @@ def test_what_fabric_cannot_do_is_refused(run, tmp_path, options):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "allowed"),
-    [
-        ("network", "plain-21", "'plain-20'"),
-        ("dataset", "cifar10", "one of 'cifar-10', 'fashion-mnist'"),
-        ("epochs", 0, "an int of at least 1"),
-        ("epochs", 1.5, "an int of at least 1"),
-        ("epochs", "3", "an int of at least 1"),
-        ("batch_size", 1, "an int of at least 2"),
-        ("batch_size", True, "an int of at least 2"),
-        ("crop_padding", -1, "an int of at least 0"),
-        ("seed", -1, "an int of at least 0"),
-        ("seed", 2**32, "an int from 0 to 4294967295"),
-        ("learning_rate", 0, "a positive number"),
-        ("learning_rate", -0.1, "a finite number of at least 0"),
-        ("learning_rate", math.nan, "a finite number of at least 0"),
-        ("learning_rate", math.inf, "a finite number of at least 0"),
-        ("learning_rate", "0.1", "a finite number of at least 0"),
-        ("warmup_epochs", -1, "a finite number of at least 0"),
-        ("weight_decay", -1e-4, "a finite number of at least 0"),
-        ("weight_decay", math.nan, "a finite number of at least 0"),
-        ("momentum", 0, "a number between 0 and 1, both excluded"),
-        ("momentum", 1, "a number between 0 and 1, both excluded"),
-        ("precision", "bf16", "one of '32-true', 'bf16-mixed', '16-mixed'"),
-        ("precision", "16-true", "one of '32-true', 'bf16-mixed', '16-mixed'"),
-        ("precision", 32, "one of '32-true', 'bf16-mixed', '16-mixed'"),
-    ],
-)
-def test_settings_that_cannot_be_trained_with(field, value, allowed):
-    with pytest.raises(ResnetPathsError) as caught:
-        TrainingSettings(**{"network": "plain-20", field: value})
-    assert caught.value.argument == ("name" if field == "network" else field)
-    assert caught.value.value is value
-    assert allowed in caught.value.allowed
-
-
 def test_the_largest_seed_works(run, tmp_path):
     run(tmp_path, dataclasses.replace(SETTINGS, seed=2**32 - 1, epochs=1))
 
 
-def test_defaults_are_those_of_the_shipped_networks():
-    assert json.loads(json.dumps(dataclasses.asdict(TrainingSettings("plain-20")))) == {
-        "network": "plain-20", "dataset": "fashion-mnist", "epochs": 12, "seed": 0, "batch_size": 128,
-        "learning_rate": 0.1, "warmup_epochs": 1.0, "momentum": 0.9, "weight_decay": 5e-4, "crop_padding": 2,
-        "precision": "32-true", "optimizer": "sgd",
-        "num_drawn_blocks": None,
-    }  # fmt: skip
-
-
-# The learning rate
-
-
-def test_learning_rate_rises_linearly_and_falls_on_a_cosine():
-    settings = TrainingSettings("plain-20", epochs=12, learning_rate=0.2, warmup_epochs=2)
-    assert learning_rate_at(settings, 0) == 0
-    assert learning_rate_at(settings, 0.5) == pytest.approx(0.05)
-    assert learning_rate_at(settings, 2) == pytest.approx(0.2)
-    assert learning_rate_at(settings, 7) == pytest.approx(0.1)
-    assert learning_rate_at(settings, 12) == pytest.approx(0, abs=1e-12)
-    rates = [learning_rate_at(settings, step / 10) for step in range(121)]
-    assert rates[:21] == sorted(rates[:21])
-    assert rates[20:] == sorted(rates[20:], reverse=True)
-
-
-@pytest.mark.parametrize(("epochs", "warmup", "peak_at"), [(1, 1.0, 0.5), (1, 5.0, 0.5), (4, 0.0, 0.0), (4, 9.0, 2.0)])
-def test_warm_up_takes_half_of_the_run_at_the_most(epochs, warmup, peak_at):
-    settings = TrainingSettings("plain-20", epochs=epochs, warmup_epochs=warmup)
-    steps = [step / 100 * epochs for step in range(101)]
-    assert max(steps, key=lambda epoch: learning_rate_at(settings, epoch)) == peak_at
-    assert learning_rate_at(settings, epochs) == pytest.approx(0, abs=1e-12)
-
-
-# Augmentation
-
-
-def random_images(num_images, name="fashion-mnist", shape=(1, 28, 28)):
-    """Every pixel random, so that no two crops are alike; no pixel zero, so that the padding is seen."""
-    generator = torch.Generator().manual_seed(8)
-    images = torch.randint(1, 256, (num_images, *shape), generator=generator, dtype=torch.uint8)
-    return ImageDataset(name, images, torch.arange(num_images) % 10)
-
-
-def all_crops(images, padding):
-    """Where every possible augmented image comes from: bytes to (number, row, column, flipped), by slicing alone."""
-    origin = {}
-    for number, image in enumerate(images.images.numpy()):
-        channels, height, width = image.shape
-        padded = torch.zeros(channels, height + 2 * padding, width + 2 * padding, dtype=torch.uint8).numpy()
-        padded[:, padding : padding + height, padding : padding + width] = image
-        for row in range(2 * padding + 1):
-            for column in range(2 * padding + 1):
-                crop = padded[:, row : row + height, column : column + width]
-                origin[crop.tobytes()] = (number, row, column, False)
-                origin[crop[:, :, ::-1].tobytes()] = (number, row, column, True)
-    return origin
-
-
-def to_bytes(images, inputs):
-    """Undo the normalisation."""
-    values = (inputs.double() * images._std.double() + images._mean.double()) * 255
-    assert (values - values.round()).abs().max() < 1e-3
-    return values.round().to(torch.uint8).numpy()
-
-
-@pytest.mark.parametrize("padding", [0, 2, 3])
-@pytest.mark.parametrize(("name", "shape"), [("fashion-mnist", (1, 28, 28)), ("cifar-10", (3, 32, 32))])
-def test_every_augmented_image_is_a_crop_or_flip_of_its_own_original(name, shape, padding):
-    images = random_images(11, name, shape)
-    settings = TrainingSettings("plain-20", dataset=name, batch_size=4, crop_padding=padding, seed=3)
-    origin = all_crops(images, padding)
-    assert len(origin) == 11 * 2 * (2 * padding + 1) ** 2
-    seen = []
-    for epoch in range(20):
-        order = []
-        batches = list(training.augmented_batches(images, settings, epoch, 0, 1))
-        assert [len(labels) for _, labels in batches] == [4, 4, 3]
-        for inputs, labels in batches:
-            assert inputs.dtype == torch.float32
-            for image, label in zip(to_bytes(images, inputs), labels.tolist(), strict=True):
-                number, *change = origin[image.tobytes()]
-                assert label == images.labels[number]
-                order.append(number)
-                seen.append((number, *change))
-        assert sorted(order) == list(range(11))  # each image once an epoch
-    _, rows, columns, flips = zip(*seen, strict=True)
-    # 220 draws: every offset turns up, and flips are about half.
-    assert set(rows) == set(columns) == set(range(2 * padding + 1))
-    assert 70 < sum(flips) < 150
-    if padding:
-        assert len(set(zip(rows, columns, strict=True))) > (2 * padding + 1) ** 2 // 2  # drawn apart from each other
-
-
-def test_order_and_crops_follow_from_seed_and_epoch_alone():
-    images = random_images(30)
-
-    def epoch_of(seed, epoch):
-        torch.manual_seed(99 + epoch)
-        settings = TrainingSettings("plain-20", batch_size=8, seed=seed)
-        return torch.cat([inputs for inputs, _ in training.augmented_batches(images, settings, epoch, 0, 1)])
-
-    assert torch.equal(epoch_of(1, 2), epoch_of(1, 2))
-    assert not torch.equal(epoch_of(1, 2), epoch_of(1, 3))
-    assert not torch.equal(epoch_of(1, 2), epoch_of(2, 2))
-
-
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_several_processes_together_see_the_batches_of_one(world_size):
-    images = random_images(23)
-    settings = TrainingSettings("plain-20", batch_size=8)
-    whole = list(training.augmented_batches(images, settings, 1, 0, 1))
-    parts = [list(training.augmented_batches(images, settings, 1, rank, world_size)) for rank in range(world_size)]
-    assert {len(part) for part in parts} == {len(whole)}
-    for step, (inputs, labels) in enumerate(whole):
-        put_back, labels_back = torch.empty_like(inputs), torch.empty_like(labels)
-        for rank, part in enumerate(parts):
-            put_back[rank::world_size], labels_back[rank::world_size] = part[step]
-        assert torch.equal(put_back, inputs)
-        assert torch.equal(labels_back, labels)
+# Several processes
 
 
 @pytest.mark.slow

@@ -4,23 +4,15 @@ import dataclasses
 
 import pytest
 import torch
+from lightning_fabric.plugins.precision import MixedPrecision
 from safetensors.torch import load_file
 
 from resnet_paths import training
-from resnet_paths.training import TrainingSettings, train
+from resnet_paths.training import TrainingSettings
 from resnet_paths.training.checkpoints import refuse_other_settings
-from resnet_paths.zoo import NETWORKS, Recipe
+from resnet_paths.zoo import NETWORKS, Recipe, build_network
 from resnet_paths.zoo.weights import read_metadata, read_tensors, write_tensors
-
-
-@pytest.fixture
-def run(make_images):
-    images = {"train_set": make_images(40), "test_set": make_images(21, seed=1)}
-
-    def call(folder, settings, **options):
-        return train(settings, folder, **{"accelerator": "cpu", "progress": False, **images, **options})
-
-    return call
+from tests.small_runs import same_run
 
 
 def stopped_after_the_first_epoch(run, folder, settings):
@@ -35,12 +27,6 @@ def stopped_after_the_first_epoch(run, folder, settings):
             run(folder, settings)
     assert [path.suffixes for path in folder.iterdir()] == [[".checkpoint", ".safetensors"]]
     return run(folder, settings)
-
-
-def same_tensors(first, second):
-    one, other = load_file(first), load_file(second)
-    assert one.keys() == other.keys()
-    assert all(torch.equal(value, other[key]) for key, value in one.items())
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -61,7 +47,7 @@ def test_a_network_without_batchnorm_has_a_smaller_rate():
 def test_vgg_trains_with_its_recipe(run, tmp_path):
     settings = TrainingSettings("vgg-15", epochs=2, batch_size=20)
     path = stopped_after_the_first_epoch(run, tmp_path / "stopped", settings)
-    same_tensors(path, run(tmp_path / "whole", settings))
+    same_run(path, run(tmp_path / "whole", settings))
     assert read_metadata(path)["learning_rate"] == 0.02
 
 
@@ -80,7 +66,7 @@ def test_files_of_the_time_before_there_was_a_choice_of_optimizer(run, tmp_path)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "write_checkpoint", write_as_before)
-        same_tensors(stopped_after_the_first_epoch(run, tmp_path / "stopped", settings), whole)
+        same_run(stopped_after_the_first_epoch(run, tmp_path / "stopped", settings), whole)
     metadata = read_metadata(whole)
     del metadata["optimizer"], metadata["num_drawn_blocks"]
     write_tensors(whole, load_file(whole), metadata)
@@ -93,6 +79,24 @@ def test_adamw_is_resumed_with_all_of_its_state(run, tmp_path):
     settings = TrainingSettings("vit-small", epochs=2, batch_size=20)
     assert settings.optimizer == "adamw"
     path = stopped_after_the_first_epoch(run, tmp_path / "stopped", settings)
-    same_tensors(path, run(tmp_path / "whole", settings))
+    same_run(path, run(tmp_path / "whole", settings))
     by_sgd = run(tmp_path / "sgd", dataclasses.replace(settings, optimizer="sgd"))
     assert not torch.equal(load_file(path)["fc.weight"], load_file(by_sgd)["fc.weight"])
+
+
+def test_the_loss_scale_is_kept_in_the_checkpoint(tmp_path):
+    def float16():
+        return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))
+
+    settings = TrainingSettings("plain-20")
+    model = build_network("plain-20", torch.Generator().manual_seed(0))
+    sgd = torch.optim.SGD(model.parameters(), 0.1, 0.9)
+    model(torch.randn(4, 1, 28, 28, generator=torch.Generator().manual_seed(0))).sum().backward()
+    sgd.step()
+    precision = float16()
+    precision.scaler.load_state_dict({**precision.state_dict(), "scale": 64.0, "_growth_tracker": 17})
+    training.write_checkpoint(tmp_path / "x.safetensors", model, sgd, precision, settings, [])
+    again = float16()
+    assert again.state_dict() != precision.state_dict()
+    training.resume(tmp_path / "x.safetensors", model, sgd, again, settings)
+    assert again.state_dict() == precision.state_dict()

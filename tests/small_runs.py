@@ -1,4 +1,4 @@
-"""A small training run in a process of its own, which kills itself at a given moment with no chance to clean up."""
+"""Small training runs: whether two are the same, and one in a process that kills itself, with no chance to clean up."""
 
 from __future__ import annotations
 
@@ -10,16 +10,33 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import torch
+from safetensors.torch import load_file
 
 from resnet_paths.datasets import ImageDataset
 from resnet_paths.training import TrainingSettings, train
-from resnet_paths.zoo.weights import read_tensors
+from resnet_paths.zoo.weights import read_metadata, read_tensors
+
+
+def same_run(first, second):
+    """Assert that two weights files and their logs are equal but for the seconds."""
+    one, other = load_file(first), load_file(second)
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        assert torch.equal(value, other[key]), key
+    stated, again = read_metadata(first), read_metadata(second)
+    for metadata in (stated, again):
+        for row in metadata["log"]:
+            assert row.pop("seconds") >= 0
+    assert stated == again
+    logs = [pd.read_csv(path.with_suffix(".csv")).drop(columns="seconds") for path in (first, second)]
+    pd.testing.assert_frame_equal(*logs, check_exact=True)
 
 
 def start_training(folder, settings, place="never", call=0, **options):
     """Run in a new process on 40 images; kill it at the call number `call` (from 1) of the step called `place`."""
-    command = [sys.executable, "-m", "tests.killed_training", str(folder), place, str(call)]
+    command = [sys.executable, "-m", "tests.small_runs", str(folder), place, str(call)]
     command += [json.dumps(dataclasses.asdict(settings)), json.dumps(options)]
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1"}
     root = Path(__file__).parent.parent
