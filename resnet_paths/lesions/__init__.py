@@ -33,7 +33,7 @@ from resnet_paths.lesions.predicted import predicted_effects, score_correlations
 from resnet_paths.lesions.store import Store
 from resnet_paths.lesions.tally import Tally
 from resnet_paths.lesions.trie import Trie, chain_key, steps_of
-from resnet_paths.lesions.work import Shelf, Work
+from resnet_paths.lesions.work import Shelf, Work, refuse_other_than_loader
 from resnet_paths.placement import PRECISIONS
 
 __all__ = ["lesion_study", "pair_interactions", "predicted_effects", "score_correlations"]
@@ -231,12 +231,9 @@ def _named(lesions: Iterable[Any]) -> list[Lesion]:
 
 
 def _look_at_loader(loader: Any, store: str | Path | None) -> None:
-    if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
-        raise ResnetPathsError(
-            "loader", type(loader).__name__, "batches of (inputs, labels)",
-            "Wrap a data set in torch.utils.data.DataLoader.",
-        )  # fmt: skip
-    batches = getattr(loader, "batch_sampler", None) or loader
+    refuse_other_than_loader(loader)
+    batches = getattr(loader, "batch_sampler", None)
+    batches = loader if batches is None else batches
     sampler = getattr(batches, "sampler", None)
     random = data.RandomSampler | data.SubsetRandomSampler | data.WeightedRandomSampler
     if store is not None and isinstance(sampler, random):

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from resnet_paths.chain import Block, ResidualChain, refuse_training_mode
 from resnet_paths.errors import ResnetPathsError
 from resnet_paths.lesions.pieces import refuse_labels
-from resnet_paths.lesions.work import unpack
+from resnet_paths.lesions.work import refuse_other_than_loader, unpack
 from resnet_paths.placement import device_of, place_chains
 
 __all__ = ["SCORES", "predicted_effects", "score_correlations"]
@@ -72,6 +72,7 @@ def predicted_effects(
             "Make one with resnet_paths.unravel(model, example_inputs).",
         )  # fmt: skip
     refuse_training_mode("chain", chain)
+    refuse_other_than_loader(loader)
     placed = place_chains([chain], device=device)[0]
     of_batches = []
     for batch in tqdm(loader, desc="predicted effects", unit="batch", disable=not progress):

@@ -20,7 +20,7 @@ from resnet_paths.errors import ResnetPathsError
 from resnet_paths.lesions.pieces import Piece, Workshop, hand_out, num_workers, run_piece
 from resnet_paths.lesions.store import Store
 
-__all__ = ["Shelf", "Work", "unpack"]
+__all__ = ["Shelf", "Work", "refuse_other_than_loader", "unpack"]
 
 
 @dataclass
@@ -155,6 +155,22 @@ def _failed(future: Future[Piece]) -> bool:
 def _result_of(future: Future[Piece]) -> Piece:
     with _refusing_broken_executor(), _refusing_what_cannot_be_sent():
         return future.result()
+
+
+def refuse_other_than_loader(loader: object) -> None:
+    """Refuse what cannot be read batch by batch.
+
+    Args:
+        loader: What a caller gave.
+
+    Raises:
+        ResnetPathsError: If it is no loader.
+    """
+    if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
+        raise ResnetPathsError(
+            "loader", type(loader).__name__, "batches of (inputs, labels)",
+            "Wrap a data set in torch.utils.data.DataLoader.",
+        )  # fmt: skip
 
 
 def unpack(batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
