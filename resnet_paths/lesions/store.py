@@ -5,14 +5,16 @@
 
 CONTEXT is a fingerprint of precision, layout, BatchNorm treatment and code version; BATCH one of the images and labels;
 each lesion in a part goes by a fingerprint of the whole lesioned network. So results of another model or data set may
-lie in the same folder and are never mixed in. Parts are written under a temporary name and renamed; two studies at once
-write the same bytes to the same names.
+lie in the same folder and are never mixed in. Parts hold a checksum, and are written under a temporary name and
+renamed; two studies at once write the same rows to the same names. What a killed study was writing stays behind under
+its temporary name, which no study takes for a part; a study that begins an hour later removes it.
 """
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,6 +34,7 @@ __all__ = ["Store"]
 
 _FORMAT = 1
 _DIGITS = 16
+_STALE_AFTER = 3600.0  # seconds; a part is written in far less
 
 
 class Store:
@@ -59,8 +62,12 @@ class Store:
             ) from error
         self._warn_of_other_versions(about)
         self._parts: dict[str, list[Path]] = {}
-        for path in sorted(self.folder.glob("*.safetensors")):
+        for path in sorted(self.folder.glob("[!.]*.safetensors")):
             self._parts.setdefault(path.name.split("-")[0], []).append(path)
+        for path in self.folder.glob(".unfinished-*"):
+            with contextlib.suppress(OSError):  # another study may have removed it, or finished it
+                if time.time() - path.stat().st_mtime > _STALE_AFTER:
+                    path.unlink()
 
     @staticmethod
     def batch_key(inputs: torch.Tensor, labels: torch.Tensor) -> str:
@@ -91,7 +98,7 @@ class Store:
         for path in self._parts.get(batch, ()):
             try:
                 names, piece = _read_part(path)
-            except (ResnetPathsError, KeyError, ValueError, RuntimeError, TypeError) as error:
+            except (ResnetPathsError, KeyError, ValueError, RuntimeError, TypeError, OSError) as error:
                 warnings.warn(f"store: {path} cannot be read and is computed again: {error}", stacklevel=3)
                 continue
             found |= {name: piece.row(row) for row, name in enumerate(names) if name in wanted}
@@ -108,17 +115,19 @@ class Store:
         Raises:
             ResnetPathsError: If it cannot be written, such as to a full disk; what was kept before stays.
         """
-        name = hashlib.sha256("".join(sorted(lesions)).encode()).hexdigest()[:_DIGITS]
-        path = self.folder / f"{batch}-{name}.safetensors"
+        # In one order, so that studies that name the same lesions in another order write the same.
+        order = sorted(range(len(lesions)), key=lesions.__getitem__)
+        names = [lesions[row] for row in order]
+        path = self.folder / f"{batch}-{fingerprint(names)[:_DIGITS]}.safetensors"
         tensors = {
-            "wrong": torch.from_numpy(np.packbits(piece.wrong, axis=1)),
+            "wrong": torch.from_numpy(np.packbits(piece.wrong[order], axis=1)),
             # As bits: a lesion may well make the loss infinite, which a file of weights refuses.
-            "loss_sum_bits": torch.from_numpy(piece.loss_sum.astype(np.float64)).view(torch.int64),
-            "num_not_finite": torch.from_numpy(piece.num_not_finite.astype(np.int64)),
+            "loss_sum_bits": torch.from_numpy(piece.loss_sum[order].astype(np.float64)).view(torch.int64),
+            "num_not_finite": torch.from_numpy(piece.num_not_finite[order].astype(np.int64)),
             "num_examples": torch.tensor(piece.wrong.shape[1]),
         }
         try:
-            write_tensors(path, tensors, {"lesions": list(lesions)})
+            write_tensors(path, tensors, {"lesions": names, "checksum": _checksum(names, tensors)})
         except Exception as error:  # safetensors wraps a full disk in an error of its own
             raise ResnetPathsError(
                 "store", str(path), "a folder with space left that can be written to",
@@ -148,8 +157,15 @@ class Store:
             )
 
 
+def _checksum(names: Sequence[str], tensors: Mapping[str, torch.Tensor]) -> str:
+    return fingerprint(list(names), sorted(tensors.items()))
+
+
 def _read_part(path: Path) -> tuple[list[str], Piece]:
-    names, tensors = read_metadata(path)["lesions"], read_tensors(path)
+    metadata, tensors = read_metadata(path), read_tensors(path)
+    names = metadata["lesions"]
+    if metadata["checksum"] != _checksum(names, tensors):
+        raise ResnetPathsError("store", str(path), "a part as it was written")
     num_examples = int(tensors["num_examples"])
     piece = Piece(
         np.unpackbits(tensors["wrong"].numpy(), axis=1, count=num_examples).astype(bool),
