@@ -50,6 +50,8 @@ def predicted_effects(
     ``relative_branch_norm``        norm of T - S over norm of S (Jastrzebski et al. 2018, section 4)
     ==============================  ================================================================================
 
+    The cosine of two states that are 0 is taken as 1, and of one that is as 0.
+
     Args:
         chain: The intact chain, in eval mode.
         loader: Batches of (inputs, labels); labels are class indices [batch].
@@ -161,7 +163,9 @@ def _scores(chain: ResidualChain, inputs: torch.Tensor, labels: torch.Tensor, di
             first_order = (gradient.double() * difference).flatten(1).sum(1)
             one, other = (_vectors(block.post(state.clone()).double(), dim) for state in (alone, total))
             cosine = F.cosine_similarity(one, other, dim=-1).clamp(-1, 1)
-            norm = _vectors(difference, dim).norm(dim=-1) / _vectors(alone.double(), dim).norm(dim=-1)
+            cosine[(one == 0).all(-1) & (other == 0).all(-1)] = 1  # nothing changed
+            changed, left = (_vectors(s, dim).norm(dim=-1) for s in (difference, alone.double()))
+            norm = torch.where(changed == 0, 0.0, changed / left)
             per_example = [first_order, *((v.flatten(1).mean(1)) for v in (1 - cosine, cosine.acos() / math.pi, norm))]
             rows.append(torch.stack(per_example).cpu())
     return torch.stack(rows)
