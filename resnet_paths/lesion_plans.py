@@ -247,7 +247,7 @@ def mean_replacements(chain: ResidualChain, inputs: torch.Tensor) -> list[Lesion
     refuse_training_mode("chain", chain)
     lesions = []
     with torch.no_grad():
-        state = chain.stem(inputs)
+        state = chain.stem(_copy(inputs))
         for index, block in enumerate(chain):
             if block.branch is not None:
                 output = block.branch(block.pre(_copy(state)))

@@ -12,8 +12,8 @@ from scipy import stats
 from torch.utils.data import DataLoader, TensorDataset
 
 import resnet_paths as rp
-from resnet_paths.chain import Parallel
-from tests.chains import Plan, inputs, random_chain
+from resnet_paths.chain import Block, Parallel, ResidualChain
+from tests.chains import Plan, assert_same, inputs, random_chain, snapshot
 
 STEADY = (3, tuple(Plan(3, "identity", False, False) for _ in range(6)))
 STAGES = (3, tuple(Plan(w, s, False, False) for w, s in zip(
@@ -120,6 +120,127 @@ def test_layer_schedules_by_hand():
     assert order[5] == 5
     assert reverse.kendall_tau == pytest.approx(1 - 2 * 6 / 15)
     assert any(isinstance(block.branch, Parallel) for block in parallel.edit(chain))
+
+
+def branch_outputs(chain, x):
+    """What each block's branch returns for `x`, of copies, block by block."""
+    outputs, state = [], chain.stem(x.clone())
+    for block in chain:
+        outputs.append(None if block.branch is None else block.branch(block.pre(state.clone())))
+        state = block(state)
+    return outputs
+
+
+@torch.no_grad()
+def test_branches_replaced_by_their_means():
+    chain, x = rp.delete_block(random_chain(STAGES), 5), inputs(20)
+    before = snapshot(chain)
+    lesions = rp.mean_replacements(chain, x)
+    assert_same(before, snapshot(chain))
+    assert [lesion.blocks for lesion in lesions] == [(i,) for i in range(7) if i != 5]
+    assert [lesion.name for lesion in lesions][:2] == ["mean of block0", "mean of block1"]
+    outputs, other = branch_outputs(chain, x), inputs(6, seed=9)
+    for lesion in lesions:
+        (index,), lesioned = lesion.blocks, lesion.edit(chain)
+        assert [b.branch is c.branch for b, c in zip(lesioned, chain, strict=True)].count(False) == 1
+        state = chain.stem(other)
+        for place, block in enumerate(chain):
+            if place == index:
+                state = block.post(block.skip(block.pre(state)) + outputs[index].mean(0))
+            else:
+                state = block(state)
+        torch.testing.assert_close(lesioned(other), chain.head(state))
+    frame = rp.lesion_study(chain, loader(), lesions, progress=False)
+    assert frame.lesion.tolist() == [lesion.name for lesion in lesions]
+
+
+class OnPair(torch.nn.Module):
+    """From a pair to what `first` and `second` make of it."""
+
+    def __init__(self, first, second):
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, state):
+        x, total = state if isinstance(state, tuple) else (state, state)
+        return self.first(x), self.second(total)
+
+
+@torch.no_grad()
+def test_means_of_parts_in_place_and_of_pairs():
+    plain = random_chain(STEADY)
+    spoiling = ResidualChain(
+        torch.nn.Sequential(torch.nn.ReLU(inplace=True), plain.stem),
+        [b.replace(branch=torch.nn.Sequential(torch.nn.ReLU(inplace=True), b.branch)) for b in plain], plain.head,
+    ).eval()  # fmt: skip
+    x = inputs(20)
+    lesions = rp.mean_replacements(spoiling, x)
+    assert torch.equal(x, inputs(20))
+    for lesion, output in zip(lesions, branch_outputs(spoiling, x), strict=True):
+        assert torch.equal(lesion.edit(spoiling)[lesion.blocks[0]].branch.value, output.mean(0))
+
+    def keep():
+        return torch.nn.Identity()
+
+    pairs = ResidualChain(OnPair(keep(), keep()), [Block(OnPair(keep(), keep()), keep(), name="a")], keep()).eval()
+    assert rp.mean_replacements(pairs, x) == []  # a branch that returns a pair has no one mean
+    inner = ResidualChain(keep(), list(plain)[:3], keep()).eval()
+    outer = plain.with_blocks([plain[0].replace(branch=inner), *list(plain)[1:]])
+    [first, *_] = rp.mean_replacements(outer, x)
+    torch.testing.assert_close(first.edit(outer)[0].branch.value, inner(plain.stem(x)).mean(0))
+
+
+@torch.no_grad()
+def test_branches_replaced_by_those_of_another_chain():
+    chain, source = random_chain(STAGES), rp.delete_block(random_chain(STAGES, seed=5), 2)
+    lesions = rp.branch_replacements(chain, source, "re-initialise")
+    assert [lesion.blocks for lesion in lesions] == [(i,) for i in range(7) if i != 2]
+    assert lesions[2].name == "re-initialise block3"
+    for lesion in lesions:
+        (index,), lesioned = lesion.blocks, lesion.edit(chain)
+        assert lesioned[index].branch is source[index].branch
+        assert lesioned[index].skip is chain[index].skip
+        by_hand = chain.with_blocks([*list(chain)[:index], lesioned[index], *list(chain)[index + 1 :]])
+        assert torch.equal(lesioned(inputs()), by_hand(inputs()))
+    own = rp.branch_replacements(chain, chain)
+    assert [lesion.name for lesion in own][:1] == ["replace block0"]
+    frame = rp.lesion_study(chain, loader(), [*own, *lesions], progress=False)
+    assert frame.error_increase[:7].tolist() == [0] * 7
+    assert frame.attrs["block_evaluations"] == 7 + sum(7 - index for index in (0, 1, 3, 4, 5, 6))
+    with pytest.raises(
+        rp.ResnetPathsError, match=r"source: got '6 blocks'; allowed: a chain of 7 blocks with the shapes"
+    ):
+        rp.branch_replacements(chain, random_chain(STEADY))
+    for pair in ((chain, torch.nn.Linear(2, 2)), (torch.nn.Linear(2, 2), chain)):
+        with pytest.raises(rp.ResnetPathsError, match=r"chain: got 'Linear'; allowed: a ResidualChain"):
+            rp.branch_replacements(*pair)
+
+
+def test_lesions_name_the_seed_that_drew_them():
+    chain = random_chain(STAGES)
+    drawn = [
+        *rp.random_deletions(chain, [2], 2, seeded(7)), *rp.random_swaps(chain, [1], 2, seeded(8)),
+        rp.layer_schedules(chain, [4, 5], generator=seeded(9))[3], rp.layer_schedules(chain, [4, 5])[3],
+    ]  # fmt: skip
+    assert [lesion.seed for lesion in drawn] == [7, 7, 8, 8, 9, 0]
+    planned = [*rp.single_deletions(chain), *rp.duplications(chain), *rp.layer_schedules(chain, [4, 5])[:3]]
+    assert {lesion.seed for lesion in planned} == {None}
+    frame = rp.lesion_study(chain, loader(), [*drawn, planned[0]], progress=False)
+    assert frame.seed[:6].tolist() == [7, 7, 8, 8, 9, 0]
+    assert frame.seed.isna().tolist() == [False] * 6 + [True]
+    state = torch.random.get_rng_state()
+    rp.layer_schedules(chain, [4, 5])
+    rp.random_swaps(chain, [3], 2, seeded(8))
+    assert torch.equal(torch.random.get_rng_state(), state)  # none of it is drawn from the global generator
+
+
+def test_means_of_a_chain_in_training_mode_are_refused():
+    chain = random_chain(STEADY)
+    chain = chain.with_head(torch.nn.Sequential(torch.nn.BatchNorm1d(3).double(), chain.head))
+    with pytest.raises(rp.ResnetPathsError, match=r"BatchNorm1d 'head.0' in training mode"):
+        rp.mean_replacements(chain, inputs())
+    with pytest.raises(rp.ResnetPathsError, match=r"chain: got 'Linear'"):
+        rp.mean_replacements(torch.nn.Linear(2, 2), inputs())
 
 
 def test_a_study_of_all_kinds_has_one_frame():
