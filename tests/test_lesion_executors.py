@@ -164,7 +164,7 @@ def test_a_piece_that_fails_fails_the_study(tmp_path):
         store = tmp_path / type(executor).__name__
         with executor, pytest.raises(rp.ResnetPathsError, match=r"labels: got \[7, 9\]; allowed: class indices from 0"):
             study(random_chain(STEADY), batches, executor=executor, store=store)
-        assert len(parts(store)) >= 3  # those before it are kept
+        assert len(parts(store)) >= 2  # those before it are kept; one may still be running
 
 
 class Failing(Executor):
