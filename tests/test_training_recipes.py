@@ -39,8 +39,7 @@ def test_settings_follow_the_recipe_unless_told_otherwise(name):
     assert TrainingSettings(name, weight_decay=0.0).weight_decay == 0
 
 
-def test_a_network_without_batchnorm_has_a_smaller_rate():
-    assert TrainingSettings("vgg-15").learning_rate == 0.02
+def test_nets_that_differ_in_their_skips_alone_have_one_recipe():
     assert TrainingSettings("resnet-56") == dataclasses.replace(TrainingSettings("plain-56"), network="resnet-56")
 
 
@@ -48,7 +47,7 @@ def test_vgg_trains_with_its_recipe(run, tmp_path):
     settings = TrainingSettings("vgg-15", epochs=2, batch_size=20)
     path = stopped_after_the_first_epoch(run, tmp_path / "stopped", settings)
     same_run(path, run(tmp_path / "whole", settings))
-    assert read_metadata(path)["learning_rate"] == 0.02
+    assert (read_metadata(path)["optimizer"], read_metadata(path)["learning_rate"]) == ("adamw", 0.0005)
 
 
 def test_files_of_the_time_before_there_was_a_choice_of_optimizer(run, tmp_path):
