@@ -27,7 +27,13 @@ from matplotlib.collections import PathCollection
 from matplotlib.path import Path as Curve
 
 from resnet_paths.errors import ResnetPathsError
-from resnet_paths.figures.gradients import plot_coherence, plot_effective_window, plot_path_gradients
+from resnet_paths.figures.gradients import (
+    plot_coherence,
+    plot_effective_window,
+    plot_path_gradients,
+    plot_path_shares,
+    plot_windows,
+)
 from resnet_paths.figures.layout import INK, MARKERS, MUTED, checked, groups_of, legend_above, whole_numbers_from_zero
 from resnet_paths.figures.lesions import (
     plot_lesion_counts,
@@ -41,8 +47,8 @@ from resnet_paths.paths import check_path
 
 __all__ = [
     "paper_style", "plot_coherence", "plot_effective_window", "plot_lesion_counts", "plot_pair_interactions",
-    "plot_path_gradients", "plot_path_histogram", "plot_predicted_effects", "plot_reorderings",
-    "plot_single_deletions", "plot_training_curves", "plot_unraveled_graph", "save_figure",
+    "plot_path_gradients", "plot_path_histogram", "plot_path_shares", "plot_predicted_effects", "plot_reorderings",
+    "plot_single_deletions", "plot_training_curves", "plot_unraveled_graph", "plot_windows", "save_figure",
 ]  # fmt: skip
 
 _CURVE_LABELS = {

@@ -1,4 +1,4 @@
-"""Figures of the gradient by path length (Veit et al. 2016, figures 6b and 6c)."""
+"""Figures of the gradient by path length (Veit et al. 2016, figures 6b and 6c), of one network or of several."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from itertools import cycle
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from resnet_paths.errors import ResnetPathsError
-from resnet_paths.figures.layout import INK, MARKERS, MUTED, checked, legend_above
+from resnet_paths.figures.layout import INK, MARKERS, MUTED, checked, groups_of, legend_above
 from resnet_paths.gradients import PAPER_WINDOW, GeometricDecay, effective_window
 
-__all__ = ["plot_coherence", "plot_effective_window", "plot_path_gradients"]
+__all__ = ["plot_coherence", "plot_effective_window", "plot_path_gradients", "plot_path_shares", "plot_windows"]
 
 _NORMS = {
     "mean_path_gradient_norm": "one path, mean (sampled)",
@@ -150,5 +151,81 @@ def plot_coherence(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set(yscale="log", xlabel="path length (blocks)", ylabel="coherence (1: orthogonal)")
     ax.set_ylim(0.5, 4 * frame["coherence"].max())
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    legend_above(ax, ax.get_legend_handles_labels()[0])
+    return ax
+
+
+def plot_path_shares(
+    frame: pd.DataFrame, by: str, quantity: str = "gradient_share", ax: Axes | None = None, *, ordered: bool = False
+) -> Axes:
+    """A quantity's share at each path length: a marked line for each network, or for each moment of training.
+
+    Args:
+        frame: Frames of `resnet_paths.gradient_by_path_length`, joined, with the column `by`.
+        by: The column that tells them apart, such as ``"network"`` or ``"epoch"``; it is named in the legend.
+        quantity: The column to draw, as a share of its sum over lengths, with bars of one standard error where there
+            is a column of these.
+        ax: Where to draw; the current axes if None.
+        ordered: Whether the values of `by` have an order, which the colours then follow from light to dark.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ResnetPathsError: If columns are missing, a length occurs twice in one group, or a sum is not positive.
+    """
+    frame = checked("frame", frame, quantity, [by, "path_length"])
+    groups = groups_of(frame, [by], "path_length")
+    for name, rows in groups:
+        if not rows[quantity].sum() > 0:
+            raise ResnetPathsError("quantity", quantity, f"a column with a positive sum at {by} {name}")
+    ax = plt.gca() if ax is None else ax
+    colours = sns.color_palette("crest", len(groups)) if ordered else [f"C{index}" for index in range(len(groups))]
+    for (name, rows), marker, colour in zip(groups, cycle(MARKERS), colours, strict=False):
+        percent = 100 / rows[quantity].sum()
+        error = rows.get(f"{quantity}_se")
+        ax.errorbar(
+            rows["path_length"], percent * rows[quantity], yerr=None if error is None else percent * error,
+            label=str(name), color=colour, marker=marker, markersize=2.5, linewidth=0.7, elinewidth=0.5,
+        )  # fmt: skip
+    if (frame[quantity] < 0).any():
+        ax.axhline(0, color=INK, linewidth=0.5, zorder=0)
+    ax.set(xlabel="path length (blocks)", ylabel=f"{_SHARES.get(quantity, quantity)} (%)")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    legend_above(ax, ax.get_legend_handles_labels()[0])
+    ax.get_legend().set_title(None if by == "network" else by)
+    return ax
+
+
+def plot_windows(frame: pd.DataFrame, along: str, ax: Axes | None = None, *, num_blocks: int | None = None) -> Axes:
+    """Effective windows side by side: a bar from the shortest to the longest length, a dot at the mean length.
+
+    Args:
+        frame: A row a window: `resnet_paths.EffectiveWindow`'s ``shortest``, ``longest`` and ``peak``, the column
+            `along`, and ``mean_path_length`` where it is known; the dot is at the peak otherwise.
+        along: What the windows differ in, such as ``"epoch"`` or ``"network"``; evenly spaced in the frame's order.
+        ax: Where to draw; the current axes if None.
+        num_blocks: Blocks on the longest path: the length of most paths, half of it, is then drawn as a dotted line.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ResnetPathsError: If columns are missing or a value of `along` occurs twice.
+    """
+    dot = "mean_path_length" if "mean_path_length" in getattr(frame, "columns", ()) else "peak"
+    frame = checked("frame", frame, dot, [along], ["shortest", "longest"])
+    ax = plt.gca() if ax is None else ax
+    places = range(len(frame))
+    ax.bar(
+        places, frame["longest"] - frame["shortest"] + 1, bottom=frame["shortest"] - 0.5, width=0.55, color="C0",
+        alpha=0.35, label="effective window",
+    )  # fmt: skip
+    label = "mean length, as the gradient weighs it" if dot == "mean_path_length" else "peak"
+    ax.plot(places, frame[dot], marker="o", markersize=3.5, color="C0", linestyle="none", label=label)
+    if num_blocks is not None:
+        ax.axhline(num_blocks / 2, color=INK, linewidth=0.7, linestyle="dotted", label="mean length of all paths")
+    ax.set_xticks(places, [str(value) for value in frame[along]])
+    ax.set(xlabel=along, ylabel="path length (blocks)", ylim=(0, None))
     legend_above(ax, ax.get_legend_handles_labels()[0])
     return ax
