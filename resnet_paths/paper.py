@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
@@ -14,23 +15,29 @@ from typing import Any, Literal
 import matplotlib as mpl
 import pandas as pd
 import seaborn as sns
+import torch
 from matplotlib.figure import Figure
 from matplotlib.rcsetup import cycler
+from torch import nn
 
+import resnet_paths
 from resnet_paths.errors import ResnetPathsError
 from resnet_paths.files import write_then_rename
+from resnet_paths.fingerprint import fingerprint
 
-__all__ = ["COLUMN_INCHES", "paper_style", "save_figure"]
+__all__ = ["COLUMN_INCHES", "paper_style", "save_figure", "weights_hash"]
 
 COLUMN_INCHES = {"single": 3.25, "double": 6.75}
 """Width of a column and of the whole text in the ICML style."""
 
-# Every key is set to None, so that matplotlib writes no date and no version of itself.
+_VERSIONS = f"resnet_paths {resnet_paths.__version__}, torch {torch.__version__}, matplotlib {mpl.__version__}"
+# What each format calls the program that made the file. No date: it would change the bytes.
 _METADATA: dict[str, dict[str, Any]] = {
-    "pdf": dict.fromkeys(("Creator", "Producer", "CreationDate")),
-    "svg": dict.fromkeys(("Creator", "Date")),
-    "png": {"Software": None},
+    "pdf": {"Creator": _VERSIONS, "Producer": None, "CreationDate": None},
+    "svg": {"Creator": _VERSIONS, "Date": None},
+    "png": {"Software": _VERSIONS},
 }
+_FACTS_KEY = {"pdf": "Subject", "svg": "Description", "png": "Description"}
 # TrueType in PDF, as publishers ask; SVG text as outlines, so that it looks the same where the font is not installed.
 _EXPORT: dict[str, Any] = {
     "pdf.fonttype": 42, "ps.fonttype": 42, "svg.fonttype": "path", "svg.hashsalt": "resnet_paths",
@@ -89,23 +96,34 @@ def paper_style(
     return mpl.rc_context(settings)
 
 
-def save_figure(fig: Figure, stem: str | Path, data: pd.DataFrame | None = None) -> list[Path]:
+def save_figure(
+    fig: Figure,
+    stem: str | Path,
+    data: pd.DataFrame | None = None,
+    *,
+    networks: nn.Module | Mapping[str, nn.Module] | None = None,
+    seed: int | None = None,
+) -> list[Path]:
     """Write a figure as PDF, SVG and PNG (300 dots an inch), and the frame behind it as CSV.
 
-    The page is exactly as wide as the figure; PDF fonts are embedded as TrueType. The same figure gives the same bytes:
-    no date and no version is written. All files take their places together once all are written; if one fails, what
-    stood there before is still there.
+    The page is exactly as wide as the figure; PDF fonts are embedded as TrueType. The metadata say where the figure
+    comes from: the versions of resnet_paths, torch and matplotlib, the weights of the networks, the seed. The same
+    figure gives the same bytes: no date is written. All files take their places together once all are written; if one
+    fails, what stood there before is still there.
 
     Args:
         fig: The figure.
         stem: Path without suffix; its folder is created.
         data: The frame that the figure shows, if it is to lie beside it.
+        networks: The network, or several by name, whose `weights_hash` goes into the metadata.
+        seed: Seed of the random numbers behind the figure, for the metadata.
 
     Returns:
         The paths written: ``.pdf``, ``.svg``, ``.png`` and, with `data`, ``.csv``.
 
     Raises:
-        ResnetPathsError: If `fig` is not a figure, `data` not a frame, or `stem` has one of the suffixes or no name.
+        ResnetPathsError: If `fig` is not a figure, `data` not a frame, `networks` no networks, or `stem` has one of the
+            suffixes or no name.
     """
     if not isinstance(fig, Figure):
         raise ResnetPathsError("fig", type(fig).__name__, "a matplotlib Figure", "Of Axes, pass ax.figure.")
@@ -118,13 +136,14 @@ def save_figure(fig: Figure, stem: str | Path, data: pd.DataFrame | None = None)
             "stem", str(stem), f"a path that ends in a name without {', '.join(suffixes)}",
             "One file of each kind is written.",
         )  # fmt: skip
+    facts = _facts(networks, seed)
     contents: dict[str, bytes] = {}
     # Also for figures that were not made in `paper_style`; its tight box would change the width of the page.
     export: Any = {**_EXPORT, "savefig.bbox": None}
     with mpl.rc_context(export):
         for kind, metadata in _METADATA.items():
             buffer = io.BytesIO()
-            fig.savefig(buffer, format=kind, dpi=300, metadata=metadata)
+            fig.savefig(buffer, format=kind, dpi=300, metadata=metadata | ({_FACTS_KEY[kind]: facts} if facts else {}))
             contents[kind] = buffer.getvalue()
     if data is not None:
         contents["csv"] = data.to_csv(index=False, lineterminator="\n").encode()
@@ -134,6 +153,36 @@ def save_figure(fig: Figure, stem: str | Path, data: pd.DataFrame | None = None)
         for path, content in zip(paths, contents.values(), strict=True):
             unfinished.enter_context(write_then_rename(path)).write_bytes(content)
     return paths
+
+
+def weights_hash(network: nn.Module) -> str:
+    """A short name for the weights of a network: equal for a model, its chain, and both on another device.
+
+    Args:
+        network: A model or a chain.
+
+    Returns:
+        The first 16 hexadecimal digits of a SHA-256 over all parameters, whatever they are called and wherever they
+        stand.
+
+    Example:
+        >>> same = nn.Linear(2, 2)
+        >>> weights_hash(same) == weights_hash(nn.Sequential(same)) != weights_hash(nn.Linear(2, 2))
+        True
+    """
+    # A set: a chain may name a tensor twice that the model shares.
+    return fingerprint(*sorted({fingerprint(parameter.detach()) for parameter in network.parameters()}))[:16]
+
+
+def _facts(networks: nn.Module | Mapping[str, nn.Module] | None, seed: int | None) -> str:
+    """Weights and seed as one line."""
+    named = {"weights": networks} if isinstance(networks, nn.Module) else networks
+    if named is not None and not (
+        isinstance(named, Mapping) and all(isinstance(network, nn.Module) for network in named.values())
+    ):
+        raise ResnetPathsError("networks", type(networks).__name__, "a network, or a mapping from names to networks")
+    facts = [f"{name} sha256 {weights_hash(network)}" for name, network in (named or {}).items()]
+    return "; ".join(facts if seed is None else [*facts, f"seed {seed}"])
 
 
 def _is_positive(number: object) -> bool:

@@ -18,13 +18,16 @@ import networkx as nx
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, PathCollection
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
+from PIL import Image
 
 import resnet_paths as rp
+from resnet_paths import paper
 from resnet_paths.errors import ResnetPathsError
 from resnet_paths.figures import (
     paper_style,
@@ -33,6 +36,7 @@ from resnet_paths.figures import (
     plot_training_curves,
     plot_unraveled_graph,
     save_figure,
+    weights_hash,
 )
 
 KINDS = ("pdf", "svg", "png", "csv")
@@ -186,12 +190,46 @@ def test_same_data_give_the_same_bytes(tmp_path: Path, name: str) -> None:
     assert saved[0] == saved[1] == saved[2]
 
 
-def test_no_date_and_no_version_is_written(tmp_path: Path) -> None:
+def test_files_say_where_they_come_from_but_not_when(tmp_path: Path) -> None:
     PLOTS["histogram"]()
-    for path in save_figure(plt.gcf(), tmp_path / "figure"):
+    net = torch.nn.Linear(2, 2)
+    facts = f"mine sha256 {weights_hash(net)}; seed 3"
+    for path in save_figure(plt.gcf(), tmp_path / "figure", networks={"mine": net}, seed=3):
         content = path.read_bytes()
-        for word in (b"CreationDate", b"dc:date", b"Software", b"Matplotlib", mpl.__version__.encode()):
+        for word in (f"resnet_paths {rp.__version__}", f"torch {torch.__version__}", mpl.__version__, facts):
+            assert word.encode() in content, (path.name, word)
+        for word in (b"CreationDate", b"dc:date", b"Producer", b"http://matplotlib.org"):
             assert word not in content, (path.name, word)
+    assert Image.open(path).text == {"Software": paper._VERSIONS, "Description": facts}
+    save_figure(plt.gcf(), tmp_path / "none")
+    assert set(Image.open(tmp_path / "none.png").text) == {"Software"}
+
+
+def test_weights_have_one_hash_in_model_and_chain_and_another_when_they_change() -> None:
+    class Tied(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = self.again = torch.nn.Linear(3, 3, dtype=torch.float64)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x + self.first(x)
+            return x + self.again(x)
+
+    model = Tied().eval()
+    chain = rp.unravel(model, torch.ones(2, 3, dtype=torch.float64))
+    before = weights_hash(model)
+    assert re.fullmatch("[0-9a-f]{16}", before)
+    assert weights_hash(chain) == before
+    with torch.no_grad():
+        model.first.bias[0] += 1e-12
+    assert weights_hash(model) == weights_hash(chain) != before
+
+
+@pytest.mark.parametrize("networks", ["preact-resnet-20", {"mine": 3}])
+def test_what_is_no_network_is_refused(tmp_path: Path, networks: Any) -> None:
+    with pytest.raises(ResnetPathsError, match=r"^networks: got .* allowed: a network, or a mapping from names"):
+        save_figure(plt.figure(), tmp_path / "a", networks=networks)
+    assert not list(tmp_path.iterdir())
 
 
 def test_frame_is_saved_exactly(tmp_path: Path) -> None:

@@ -42,13 +42,14 @@ from resnet_paths.figures.lesions import (
     plot_reorderings,
     plot_single_deletions,
 )
-from resnet_paths.paper import paper_style, save_figure
+from resnet_paths.paper import paper_style, save_figure, weights_hash
 from resnet_paths.paths import check_path
 
 __all__ = [
     "paper_style", "plot_coherence", "plot_effective_window", "plot_lesion_counts", "plot_pair_interactions",
     "plot_path_gradients", "plot_path_histogram", "plot_path_shares", "plot_predicted_effects", "plot_reorderings",
     "plot_single_deletions", "plot_training_curves", "plot_unraveled_graph", "plot_windows", "save_figure",
+    "weights_hash",
 ]  # fmt: skip
 
 _CURVE_LABELS = {
