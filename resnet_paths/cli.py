@@ -76,13 +76,13 @@ def reproduce(
     only: Annotated[list[str] | None, typer.Option(help="Beginning of a notebook's name, such as 02.")] = None,
     output: Annotated[Path, typer.Option(help="Folder for figures and executed notebooks.")] = Path("figures"),
 ) -> None:
-    """Run all notebooks in order and write every figure as PDF, SVG, PNG and CSV."""
+    """Run all notebooks in order and write every figure as PDF, SVG, PNG and CSV, and a page that shows them all."""
     from resnet_paths.reproduce import reproduce
 
     results = reproduce(output, profile=profile, only=only or ())
     for result in results:
         typer.echo(f"failed  {result.name}: {result.error}" if result.error else f"passed  {result.name}")
-    typer.echo(f"figures in {output.resolve()}")
+    typer.echo(f"figures in {output.resolve()}; to see them all, open {output.resolve() / 'index.html'}")
     if any(result.error for result in results):
         raise typer.Exit(1)
 

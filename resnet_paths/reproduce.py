@@ -1,7 +1,8 @@
 """Run the notebooks in order, top to bottom, and collect their figures: the main job.
 
-Each notebook has a cell tagged ``parameters``; a cell with other values is put behind it, as papermill does. A notebook
-that fails is named with its cell and error, and the others still run.
+Each notebook has a cell tagged ``parameters``; a cell with other values is put behind it, as papermill does. Behind the
+last cell, which asserts, comes one that records the claims with their numbers. A notebook that fails is named with its
+cell and error, and the others still run.
 """
 
 from __future__ import annotations
@@ -18,10 +19,17 @@ from tqdm.auto import tqdm
 
 from resnet_paths.errors import ResnetPathsError
 from resnet_paths.files import shipped_folder, write_then_rename
+from resnet_paths.gallery import write_gallery
 
 __all__ = ["NotebookResult", "find_notebooks", "reproduce", "run_notebook"]
 
 PROFILES = ("quick", "full")
+
+_RECORD = """\
+# Added by resnet-paths reproduce: the claims above and their numbers, for the gallery and the tests
+from resnet_paths.claims import show_claims
+
+show_claims(In[-2], globals())"""
 
 
 @dataclass(frozen=True)
@@ -77,48 +85,59 @@ def run_notebook(
         timeout: Seconds that one cell may take.
 
     Returns:
-        How it ended.
+        How it ended; the executed copy says so too, with the parameters, in its metadata under ``resnet_paths``.
     """
     try:
         notebook = nbformat.read(path, as_version=4)
     except (ValueError, KeyError, AttributeError, OSError) as failure:
-        return NotebookResult(path.stem, f"not a notebook: {type(failure).__name__}: {failure}")
+        notebook = nbformat.v4.new_notebook()
+        error: str | None = f"not a notebook: {type(failure).__name__}: {failure}"
+    else:
+        error = _execute(notebook, parameters, output.parent, on_cell, timeout)
+    notebook.metadata["resnet_paths"] = {**parameters, "error": error}
+    with write_then_rename(output) as temporary:
+        nbformat.write(notebook, temporary)
+    return NotebookResult(path.stem, error)
+
+
+def _execute(
+    notebook: Any, parameters: Mapping[str, Any], folder: Path, on_cell: Callable[[], None], timeout: float
+) -> str | None:
+    """Run a notebook in place, from `folder`; None, or the cell that failed and why."""
     tagged = [i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", [])]
     if not tagged:
-        return NotebookResult(path.stem, "no cell tagged 'parameters'")
+        return "no cell tagged 'parameters'"
     lines = "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
-    injected = nbformat.v4.new_code_cell(f"# Set by resnet-paths reproduce\n{lines}")
-    notebook.cells.insert(tagged[0] + 1, injected)
+    notebook.cells.insert(tagged[0] + 1, nbformat.v4.new_code_cell(f"# Set by resnet-paths reproduce\n{lines}"))
+    notebook.cells.append(nbformat.v4.new_code_cell(_RECORD))
     started = [0]
     client = NotebookClient(
         notebook,
         timeout=timeout,
         kernel_name="python3",
         extra_arguments=["--IPKernelApp.log_level=ERROR"],  # its warnings would break up the progress bar
-        resources={"metadata": {"path": str(output.parent)}},
+        resources={"metadata": {"path": str(folder)}},
         on_cell_start=lambda cell_index, **_: started.append(cell_index + 1),
         on_cell_executed=lambda **_: on_cell(),
     )
-    error = None
-    output.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         client.execute()
     except CellExecutionError as failure:
-        error = f"cell {_failed_cell(notebook)}: {failure.ename}: {failure.evalue}"
+        return f"cell {_failed_cell(notebook)}: {failure.ename}: {failure.evalue}"
     except (CellTimeoutError, DeadKernelError) as failure:
-        error = f"cell {started[-1]}: {type(failure).__name__}: {str(failure).strip().splitlines()[0]}"
-    with write_then_rename(output) as temporary:
-        nbformat.write(notebook, temporary)
-    return NotebookResult(path.stem, error)
+        return f"cell {started[-1]}: {type(failure).__name__}: {str(failure).strip().splitlines()[0]}"
+    return None
 
 
 def reproduce(
     output: Path, *, profile: str = "quick", only: Sequence[str] = (), folder: Path | None = None, progress: bool = True
 ) -> list[NotebookResult]:
-    """Run the notebooks and write every figure as PDF, SVG, PNG and the CSV behind it.
+    """Run the notebooks and write every figure as PDF, SVG, PNG and the CSV behind it, and the gallery.
 
     Args:
-        output: Folder for the figures; executed notebooks go into its folder ``notebooks``.
+        output: Folder for the figures and the gallery, ``index.html``, which also shows what other notebooks left there
+            before; executed notebooks go into its folder ``notebooks``.
         profile: ``"quick"`` (minutes on a laptop) or ``"full"`` (all images).
         only: Beginnings of the names of notebooks to run; all if empty.
         folder: Where the notebooks lie; the shipped ones by default.
@@ -135,7 +154,7 @@ def reproduce(
     paths = find_notebooks(only, folder)
     output = output.resolve()
     parameters = {"profile": profile, "figures_folder": str(output)}
-    num_cells = {path: path.read_text(encoding="utf-8").count('"cell_type": "code"') + 1 for path in paths}
+    num_cells = {path: path.read_text(encoding="utf-8").count('"cell_type": "code"') + 2 for path in paths}
     results = []
     with tqdm(total=sum(num_cells.values()), unit="cell", disable=not progress) as bar:
         done = 0
@@ -144,6 +163,7 @@ def reproduce(
             results.append(
                 run_notebook(path, parameters, output / "notebooks" / path.name, on_cell=lambda: bar.update() and None)
             )
+            write_gallery(output)
             done += num_cells[path]
             bar.update(done - bar.n)
     return results

@@ -14,7 +14,7 @@ import resnet_paths as rp
 
 PACKAGE = Path(rp.__file__).parent
 FLOORS = [
-    {"errors", "files", "paths", "device", "fingerprint", "gates", "pairs", "reports"},
+    {"claims", "errors", "files", "paths", "device", "fingerprint", "gates", "pairs", "reports"},
     {"units"},
     {"chain", "tracing", "zoo.weights", "zoo.places", "zoo.initialisation", "zoo.resnet"},
     {"zoo.drawn", "zoo.senet", "zoo.vgg", "zoo.densenet", "zoo.highway", "zoo.vit", "zoo.unet"},
@@ -29,7 +29,7 @@ FLOORS = [
     {"lesions.work"},
     {"lesions.predicted"},
     {"lesions", "graph", "gradients"},
-    {"paper", "figures.layout"},
+    {"paper", "gallery", "figures.layout"},
     {"figures.gradients", "figures.lesions"},
     {"figures"},
     {"reproduce"},

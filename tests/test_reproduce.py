@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 
 import resnet_paths as rp
 from resnet_paths import cli
-from resnet_paths.reproduce import find_notebooks, reproduce, run_notebook
+from resnet_paths.claims import claims_of
+from resnet_paths.reproduce import reproduce, run_notebook
 
 
 def write(folder, name, *sources):
@@ -24,7 +25,7 @@ def folder(tmp_path):
     folder.mkdir()
     write(folder, "01_good", "from pathlib import Path", "Path(figures_folder, 'one.txt').write_text(profile)")
     write(folder, "02_bad", "x = 1", "raise ValueError('the claim does not hold')", "x = 3")
-    write(folder, "03_good", "Path = 1")
+    write(folder, "03_good", "rates = [0.25, 0.5]", "assert max(rates) < 0.6, f'highest rate {max(rates)}'")
     return folder
 
 
@@ -40,6 +41,7 @@ def test_a_failing_notebook_is_named_and_the_others_run(folder, tmp_path):
     executed = nbformat.read(tmp_path / "out" / "notebooks" / "02_bad.ipynb", as_version=4)
     assert executed.cells[3].execution_count is not None
     assert executed.cells[5].execution_count is None
+    assert executed.metadata["resnet_paths"]["error"] == results[1].error
     shipped = nbformat.read(folder / "02_bad.ipynb", as_version=4)
     assert len(shipped.cells) == 5
 
@@ -49,6 +51,7 @@ def test_a_file_that_is_no_notebook_is_named_and_the_others_run(folder, tmp_path
     results = reproduce(tmp_path / "out", only=["00", "03"], folder=folder, progress=False)
     assert results[0].error.startswith("not a notebook: NotJSONError")
     assert results[1].error is None
+    assert "not a notebook: NotJSONError" in (tmp_path / "out" / "index.html").read_text()
 
 
 def test_a_cell_that_kills_its_kernel_or_never_ends_is_named(tmp_path):
@@ -60,9 +63,24 @@ def test_a_cell_that_kills_its_kernel_or_never_ends_is_named(tmp_path):
     assert hung.error.startswith("cell 5: CellTimeoutError")
 
 
-def test_only_some(folder, tmp_path):
+def test_only_some_and_the_gallery_keeps_the_others(folder, tmp_path):
+    reproduce(tmp_path / "out", only=["02"], folder=folder, progress=False)
     results = reproduce(tmp_path / "out", only=["03"], folder=folder, progress=False)
     assert [(r.name, r.error) for r in results] == [("03_good", None)]
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "ValueError: the claim does not hold" in page
+    assert "highest rate 0.5" in page
+
+
+def test_the_executed_copy_holds_the_claims_and_their_numbers(folder, tmp_path):
+    reproduce(tmp_path / "out", only=["01", "03"], folder=folder, progress=False)
+    first, last = (
+        nbformat.read(tmp_path / "out" / "notebooks" / f"{name}.ipynb", 4) for name in ("01_good", "03_good")
+    )
+    assert claims_of(first) == []
+    assert claims_of(last) == [
+        {"claim": "max(rates) < 0.6", "numbers": "highest rate 0.5", "comparisons": [[0.5, "<", 0.6]]}
+    ]
 
 
 def test_bad_input(folder, tmp_path):
@@ -86,14 +104,3 @@ def test_the_exit_status_says_so(folder, tmp_path, monkeypatch):
     assert good.exit_code == 0
     assert bad.exit_code == 1
     assert "failed  02_bad: cell 5" in bad.output
-
-
-def test_shipped_notebooks_are_stripped_ask_one_question_and_assert():
-    for path in find_notebooks():
-        notebook = nbformat.read(path, as_version=4)
-        code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-        assert all(cell.execution_count is None and not cell.outputs for cell in code), path.name
-        assert notebook.cells[0].source.splitlines()[0].endswith("?"), path.name
-        assert "parameters" in code[0].metadata["tags"], path.name
-        assert "assert" in code[-1].source, path.name
-        assert path.stat().st_size < 100_000
