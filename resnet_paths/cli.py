@@ -101,6 +101,7 @@ def lesion(
     device: Annotated[str, typer.Option(help="'auto', or a device of torch such as 'cuda:1'.")] = "auto",
     precision: Annotated[str | None, typer.Option(help="'bfloat16', 'float16', 'float32' or 'float64'.")] = None,
     channels_last: Annotated[bool, typer.Option(help="Lay images out with their channels last.")] = False,
+    fold_batchnorm: Annotated[bool, typer.Option(help="Fold BatchNorm into the convolutions before it.")] = False,
     batch_size: Annotated[int, typer.Option(help="Images in a piece of work.")] = 250,
     batch_budget: Annotated[int | None, typer.Option(help="Most examples a step: splits or stacks batches.")] = None,
     output: Annotated[Path | None, typer.Option(help="CSV file to write; printed by default.")] = None,
@@ -137,7 +138,7 @@ def lesion(
     try:
         frame = lesion_study(
             chain, loader, lesions, store=store, device=device, precision=precision, channels_last=channels_last,
-            batch_budget=batch_budget,
+            batch_budget=batch_budget, fold_batchnorm=fold_batchnorm,
         )  # fmt: skip
     except StudyInterrupted as interrupt:
         kept = f"; run the same command again to go on from {store}" if store else ", which were not kept: no --store"

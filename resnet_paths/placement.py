@@ -1,4 +1,4 @@
-"""Chains on another device, in another precision or layout: copies, so that the model they were read from stays put."""
+"""Chains made ready to run: on a device, in a precision, layout and form; copies, so that their model stays put."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch.fx.node import map_aggregate, map_arg
 from resnet_paths.chain import ResidualChain
 from resnet_paths.device import choose_device
 from resnet_paths.errors import ResnetPathsError
+from resnet_paths.folding import fold_batchnorm as fold
 
 __all__ = ["PRECISIONS", "device_of", "place_chains"]
 
@@ -35,6 +36,7 @@ def place_chains(
     device: str | torch.device = "auto",
     precision: str | None = None,
     channels_last: bool = False,
+    fold_batchnorm: bool = False,
 ) -> list[ResidualChain]:
     """Chains in the place asked for, together, so that what they share they share afterwards.
 
@@ -45,6 +47,7 @@ def place_chains(
         precision: A key of `PRECISIONS`; None leaves every parameter in its own.
         channels_last: Whether images are to lie in memory with their channels last, which many convolutions are faster
             with.
+        fold_batchnorm: Whether to fold BatchNorm into the convolutions of exported parts; see `resnet_paths.folding`.
 
     Returns:
         The chains themselves if nothing has to change, else copies.
@@ -63,15 +66,20 @@ def place_chains(
     tensors = [*together.parameters(), *together.buffers()]
     moves = not all(_lies_on(t, there) for t in tensors)
     converts = dtype is not None and any(t.is_floating_point() and t.dtype != dtype for t in tensors)
-    if not (moves or converts or channels_last):
+    if not (moves or converts or channels_last or fold_batchnorm):
         return chains
     together = copy.deepcopy(together)
+    graphs = [module for module in together.modules() if isinstance(module, GraphModule)]
+    if fold_batchnorm:
+        # Once for each part, however many chains share it, and before precision is lost.
+        for graph in graphs:
+            fold(graph)
     together.to(device=there, dtype=dtype if converts else None)
     if channels_last:
         together.to(memory_format=torch.channels_last)
-    for module in together.modules():
-        if isinstance(module, GraphModule) and (moves or converts):
-            _make_constants(module, there if moves else None, dtype if converts else None)
+    if moves or converts:
+        for graph in graphs:
+            _make_constants(graph, there if moves else None, dtype if converts else None)
     return list(together)  # type: ignore[arg-type]
 
 

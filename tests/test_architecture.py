@@ -16,10 +16,10 @@ PACKAGE = Path(rp.__file__).parent
 FLOORS = [
     {"claims", "errors", "files", "paths", "device", "fingerprint", "gates", "pairs", "reports"},
     {"units"},
-    {"chain", "tracing", "zoo.weights", "zoo.places", "zoo.initialisation", "zoo.resnet"},
+    {"chain", "tracing", "folding", "zoo.weights", "zoo.places", "zoo.initialisation", "zoo.resnet"},
     {"zoo.drawn", "zoo.senet", "zoo.vgg", "zoo.densenet", "zoo.highway", "zoo.vit", "zoo.unet"},
     {"unraveling.merges", "unraveling.calling", "datasets", "placement", "lesions.batchnorm", "gradients.adjoints"},
-    {"zoo.catalog", "training.tasks", "batches"},
+    {"zoo.catalog", "training.tasks"},
     {"zoo", "training.settings", "unraveling.assembly", "unraveling.by_hand"},
     {"training.batches", "training.checkpoints", "unraveling"},
     {"edits", "training", "training.publishing", "gradients.cotangents", "gradients.readings", "gradients.effective"},

@@ -24,7 +24,6 @@ import torch
 from torch.utils import data
 from tqdm.auto import tqdm
 
-from resnet_paths.batches import inputs_of, refuse_other_than_loader
 from resnet_paths.chain import ResidualChain, refuse_training_mode
 from resnet_paths.errors import ResnetPathsError, StudyInterrupted
 from resnet_paths.fingerprint import fingerprint
@@ -34,7 +33,7 @@ from resnet_paths.lesions.predicted import predicted_effects, score_correlations
 from resnet_paths.lesions.store import Store
 from resnet_paths.lesions.tally import Tally
 from resnet_paths.lesions.trie import Trie, chain_key, steps_of
-from resnet_paths.lesions.work import Shelf, Work
+from resnet_paths.lesions.work import Shelf, Work, refuse_other_than_loader
 from resnet_paths.placement import PRECISIONS
 
 __all__ = ["lesion_study", "pair_interactions", "predicted_effects", "score_correlations"]
@@ -42,7 +41,7 @@ __all__ = ["lesion_study", "pair_interactions", "predicted_effects", "score_corr
 
 def lesion_study(
     chain: ResidualChain,
-    loader: Iterable[Any],
+    loader: Iterable[tuple[torch.Tensor, torch.Tensor]],
     lesions: Sequence[Lesion | Callable[[ResidualChain], ResidualChain]],
     *,
     store: str | Path | None = None,
@@ -51,6 +50,7 @@ def lesion_study(
     precision: str | None = None,
     channels_last: bool = False,
     batch_budget: int | None = None,
+    fold_batchnorm: bool = False,
     per_class: bool = False,
     reestimate_batchnorm: Iterable[Any] | None = None,
     progress: bool = True,
@@ -58,18 +58,17 @@ def lesion_study(
     """What each lesion does to the error, all on the same images.
 
     Nothing is retrained and BatchNorm keeps the statistics of the intact network, as in the paper, unless
-    `reestimate_batchnorm` is given. The chain is not changed. Without `precision`, `channels_last` and `batch_budget`
-    each prediction is the lesioned chain's own, bit for bit. An image whose logits are not finite counts as wrong.
+    `reestimate_batchnorm` is given. The chain is not changed. Without `precision`, `channels_last`, `batch_budget` and
+    `fold_batchnorm` each prediction is the lesioned chain's own, bit for bit. An image whose logits are not finite
+    counts as wrong.
 
     When it is interrupted (Ctrl-C, the stop button of a notebook) it raises `StudyInterrupted`, a `KeyboardInterrupt`
     whose ``frame`` holds the rows over the batches that were finished.
 
     Args:
         chain: The intact chain, in eval mode.
-        loader: Batches of (inputs, labels), or mappings with a key ``"labels"``, as Hugging Face's collators give.
-            Inputs are a tensor, a tuple of positional arguments or a mapping of keyword arguments, as the chain was
-            unraveled with; labels are class indices [batch]. Read once. A loader that drops its last batch gets a
-            warning.
+        loader: Batches of (inputs, labels); labels are class indices [batch]. Read once. A loader that drops its last
+            batch gets a warning.
         lesions: Lesions, or functions from chain to chain.
         store: Folder of finished pieces, made if need be. A study that was stopped, or that has more lesions than
             before, computes only what is missing, and ends with the same frame. The folder may hold several
@@ -83,6 +82,8 @@ def lesion_study(
         batch_budget: Most examples that a step may take at a time. Batches that are larger are split; states of
             several lesions that wait for the same step are stacked up to it, which is faster where one batch leaves
             the device idle. None takes the loader's batches as they are. When memory runs out it is halved.
+        fold_batchnorm: Whether BatchNorm is folded into the convolution before it, where one reads nothing but that
+            convolution in a part that was exported: faster, with logits that differ by rounding.
         per_class: Whether to add ``num_examples_per_class`` and ``num_wrong_per_class``, tuples over classes.
         reestimate_batchnorm: Batches of inputs, or of (inputs, labels), to take each lesioned network's BatchNorm
             statistics from, training images as a rule; a few thousand do. All are held in memory.
@@ -98,7 +99,8 @@ def lesion_study(
         ``num_not_finite``, images whose logits were not; ``num_examples``; ``intact_error_rate``;
         ``batchnorm_statistics``, ``"intact"`` or ``"re-estimated"``. The frame's ``attrs`` hold ``block_evaluations``
         and ``block_evaluations_one_by_one``, how many block evaluations a batch takes, and how many a loop over
-        lesions takes; ``pieces_computed`` and ``pieces_found``, batches that were computed, and found in the store.
+        lesions takes; ``pieces_computed`` and ``pieces_found``, batches that were computed, and found in the store;
+        ``fold_batchnorm`` as it was given.
 
     Raises:
         ResnetPathsError: If the chain is in training mode; the loader is empty, shuffles although there is a store, or
@@ -116,11 +118,17 @@ def lesion_study(
     for lesion, edited in zip(named, chains[1:], strict=True):
         _refuse_other_than_chain(f"lesion {lesion.name!r}", edited)
     statistics_batches = _inputs_of(reestimate_batchnorm)
-    workshop = Workshop(chains, device, precision, channels_last, batch_budget, statistics_batches)
+    if fold_batchnorm and statistics_batches:
+        raise ResnetPathsError(
+            "fold_batchnorm", True, "False with reestimate_batchnorm", "What is folded has no statistics to estimate."
+        )
+    workshop = Workshop(
+        chains, device, precision, channels_last, batch_budget, fold_batchnorm, statistics_batches
+    )  # fmt: skip
     shelf = None
     if store is not None:
         settings = {
-            "precision": precision, "channels_last": channels_last,
+            "precision": precision, "channels_last": channels_last, "fold_batchnorm": fold_batchnorm,
             "batchnorm": fingerprint(statistics_batches) if statistics_batches else "intact",
         }  # fmt: skip
         shelf = Shelf(Store(store, settings), _keys(chains))
@@ -141,6 +149,7 @@ def lesion_study(
         made.attrs["block_evaluations"] = Trie(chains).block_evaluations
         made.attrs["block_evaluations_one_by_one"] = sum(len(steps_of(c)) - 2 for c in chains)
         made.attrs |= {"pieces_computed": work.num_computed, "pieces_found": work.num_found}
+        made.attrs["fold_batchnorm"] = fold_batchnorm
         return made
 
     with tqdm(total=_length_of(loader), desc="lesion study", unit="batch", disable=not progress) as bar:
@@ -196,7 +205,7 @@ def _keys(chains: Sequence[ResidualChain]) -> list[str]:
     return [fingerprint(chain_key(chain, key_of)) for chain in chains]
 
 
-def _inputs_of(batches: Iterable[Any] | None) -> tuple[Any, ...]:
+def _inputs_of(batches: Iterable[Any] | None) -> tuple[torch.Tensor, ...]:
     if batches is None:
         return ()
     if not hasattr(batches, "__iter__"):
@@ -204,8 +213,8 @@ def _inputs_of(batches: Iterable[Any] | None) -> tuple[Any, ...]:
             "reestimate_batchnorm", batches, "batches of inputs to take the statistics from, or None",
             "Pass a list of a few batches of training images.",
         )  # fmt: skip
-    inputs = tuple(map(inputs_of, batches))
-    if not inputs or not all(isinstance(x, torch.Tensor | tuple | dict) for x in inputs):
+    inputs = tuple(batch[0] if isinstance(batch, tuple | list) else batch for batch in batches)
+    if not inputs or not all(isinstance(x, torch.Tensor) for x in inputs):
         raise ResnetPathsError("reestimate_batchnorm", "no tensors", "at least one batch of inputs")
     return inputs
 

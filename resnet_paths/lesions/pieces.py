@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from resnet_paths.batches import each_tensor, num_examples, split
 from resnet_paths.chain import ResidualChain
 from resnet_paths.errors import ResnetPathsError
 from resnet_paths.lesions.trie import Trie
@@ -67,6 +66,7 @@ class Workshop:
         precision: Likewise.
         channels_last: Likewise.
         batch_budget: Likewise.
+        fold_batchnorm: Likewise.
         statistics_batches: Batches of inputs to take BatchNorm statistics from; none keeps the intact network's.
     """
 
@@ -75,17 +75,18 @@ class Workshop:
     precision: str | None = None
     channels_last: bool = False
     batch_budget: int | None = None
-    statistics_batches: tuple[Any, ...] = ()
+    fold_batchnorm: bool = False
+    statistics_batches: tuple[torch.Tensor, ...] = ()
     _token: str = field(default_factory=lambda: uuid.uuid4().hex)
     _placed: tuple[Trie, torch.device, torch.dtype | None] | None = None
     _pickled: bytes | None = None
     _lock: Any = field(default_factory=threading.Lock)
 
-    def run(self, inputs: Any, labels: torch.Tensor, wanted: Sequence[int]) -> Piece:
+    def run(self, inputs: torch.Tensor, labels: torch.Tensor, wanted: Sequence[int]) -> Piece:
         """What the chains with indices `wanted` do on a batch; rows come in the order of `wanted`.
 
         Args:
-            inputs: A tensor [batch, ...], a tuple of positional arguments or a mapping of keyword arguments.
+            inputs: [batch, ...].
             labels: Class indices [batch].
             wanted: Indices of chains.
 
@@ -100,11 +101,12 @@ class Workshop:
         labels = labels.to(device)
         while True:
             budget = self.batch_budget
+            split = (torch.split(t, budget or len(labels)) for t in (inputs, labels))
             try:
                 with _refusing_mixed_precision(self.precision):
                     parts = [
                         self._run_part(trie, self._as_wanted(x, device, dtype), y, wanted, budget)
-                        for x, y in split(inputs, labels, budget or len(labels))
+                        for x, y in zip(*split, strict=True)
                     ]
                 break
             except torch.OutOfMemoryError as error:
@@ -112,7 +114,7 @@ class Workshop:
         return Piece.joined(parts, axis=1)
 
     def _run_part(
-        self, trie: Trie, inputs: Any, labels: torch.Tensor, wanted: Sequence[int], budget: int | None
+        self, trie: Trie, inputs: torch.Tensor, labels: torch.Tensor, wanted: Sequence[int], budget: int | None
     ) -> Piece:
         wrong: dict[int, torch.Tensor] = {}
         loss_sum: dict[int, torch.Tensor] = {}
@@ -138,15 +140,16 @@ class Workshop:
         """The trie on its device; made at the first piece, where the piece runs."""
         if self._placed is None:
             chains = place_chains(
-                self.chains, device=self.device, precision=self.precision, channels_last=self.channels_last
-            )
+                self.chains, device=self.device, precision=self.precision, channels_last=self.channels_last,
+                fold_batchnorm=self.fold_batchnorm,
+            )  # fmt: skip
             trie, device, dtype = Trie(chains), device_of(chains[0]), PRECISIONS.get(self.precision or "")
             try:
                 with torch.no_grad():
                     for inputs in self.statistics_batches:
                         trie.estimate(self._as_wanted(inputs, device, dtype))
             except torch.OutOfMemoryError as error:
-                sizes = [num_examples(inputs) for inputs in self.statistics_batches]
+                sizes = [len(inputs) for inputs in self.statistics_batches]
                 raise ResnetPathsError(
                     "reestimate_batchnorm", f"batches of up to {max(sizes)} inputs",
                     "batches that fit into memory whole", "Pass more, and smaller ones.",
@@ -154,15 +157,12 @@ class Workshop:
             self._placed = trie, device, dtype
         return self._placed
 
-    def _as_wanted(self, inputs: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
-        def wanted(tensor: torch.Tensor) -> torch.Tensor:
-            images = self.channels_last and tensor.dim() == 4
-            return tensor.to(
-                device=device, dtype=dtype if tensor.is_floating_point() else None,
-                memory_format=torch.channels_last if images else torch.preserve_format,
-            )  # fmt: skip
-
-        return each_tensor(wanted, inputs)
+    def _as_wanted(self, inputs: torch.Tensor, device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:
+        images = self.channels_last and inputs.dim() == 4
+        return inputs.to(
+            device=device, dtype=dtype if inputs.is_floating_point() else None,
+            memory_format=torch.channels_last if images else torch.preserve_format,
+        )  # fmt: skip
 
     def _halve_budget(self, failed: int | None, batch: int, error: torch.OutOfMemoryError) -> None:
         """Go on with half as many examples at a time, now and for the batches to come."""
@@ -182,7 +182,7 @@ class Workshop:
         if self._pickled is None:
             settings = (
                 self.chains, self.device, self.precision, self.channels_last, self.batch_budget,
-                self.statistics_batches, self._token,
+                self.fold_batchnorm, self.statistics_batches, self._token,
             )  # fmt: skip
             self._pickled = pickle.dumps(settings, protocol=pickle.HIGHEST_PROTOCOL)
         return _unpickled_once, (self._token, self._pickled)
@@ -204,7 +204,7 @@ def _unpickled_once(token: str, pickled: bytes) -> Workshop:
         return _SETTLED[token]
 
 
-def run_piece(workshop: Workshop, inputs: Any, labels: torch.Tensor, wanted: Sequence[int]) -> Piece:
+def run_piece(workshop: Workshop, inputs: torch.Tensor, labels: torch.Tensor, wanted: Sequence[int]) -> Piece:
     """`Workshop.run` as a function that an executor can be given."""
     return workshop.run(inputs, labels, wanted)
 
