@@ -41,9 +41,11 @@ _HOME = {
     "load_dataset": "datasets",
     "effective_window": "gradients",
     "fit_decay": "gradients",
+    "gradient_by_depth": "gradients",
     "gradient_by_path_length": "gradients",
     "gradient_by_stage_lengths": "gradients",
     "gradient_through_block": "gradients",
+    "scalar_gradients": "gradients",
     "lesion_study": "lesions",
     "pair_interactions": "lesions",
     "predicted_effects": "lesions",
@@ -59,22 +61,27 @@ _HOME = {
     "scalings": "lesion_plans",
     "single_deletions": "lesion_plans",
     "unraveled_graph": "graph",
+    "block_norms": "states",
+    "forward_cost": "costs",
     "figures": "",
+    "widgets": "",
 }
 
 __all__ = [
-    "Block", "ResidualChain", "ResnetPathsError", "StudyInterrupted", "branch_replacements", "delete_block",
-    "delete_blocks", "duplicate_block", "duplications", "effective_window", "enumerate_paths", "figures", "fit_decay",
-    "gradient_by_path_length", "gradient_by_stage_lengths", "gradient_through_block", "layer_schedules",
-    "lesion_study", "list_networks", "load_dataset", "load_network", "mean_replacements", "pair_deletions",
-    "pair_interactions", "parallel_blocks", "path_histogram", "path_network", "permute_blocks", "predicted_effects",
-    "random_deletions", "random_duplications", "random_swaps", "reverse_blocks", "sample_paths", "scale_block",
-    "scalings", "score_correlations", "single_deletions", "swap_blocks", "training_logs", "unravel", "unraveled_graph",
+    "Block", "ResidualChain", "ResnetPathsError", "StudyInterrupted", "block_norms", "branch_replacements",
+    "delete_block", "delete_blocks", "duplicate_block", "duplications", "effective_window", "enumerate_paths",
+    "figures", "fit_decay", "forward_cost", "gradient_by_depth", "gradient_by_path_length", "gradient_by_stage_lengths",
+    "gradient_through_block", "layer_schedules", "lesion_study", "list_networks", "load_dataset", "load_network",
+    "mean_replacements", "pair_deletions", "pair_interactions", "parallel_blocks", "path_histogram", "path_network",
+    "permute_blocks", "predicted_effects", "random_deletions", "random_duplications", "random_swaps", "reverse_blocks",
+    "sample_paths", "scalar_gradients", "scale_block", "scalings", "score_correlations", "single_deletions",
+    "swap_blocks", "training_logs", "unravel", "unraveled_graph", "widgets",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
-    from resnet_paths import figures
+    from resnet_paths import figures, widgets
     from resnet_paths.chain import Block, ResidualChain, path_network
+    from resnet_paths.costs import forward_cost
     from resnet_paths.datasets import load_dataset
     from resnet_paths.edits import (
         delete_block,
@@ -90,9 +97,11 @@ if TYPE_CHECKING:
     from resnet_paths.gradients import (
         effective_window,
         fit_decay,
+        gradient_by_depth,
         gradient_by_path_length,
         gradient_by_stage_lengths,
         gradient_through_block,
+        scalar_gradients,
     )
     from resnet_paths.graph import unraveled_graph
     from resnet_paths.lesion_plans import (
@@ -109,6 +118,7 @@ if TYPE_CHECKING:
     )
     from resnet_paths.lesions import lesion_study, pair_interactions, predicted_effects, score_correlations
     from resnet_paths.paths import enumerate_paths, path_histogram, sample_paths
+    from resnet_paths.states import block_norms
     from resnet_paths.unraveling import unravel
     from resnet_paths.zoo import list_networks, load_network, training_logs
 

@@ -14,7 +14,7 @@ import resnet_paths as rp
 
 PACKAGE = Path(rp.__file__).parent
 FLOORS = [
-    {"claims", "errors", "files", "paths", "device", "fingerprint", "gates", "pairs", "reports"},
+    {"claims", "errors", "files", "paths", "device", "examples", "fingerprint", "gates", "pairs", "reports"},
     {"units"},
     {"chain", "tracing", "folding", "zoo.weights", "zoo.places", "zoo.initialisation", "zoo.resnet"},
     {"zoo.drawn", "zoo.senet", "zoo.vgg", "zoo.densenet", "zoo.highway", "zoo.vit", "zoo.unet"},
@@ -22,21 +22,29 @@ FLOORS = [
     {"zoo.catalog", "training.tasks"},
     {"zoo", "training.settings", "unraveling.assembly", "unraveling.by_hand"},
     {"training.batches", "training.checkpoints", "unraveling"},
-    {"edits", "training", "training.publishing", "gradients.cotangents", "gradients.readings", "gradients.effective"},
+    {
+        "edits",
+        "training",
+        "training.publishing",
+        "gradients.cotangents",
+        "gradients.readings",
+        "gradients.effective",
+        "gradients.scalar",
+    },
     {"gradients.backward", "lesion_plans", "lesions.trie"},
     {"gradients.passes", "lesions.pieces"},
     {"lesions.store", "lesions.tally"},
     {"lesions.work"},
     {"lesions.predicted"},
-    {"lesions", "graph", "gradients"},
+    {"lesions", "graph", "gradients", "states", "costs"},
     {"paper", "gallery", "figures.layout"},
-    {"figures.gradients", "figures.lesions"},
+    {"figures.blocks", "figures.gradients", "figures.lesions"},
     {"figures"},
     {"reproduce"},
-    {"cli"},
+    {"cli", "widgets"},
 ]
 """From the ground up. Files of one floor do not import each other, but for errors."""
-ALLOWED_SIDEWAYS = {("files", "errors"), ("paths", "errors"), ("device", "errors")}
+ALLOWED_SIDEWAYS = {("files", "errors"), ("paths", "errors"), ("device", "errors"), ("examples", "errors")}
 FILES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -13,7 +14,7 @@ from matplotlib.transforms import ScaledTranslation
 
 from resnet_paths.errors import ResnetPathsError
 
-__all__ = ["INK", "MARKERS", "MUTED", "checked", "groups_of", "legend_above", "whole_numbers_from_zero"]
+__all__ = ["INK", "MARKERS", "MUTED", "checked", "groups_of", "legend_above", "mark_stages", "whole_numbers_from_zero"]
 
 MARKERS = "osD^vP"
 INK, MUTED = "0.2", "0.75"
@@ -117,3 +118,21 @@ def legend_above(ax: Axes, *groups: Sequence[Artist], gap_points: float = 3) -> 
             if extent.width <= ax.bbox.width:
                 break
         raised += extent.height / ax.figure.dpi + 2 / 72
+
+
+def mark_stages(ax: Axes, starts: Sequence[int]) -> None:
+    """Thin lines with a mark on top, and one label where there is most room between them.
+
+    Args:
+        ax: The axes, with its horizontal limits set.
+        starts: Positions of the blocks that open a stage, in order.
+    """
+    along = ax.get_xaxis_transform()
+    ax.vlines(starts, 0, 1, color=MUTED, linewidth=0.5, zorder=0.5, transform=along)
+    tops = [1.0] * len(starts)
+    ax.plot(starts, tops, linestyle="none", marker="v", markersize=3, color=INK, clip_on=False, transform=along)
+    gaps = np.diff([*starts, ax.get_xlim()[1]])
+    ax.annotate(
+        "stage starts", (starts[int(np.argmax(gaps))], 1), xycoords=along, xytext=(4, 0), textcoords="offset points",
+        va="bottom", fontsize="small", color=INK,
+    )  # fmt: skip

@@ -15,7 +15,15 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from resnet_paths.errors import ResnetPathsError
-from resnet_paths.figures.layout import INK, MARKERS, MUTED, checked, groups_of, legend_above, whole_numbers_from_zero
+from resnet_paths.figures.layout import (
+    INK,
+    MARKERS,
+    checked,
+    groups_of,
+    legend_above,
+    mark_stages,
+    whole_numbers_from_zero,
+)
 
 __all__ = [
     "plot_lesion_counts", "plot_pair_interactions", "plot_predicted_effects", "plot_reorderings",
@@ -102,7 +110,7 @@ def plot_single_deletions(
     ax.set(xlim=(-1, last + 1), ylim=(0, min(ax.get_ylim()[1], 102)))
     whole_numbers_from_zero(ax)
     if len(stage_starts):
-        _mark_stages(ax, sorted(stage_starts))
+        mark_stages(ax, sorted(stage_starts))
     legend_above(ax, behind, handles, gap_points=11 if len(stage_starts) else 3)
     return ax
 
@@ -265,16 +273,3 @@ def _plot_quartiles(
 def _intact_line(ax: Axes, x: pd.Series[Any], percent: pd.Series[Any], style: dict[str, Any]) -> None:
     """A dashed line at each intact error there is (one a network) along the network's blocks."""
     ax.hlines(percent.dropna().unique(), x.min() - 0.5, x.max() + 0.5, linestyles="dashed", **style)
-
-
-def _mark_stages(ax: Axes, starts: Sequence[int]) -> None:
-    """Thin lines with a mark on top, and one label where there is most room between them."""
-    along = ax.get_xaxis_transform()
-    ax.vlines(starts, 0, 1, color=MUTED, linewidth=0.5, zorder=0.5, transform=along)
-    tops = [1.0] * len(starts)
-    ax.plot(starts, tops, linestyle="none", marker="v", markersize=3, color=INK, clip_on=False, transform=along)
-    gaps = np.diff([*starts, ax.get_xlim()[1]])
-    ax.annotate(
-        "stage starts", (starts[int(np.argmax(gaps))], 1), xycoords=along, xytext=(4, 0), textcoords="offset points",
-        va="bottom", fontsize="small", color=INK,
-    )  # fmt: skip

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 
 from resnet_paths.chain import ResidualChain
 from resnet_paths.errors import ResnetPathsError, nearest_names
+from resnet_paths.examples import batches_of, mean_over_examples
 from resnet_paths.gradients.effective import (
     PAPER_WINDOW,
     EffectiveWindow,
@@ -34,13 +35,14 @@ from resnet_paths.gradients.effective import (
     effective_window,
     fit_decay,
 )
-from resnet_paths.gradients.passes import Place, Point, batches_of, num_block_vjps
-from resnet_paths.gradients.readings import Reading, mean_over_examples
+from resnet_paths.gradients.passes import Place, Point, num_block_vjps
+from resnet_paths.gradients.readings import Reading
+from resnet_paths.gradients.scalar import scalar_gradients
 from resnet_paths.paths import path_polynomial, sample_paths
 
 __all__ = [
-    "PAPER_WINDOW", "EffectiveWindow", "GeometricDecay", "effective_window", "fit_decay", "gradient_by_path_length",
-    "gradient_by_stage_lengths", "gradient_through_block",
+    "PAPER_WINDOW", "EffectiveWindow", "GeometricDecay", "effective_window", "fit_decay", "gradient_by_depth",
+    "gradient_by_path_length", "gradient_by_stage_lengths", "gradient_through_block", "scalar_gradients",
 ]  # fmt: skip
 
 _METHODS = ("exact", "energy", "sampled")
@@ -272,6 +274,55 @@ def gradient_through_block(
         mean, error = mean_over_examples(np.concatenate(values, 1))
         frame[f"{name}_through_branch"], frame[f"{name}_through_branch_se"] = mean, error
     return frame
+
+
+@torch.inference_mode(False)
+def gradient_by_depth(
+    chain: ResidualChain,
+    inputs: Any,
+    targets: Any = None,
+    *,
+    loss: Loss | None = None,
+    memory_budget: int = 2**31,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """The norm of the whole gradient at every depth: what reaches each block's input, from one backward pass.
+
+    Each example has its own loss and its own gradient. BatchNorm is that of eval mode: its statistics are constants,
+    through which no gradient flows. A network without training needs statistics first, or it does not normalise at all:
+    `torch.optim.swa_utils.update_bn` takes them from images.
+
+    Args:
+        chain: The chain, in eval mode, with or without skips.
+        inputs: A batch, or a loader of (inputs, targets).
+        targets: What `loss` takes beside the logits.
+        loss: From (logits, targets) to a loss for each example; cross-entropy if None.
+        memory_budget: Bytes that kept activations may take; batches are split to fit.
+        progress: Whether to show a bar over the batches of a loader.
+
+    Returns:
+        A row a depth: ``depth``, the number of blocks in front, from 0, the output of the stem, to n, the output of
+        the last block; ``block`` (name of the block that reads this state; ``"head"`` for the last row), ``stage`` (of
+        that block; <NA> for the head); ``gradient_norm``, the mean over examples, with its standard error
+        ``gradient_norm_se``.
+
+    Raises:
+        ResnetPathsError: As `gradient_by_path_length`.
+    """
+    place = Place.of(chain, "stem")
+    readings = []
+    for batch_inputs, batch_targets in _with_bar("gradient by depth", inputs, targets, progress):
+        for point in place.points(batch_inputs, batch_targets, loss, memory_budget, 1):
+            norms = [point.norms(stack)[0][0, 0] for stack in point.by_depth()]
+            readings.append(np.stack(norms[::-1]))
+    mean, error = mean_over_examples(np.concatenate(readings, 1))
+    return pd.DataFrame({
+        "depth": range(len(chain) + 1),
+        "block": [*(block.name for block in chain), "head"],
+        "stage": pd.array([*(block.stage for block in chain), None], dtype="Int64"),
+        "gradient_norm": mean,
+        "gradient_norm_se": error,
+    })
 
 
 def _with_bar(what: str, inputs: Any, targets: Any, progress: bool) -> Iterable[tuple[Any, Any]]:

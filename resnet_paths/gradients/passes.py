@@ -6,7 +6,7 @@ split changes nothing. Norms are float64, whatever the dtype of the network.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -31,7 +31,7 @@ from resnet_paths.gradients.backward import (
 from resnet_paths.gradients.cotangents import Stack, each_part, parts_of
 from resnet_paths.paths import Choices, Path
 
-__all__ = ["Place", "Point", "batches_of", "num_block_vjps"]
+__all__ = ["Place", "Point", "num_block_vjps"]
 
 # Stacks at a block's output and input, behind its post and pre, and what torch allocates beside them.
 _STACKS_AT_ONCE = 4
@@ -215,6 +215,14 @@ class Point:
         place = self.place
         return self._at_place(parts_through_blocks(place.chain, self.states, self.cotangent, down_to=place.down_to))
 
+    def by_depth(self) -> Iterator[Stack]:
+        """The whole gradient at the last block's output, then at each block's input, last block first."""
+        place, stack = self.place, Stack.of(self.cotangent)
+        yield stack
+        for index in reversed(range(place.down_to, len(place.chain))):
+            stack = pull_back(place.chain, self.states, stack, Rules(counted=False), down_to=index, up_from=index + 1)
+            yield stack
+
     def by_stage_lengths(self, stages: Sequence[range], memory_budget: int) -> Iterator[tuple[tuple[int, ...], Stack]]:
         """Gradients at the place by the length of the path in each stage, one by one; stages first to last."""
         yield from self._down_stages(list(stages), Stack.of(self.cotangent), [()], memory_budget)
@@ -296,39 +304,6 @@ class _OfTuple(nn.Module):
 
     def forward(self, inputs: tuple[torch.Tensor, ...]) -> Any:
         return self.stem(*inputs)
-
-
-def batches_of(inputs: Any, targets: Any) -> Iterable[tuple[Any, Any]]:
-    """Batches of (inputs, targets), from a single one or a loader.
-
-    Args:
-        inputs: A tensor, a tuple of tensors, or an iterable of (inputs, targets).
-        targets: What belongs to a single batch; None with a loader.
-
-    Yields:
-        (Inputs, targets) of each batch.
-
-    Raises:
-        ResnetPathsError: If there is no batch, or one is no such pair.
-    """
-    if isinstance(inputs, torch.Tensor) or (
-        inputs and isinstance(inputs, tuple) and isinstance(inputs[0], torch.Tensor)
-    ):
-        yield inputs, targets
-        return
-    if targets is not None:
-        raise ResnetPathsError("targets", type(targets).__name__, "None where inputs is a loader of (inputs, targets)")
-    empty = True
-    for batch in inputs if isinstance(inputs, Iterable) else []:
-        empty = False
-        if not isinstance(batch, tuple | list) or len(batch) != 2:
-            raise ResnetPathsError("inputs", type(batch).__name__, "batches of (inputs, targets)")
-        some = batch[0]
-        yield tuple(some) if isinstance(some, list) else some, batch[1]
-    if empty:
-        raise ResnetPathsError(
-            "inputs", type(inputs).__name__, "a tensor, a tuple of tensors, or a loader with a batch"
-        )
 
 
 def num_block_vjps(choices: Choices, longest: int) -> int:

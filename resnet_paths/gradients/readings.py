@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Reading", "mean_over_examples"]
+from resnet_paths.examples import mean_over_examples
+
+__all__ = ["Reading"]
 
 
 @dataclass
@@ -137,23 +139,6 @@ class Reading:
             for name, columns_of_name in columns.items()
             for suffix, column in zip(("", "_se", "_examples_se"), columns_of_name, strict=True)
         }
-
-
-def mean_over_examples(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and its standard error over the last dimension, NaN left out.
-
-    Args:
-        values: Numbers [..., measurement].
-
-    Returns:
-        Mean and standard error [...]; the error of a single value is NaN.
-    """
-    known = np.isfinite(values)
-    num = known.sum(-1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        mean = np.where(known, values, 0).sum(-1) / num
-        squares = np.where(known, values - mean[..., None], 0) ** 2
-        return mean, np.sqrt(squares.sum(-1) / (num - 1) / num)
 
 
 def _norm(values: np.ndarray) -> np.ndarray:

@@ -1,0 +1,177 @@
+"""Figures along the blocks of a network: what each adds, what scaling it does, what gradient reaches it."""
+
+from __future__ import annotations
+
+from itertools import cycle
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+from resnet_paths.figures.layout import INK, MARKERS, MUTED, checked, groups_of, legend_above, mark_stages
+
+__all__ = [
+    "plot_block_directions", "plot_block_norms", "plot_gradient_by_depth", "plot_scalar_gradients", "plot_scalings",
+]  # fmt: skip
+
+_NORMS = {"skip_norm": "x, along the skip", "branch_norm": "F(x)", "sum_norm": "F(x) + x"}
+_DIRECTIONS = {"cosine": "cosine of x and F(x)", "kept_signal_share": "signal kept along the skips (share)"}
+
+
+def plot_block_norms(frame: pd.DataFrame, ax: Axes | None = None, highlight: int | None = None) -> Axes:
+    """How large x, F(x) and their sum are in every block, on a logarithmic axis.
+
+    A marked line each, with bars of one standard error. Marks on top stand where the skip is a projection.
+
+    Args:
+        frame: From `resnet_paths.block_norms`.
+        ax: Where to draw; the current axes if None.
+        highlight: Position of a block to put a band behind.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ResnetPathsError: If columns are missing, or a block occurs twice.
+    """
+    return _plot_along_blocks(frame, _NORMS, ax, highlight, "norm of an example's state", log=True)
+
+
+def plot_block_directions(frame: pd.DataFrame, ax: Axes | None = None, highlight: int | None = None) -> Axes:
+    """Which way every block's branch points, and how much of the state is still what the skips alone brought.
+
+    Args:
+        frame: From `resnet_paths.block_norms`.
+        ax: Where to draw; the current axes if None.
+        highlight: Position of a block to put a band behind.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ResnetPathsError: If columns are missing, or a block occurs twice.
+    """
+    ax = _plot_along_blocks(frame, _DIRECTIONS, ax, highlight, "cosine, share", log=False)
+    ax.axhline(0, color=MUTED, linewidth=0.7, zorder=0)
+    return ax
+
+
+def plot_scalings(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Test error against the factor on a branch; a marked line a block, with its 95 % interval.
+
+    Args:
+        frame: From `resnet_paths.lesion_study` of `resnet_paths.scalings`, with columns ``block`` (name) and ``factor``
+            beside ``error_rate``, ``error_rate_low``, ``error_rate_high`` and ``intact_error_rate`` in [0, 1].
+        ax: Where to draw; the current axes if None.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ResnetPathsError: If columns are missing, a factor occurs twice for one block, or a rate is not in [0, 1].
+    """
+    bounds = ["error_rate_low", "error_rate_high", "intact_error_rate"]
+    frame = checked("frame", frame, "error_rate", ["block", "factor"], bounds, rate=True)
+    ax = plt.gca() if ax is None else ax
+    for intact in frame["intact_error_rate"].unique():
+        ax.axhline(100 * intact, color=INK, linestyle="--", linewidth=0.7, zorder=1, label="intact")
+    for (block, rows), marker in zip(groups_of(frame, ["block"], "factor"), cycle(MARKERS), strict=False):
+        percent = 100 * rows["error_rate"]
+        error = (percent - 100 * rows["error_rate_low"], 100 * rows["error_rate_high"] - percent)
+        ax.errorbar(
+            rows["factor"], percent, yerr=error, marker=marker, markersize=2.5, linewidth=0.8, elinewidth=0.5,
+            label=str(block),
+        )  # fmt: skip
+    ax.set(xlabel="factor on the branch", ylabel="test error (%)")
+    ax.set_ylim(bottom=0)
+    ax.set_xlim(left=min(0, ax.get_xlim()[0]))
+    handles, labels = ax.get_legend_handles_labels()
+    legend_above(ax, list(dict(zip(labels, handles, strict=True)).values()))
+    return ax
+
+
+def plot_gradient_by_depth(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """The norm of the gradient that reaches each depth, on a logarithmic axis; a marked line a network.
+
+    Args:
+        frame: From `resnet_paths.gradient_by_depth`: ``depth``, ``gradient_norm``, ``gradient_norm_se``; several of
+            them joined have a column ``network``, which names them in the legend.
+        ax: Where to draw; the current axes if None.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ResnetPathsError: If columns are missing, or a depth occurs twice in one network.
+    """
+    by = ["network"] if isinstance(frame, pd.DataFrame) and "network" in frame else []
+    frame = checked("frame", frame, "gradient_norm", [*by, "depth"], ["gradient_norm_se"])
+    ax = plt.gca() if ax is None else ax
+    for (network, rows), marker in zip(groups_of(frame, by, "depth"), cycle(MARKERS), strict=False):
+        ax.errorbar(
+            rows["depth"], rows["gradient_norm"], yerr=rows["gradient_norm_se"], label=network, marker=marker,
+            markersize=2.5, linewidth=0.8, elinewidth=0.5,
+        )  # fmt: skip
+    ax.set(yscale="log", xlabel="depth (blocks in front)", ylabel="gradient norm")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    if by:
+        legend_above(ax, ax.get_legend_handles_labels()[0])
+    return ax
+
+
+def plot_scalar_gradients(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """The product of F' against the product of 1 + F', by depth, on a logarithmic axis.
+
+    Absolute values are drawn; a gradient of exactly 0 has no place on the axis and ends its line.
+
+    Args:
+        frame: From `resnet_paths.scalar_gradients`.
+        ax: Where to draw; the current axes if None.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ResnetPathsError: If columns are missing, or a depth occurs twice in one network.
+    """
+    frame = checked("frame", frame, "gradient", ["network", "depth"])
+    ax = plt.gca() if ax is None else ax
+    labels = {"plain": "product of F', plain", "residual": "product of 1 + F', residual"}
+    for (network, rows), marker in zip(groups_of(frame, ["network"], "depth"), cycle(MARKERS), strict=False):
+        size = rows["gradient"].abs()
+        ax.plot(
+            rows["depth"], size.where(size > 0), marker=marker, markersize=2.5, linewidth=0.8,
+            label=labels.get(str(network), str(network)),
+        )  # fmt: skip
+    ax.axhline(1, color=MUTED, linewidth=0.7, zorder=0)
+    ax.set(yscale="log", xlabel="depth (layers)", ylabel="|d state / d input|")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    legend_above(ax, ax.get_legend_handles_labels()[0])
+    return ax
+
+
+def _plot_along_blocks(
+    frame: pd.DataFrame, names: dict[str, str], ax: Axes | None, highlight: int | None, ylabel: str, *, log: bool
+) -> Axes:
+    columns = [column for name in names for column in (name, f"{name}_se")]
+    always = list(names)[-1]  # the others are NaN in a plain net
+    frame = checked("frame", frame, always, ["block_index"], [*columns, "stage"]).sort_values("block_index")
+    ax = plt.gca() if ax is None else ax
+    x = frame["block_index"]
+    for (name, label), marker in zip(names.items(), cycle(MARKERS), strict=False):
+        ax.errorbar(
+            x, frame[name], yerr=frame[f"{name}_se"], label=label, marker=marker, markersize=2.5, linewidth=0.8,
+            elinewidth=0.5,
+        )  # fmt: skip
+    if highlight is not None:
+        ax.axvspan(highlight - 0.5, highlight + 0.5, color="0.9", zorder=0)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    ax.set(xlabel="block (index from 0)", ylabel=ylabel, xlim=(x.min() - 1, x.max() + 1))
+    if log:
+        ax.set_yscale("log")
+    starts = x[frame["stage"].diff() > 0].tolist()
+    if starts:
+        mark_stages(ax, starts)
+    legend_above(ax, ax.get_legend_handles_labels()[0], gap_points=11 if starts else 3)
+    return ax

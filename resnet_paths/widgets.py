@@ -1,0 +1,244 @@
+"""Explorers for a notebook: move a slider or press a button, and the library answers in words and in a figure.
+
+    rp.widgets.explore_gradient_highway()           the product of F' against the product of 1 + F', any depth
+    rp.widgets.explore_blocks(chain, loader)        what a block adds; its branch scaled from 0.1 to 2.0
+    rp.widgets.explore_lesions(chain, loader)       blocks deleted and put back: error and remaining paths
+    rp.widgets.explore_paths()                      one path lit among all of them
+
+Nothing is computed here: each explorer calls a function of the library and draws what it returns with a function of
+`resnet_paths.figures`. Call these yourself, and you have its static twin on paper; each docstring names them.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import ipywidgets as ipw
+import pandas as pd
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from resnet_paths import figures
+from resnet_paths.chain import ResidualChain
+from resnet_paths.edits import delete_blocks
+from resnet_paths.errors import ResnetPathsError
+from resnet_paths.gradients import scalar_gradients
+from resnet_paths.gradients.scalar import ACTIVATIONS
+from resnet_paths.graph import unraveled_graph
+from resnet_paths.lesion_plans import Lesion, scalings, single_deletions
+from resnet_paths.lesions import lesion_study
+from resnet_paths.paths import path_histogram, path_length
+from resnet_paths.states import block_norms
+
+__all__ = ["explore_blocks", "explore_gradient_highway", "explore_lesions", "explore_paths"]
+
+Loader = Iterable[tuple[torch.Tensor, torch.Tensor]]
+
+_MOST_BLOCKS = 5  # 32 paths: as many as can be labelled
+
+
+def explore_gradient_highway(depth: int = 20, weight: float = 1.0, activation: str = "sigmoid") -> ipw.VBox:
+    """Sliders for depth and weight of a chain of one-dimensional layers: what reaches its input, with and without +x.
+
+    Static twin: ``plot_scalar_gradients(scalar_gradients([weight] * depth, activation))``.
+
+    Args:
+        depth: Number of layers at first, 1 to 100.
+        weight: Weight of every layer at first, -4 to 4.
+        activation: ``"sigmoid"`` or ``"relu"`` at first.
+
+    Returns:
+        The widget.
+
+    Raises:
+        ResnetPathsError: If a value is not one that the slider can take.
+    """
+    _refuse_outside("depth", depth, 1, 100)
+    _refuse_outside("weight", weight, -4, 4)
+    if activation not in ACTIVATIONS:
+        raise ResnetPathsError("activation", activation, " or ".join(map(repr, ACTIVATIONS)))
+
+    def answer(axes: Sequence[Axes], depth: int, weight: float, activation: str) -> str:
+        frame = scalar_gradients([weight] * depth, activation)
+        plain, residual = (frame[frame["network"] == name].gradient.iloc[-1] for name in ("plain", "residual"))
+        words = (
+            f"Through {depth} layers the product of F' is <b>{plain:.3g}</b>, the product of 1 + F' is "
+            f"<b>{residual:.3g}</b>."
+        )
+        figures.plot_scalar_gradients(frame, axes[0])
+        return words
+
+    controls = {
+        "depth": ipw.IntSlider(depth, 1, 100, description="depth", continuous_update=False),
+        "weight": ipw.FloatSlider(value=weight, min=-4, max=4, step=0.1, description="weight", continuous_update=False),
+        "activation": ipw.ToggleButtons(options=ACTIVATIONS, value=activation, description="activation"),
+    }
+    return _explorer(controls, answer)
+
+
+def explore_blocks(chain: ResidualChain, loader: Loader) -> ipw.VBox:
+    """What a block reads, adds and passes on, and the error as a slider scales its branch from 0.1 to 2.0.
+
+    Static twin: ``plot_block_norms(block_norms(chain, loader))`` and ``plot_scalings`` of a `lesion_study` of
+    `scalings`.
+
+    Args:
+        chain: The intact chain, in eval mode.
+        loader: Batches of (inputs, labels), gone through at each move of the slider: some hundred images.
+
+    Returns:
+        The widget.
+
+    Raises:
+        ResnetPathsError: As `block_norms` and `lesion_study`, or if no block has a branch.
+    """
+    norms = block_norms(chain, loader)
+    blocks = {f"{index}: {block.name}": index for index, block in enumerate(chain) if block.branch is not None}
+    if not blocks:
+        raise ResnetPathsError("chain", f"{len(chain)} blocks without branch", "a chain with a branch to scale")
+    known: dict[tuple[int, float], pd.DataFrame] = {}
+
+    def answer(axes: Sequence[Axes], block: int, factor: float) -> str:
+        if (block, factor) not in known:
+            plan = [lesion for lesion in scalings(chain, [factor]) if lesion.blocks == (block,)]
+            study = lesion_study(chain, loader, plan, progress=False)
+            known[block, factor] = study.assign(block=chain[block].name, factor=factor)
+        row, sizes = known[block, factor].iloc[0], norms.iloc[block]
+        words = (
+            f"<b>{html.escape(chain[block].name)}</b>: |x| = {sizes.input_norm:.3g}, |F(x)| = {sizes.branch_norm:.3g}, "
+            f"|F(x) + x| = {sizes.sum_norm:.3g}, cosine of x and F(x) = {sizes.cosine:.2f}. With {factor:.1f} F(x): "
+            f"test error <b>{row.error_rate:.1%}</b> (intact {row.intact_error_rate:.1%}; {row.num_examples} images)."
+        )
+        figures.plot_block_norms(norms, axes[0], highlight=block)
+        figures.plot_scalings(pd.concat(frame for (index, _), frame in known.items() if index == block), axes[1])
+        return words
+
+    controls = {
+        "block": ipw.Dropdown(options=blocks, description="block"),
+        "factor": ipw.FloatSlider(value=1, min=0.1, max=2, step=0.1, description="factor", continuous_update=False),
+    }
+    return _explorer(controls, answer, num_axes=2)
+
+
+def explore_lesions(chain: ResidualChain, loader: Loader) -> ipw.VBox:
+    """A button for each block, to delete it and to put it back: the error and the paths that are left.
+
+    Static twin: ``plot_path_histogram`` of the intact and the lesioned chain, and ``plot_lesion_counts`` of a
+    `lesion_study` of `random_deletions`.
+
+    Args:
+        chain: The intact chain, in eval mode.
+        loader: Batches of (inputs, labels), gone through at each press of a button: some hundred images.
+
+    Returns:
+        The widget.
+
+    Raises:
+        ResnetPathsError: As `lesion_study`.
+    """
+    deletable = [lesion.blocks[0] for lesion in single_deletions(chain)]
+    intact_paths = path_histogram(chain).assign(network=f"intact, {chain.num_paths:,} paths")
+    known: dict[tuple[int, ...], pd.DataFrame] = {}
+
+    def answer(axes: Sequence[Axes], **pressed: bool) -> str:
+        deleted = tuple(index for index in deletable if pressed[str(index)])
+        lesioned = delete_blocks(chain, deleted)
+        if deleted not in known:
+            lesion = Lesion("delete", lambda _: lesioned, deleted)
+            known[deleted] = lesion_study(chain, loader, [lesion], progress=False)
+        row = known[deleted].iloc[0]
+        names = ", ".join(html.escape(chain[index].name) for index in deleted) or "none"
+        words = (
+            f"Deleted: {names} ({len(deleted)} of {len(chain)}). <b>{lesioned.num_paths:,}</b> of {chain.num_paths:,} "
+            f"paths are left. Test error <b>{row.error_rate:.1%}</b> (intact {row.intact_error_rate:.1%}; "
+            f"{row.num_examples} images)."
+        )
+        paths = path_histogram(lesioned).assign(network=f"left, {lesioned.num_paths:,} paths")
+        figures.plot_path_histogram(pd.concat([intact_paths, paths]) if deleted else intact_paths, axes[0])
+        figures.plot_lesion_counts(pd.concat(known.values()), axes[1])
+        return words
+
+    buttons = {str(index): _toggle(chain[index].name, "delete") for index in deletable}
+    return _explorer(buttons, answer, num_axes=2, wrap=True)
+
+
+def explore_paths(num_blocks: int = 3) -> ipw.VBox:
+    """One path lit among all of them: a button for each block, pressed where the path takes the branch.
+
+    Static twin: ``plot_unraveled_graph(unraveled_graph(num_blocks), highlight=path)``.
+
+    Args:
+        num_blocks: Blocks at first, 1 to 5.
+
+    Returns:
+        The widget.
+
+    Raises:
+        ResnetPathsError: If `num_blocks` is not one that the slider can take.
+    """
+    _refuse_outside("num_blocks", num_blocks, 1, _MOST_BLOCKS)
+    buttons = {f"branch_{index}": _toggle(f"f{index + 1}", "branch of") for index in range(_MOST_BLOCKS)}
+
+    def answer(axes: Sequence[Axes], num_blocks: int, **pressed: bool) -> str:
+        for index, button in enumerate(buttons.values()):
+            button.disabled = index >= num_blocks
+        path = tuple(pressed[f"branch_{index}"] for index in range(num_blocks))
+        length, counts = path_length(path), path_histogram(num_blocks)
+        taken = " and ".join(f"f<sub>{index + 1}</sub>" for index, branch in enumerate(path) if branch) or "no branch"
+        words = (
+            f"This path takes {taken}: length <b>{length}</b>. {counts.num_paths[length]} of the {2**num_blocks} paths "
+            f"have this length ({counts.fraction[length]:.1%})."
+        )
+        figures.plot_unraveled_graph(unraveled_graph(num_blocks), axes[0], highlight=path)
+        return words
+
+    slider = ipw.IntSlider(num_blocks, 1, _MOST_BLOCKS, description="blocks", continuous_update=False)
+    return _explorer({"num_blocks": slider, **buttons}, answer, aspect=0.5, wrap=True)
+
+
+def _explorer(
+    controls: Mapping[str, Any],
+    answer: Callable[..., str],
+    *,
+    num_axes: int = 1,
+    aspect: float = 0.4,
+    wrap: bool = False,
+) -> ipw.VBox:
+    """Controls above a sentence and a picture; `answer` draws into axes and returns the sentence at every change."""
+    words, picture = ipw.HTML(), ipw.Image(format="png", layout=ipw.Layout(max_width="100%"))
+
+    def update(_: object = None) -> None:
+        with figures.paper_style("double", aspect):
+            figure = Figure()  # not by pyplot, which would show it a second time
+            axes = figure.subplots(1, num_axes, squeeze=False)[0]
+            text = answer(axes, **{name: control.value for name, control in controls.items()})
+            png = io.BytesIO()
+            figure.savefig(png, format="png", dpi=120)
+        words.value, picture.value = text, png.getvalue()
+
+    update()
+    for control in controls.values():
+        control.observe(update, "value")
+    layout = ipw.Layout(flex_flow="row wrap") if wrap else ipw.Layout()
+    panel = (ipw.Box if wrap else ipw.VBox)(list(controls.values()), layout=layout)
+    return ipw.VBox([panel, words, picture])
+
+
+def _toggle(name: str, verb: str) -> Any:
+    """A button that shows in words and by a mark whether it is pressed."""
+    button = ipw.ToggleButton(description=name, tooltip=f"{verb} {name}", layout=ipw.Layout(width="auto"))
+
+    def mark(change: Mapping[str, Any]) -> None:
+        button.icon = "check" if change["new"] else ""
+
+    button.observe(mark, "value")
+    return button
+
+
+def _refuse_outside(argument: str, value: float, low: float, high: float) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
+        raise ResnetPathsError(argument, value, f"a number from {low} to {high}")
