@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from scipy import stats
 
+from resnet_paths.batches import call, each_tensor
 from resnet_paths.chain import Constant, ResidualChain, is_identity, refuse_training_mode
 from resnet_paths.edits import (
     delete_block,
@@ -230,12 +231,13 @@ def branch_replacements(chain: ResidualChain, source: ResidualChain, name: str =
     ]
 
 
-def mean_replacements(chain: ResidualChain, inputs: torch.Tensor) -> list[Lesion]:
+def mean_replacements(chain: ResidualChain, inputs: Any) -> list[Lesion]:
     """Each block's branch in turn replaced by its mean output, so that only what it says of the single example is lost.
 
     Args:
         chain: The intact chain, in eval mode; runs once on `inputs`.
-        inputs: Examples to take the means over, [batch, ...], training images as a rule; on the chain's device.
+        inputs: Examples to take the means over, training images as a rule, on the chain's device: a tensor
+            [batch, ...], a tuple of positional arguments or a mapping of keyword arguments.
 
     Returns:
         A lesion a block with a branch that returns one tensor.
@@ -246,11 +248,11 @@ def mean_replacements(chain: ResidualChain, inputs: torch.Tensor) -> list[Lesion
     _refuse_other_than_chain(chain)
     refuse_training_mode("chain", chain)
     lesions = []
-    with torch.no_grad():
-        state = chain.stem(_copy(inputs))
+    with torch.no_grad():  # on copies: parts written by hand may work in place
+        state = call(chain.stem, each_tensor(torch.clone, inputs))
         for index, block in enumerate(chain):
             if block.branch is not None:
-                output = block.branch(block.pre(_copy(state)))
+                output = block.branch(block.pre(each_tensor(torch.clone, state)))
                 if isinstance(output, torch.Tensor):
                     mean = Constant(output.mean(0))
                     lesions.append(_replacement(f"mean of {_name(chain, index)}", index, mean))
@@ -313,11 +315,6 @@ def _replacement(name: str, index: int, branch: torch.nn.Module) -> Lesion:
 
 def _replace_branch(chain: ResidualChain, index: int, branch: torch.nn.Module) -> ResidualChain:
     return chain.with_blocks(b.replace(branch=branch) if i == index else b for i, b in enumerate(chain))
-
-
-def _copy(state: Any) -> Any:
-    """Its own copy, for a part written by hand that may change it in place."""
-    return tuple(part.clone() for part in state) if isinstance(state, tuple) else state.clone()
 
 
 def _repeat_the_middle(chain: ResidualChain, places: Sequence[int]) -> ResidualChain:

@@ -256,7 +256,8 @@ def _flatten(model: nn.Module, program: torch.export.ExportedProgram) -> Trace:
             )  # fmt: skip
     for node in inputs:
         value = node.meta.get("val")
-        if isinstance(value, torch.Tensor) and value.dim() and not _varies(value.shape[0]):
+        # One row is one for all examples: the batch that was traced has two at least.
+        if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] != 1 and not _varies(value.shape[0]):
             raise ResnetPathsError(
                 "model", f"{name_of(model)} works for a batch of {value.shape[0]} only",
                 "a model that takes any batch size",

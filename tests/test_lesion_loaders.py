@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import warnings
+from collections import UserDict
 from concurrent.futures import Executor, Future
 
 import pandas as pd
@@ -12,6 +14,7 @@ from torch import nn
 from torch.utils import data
 
 import resnet_paths as rp
+from resnet_paths.batches import inputs_of
 from resnet_paths.chain import ResidualChain
 from resnet_paths.lesion_plans import Lesion
 from tests.chains import inputs, random_chain
@@ -46,9 +49,12 @@ class Pairs(nn.Module):
         ([(X[:0], Y[:0])], "loader: got 'no batches'"),
         (iter([]), "loader: got 'no batches'"),
         (X, r"loader: got 'Tensor'; allowed: batches of \(inputs, labels\)"),
-        ([(X, Y, Y)], r"loader: got 'tuple'; allowed: batches of \(inputs, labels\), both tensors"),
+        ([(X, Y, Y)], r"loader: got 'tuple'; allowed: batches of \(inputs, labels\), or mappings"),
         ([(X, 0)], r"loader: got 'tuple'"),
-        ([{"x": X}], r"loader: got 'dict'"),
+        ([{"x": X}], r"loader: got \"dict of 'x'\"; allowed: .*mappings with 'labels' among their keys"),
+        ([{"x": X, "labels": 3}], r"loader: got \"dict of 'x', 'labels'\"; allowed: .*labels are a tensor"),
+        ([((X, X[:3]), Y)], r"loader: got 'labels \[30\] for inputs \[\[30, 5\], \[3, 5\]\]'"),
+        ([({"x": 3}, Y)], r"loader: got 'labels \[30\] for inputs \[\]'"),
         ([(X, Y[:7])], r"loader: got 'labels \[7\] for inputs \[30, 5\]'; allowed: one label for each input"),
         ([(X[:1], torch.tensor(0))], r"loader: got 'labels \[\] for inputs \[1, 5\]'"),
         ([(torch.tensor(0.0), torch.tensor(0))], r"loader: got 'labels \[\] for inputs \[\]'"),
@@ -266,3 +272,94 @@ def test_work_that_waits_in_an_executor_is_cancelled():
     with pytest.raises(rp.StudyInterrupted, match="stopped after 0 batches"):
         study(random_chain(STEADY), labelled(80), executor=executor)
     assert [future.cancelled() for future in executor.futures] == [True, False] + [True] * 6
+
+
+class Reader(nn.Module):
+    """As a language model: tokens, a mask, positions that are one row for all examples; a dictionary comes out."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(20, 4), nn.Embedding(6, 4)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4)) for _ in range(3))
+        self.norm, self.out = nn.BatchNorm1d(4), nn.Linear(4, 3)
+
+    def forward(self, input_ids, attention_mask, position_ids=None, *, scale=1.0):
+        x = self.tokens(input_ids) * attention_mask[..., None]
+        if position_ids is not None:
+            x = x + self.positions(position_ids)
+        for layer in self.layers:
+            x = x + scale * layer(x)
+        return {"logits": self.out(self.norm(x.mean(1)))}
+
+
+def sentences():
+    """(Tokens, mask, positions, labels) of two batches."""
+    generator = torch.Generator().manual_seed(0)
+    for batch in (8, 5):
+        tokens = torch.randint(20, (batch, 6), generator=generator)
+        mask = (torch.arange(6) < torch.randint(2, 7, (batch, 1), generator=generator)).double()
+        yield tokens, mask, torch.arange(6)[None], torch.randint(3, (batch,), generator=generator)
+
+
+class Encoding(UserDict):
+    """As transformers' BatchEncoding: a mapping that is no dict."""
+
+
+FORMS = {
+    "a mapping": lambda t, m, p, y: {"input_ids": t, "attention_mask": m, "position_ids": p, "labels": y},
+    "a mapping that is no dict": lambda t, m, p, y: Encoding(
+        labels=y, position_ids=p, attention_mask=m, input_ids=t
+    ),
+    "a pair with a mapping": lambda t, m, p, y: (
+        {"input_ids": t, "attention_mask": m, "position_ids": p, "scale": 0.5}, y,
+    ),
+    "a pair with a tuple": lambda t, m, p, y: ((t, m, p), y),
+    "a list with a list": lambda t, m, p, y: [[t, m], y],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_inputs_of_every_form_that_a_model_is_called_with(form, tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Reader().double().eval()
+    loader = [FORMS[form](*batch) for batch in sentences()]
+    examples = [inputs_of(batch) for batch in loader]
+    chain = rp.unravel(model, examples[0])
+    truth = torch.cat([batch[-1] for batch in sentences()])
+
+    def wrong(lesioned):
+        called = [lesioned(**x) if isinstance(x, dict) else lesioned(*x) for x in examples]
+        return int((torch.cat(called).argmax(1) != truth).sum())
+
+    with torch.no_grad():
+        expected = [wrong(rp.delete_block(chain, index)) for index in range(3)]
+    frame = study(chain, loader)
+    assert (frame.error_rate * 13).round().tolist() == expected
+    assert frame.num_examples.tolist() == [13] * 3
+    for options in ({"batch_budget": 3}, {"batch_budget": 64}, {"store": tmp_path}, {"store": tmp_path}):
+        near(study(chain, loader, **options), frame)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        near(study(chain, loader, executor=pool), frame)
+    again = study(chain, loader, store=tmp_path)
+    assert again.attrs["pieces_computed"] == 0
+    # Statistics of these very batches, from the whole batch or from its inputs alone.
+    renewed = study(chain, loader, reestimate_batchnorm=loader)
+    assert renewed.batchnorm_statistics.tolist() == ["re-estimated"] * 3
+    if isinstance(examples[0], dict):
+        assert study(chain, loader, reestimate_batchnorm=examples).equals(renewed)
+    # The other ways to read a batch.
+    effects = rp.predicted_effects(chain, loader, progress=False)
+    assert effects.num_examples.tolist() == [13] * 3
+    means = rp.mean_replacements(chain, examples[0])
+    assert study(chain, loader, means).num_examples.tolist() == [13] * 3
+
+
+def test_arguments_other_than_those_unraveled_are_refused():
+    (tokens, mask, _, labels), _ = sentences()
+    chain = rp.unravel(Reader().eval(), {"input_ids": tokens, "attention_mask": mask.float()})
+    batch = {"input_ids": tokens, "labels": labels}
+    with pytest.raises(
+        rp.ResnetPathsError, match=r"inputs: got .*\['input_ids'\].*with \['attention_mask', 'input_ids'\]"
+    ):
+        study(chain, [batch])

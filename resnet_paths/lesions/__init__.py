@@ -24,6 +24,7 @@ import torch
 from torch.utils import data
 from tqdm.auto import tqdm
 
+from resnet_paths.batches import inputs_of, refuse_other_than_loader
 from resnet_paths.chain import ResidualChain, refuse_training_mode
 from resnet_paths.errors import ResnetPathsError, StudyInterrupted
 from resnet_paths.fingerprint import fingerprint
@@ -33,7 +34,7 @@ from resnet_paths.lesions.predicted import predicted_effects, score_correlations
 from resnet_paths.lesions.store import Store
 from resnet_paths.lesions.tally import Tally
 from resnet_paths.lesions.trie import Trie, chain_key, steps_of
-from resnet_paths.lesions.work import Shelf, Work, refuse_other_than_loader
+from resnet_paths.lesions.work import Shelf, Work
 from resnet_paths.placement import PRECISIONS
 
 __all__ = ["lesion_study", "pair_interactions", "predicted_effects", "score_correlations"]
@@ -41,7 +42,7 @@ __all__ = ["lesion_study", "pair_interactions", "predicted_effects", "score_corr
 
 def lesion_study(
     chain: ResidualChain,
-    loader: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    loader: Iterable[Any],
     lesions: Sequence[Lesion | Callable[[ResidualChain], ResidualChain]],
     *,
     store: str | Path | None = None,
@@ -67,8 +68,10 @@ def lesion_study(
 
     Args:
         chain: The intact chain, in eval mode.
-        loader: Batches of (inputs, labels); labels are class indices [batch]. Read once. A loader that drops its last
-            batch gets a warning.
+        loader: Batches of (inputs, labels), or mappings with a key ``"labels"``, as Hugging Face's collators give.
+            Inputs are a tensor, a tuple of positional arguments or a mapping of keyword arguments, as the chain was
+            unraveled with; labels are class indices [batch]. Read once. A loader that drops its last batch gets a
+            warning.
         lesions: Lesions, or functions from chain to chain.
         store: Folder of finished pieces, made if need be. A study that was stopped, or that has more lesions than
             before, computes only what is missing, and ends with the same frame. The folder may hold several
@@ -205,7 +208,7 @@ def _keys(chains: Sequence[ResidualChain]) -> list[str]:
     return [fingerprint(chain_key(chain, key_of)) for chain in chains]
 
 
-def _inputs_of(batches: Iterable[Any] | None) -> tuple[torch.Tensor, ...]:
+def _inputs_of(batches: Iterable[Any] | None) -> tuple[Any, ...]:
     if batches is None:
         return ()
     if not hasattr(batches, "__iter__"):
@@ -213,8 +216,8 @@ def _inputs_of(batches: Iterable[Any] | None) -> tuple[torch.Tensor, ...]:
             "reestimate_batchnorm", batches, "batches of inputs to take the statistics from, or None",
             "Pass a list of a few batches of training images.",
         )  # fmt: skip
-    inputs = tuple(batch[0] if isinstance(batch, tuple | list) else batch for batch in batches)
-    if not inputs or not all(isinstance(x, torch.Tensor) for x in inputs):
+    inputs = tuple(map(inputs_of, batches))
+    if not inputs or not all(isinstance(x, torch.Tensor | tuple | dict) for x in inputs):
         raise ResnetPathsError("reestimate_batchnorm", "no tensors", "at least one batch of inputs")
     return inputs
 

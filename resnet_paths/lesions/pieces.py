@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from resnet_paths.batches import each_tensor, num_examples, split
 from resnet_paths.chain import ResidualChain
 from resnet_paths.errors import ResnetPathsError
 from resnet_paths.lesions.trie import Trie
@@ -76,17 +77,17 @@ class Workshop:
     channels_last: bool = False
     batch_budget: int | None = None
     fold_batchnorm: bool = False
-    statistics_batches: tuple[torch.Tensor, ...] = ()
+    statistics_batches: tuple[Any, ...] = ()
     _token: str = field(default_factory=lambda: uuid.uuid4().hex)
     _placed: tuple[Trie, torch.device, torch.dtype | None] | None = None
     _pickled: bytes | None = None
     _lock: Any = field(default_factory=threading.Lock)
 
-    def run(self, inputs: torch.Tensor, labels: torch.Tensor, wanted: Sequence[int]) -> Piece:
+    def run(self, inputs: Any, labels: torch.Tensor, wanted: Sequence[int]) -> Piece:
         """What the chains with indices `wanted` do on a batch; rows come in the order of `wanted`.
 
         Args:
-            inputs: [batch, ...].
+            inputs: A tensor [batch, ...], a tuple of positional arguments or a mapping of keyword arguments.
             labels: Class indices [batch].
             wanted: Indices of chains.
 
@@ -101,12 +102,11 @@ class Workshop:
         labels = labels.to(device)
         while True:
             budget = self.batch_budget
-            split = (torch.split(t, budget or len(labels)) for t in (inputs, labels))
             try:
                 with _refusing_mixed_precision(self.precision):
                     parts = [
                         self._run_part(trie, self._as_wanted(x, device, dtype), y, wanted, budget)
-                        for x, y in zip(*split, strict=True)
+                        for x, y in split(inputs, labels, budget or len(labels))
                     ]
                 break
             except torch.OutOfMemoryError as error:
@@ -114,7 +114,7 @@ class Workshop:
         return Piece.joined(parts, axis=1)
 
     def _run_part(
-        self, trie: Trie, inputs: torch.Tensor, labels: torch.Tensor, wanted: Sequence[int], budget: int | None
+        self, trie: Trie, inputs: Any, labels: torch.Tensor, wanted: Sequence[int], budget: int | None
     ) -> Piece:
         wrong: dict[int, torch.Tensor] = {}
         loss_sum: dict[int, torch.Tensor] = {}
@@ -149,7 +149,7 @@ class Workshop:
                     for inputs in self.statistics_batches:
                         trie.estimate(self._as_wanted(inputs, device, dtype))
             except torch.OutOfMemoryError as error:
-                sizes = [len(inputs) for inputs in self.statistics_batches]
+                sizes = [num_examples(inputs) for inputs in self.statistics_batches]
                 raise ResnetPathsError(
                     "reestimate_batchnorm", f"batches of up to {max(sizes)} inputs",
                     "batches that fit into memory whole", "Pass more, and smaller ones.",
@@ -157,12 +157,15 @@ class Workshop:
             self._placed = trie, device, dtype
         return self._placed
 
-    def _as_wanted(self, inputs: torch.Tensor, device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:
-        images = self.channels_last and inputs.dim() == 4
-        return inputs.to(
-            device=device, dtype=dtype if inputs.is_floating_point() else None,
-            memory_format=torch.channels_last if images else torch.preserve_format,
-        )  # fmt: skip
+    def _as_wanted(self, inputs: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
+        def wanted(tensor: torch.Tensor) -> torch.Tensor:
+            images = self.channels_last and tensor.dim() == 4
+            return tensor.to(
+                device=device, dtype=dtype if tensor.is_floating_point() else None,
+                memory_format=torch.channels_last if images else torch.preserve_format,
+            )  # fmt: skip
+
+        return each_tensor(wanted, inputs)
 
     def _halve_budget(self, failed: int | None, batch: int, error: torch.OutOfMemoryError) -> None:
         """Go on with half as many examples at a time, now and for the batches to come."""
@@ -204,7 +207,7 @@ def _unpickled_once(token: str, pickled: bytes) -> Workshop:
         return _SETTLED[token]
 
 
-def run_piece(workshop: Workshop, inputs: torch.Tensor, labels: torch.Tensor, wanted: Sequence[int]) -> Piece:
+def run_piece(workshop: Workshop, inputs: Any, labels: torch.Tensor, wanted: Sequence[int]) -> Piece:
     """`Workshop.run` as a function that an executor can be given."""
     return workshop.run(inputs, labels, wanted)
 

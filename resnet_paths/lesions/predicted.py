@@ -17,10 +17,10 @@ from scipy import stats
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from resnet_paths.batches import call, each_tensor, refuse_other_than_loader, unpack
 from resnet_paths.chain import Block, ResidualChain, refuse_training_mode
 from resnet_paths.errors import ResnetPathsError
 from resnet_paths.lesions.pieces import refuse_labels
-from resnet_paths.lesions.work import refuse_other_than_loader, unpack
 from resnet_paths.placement import device_of, place_chains
 
 __all__ = ["SCORES", "predicted_effects", "score_correlations"]
@@ -32,7 +32,7 @@ SCORES = ("first_order_loss_increase", "block_influence", "angular_distance", "r
 @torch.inference_mode(False)
 def predicted_effects(
     chain: ResidualChain,
-    loader: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    loader: Iterable[Any],
     *,
     feature_dim: int | None = None,
     device: str | torch.device = "auto",
@@ -54,7 +54,7 @@ def predicted_effects(
 
     Args:
         chain: The intact chain, in eval mode.
-        loader: Batches of (inputs, labels); labels are class indices [batch].
+        loader: Batches as for `resnet_paths.lesion_study`.
         feature_dim: Dimension of the state over which cosines and norms are taken, such as -1 for tokens [batch, token,
             feature], averaged over all others; None takes an example's state as one vector.
         device: As for `resnet_paths.lesion_study`.
@@ -79,7 +79,7 @@ def predicted_effects(
     of_batches = []
     for batch in tqdm(loader, desc="predicted effects", unit="batch", disable=not progress):
         # Copies: autograd cannot work with tensors of inference mode, and a stem written by hand may work in place.
-        inputs, labels = (tensor.to(device_of(placed), copy=True) for tensor in unpack(batch))
+        inputs, labels = each_tensor(lambda t: t.to(device_of(placed), copy=True), unpack(batch))
         if len(labels):
             of_batches.append(_scores(placed, inputs, labels, feature_dim))
     if not of_batches:
@@ -136,11 +136,11 @@ def score_correlations(predicted: pd.DataFrame, study: pd.DataFrame) -> pd.DataF
     return pd.DataFrame(rows)
 
 
-def _scores(chain: ResidualChain, inputs: torch.Tensor, labels: torch.Tensor, dim: int | None) -> torch.Tensor:
+def _scores(chain: ResidualChain, inputs: Any, labels: torch.Tensor, dim: int | None) -> torch.Tensor:
     """[block, score, example] in float64."""
     sums, without = [], []
     with torch.enable_grad():
-        state = chain.stem(inputs)
+        state = call(chain.stem, inputs)
         for block in chain:
             without.append(_without_branch(block, state, dim))
             total = _sum_of_sides(block, state)

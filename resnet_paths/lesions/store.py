@@ -70,11 +70,11 @@ class Store:
                     path.unlink()
 
     @staticmethod
-    def batch_key(inputs: torch.Tensor, labels: torch.Tensor) -> str:
+    def batch_key(inputs: Any, labels: torch.Tensor) -> str:
         """Fingerprint of a batch's content.
 
         Args:
-            inputs: [batch, ...].
+            inputs: A tensor [batch, ...], a tuple or a mapping of tensors and others.
             labels: [batch].
 
         Returns:

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from resnet_paths.batches import call, each_tensor, num_examples
 from resnet_paths.chain import Block, Constant, Parallel, Placed, ResidualChain, Scaled, is_identity
 from resnet_paths.lesions.batchnorm import Statistics
 
@@ -97,12 +98,12 @@ class Trie:
         self.roots.sort(key=lambda root: -held[root])
 
     def logits(
-        self, inputs: torch.Tensor, wanted: Sequence[int] | None = None, most_examples: int | None = None
+        self, inputs: Any, wanted: Sequence[int] | None = None, most_examples: int | None = None
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """(Index, logits) of the chains, each step computed once.
 
         Args:
-            inputs: Batch for the stem, [batch, ...].
+            inputs: A batch for the stem: a tensor, a tuple of positional arguments or a mapping of keyword arguments.
             wanted: Indices of chains; all if None.
             most_examples: How many examples one step may take: states are stacked up to it. None stacks nothing.
 
@@ -110,11 +111,12 @@ class Trie:
             The index of a chain and what it returns, in the order of the tree.
         """
         mask = (1 << self.num_chains) - 1 if wanted is None else sum(1 << index for index in wanted)
-        at_once = 1 if most_examples is None or self.statistics else max(1, most_examples // max(1, len(inputs)))
+        batch = num_examples(inputs)
+        at_once = 1 if most_examples is None or self.statistics else max(1, most_examples // max(1, batch))
         pool = self._tasks(self.roots, inputs, mask)
         while pool:
             tasks = self._next_tasks(pool, at_once, mask)
-            for task, state in zip(tasks, self._run(tasks, len(inputs)), strict=True):
+            for task, state in zip(tasks, self._run(tasks, batch), strict=True):
                 node = self.nodes[task.node]
                 for index in node.ends:
                     if mask >> index & 1:
@@ -122,13 +124,13 @@ class Trie:
                 pool += self._tasks(node.children, state, mask)
             del tasks, task, state
 
-    def estimate(self, inputs: torch.Tensor) -> None:
+    def estimate(self, inputs: Any) -> None:
         """Take BatchNorm statistics from a batch, anew for each step of the tree; further batches are averaged in.
 
         Each step normalises by the batch's own statistics meanwhile, as in training; with `logits` by their averages.
 
         Args:
-            inputs: Batch for the stem, [batch, ...].
+            inputs: A batch for the stem, as for `logits`.
         """
         for number in range(len(self.nodes)):
             self.statistics.setdefault(number, Statistics())
@@ -172,7 +174,8 @@ class Trie:
     def _step(self, task: _Task) -> Any:
         """The state that a task leads to; its own state stays as it is, since others may read it."""
         node = self.nodes[task.node]
-        return node.step(_copy(task.state) if self._may_write[node.kind] else task.state)
+        state = each_tensor(torch.clone, task.state) if self._may_write[node.kind] else task.state
+        return call(node.step, state) if node.place == 0 else node.step(state)
 
     def _tasks(self, nodes: Sequence[int], state: Any, mask: int) -> list[_Task]:
         """A task for each of the nodes that leads to a wanted chain."""
@@ -255,10 +258,6 @@ def _has_batch_first(chain: ResidualChain, place: int) -> bool:
 def _lengths(state: Any) -> set[int]:
     """Sizes of the dimension that should be the batch."""
     return {len(part) if part.dim() else 0 for part in (state if isinstance(state, tuple) else (state,))}
-
-
-def _copy(state: Any) -> Any:
-    return tuple(part.clone() for part in state) if isinstance(state, tuple) else state.clone()
 
 
 def _stacked(states: list[Any]) -> Any:

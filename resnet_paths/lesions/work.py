@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from resnet_paths.batches import unpack
 from resnet_paths.errors import ResnetPathsError
 from resnet_paths.lesions.pieces import Piece, Workshop, hand_out, num_workers, run_piece
 from resnet_paths.lesions.store import Store
 
-__all__ = ["Shelf", "Work", "refuse_other_than_loader", "unpack"]
+__all__ = ["Shelf", "Work"]
 
 
 @dataclass
@@ -36,7 +37,7 @@ class _Job:
     """What is known of a batch, and what was asked for."""
 
     number: int
-    inputs: torch.Tensor
+    inputs: Any
     labels: torch.Tensor
     batch: str
     known: dict[int, Piece]
@@ -65,7 +66,7 @@ class Work:
                 self.shelf.store.write(job.batch, [self.shelf.lesions[i] for i in job.missing], piece)
             yield job.number, job.labels.cpu().numpy(), self._joined(job, piece)
 
-    def _job(self, number: int, inputs: torch.Tensor, labels: torch.Tensor) -> _Job:
+    def _job(self, number: int, inputs: Any, labels: torch.Tensor) -> _Job:
         everything = range(len(self.workshop.chains))
         if self.shelf is None:
             return _Job(number, inputs, labels, "", {}, list(everything))
@@ -155,45 +156,3 @@ def _failed(future: Future[Piece]) -> bool:
 def _result_of(future: Future[Piece]) -> Piece:
     with _refusing_broken_executor(), _refusing_what_cannot_be_sent():
         return future.result()
-
-
-def refuse_other_than_loader(loader: object) -> None:
-    """Refuse what cannot be read batch by batch.
-
-    Args:
-        loader: What a caller gave.
-
-    Raises:
-        ResnetPathsError: If it is no loader.
-    """
-    if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
-        raise ResnetPathsError(
-            "loader", type(loader).__name__, "batches of (inputs, labels)",
-            "Wrap a data set in torch.utils.data.DataLoader.",
-        )  # fmt: skip
-
-
-def unpack(batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and labels of a batch, whole labels as int64.
-
-    Args:
-        batch: What a loader gave.
-
-    Returns:
-        Inputs [batch, ...] and labels [batch, ...].
-
-    Raises:
-        ResnetPathsError: If it is no pair of tensors of one length.
-    """
-    if not isinstance(batch, tuple | list) or len(batch) != 2 or not all(isinstance(b, torch.Tensor) for b in batch):
-        raise ResnetPathsError(
-            "loader", type(batch).__name__, "batches of (inputs, labels), both tensors",
-            "Wrap a data set in torch.utils.data.DataLoader.",
-        )  # fmt: skip
-    inputs, labels = batch
-    if not labels.dim() or not inputs.dim() or len(labels) != len(inputs):
-        raise ResnetPathsError(
-            "loader", f"labels {list(labels.shape)} for inputs {list(inputs.shape)}", "one label for each input"
-        )
-    whole = not labels.is_floating_point() and not labels.is_complex()
-    return inputs, labels.long() if whole else labels
