@@ -37,6 +37,7 @@ _HOME = {
     "swap_blocks": "edits",
     "list_networks": "zoo",
     "load_network": "zoo",
+    "training_memory": "memory",
     "training_logs": "zoo",
     "load_dataset": "datasets",
     "effective_window": "gradients",
@@ -75,7 +76,7 @@ __all__ = [
     "mean_replacements", "pair_deletions", "pair_interactions", "parallel_blocks", "path_histogram", "path_network",
     "permute_blocks", "predicted_effects", "random_deletions", "random_duplications", "random_swaps", "reverse_blocks",
     "sample_paths", "scalar_gradients", "scale_block", "scalings", "score_correlations", "single_deletions",
-    "swap_blocks", "training_logs", "unravel", "unraveled_graph", "widgets",
+    "swap_blocks", "training_logs", "training_memory", "unravel", "unraveled_graph", "widgets",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ if TYPE_CHECKING:
         single_deletions,
     )
     from resnet_paths.lesions import lesion_study, pair_interactions, predicted_effects, score_correlations
+    from resnet_paths.memory import training_memory
     from resnet_paths.paths import enumerate_paths, path_histogram, sample_paths
     from resnet_paths.states import block_norms
     from resnet_paths.unraveling import unravel

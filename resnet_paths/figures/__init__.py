@@ -34,6 +34,7 @@ from resnet_paths.figures.blocks import (
     plot_scalar_gradients,
     plot_scalings,
 )
+from resnet_paths.figures.costs import plot_cost_by_depth, plot_training_memory
 from resnet_paths.figures.gradients import (
     plot_coherence,
     plot_effective_window,
@@ -53,11 +54,11 @@ from resnet_paths.paper import paper_style, save_figure, weights_hash
 from resnet_paths.paths import check_path
 
 __all__ = [
-    "paper_style", "plot_block_directions", "plot_block_norms", "plot_coherence", "plot_effective_window",
-    "plot_gradient_by_depth", "plot_lesion_counts", "plot_pair_interactions", "plot_path_gradients",
-    "plot_path_histogram", "plot_path_shares", "plot_predicted_effects", "plot_reorderings", "plot_scalar_gradients",
-    "plot_scalings", "plot_single_deletions", "plot_training_curves", "plot_unraveled_graph", "plot_windows",
-    "save_figure", "weights_hash",
+    "paper_style", "plot_block_directions", "plot_block_norms", "plot_coherence", "plot_cost_by_depth",
+    "plot_effective_window", "plot_gradient_by_depth", "plot_lesion_counts", "plot_pair_interactions",
+    "plot_path_gradients", "plot_path_histogram", "plot_path_shares", "plot_predicted_effects", "plot_reorderings",
+    "plot_scalar_gradients", "plot_scalings", "plot_single_deletions", "plot_training_curves", "plot_training_memory",
+    "plot_unraveled_graph", "plot_windows", "save_figure", "weights_hash",
 ]  # fmt: skip
 
 _CURVE_LABELS = {
