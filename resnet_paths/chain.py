@@ -13,12 +13,13 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
+import pandas as pd
 import torch
 from torch import nn
 
 from resnet_paths.errors import ResnetPathsError, nearest_names
 from resnet_paths.paths import Entry, check_path, choices_of, num_paths
-from resnet_paths.reports import chain_table
+from resnet_paths.reports import chain_table, indented
 from resnet_paths.units import length_polynomial
 
 __all__ = ["Block", "Constant", "Parallel", "Placed", "ResidualChain", "Scaled", "path_network"]
@@ -263,14 +264,29 @@ class ResidualChain(nn.Module):
             weight layers on the longest route through the branch, parameters, shapes without the batch.
         """
         first = f"ResidualChain of {len(self)} blocks, {self.num_paths:,} paths, {_count_parameters(self):,} parameters"
-        table = chain_table(self)
-        return "\n".join([first, table.to_string(index=False, justify="left")]) if len(table) else first
+        if not len(self):
+            return first
+        return "\n".join([first, indented(self.to_frame()).to_string(index=False, justify="left")])
 
     def _repr_html_(self) -> str:
         """The same as a table in a notebook."""
         left: Any = [{"selector": "th, td", "props": "text-align: left; white-space: pre"}]
-        table = chain_table(self).style.hide(axis="index").set_table_styles(left).to_html()
-        return f"<p>ResidualChain of {len(self)} blocks, {self.num_paths:,} paths</p>{table}"
+        first = f"<p>ResidualChain of {len(self)} blocks, {self.num_paths:,} paths</p>"
+        if not len(self):
+            return first
+        return first + indented(self.to_frame()).style.hide(axis="index").set_table_styles(left).to_html()
+
+    def to_frame(self) -> pd.DataFrame:
+        """What every block holds, one row each; the rows of a chain inside a branch follow that of its block.
+
+        Returns:
+            ``index``, the position in its own chain; ``block``, its name; ``depth``, in how many branches it stands;
+            ``stage``; ``skip``, ``"identity"``, ``"projection"``, ``"concat"`` or ``"none"``; ``before``, ``branch``
+            and ``after``, what stands before skip and branch, in the branch and behind the addition;
+            ``num_branches``, how many a path may choose from, 0 where the branch is deleted; ``weight_layers`` on the
+            longest route through the branch; ``parameters`` of all parts; ``shape`` without the batch, in and out.
+        """
+        return chain_table(self)
 
     def length_polynomial(self, unit: str = "sublayer") -> list[int]:
         """Number of paths by length, lengths counted in a unit; see `resnet_paths.path_histogram`.

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-__all__ = ["chain_table", "contents", "weight_layers"]
+__all__ = ["chain_table", "contents", "indented", "weight_layers"]
 
 _ATEN = torch.ops.aten
 _WEIGHT_LAYERS = {
@@ -127,25 +127,25 @@ def _repeats(words: Sequence[str], start: int) -> Iterable[tuple[int, int]]:
 
 
 def chain_table(blocks: Iterable[Any], depth: int = 0) -> pd.DataFrame:
-    """A table of a chain, those inside its branches included, indented.
+    """A table of a chain, those inside its branches included.
 
     Args:
         blocks: The blocks of a chain.
         depth: How deep the chain stands inside others.
 
     Returns:
-        A row a block: ``index``, ``block``, ``stage``, ``skip``, ``before``, ``branch``, ``after`` (what it holds),
-        ``weight_layers``, ``parameters`` (of all its parts), ``shape`` (in and out).
+        A row a block; see `resnet_paths.chain.ResidualChain.to_frame`.
     """
     rows: list[dict[Any, Any]] = []
     for index, block in enumerate(blocks):
         inner = getattr(block.branch, "blocks", None)
         shapes = ["x".join(map(str, shape or ())) or "?" for shape in (block.in_shape, block.out_shape)]
         rows.append({
-            "index": index, "block": "  " * depth + (block.name or "(unnamed)"), "stage": block.stage,
+            "index": index, "block": block.name or "(unnamed)", "depth": depth, "stage": block.stage,
             "skip": block.skip_kind or "none", "before": contents(block.pre) if _does(block.pre) else "",
             "branch": f"chain of {len(inner)} blocks" if inner is not None else contents(block.branch),
             "after": contents(block.post) if _does(block.post) else "",
+            "num_branches": sum(map(bool, block.path_choices)),
             "weight_layers": weight_layers(block.branch),
             "parameters": sum(p.numel() for p in block.parameters()),
             "shape": shapes[0] if shapes[0] == shapes[1] else " -> ".join(shapes),
@@ -153,6 +153,12 @@ def chain_table(blocks: Iterable[Any], depth: int = 0) -> pd.DataFrame:
         if inner is not None:
             rows += chain_table(inner, depth + 1).to_dict("records")
     return pd.DataFrame(rows)
+
+
+def indented(table: pd.DataFrame) -> pd.DataFrame:
+    """A table of a chain for people: the names of blocks inside branches indented, without columns for programs."""
+    names = ["  " * depth + name for depth, name in zip(table["depth"], table["block"], strict=True)]
+    return table.assign(block=names).drop(columns=["depth", "num_branches"])
 
 
 def _does(part: nn.Module) -> bool:

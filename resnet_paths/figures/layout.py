@@ -14,7 +14,10 @@ from matplotlib.transforms import ScaledTranslation
 
 from resnet_paths.errors import ResnetPathsError
 
-__all__ = ["INK", "MARKERS", "MUTED", "checked", "groups_of", "legend_above", "mark_stages", "whole_numbers_from_zero"]
+__all__ = [
+    "INK", "MARKERS", "MUTED", "checked", "draw_sum", "groups_of", "legend_above", "mark_stages",
+    "whole_numbers_from_zero",
+]  # fmt: skip
 
 MARKERS = "osD^vP"
 INK, MUTED = "0.2", "0.75"
@@ -136,3 +139,20 @@ def mark_stages(ax: Axes, starts: Sequence[int]) -> None:
         "stage starts", (starts[int(np.argmax(gaps))], 1), xycoords=along, xytext=(4, 0), textcoords="offset points",
         va="bottom", fontsize="small", color=INK,
     )  # fmt: skip
+
+
+def draw_sum(ax: Axes, at: tuple[float, float], on: bool, muted: bool, points: float, sign: str = "+") -> None:
+    """Draw a circle with a sign, where values are added.
+
+    Args:
+        ax: The axes.
+        at: Its middle.
+        on: Whether it is highlighted.
+        muted: Whether it is muted if it is not.
+        points: Its size.
+        sign: A marker of matplotlib.
+    """
+    colour = "C0" if on else MUTED if muted else INK
+    line = min(0.11 * points, 1.0)
+    ax.plot(*at, marker="o", markersize=points, color="white", markeredgecolor=colour, markeredgewidth=line, zorder=4)
+    ax.plot(*at, marker=sign, markersize=0.6 * points, color=colour, markeredgewidth=line, zorder=5)
