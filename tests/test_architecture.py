@@ -19,7 +19,7 @@ FLOORS = [
     {"chain", "tracing", "folding", "zoo.weights", "zoo.places", "zoo.initialisation", "zoo.resnet"},
     {"zoo.drawn", "zoo.senet", "zoo.vgg", "zoo.densenet", "zoo.highway", "zoo.vit", "zoo.unet"},
     {"unraveling.merges", "unraveling.calling", "datasets", "placement", "lesions.batchnorm", "gradients.adjoints"},
-    {"zoo.catalog", "training.tasks", "batches"},
+    {"zoo.catalog", "zoo.language", "training.tasks", "batches"},
     {"zoo", "training.settings", "unraveling.assembly", "unraveling.by_hand"},
     {"training.batches", "training.checkpoints", "unraveling"},
     {

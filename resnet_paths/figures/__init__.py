@@ -39,6 +39,7 @@ from resnet_paths.figures.gradients import (
 from resnet_paths.figures.graphs import plot_unraveled_graph
 from resnet_paths.figures.layout import MARKERS, checked, groups_of, legend_above, whole_numbers_from_zero
 from resnet_paths.figures.lesions import (
+    plot_layer_schedules,
     plot_lesion_counts,
     plot_pair_interactions,
     plot_predicted_effects,
@@ -49,10 +50,11 @@ from resnet_paths.paper import paper_style, save_figure, weights_hash
 
 __all__ = [
     "paper_style", "plot_block_directions", "plot_block_norms", "plot_chain", "plot_coherence", "plot_cost_by_depth",
-    "plot_effective_window", "plot_gradient_by_depth", "plot_lesion_counts", "plot_pair_interactions",
-    "plot_path_gradients", "plot_path_histogram", "plot_path_shares", "plot_predicted_effects", "plot_reorderings",
-    "plot_scalar_gradients", "plot_scalings", "plot_single_deletions", "plot_training_curves", "plot_training_memory",
-    "plot_unraveled_graph", "plot_windows", "save_figure", "weights_hash",
+    "plot_effective_window", "plot_gradient_by_depth", "plot_layer_schedules", "plot_lesion_counts",
+    "plot_pair_interactions", "plot_path_gradients", "plot_path_histogram", "plot_path_shares",
+    "plot_predicted_effects", "plot_reorderings", "plot_scalar_gradients", "plot_scalings", "plot_single_deletions",
+    "plot_training_curves", "plot_training_memory", "plot_unraveled_graph", "plot_windows", "save_figure",
+    "weights_hash",
 ]  # fmt: skip
 
 _CURVE_LABELS = {

@@ -26,8 +26,8 @@ from resnet_paths.figures.layout import (
 )
 
 __all__ = [
-    "plot_lesion_counts", "plot_pair_interactions", "plot_predicted_effects", "plot_reorderings",
-    "plot_single_deletions",
+    "plot_layer_schedules", "plot_lesion_counts", "plot_pair_interactions", "plot_predicted_effects",
+    "plot_reorderings", "plot_single_deletions",
 ]  # fmt: skip
 
 _SCORES = {
@@ -161,6 +161,43 @@ def plot_reorderings(frame: pd.DataFrame, ax: Axes | None = None, published: pd.
     ax = _plot_quartiles(frame, "kendall_tau", ax, published, "kendall_tau_bin", bin_width=_TAU_BIN)
     ax.set(xlabel="Kendall's tau of the order of blocks", ylabel="test error (%)", ylim=(0, None))
     ax.xaxis.set_inverted(True)
+    return ax
+
+
+def plot_layer_schedules(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Test error of each way to run the middle blocks: a mark a network, with its 95 % interval.
+
+    Args:
+        frame: From `resnet_paths.lesion_study` of `resnet_paths.layer_schedules`: ``lesion``, and in [0, 1]
+            ``error_rate``, ``error_rate_low``, ``error_rate_high``, ``intact_error_rate``; a column ``network`` names
+            several networks.
+        ax: Where to draw; the current axes if None.
+
+    Returns:
+        The axes; the first schedule stands on top.
+
+    Raises:
+        ResnetPathsError: If columns are missing, a rate is not in [0, 1], or a schedule occurs twice in one network.
+    """
+    by = ["network"] if isinstance(frame, pd.DataFrame) and "network" in frame else []
+    bounds = ["error_rate_low", "error_rate_high", "intact_error_rate"]
+    frame = checked("frame", frame, "error_rate", [*by, "lesion"], bounds, rate=True)
+    ax = plt.gca() if ax is None else ax
+    names = list(frame["lesion"].unique())
+    networks = list(frame.groupby(by, sort=False)) if by else [((None,), frame)]
+    handles: list[Artist] = []
+    for index, (((network,), rows), marker) in enumerate(zip(networks, cycle(MARKERS), strict=False)):
+        # Side by side within the row of a schedule.
+        y = rows["lesion"].map(names.index) + 0.18 * (index - (len(networks) - 1) / 2)
+        colour, label = f"C{index}", "schedule" if network is None else str(network)
+        ax.hlines(y, 100 * rows["error_rate_low"], 100 * rows["error_rate_high"], color=colour, linewidth=0.8)
+        handles += ax.plot(100 * rows["error_rate"], y, marker=marker, linestyle="none", color=colour, label=label)
+        for intact in rows["intact_error_rate"].unique():
+            ax.axvline(100 * intact, color=colour, linestyle="--", linewidth=0.8, zorder=1)
+    handles.append(Line2D([], [], color=INK, linestyle="--", linewidth=0.8, label="intact"))
+    ax.set_yticks(range(len(names)), names)
+    ax.set(xlabel="test error (%)", xlim=(0, 101), ylim=(len(names) - 0.5, -0.5))
+    legend_above(ax, handles)
     return ax
 
 

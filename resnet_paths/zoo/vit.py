@@ -6,22 +6,23 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-__all__ = ["ViT"]
+__all__ = ["EncoderLayer", "ViT"]
 
 
 class Attention(nn.Module):
-    """Self-attention of several heads."""
+    """Self-attention of several heads; if causal, no token sees those behind it."""
 
-    def __init__(self, width: int, num_heads: int) -> None:
+    def __init__(self, width: int, num_heads: int, *, is_causal: bool = False) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.is_causal = is_causal
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[batch, token, width] to the same shape."""
         heads = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(heads[0], heads[1], heads[2])
+        mixed = F.scaled_dot_product_attention(heads[0], heads[1], heads[2], is_causal=self.is_causal)
         attended: torch.Tensor = self.out(mixed.transpose(1, 2).flatten(2))
         return attended
 
@@ -43,10 +44,10 @@ class MLP(nn.Module):
 class EncoderLayer(nn.Module):
     """Two residual blocks, attention and MLP, with LayerNorm at the start of each branch."""
 
-    def __init__(self, width: int, num_heads: int, hidden: int) -> None:
+    def __init__(self, width: int, num_heads: int, hidden: int, *, is_causal: bool = False) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
-        self.attention = Attention(width, num_heads)
+        self.attention = Attention(width, num_heads, is_causal=is_causal)
         self.norm2 = nn.LayerNorm(width)
         self.mlp = MLP(width, hidden)
 
