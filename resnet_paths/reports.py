@@ -25,6 +25,7 @@ _NAMES = {
     "scaled_dot_product_attention": "attention", "max_pool2d": "max pool", "avg_pool2d": "average pool",
     "adaptive_avg_pool2d": "average pool", "addmm": "linear", "softmax": "softmax",
 }  # fmt: skip
+_SILENT = ("Identity", "Placed")  # what concatenation is made of is said by the kind of the skip
 _SHOWN = {
     *_NAMES, "linear", "relu", "relu_", "gelu", "silu", "silu_", "sigmoid", "tanh", "hardswish", "hardswish_",
     "hardsigmoid", "elu", "leaky_relu", "softplus", "mish", "matmul", "bmm", "einsum", "cat", "upsample_bilinear2d",
@@ -85,7 +86,7 @@ def _words(module: nn.Module) -> Iterable[str]:
     elif not list(module.children()):
         if isinstance(module, nn.modules.conv._ConvNd):
             yield "conv " + "x".join(map(str, module.kernel_size))
-        elif not isinstance(module, nn.Identity):
+        elif type(module).__name__ not in _SILENT:
             yield type(module).__name__
     else:
         for child in module.children():

@@ -196,6 +196,9 @@ def test_the_frame_says_what_every_block_holds() -> None:
     assert frame.skip.tolist() == ["concat", "concat", "identity", "identity"]
     assert frame.num_branches.tolist() == [1, 1, 1, 0]
     assert frame["after"].tolist() == ["ReLU", "", "", ""]
+    assert frame.branch.tolist() == ["chain of 1 blocks", "chain of 2 blocks", "Linear", "deleted"]
+    placed = chain([block("layer", "concat", branch=nn.Sequential(nn.Linear(4, 2), Placed(1, 4, 0)), out_shape=(6,))])
+    assert placed.to_frame().branch.tolist() == ["Linear"]
     assert side_by_side().to_frame().num_branches.tolist() == [2] * 6
     assert "    bottom.0" in u_net().summary()
     assert "num_branches" not in u_net().summary()

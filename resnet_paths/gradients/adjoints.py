@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from resnet_paths.chain import Placed, Scaled
 from resnet_paths.tracing import FixedShape, Segment
 
-__all__ = ["Pullback", "linearize", "unchanged"]
+__all__ = ["Pullback", "each_part", "linearize", "unchanged"]
 
 aten = torch.ops.aten
 
@@ -67,7 +67,9 @@ def linearize(module: nn.Module, inputs: Any) -> tuple[Any, Pullback]:
     if isinstance(module, Scaled):
         output, pullback = linearize(module.branch, inputs)
         factor = module.factor
-        return _each(lambda t: factor * t, output), lambda cotangents: pullback(_each(lambda t: factor * t, cotangents))
+        return each_part(lambda t: factor * t, output), lambda cotangents: pullback(
+            each_part(lambda t: factor * t, cotangents)
+        )
     with torch.no_grad():
         if isinstance(module, Segment) and isinstance(inputs, torch.Tensor):
             return _linearize_graph(module, inputs)
@@ -100,17 +102,26 @@ def _linearize_in_series(modules: Sequence[nn.Module], inputs: Any) -> tuple[Any
     return inputs, pull_through_all
 
 
-def _each(function: Callable[..., Any], *states: Any) -> Any:
+def each_part(function: Callable[..., Any], *states: Any) -> Any:
+    """`function` of states, part by part where they are tuples.
+
+    Args:
+        function: Of tensors.
+        *states: Tensors, or tuples of as many tensors each.
+
+    Returns:
+        What it returns, in a tuple where the states are.
+    """
     if isinstance(states[0], tuple):
         return tuple(function(*parts) for parts in zip(*states, strict=True))
     return function(*states)
 
 
 def _linearize_by_autograd(module: nn.Module, inputs: Any) -> tuple[Any, Pullback]:
-    leaves = _each(lambda t: t.detach().requires_grad_(t.is_floating_point() or t.is_complex()), inputs)
+    leaves = each_part(lambda t: t.detach().requires_grad_(t.is_floating_point() or t.is_complex()), inputs)
     with torch.enable_grad():
         # On copies: a module may begin with an operation in place, which leaves do not allow.
-        output = module(_each(torch.clone, leaves))
+        output = module(each_part(torch.clone, leaves))
     sources = leaves if isinstance(leaves, tuple) else (leaves,)
     results = output if isinstance(output, tuple) else (output,)
 
@@ -120,7 +131,7 @@ def _linearize_by_autograd(module: nn.Module, inputs: Any) -> tuple[Any, Pullbac
         found = _vjp_of_each([y for y, _ in live], sources, [v for _, v in live], len(stacks[0]))
         return found if isinstance(inputs, tuple) else found[0]
 
-    return _each(torch.Tensor.detach, output), pullback
+    return each_part(torch.Tensor.detach, output), pullback
 
 
 def _vjp_of_each(

@@ -21,8 +21,8 @@ from torch import nn
 
 from resnet_paths.chain import Block, Parallel, ResidualChain, add_states
 from resnet_paths.errors import ResnetPathsError
-from resnet_paths.gradients.adjoints import Pullback, linearize, unchanged
-from resnet_paths.gradients.cotangents import Stack, combined, each_part, joined, parts_of, rows_of
+from resnet_paths.gradients.adjoints import Pullback, each_part, linearize, unchanged
+from resnet_paths.gradients.cotangents import Stack, combined, joined, parts_of, rows_of
 from resnet_paths.paths import Path
 
 __all__ = [
@@ -46,11 +46,19 @@ def states_of(chain: ResidualChain, inputs: Sequence[torch.Tensor]) -> list[Any]
     # Parts written by hand may begin with an operation in place: they get copies.
     own = unchanged if chain.eval_only else _copy
     with torch.no_grad():
-        states = [chain.stem(*own(tuple(inputs)))]
-        _check_finite("the stem", states[0])
-        for index, block in enumerate(chain):
-            states.append(block(own(states[-1])))
-            _check_finite(f"block {block.name or index!r}", states[-1])
+        first = chain.stem(*own(tuple(inputs)))
+    _check_finite("the stem", first)
+    return _states_from(first, chain)
+
+
+@torch.no_grad()
+def _states_from(state: Any, chain: ResidualChain) -> list[Any]:
+    """The state at the first block, and that behind each."""
+    own = unchanged if chain.eval_only else _copy
+    states = [state]
+    for index, block in enumerate(chain):
+        states.append(block(own(states[-1])))
+        _check_finite(f"block {block.name or index!r}", states[-1])
     return states
 
 
@@ -208,10 +216,7 @@ class NestedChain:
     def at(cls, chain: ResidualChain, state: Any) -> NestedChain:
         """The chain at its input `state`."""
         first, stem = linearize(chain.stem, state)
-        states = [first]
-        with torch.no_grad():
-            for block in chain:
-                states.append(block(states[-1] if chain.eval_only else _copy(states[-1])))
+        states = _states_from(first, chain)
         output, head = linearize(chain.head, states[-1])
         return cls(chain, states, stem, head, output)
 

@@ -7,15 +7,15 @@ Stacks are kept as mantissas and exponents: in float32 the gradient of a path th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from resnet_paths.gradients.adjoints import Pullback, unchanged
+from resnet_paths.gradients.adjoints import Pullback, each_part, unchanged
 
-__all__ = ["Stack", "combined", "each_part", "joined", "parts_of", "rows_of"]
+__all__ = ["Stack", "combined", "joined", "parts_of", "rows_of"]
 
 _CHUNK_BYTES = 2**23  # small enough for the caches; larger is no faster
 _ZERO = -(2**20)  # the exponent of a row of zeros: below every other
@@ -31,21 +31,6 @@ def parts_of(state: Any) -> tuple[torch.Tensor, ...]:
         A tuple of tensors.
     """
     return state if isinstance(state, tuple) else (state,)
-
-
-def each_part(function: Callable[..., Any], *states: Any) -> Any:
-    """`function` of states, part by part where they are tuples.
-
-    Args:
-        function: Of tensors.
-        *states: Tensors, or tuples of as many tensors each.
-
-    Returns:
-        What it returns, in a tuple where the states are.
-    """
-    if isinstance(states[0], tuple):
-        return tuple(function(*parts) for parts in zip(*states, strict=True))
-    return function(*states)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from resnet_paths.chain import ResidualChain, refuse_training_mode
 from resnet_paths.errors import ResnetPathsError
-from resnet_paths.gradients.adjoints import linearize
+from resnet_paths.gradients.adjoints import each_part, linearize
 from resnet_paths.gradients.backward import (
     Rules,
     head_cotangent,
@@ -28,7 +28,7 @@ from resnet_paths.gradients.backward import (
     pull_paths,
     states_of,
 )
-from resnet_paths.gradients.cotangents import Stack, each_part, parts_of
+from resnet_paths.gradients.cotangents import Stack, parts_of
 from resnet_paths.paths import Choices, Path
 
 __all__ = ["Place", "Point", "num_block_vjps"]
