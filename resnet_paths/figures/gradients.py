@@ -193,7 +193,9 @@ def plot_path_shares(
     ax.set(xlabel="path length (blocks)", ylabel=f"{_SHARES.get(quantity, quantity)} (%)")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     legend_above(ax, ax.get_legend_handles_labels()[0])
-    ax.get_legend().set_title(None if by == "network" else by)
+    legend = ax.get_legend()
+    if legend is not None and by is not None and by != "network":
+        legend.set_title(by)
     return ax
 
 
