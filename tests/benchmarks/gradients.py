@@ -1,153 +1,150 @@
-"""What the gradient by path length costs: ``python -m tests.benchmarks.gradients``.
+"""The gradient by path length: the paper's protocol as one writes it with autograd, and this project's three methods.
 
-Three ratios, each measured side by side in one run:
+Two estimates are taken to one relative standard error (10 %) at every length. Where that would take hours, the number
+of paths that it needs is extrapolated from the error of fewer, which falls as one over the square root of their number:
+such rows say so. The exact split has no such error; it is compared with the block VJPs that it is made of.
 
-1. the exact split of all lengths against its bound: n (n + 1) / 2 block VJPs, at the time that the same blocks'
-   ordinary backward takes;
-2. the energy of all lengths at one relative standard error: random signs against the paper's sampling as a
-   hand-written autograd loop, one forward and backward pass for each path;
-3. peak memory over a plain forward and backward pass of the same batch, for several budgets;
-4. seconds and peak memory of lengths up to 60 in a narrow network of 501 blocks (the depth of ResNet-1001).
+    mean norm over the paths of a length (the paper's)    this project, sampled | by hand, a path at a time
+    energy of the paths of a length                       this project, energy  | by hand, sampled paths
+    sum over the paths of a length                        this project, exact   | as many block VJPs by autograd
 """
 
 from __future__ import annotations
 
-import argparse
+import itertools
 import math
-import platform
-import resource
-import subprocess
-import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 import resnet_paths as rp
-from resnet_paths.gradients.backward import Rules, head_cotangent, pull_back, states_of
-from resnet_paths.gradients.cotangents import Stack
 from resnet_paths.gradients.passes import Place, Point
 from resnet_paths.paths import sample_paths
 from resnet_paths.zoo import load_network
-from resnet_paths.zoo.resnet import PreactBasicBlock
+from tests.benchmarks.lesions import fashion_images
+from tests.benchmarks.table import row
+from tests.benchmarks.workers import timed, workers
+
+PART = "gradients"
+ERROR = 0.1
+"""Relative standard error at which estimates are compared."""
+WORTH = 1e-3
+"""Lengths that hold less than this share of the energy are left out where the energy is compared."""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--network", default="preact-resnet-110", help="a network of the project")
-    parser.add_argument("--weights", help="a weights file instead of the shipped one")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--samples", type=int, default=60, help="sampled paths of each length")
-    parser.add_argument("--draws", type=int, default=40, help="draws of signs")
-    parser.add_argument("--only", choices=["bound", "energy", "memory", "depth"])
-    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.memory_of == "depth":
-        depth()
-        return
-    model = load_network(options.network, options.weights)
-    chain = rp.unravel(model, torch.zeros(2, 1, 28, 28))
-    data = rp.load_dataset("fashion-mnist", split="test")
-    images, labels = (torch.stack(part) if isinstance(part[0], torch.Tensor) else torch.tensor(part) for part in zip(
-        *(data[i] for i in range(options.batch)), strict=True
-    ))  # fmt: skip
-    if options.memory_of:
-        memory_of(options.memory_of, chain, images, labels)
-        return
-    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"{options.network}, {len(chain)} blocks, {options.batch} test images, float32\n")
-    if options.only in (None, "bound"):
-        bound(chain, images, labels, options.repeats)
-    if options.only in (None, "energy"):
-        energy(chain, images[:4], labels[:4], options.samples, options.draws)
-    if options.only in (None, "memory"):
-        memory(options)
-    if options.only in (None, "depth"):
-        command = [sys.executable, "-m", "tests.benchmarks.gradients", "--memory-of", "depth"]
-        print(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+@dataclass(frozen=True)
+class Contender:
+    """A function from (chain, images, labels, settings, repeat) to an answer, its seconds among it."""
+
+    measure: Callable[..., dict[str, Any]]
+
+    def prepare(self, settings: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+        model = load_network(settings["network"]).eval()
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)  # gradients of states alone, as in the paper
+        chain = rp.unravel(model, torch.zeros(2, 1, 28, 28))
+        images, labels = fashion_images(0, settings["images"])
+        rp.gradient_by_path_length(chain, images[:2], labels[:2], max_length=1, progress=False)
+
+        def answer(request: dict[str, Any]) -> dict[str, Any]:
+            seconds, memory, found = timed(lambda: self.measure(chain, images, labels, settings, request["repeat"]))
+            return {"seconds": seconds, "memory": memory} | found
+
+        return answer
 
 
-def bound(chain: rp.ResidualChain, images: torch.Tensor, labels: torch.Tensor, repeats: int) -> None:
-    """The exact recursion, forward pass included, against n (n + 1) / 2 ordinary block VJPs, interleaved."""
-    for parameter in chain.parameters():
-        parameter.requires_grad_(False)  # the bound's backward computes gradients of states alone, as ours does
-    images = images.contiguous(memory_format=torch.channels_last)
-    n = len(chain)
+def sampled(chain: rp.ResidualChain, images: Any, labels: Any, settings: dict[str, Any], repeat: int) -> dict[str, Any]:
+    """Some paths of each length, and how many it would take."""
+    draws = settings["paths"]
+    frame = rp.gradient_by_path_length(
+        chain, images, labels, method="sampled", num_draws=draws, with_respect_to="stem", progress=False,
+        generator=torch.Generator().manual_seed(repeat),
+    )  # fmt: skip
+    relative = (frame["mean_path_gradient_norm_se"] / frame["mean_path_gradient_norm"]).fillna(0).to_numpy()
+    return {"needed": needed(relative, draws).tolist(), "draws": draws}
 
-    def losses(logits: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(logits, labels, reduction="none")
 
-    def exact() -> float:
+def needed(relative_error: np.ndarray, draws: int) -> np.ndarray:
+    """Draws of each length that bring relative errors seen with `draws` down to `ERROR`; at least 2."""
+    return np.maximum(2, np.ceil(draws * (relative_error / ERROR) ** 2))
+
+
+def by_hand(chain: rp.ResidualChain, images: Any, labels: Any, settings: dict[str, Any], repeat: int) -> dict[str, Any]:
+    """Seconds of one path of each length, a forward and a backward pass for each."""
+    generator, seconds = torch.Generator().manual_seed(repeat), []
+    for length in range(len(chain) + 1):
+        (path,) = sample_paths(chain, length, 1, generator)
         start = time.perf_counter()
-        states = states_of(chain, (images,))
-        pull_back(chain, states, Stack.of(head_cotangent(chain, states[-1], losses)), Rules())
-        return time.perf_counter() - start
-
-    def ordinary() -> float:
-        states = states_of(chain, (images,))
-        cotangent = head_cotangent(chain, states[-1], losses)
-        total = 0.0
-        for index in reversed(range(n)):
-            state = states[index].clone().requires_grad_()
-            output = chain[index](state)
-            seconds = []
-            for _ in range(2):
-                start = time.perf_counter()
-                (below,) = torch.autograd.grad(output, state, cotangent, retain_graph=True)
-                seconds.append(time.perf_counter() - start)
-            cotangent = below
-            total += min(seconds) * (n - index)
-        return total
-
-    exact(), ordinary()
-    pairs = [(exact(), ordinary()) for _ in range(repeats)]
-    ratios = sorted(a / b for a, b in pairs)
-    print("1. exact, all lengths, to the output of the stem")
-    print(f"   {n * (n + 1) // 2} block VJPs; exact {np.median([a for a, _ in pairs]):.3f} s, ", end="")
-    print(f"bound {np.median([b for _, b in pairs]):.3f} s")
-    print(f"   ratio {np.median(ratios):.2f} (from {ratios[0]:.2f} to {ratios[-1]:.2f}, {repeats} repeats)\n")
+        gradient_of_path(chain, images, labels, path)
+        seconds.append(time.perf_counter() - start)
+    return {"seconds_by_length": seconds}
 
 
-def energy(chain: rp.ResidualChain, images: torch.Tensor, labels: torch.Tensor, samples: int, draws: int) -> None:
-    """Seconds to one relative standard error of the energy of each length, by both methods."""
+def gradient_of_path(chain: rp.ResidualChain, images: torch.Tensor, labels: torch.Tensor, path: tuple) -> torch.Tensor:
+    """The paper's measurement with autograd: a full forward pass, one path backward; gradient at the stem's output."""
+    state = chain.stem(images).detach().requires_grad_()
+    start = state
+    for block, taken in zip(chain, path, strict=True):
+        shared = block.pre(state)
+        skip, branch = block.skip(shared), block.branch(shared)
+        state = block.post(skip.detach() + branch if taken else skip + branch.detach())
+    loss = F.cross_entropy(chain.head(state), labels, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, start, allow_unused=True)
+    return gradient
+
+
+def energy(chain: rp.ResidualChain, images: Any, labels: Any, settings: dict[str, Any], repeat: int) -> dict[str, Any]:
+    """To the relative standard error itself, nothing extrapolated; the sums over paths come with it."""
+    frame = rp.gradient_by_path_length(
+        chain, images, labels, method="energy", relative_error=ERROR / 2, with_respect_to="stem", progress=False,
+        generator=torch.Generator().manual_seed(repeat),
+    )  # fmt: skip
+    # The norm is the root of the energy: half the relative error.
+    return {"draws": int(frame.attrs["num_draws"]), "vjps": int(frame.attrs["num_block_vjps"])}
+
+
+def exact(chain: rp.ResidualChain, images: Any, labels: Any, settings: dict[str, Any], repeat: int) -> dict[str, Any]:
+    """All lengths."""
+    frame = rp.gradient_by_path_length(chain, images, labels, with_respect_to="stem", progress=False)
+    return {"vjps": int(frame.attrs["num_block_vjps"])}
+
+
+def ordinary(
+    chain: rp.ResidualChain, images: Any, labels: Any, settings: dict[str, Any], repeat: int
+) -> dict[str, Any]:
+    """What n (n + 1) / 2 block VJPs take by autograd: that of block i is timed, and counted n - i times."""
     n = len(chain)
-    generator = torch.Generator().manual_seed(0)
-    point = next(Place.of(chain, "stem").points(images, labels, None, 2**34, n + 1))
+    with torch.no_grad():
+        states = list(itertools.accumulate(chain, lambda state, block: block(state), initial=chain.stem(images)))
+    last = states[-1].requires_grad_()
+    (cotangent,) = torch.autograd.grad(F.cross_entropy(chain.head(last), labels, reduction="sum"), last)
+    total = 0.0
+    for index in reversed(range(n)):
+        state = states[index].detach().requires_grad_()
+        output, seconds = chain[index](state), []
+        for _ in range(2):
+            start = time.perf_counter()
+            (below,) = torch.autograd.grad(output, state, cotangent, retain_graph=True)
+            seconds.append(time.perf_counter() - start)
+        cotangent = below
+        total += min(seconds) * (n - index)
+    return {"seconds": total, "vjps": n * (n + 1) // 2}
 
-    def draw_signs() -> torch.Tensor:
-        return 2 * torch.randint(2, (1, len(images)), generator=generator) - 1
 
-    start = time.perf_counter()
-    signed = np.stack([
-        (point.norms(point.by_length(n, 1, draw_signs))[0][:, 0] ** 2).mean(1) for _ in range(draws)
-    ])  # fmt: skip
-    seconds_a_draw = (time.perf_counter() - start) / draws
-
-    for path in sample_paths(chain, n // 2, 5, generator):
-        by_hand = energy_of_path(chain, images, labels, path)
-        found = (point.norms(point.of_paths([path]))[0] ** 2).mean()
-        assert math.isclose(by_hand, found, rel_tol=1e-3), (by_hand, found)
-    seconds_a_path = float(np.median([seconds_of(chain, images, labels, path) for path in sample_paths(
-        chain, n // 2, 5, generator
-    )]))  # fmt: skip
-
-    # Draws needed for a relative standard error of 1: the relative variance of one.
-    needed_signs = signed.var(0, ddof=1) / signed.mean(0) ** 2
-    mean, needed_paths = variance_of_sampling(point, n, samples, generator)
-    counts = np.array([math.comb(n, k) for k in range(n + 1)], dtype=float)
-    ours, theirs = needed_signs * seconds_a_draw, needed_paths * seconds_a_path
-    print(f"2. energy of all lengths at one relative standard error, {len(images)} images")
-    print(f"   a draw of signs (all lengths) {seconds_a_draw:.3f} s, a sampled path by hand {seconds_a_path:.4f} s")
-    print(f"   all lengths together: sampling takes {theirs.sum() / ours.max():.0f} times as long as signs")
-    print("   length  draws needed  paths needed  sampling / signs, if only this length is wanted")
-    for k in range(n + 1):
-        ratio = theirs[k] / ours[k] if needed_signs[k] > 1e-9 else float("nan")
-        wins = "  sampling is cheaper here" if ratio < 1 else ""
-        print(f"   {k:6d}  {needed_signs[k]:12.3f}  {needed_paths[k]:12.3f}  {ratio:10.2f}{wins}")
-    print(f"   energies by the two methods: median ratio {np.median(mean * counts / signed.mean(0)):.2f}\n")
+def spread(chain: rp.ResidualChain, images: Any, labels: Any, settings: dict[str, Any], repeat: int) -> dict[str, Any]:
+    """Paths that it takes to estimate the energy of each length by uniform sampling; its own time is not used."""
+    n, few = len(chain), slice(0, 4)
+    point = next(Place.of(chain, "stem").points(images[few], labels[few], None, 2**34, n + 1))
+    mean, variance = variance_of_sampling(point, n, settings["paths"], torch.Generator().manual_seed(0))
+    energies = mean * np.array([math.comb(n, k) for k in range(n + 1)], dtype=float)
+    worth = energies >= WORTH * energies.sum()
+    return {"needed": np.where(worth, np.maximum(2, np.ceil(variance / ERROR**2)), 0).tolist()}
 
 
 def variance_of_sampling(
@@ -188,90 +185,84 @@ def variance_of_sampling(
     return means, np.maximum(variances, 0)
 
 
-def seconds_of(chain: rp.ResidualChain, images: torch.Tensor, labels: torch.Tensor, path: tuple) -> float:
-    """Seconds that one measurement of the paper takes."""
-    start = time.perf_counter()
-    energy_of_path(chain, images, labels, path)
-    return time.perf_counter() - start
+CONTENDERS = {
+    "sampled": Contender(sampled), "by hand": Contender(by_hand), "energy": Contender(energy),
+    "exact": Contender(exact), "block VJPs": Contender(ordinary), "spread": Contender(spread),
+}  # fmt: skip
 
 
-def energy_of_path(chain: rp.ResidualChain, images: torch.Tensor, labels: torch.Tensor, path: tuple) -> float:
-    """The paper's measurement as one writes it with autograd: a full forward pass, one path backward."""
-    state = chain.stem(images).detach().requires_grad_()
-    start = state
-    for block, taken in zip(chain, path, strict=True):
-        shared = block.pre(state)
-        skip, branch = block.skip(shared), block.branch(shared)
-        state = block.post(skip.detach() + branch if taken else skip + branch.detach())
-    loss = F.cross_entropy(chain.head(state), labels, reduction="sum")
-    (gradient,) = torch.autograd.grad(loss, start, allow_unused=True)
-    return float(gradient.double().square().flatten(1).sum(1).mean())
+def run(options: Any) -> list[dict[str, Any]]:
+    """Rows of the three comparisons."""
+    settings = {
+        "network": options.network, "threads": options.threads, "images": 2 if options.quick else 4,
+        "paths": 4 if options.quick else 20,
+    }  # fmt: skip
+    repeats = 2 if options.quick else 3
+    answers: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS}
+    with workers(PART, dict.fromkeys(CONTENDERS, Path(options.python)), settings) as running:
+        for repeat in range(repeats):
+            print(f"gradients: repeat {repeat + 1} of {repeats}", flush=True)
+            for worker in running:
+                if worker.contender != "spread" or repeat == 0:
+                    answer = worker.ask(repeat=repeat)
+                    if answer is None:
+                        raise RuntimeError(f"{worker.contender}: {worker.reason}")
+                    answers[worker.contender].append(answer)
+    return rows_of(answers, f"{options.network}, {settings['images']} images")
 
 
-def memory(options: argparse.Namespace) -> None:
-    """Peak memory of a fresh process over that of one that runs a plain forward and backward pass."""
-    command = [sys.executable, "-m", "tests.benchmarks.gradients", "--network", options.network, "--batch", "64"]
-    command += ["--weights", options.weights] if options.weights else []
+def rows_of(answers: dict[str, list[dict[str, Any]]], what: str) -> list[dict[str, Any]]:
+    """The table of what the contenders answered."""
+    lengths = np.arange(len(answers["by hand"][0]["seconds_by_length"]))
+    by_hand_seconds = [np.array(a["seconds_by_length"]) for a in answers["by hand"]]
 
-    def peak(what: str) -> float:
-        result = subprocess.run([*command, "--memory-of", what], capture_output=True, text=True, check=True)
-        return float(result.stdout)
+    def compared(task: str, ours: tuple[str, Any, str], theirs: tuple[str, Any, str], names: tuple[str, str]) -> Any:
+        """Two rows; each of `ours` and `theirs` is a name, seconds and a note."""
+        return [
+            row(
+                PART, f"{task}, {what}", name, "seconds", seconds, np.array(seconds) / np.array(ours[1]), note=note,
+                memory=max(a["memory"] for a in answers[worker]),
+            )
+            for (name, seconds, note), worker in zip((ours, theirs), names, strict=True)
+        ]  # fmt: skip
 
-    plain = peak("plain")
-    print("3. peak memory, 64 images")
-    print(f"   plain forward and backward {plain / 2**20:.0f} MiB")
-    for budget in (2**27, 2**28, 2**29, 2**30, 2**31):
-        more = peak(str(budget)) - plain
-        print(f"   exact, budget {budget / 2**20:.0f} MiB: {more / 2**20:+.0f} MiB over the plain pass")
+    def seconds_of(name: str, times: float = 1) -> list[float]:
+        return [a["seconds"] * times for a in answers[name]]
 
-
-def memory_of(what: str, chain: rp.ResidualChain, images: torch.Tensor, labels: torch.Tensor) -> None:
-    if what == "plain":
-        images.requires_grad_()
-        F.cross_entropy(chain(images), labels).backward()
-    else:
-        rp.gradient_by_path_length(chain, images, labels, with_respect_to="stem", memory_budget=int(what))
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-
-
-class Narrow(nn.Module):
-    """A pre-activation ResNet of 501 blocks with 4, 8 and 16 channels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(1, 4, 3, padding=1)
-        blocks, width = [], 4
-        for channels, stride in ((4, 1), (8, 2), (16, 2)):
-            for index in range(167):
-                blocks.append(PreactBasicBlock(width, channels, stride if index == 0 else 1))
-                width = channels
-        self.blocks = nn.Sequential(*blocks)
-        self.norm = nn.BatchNorm2d(16)
-        self.fc = nn.Linear(16, 10)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc(torch.relu(self.norm(self.blocks(self.conv(x)))).mean((2, 3)))
-
-
-def depth() -> None:
-    """Untrained, with BatchNorm statistics of random images."""
-    torch.manual_seed(0)
-    model = Narrow().train()
-    with torch.no_grad():
-        model(torch.randn(64, 1, 28, 28))
-    start = time.perf_counter()
-    chain = rp.unravel(model.eval(), torch.zeros(2, 1, 28, 28))
-    unraveled = time.perf_counter()
-    frame = rp.gradient_by_path_length(chain, torch.randn(8, 1, 28, 28), torch.arange(8), max_length=60)
-    seconds = time.perf_counter() - unraveled
-    print(f"4. {len(chain)} blocks, 8 images, lengths up to 60")
-    print(
-        f"   unraveled in {unraveled - start:.0f} s, split in {seconds:.0f} s, {frame.attrs['num_block_vjps']} VJPs;",
-        end=" ",
+    autograd = "the paper's protocol by autograd"
+    paths = np.median([a["needed"] for a in answers["sampled"]], axis=0)
+    share = paths.sum() / (answers["sampled"][0]["draws"] * len(lengths))
+    note = f"{vjps(paths)} block VJPs; {paths.sum():.3g} paths for {ERROR:.0%} at each length, extrapolated from fewer"
+    rows = compared(
+        "mean norm over the paths of each length",
+        ("this project, sampled", seconds_of("sampled", share), note),
+        (autograd, [float(s @ paths) for s in by_hand_seconds], note),
+        ("sampled", "by hand"),
     )
-    print(f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB;", end=" ")
-    print(f"share left out {frame.attrs['share_left_out']:.1e}")
+    paths = np.array(answers["spread"][0]["needed"])
+    draws = " to ".join(map(str, sorted({a["draws"] for a in answers["energy"]})))
+    note = (
+        f"{vjps(paths)} block VJPs; {paths.sum():.3g} paths for {ERROR:.0%} at each length with a thousandth of the "
+        "energy, extrapolated from fewer"
+    )
+    rows += compared(
+        "energy of the paths of each length",
+        ("this project, energy", seconds_of("energy"), f"{answers['energy'][0]['vjps']} block VJPs; {draws} draws"),
+        (autograd, [float(s @ paths) for s in by_hand_seconds], note),
+        ("energy", "by hand"),
+    )
+    count = answers["exact"][0]["vjps"]
+    return rows + compared(
+        "sum over all paths of each length",
+        ("this project, exact", seconds_of("exact"), f"{count} block VJPs"),
+        (
+            "as many block VJPs by autograd", seconds_of("block VJPs"),
+            f"{answers['block VJPs'][0]['vjps']} block VJPs, one by one, nothing added up: no peer splits exactly",
+        ),
+        ("exact", "block VJPs"),
+    )  # fmt: skip
 
 
-if __name__ == "__main__":
-    main()
+def vjps(paths: np.ndarray) -> str:
+    """Block VJPs of so many paths of each length: one for each branch on a path."""
+    return f"{float(paths @ np.arange(len(paths))):.3g}"

@@ -1,0 +1,126 @@
+"""The rows that all parts make, and what is made of them: CSV, text, Markdown and a figure."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+from resnet_paths.files import write_then_rename
+
+ROOT = Path(__file__).parents[2]
+CSV = ROOT / "data" / "benchmarks.csv"
+COLUMNS = [
+    "part", "task", "contender", "quantity", "value", "low", "high", "ratio", "ratio_low", "ratio_high",
+    "peak_memory_mib", "note", "machine", "versions", "date",
+]  # fmt: skip
+"""`value` is a median, `low` and `high` the extremes of the repeats, or one standard error about a fit; `ratio` is the
+median over repeats of the contender's time over this project's in the same repeat."""
+
+
+def row(
+    part: str, task: str, contender: str, quantity: str, values: Sequence[float] | float = (),
+    ratios: Sequence[float] = (), *, note: str = "", memory: float | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """One row; without values it says in `note` why there are none."""
+    value, low, high = middle(np.atleast_1d(values))
+    ratio, ratio_low, ratio_high = middle(ratios)
+    return {
+        "part": part, "task": task, "contender": contender, "quantity": quantity, "value": value, "low": low,
+        "high": high, "ratio": ratio, "ratio_low": ratio_low, "ratio_high": ratio_high, "peak_memory_mib": memory,
+        "note": note,
+    }  # fmt: skip
+
+
+def middle(values: Sequence[float] | np.ndarray) -> tuple[float, float, float]:
+    """Median, lowest and highest; NaN where there is nothing."""
+    if not len(values):
+        return (float("nan"),) * 3
+    return float(np.median(values)), float(np.min(values)), float(np.max(values))
+
+
+def processor() -> str:
+    """Its name, and whether it has matrix units for bfloat16, without which bfloat16 is hardly faster."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.exists() else ""
+    names = [line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")]
+    units = "with" if "amx_bf16" in text else "without"
+    return f"{names[0] if names else platform.machine()} ({units} bfloat16 matrix units)"
+
+
+def stamped(rows: list[dict[str, Any]], versions: dict[str, str], threads: int) -> pd.DataFrame:
+    """Rows with the machine, the versions and the date of the measurement."""
+    told = {
+        "machine": f"{processor()}, {threads} threads",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+    return pd.DataFrame([made | told for made in rows], columns=COLUMNS)
+
+
+def merged(old: pd.DataFrame | None, new: pd.DataFrame) -> pd.DataFrame:
+    """New rows in place of the old ones of the same parts."""
+    if old is None or old.empty:
+        return new
+    kept = old[~old["part"].isin(new["part"].unique())]
+    return pd.concat([kept, new], ignore_index=True)[COLUMNS] if len(kept) else new
+
+
+def write(frame: pd.DataFrame, path: Path) -> None:
+    """The frame as CSV, whole or not at all."""
+    with write_then_rename(path) as temporary:
+        frame.to_csv(temporary, index=False, float_format="%.5g")
+
+
+def text(frame: pd.DataFrame) -> str:
+    """What is printed: a line a row."""
+    lines = []
+    for (part, task), rows in frame.groupby(["part", "task"], sort=False):
+        lines.append(f"\n{part}: {task}")
+        for r in rows.itertuples():
+            spread = f" ({r.low:.4g} to {r.high:.4g})" if r.low != r.high else ""
+            shown = f"{r.value:.4g}{spread} {r.quantity}" if pd.notna(r.value) else "-"
+            ratio = f"{r.ratio:.2f}x ({r.ratio_low:.2f} to {r.ratio_high:.2f})" if pd.notna(r.ratio) else ""
+            memory = f"{r.peak_memory_mib:.0f} MiB" if pd.notna(r.peak_memory_mib) else ""
+            lines.append(f"  {r.contender:58} {shown:44} {ratio:26} {memory:10} {r.note}".rstrip())
+    return "\n".join(lines)
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """The README's table: all rows of lesions and gradients that have a ratio, or say why they have none."""
+    shown = frame[frame["part"].isin(["lesions", "gradients"]) & (frame["ratio"].notna() | frame["value"].isna())]
+    lines = ["| task | by | time over this project's | peak memory | notes |", "| --- | --- | ---: | ---: | --- |"]
+    for r in shown.itertuples():
+        ratio = f"{r.ratio:.3g} ({r.ratio_low:.3g} to {r.ratio_high:.3g})" if pd.notna(r.ratio) else "-"
+        memory = f"{r.peak_memory_mib:.0f} MiB" if pd.notna(r.peak_memory_mib) else "-"
+        note = "" if pd.isna(r.note) else str(r.note).replace("|", "\\|")
+        lines.append(f"| {r.task} | {r.contender} | {ratio} | {memory} | {note} |")
+    told = shown.iloc[0] if len(shown) else None
+    if told is not None:
+        lines += ["", f"{told.machine}; {told.versions}; {told.date}."]
+    return "\n".join(lines)
+
+
+def plot_ratios(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """How long each contender takes, as a multiple of this project's time, with the spread of the repeats."""
+    ax = ax or plt.subplots()[1]
+    shown = frame[frame["ratio"].notna()].reset_index(drop=True)
+    y = np.arange(len(shown))[::-1]
+    ours = shown["contender"].str.startswith("this project")
+    for mask, label, marker in ((ours, "this project", "o"), (~ours, "others", "s")):
+        part, at = shown[mask], y[mask]
+        spread = [part["ratio"] - part["ratio_low"], part["ratio_high"] - part["ratio"]]
+        ax.errorbar(part["ratio"], at, xerr=spread, fmt=marker, linestyle="none", label=label)
+    ax.axvline(1, color="0.75", zorder=0)
+    ax.set_yticks(y, shown["contender"])
+    ax.set_xscale("log")
+    ax.set_xlabel("time over that of this project in float32")
+    ax.legend(frameon=False)
+    return ax
