@@ -1,6 +1,6 @@
 """Any module as one flat functional graph that shares the module's parameters.
 
-`torch.export` traces the module with a dynamic batch; its decompositions take in-place operations out. What comes back
+`torch.export` traces the module with a dynamic batch; in-place operations are written as ordinary ones. What comes back
 is cut into single-input segments by `Trace.segment`; each is a `torch.fx.GraphModule` whose parameters and buffers are
 those of the module, under their own names.
 """
@@ -23,6 +23,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from resnet_paths.errors import ResnetPathsError
 from resnet_paths.gates import write_gates_as_branches
+from resnet_paths.in_place import write_out_of_place
 
 __all__ = ["Segment", "Trace", "module_path", "trace"]
 
@@ -108,6 +109,16 @@ class Trace:
         """The dependent nodes on the way from `sources` to `target`: without the sources, with the target."""
         return _walk_back(target, set(sources), self.dependent_inputs)
 
+    def reads_tensors(self, nodes: Iterable[Node]) -> bool:
+        """Whether any of these nodes, which do not depend on the input, is a parameter or a buffer or made from one."""
+        waiting = list(nodes)
+        while waiting:
+            node = waiting.pop()
+            if node.op == "get_attr":
+                return True
+            waiting.extend(node.all_input_nodes if not is_shape(node) else ())
+        return False
+
     def in_order(self, nodes: Iterable[Node]) -> list[Node]:
         """`nodes` in the order of the graph."""
         return sorted(nodes, key=self._position.__getitem__)
@@ -146,28 +157,30 @@ class Trace:
             if size is None:
                 copies[node] = graph.node_copy(node, copies.__getitem__)
             else:
-                source, dim = size
+                source, dim, times = size
                 copies[node] = graph.call_function(torch.ops.aten.sym_size.int, (copies[source], dim))
+                if times > 1:
+                    copies[node] = graph.call_function(operator.floordiv, (copies[node], times))
         graph.output(copies[targets[0]] if len(targets) == 1 else tuple(copies[target] for target in targets))
         names = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
         return Segment({name: self.tensors[name] for name in names}, graph, class_name="Segment").eval()
 
     @staticmethod
-    def _size_of(node: Node, sources: list[Node]) -> tuple[Node, int] | None:
-        """Where among the sources' dimensions a size can be read that the graph reads off another tensor."""
-        if node.target is not torch.ops.aten.sym_size.int:
+    def _size_of(node: Node, sources: list[Node]) -> tuple[Node, int, int] | None:
+        """Source, dimension and number of times over where a size can be read that the graph reads off another tensor."""
+        wanted = node.meta.get("val")
+        if node.target is not torch.ops.aten.sym_size.int or not isinstance(wanted, torch.SymInt):
             return None
-        wanted = node.meta["val"]
+        found = []
         for source in sources:
-            shape = getattr(source.meta.get("val"), "shape", ())
-            for dim, size in enumerate(shape):
-                if (
-                    isinstance(size, torch.SymInt)
-                    and isinstance(wanted, torch.SymInt)
-                    and size.node.expr == wanted.node.expr
-                ):
-                    return source, dim
-        return None
+            for dim, size in enumerate(getattr(source.meta.get("val"), "shape", ())):
+                times = size.node.expr / wanted.node.expr if isinstance(size, torch.SymInt) else 0
+                if times == int(times if getattr(times, "is_number", True) else 0) > 0:
+                    found.append((int(times), source, dim))
+        if not found:
+            return None
+        times, source, dim = min(found, key=lambda each: each[0])
+        return source, dim, times
 
 
 def _walk_back(target: Node, stop: set[Node], before: Callable[[Node], Iterable[Node]]) -> set[Node]:
@@ -206,7 +219,8 @@ def trace(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Trace:
             dynamic = (dynamic,)
         with torch.no_grad(), _quiet():
             program = torch.export.export(model, example, dynamic_shapes=dynamic, strict=False)
-            program = program.run_decompositions({})
+            if not write_out_of_place(program.graph):
+                program = program.run_decompositions({})
     except Exception as error:
         raise ResnetPathsError(
             "model", f"{name_of(model)}: {_first_line(error)}",

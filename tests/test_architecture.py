@@ -14,12 +14,16 @@ import resnet_paths as rp
 
 PACKAGE = Path(rp.__file__).parent
 FLOORS = [
-    {"claims", "errors", "files", "paths", "device", "examples", "fingerprint", "gates", "memory", "pairs", "reports"},
+    {
+        "claims", "errors", "files", "paths", "device", "examples", "fingerprint", "gates", "in_place", "memory", "pairs",
+        "reports",
+    },  # fmt: skip
     {"units"},
     {"chain", "tracing", "folding", "zoo.weights", "zoo.places", "zoo.initialisation", "zoo.resnet"},
     {"zoo.drawn", "zoo.senet", "zoo.vgg", "zoo.densenet", "zoo.highway", "zoo.vit", "zoo.unet"},
-    {"unraveling.merges", "unraveling.calling", "datasets", "placement", "lesions.batchnorm", "gradients.adjoints"},
-    {"zoo.catalog", "zoo.language", "training.tasks", "batches"},
+    {"unraveling.concatenations", "unraveling.calling", "datasets", "placement"},
+    {"lesions.batchnorm", "gradients.adjoints"},
+    {"unraveling.merges", "zoo.catalog", "zoo.language", "training.tasks", "batches"},
     {"zoo", "training.settings", "unraveling.assembly", "unraveling.by_hand"},
     {"training.batches", "training.checkpoints", "unraveling"},
     {

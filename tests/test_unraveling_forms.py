@@ -86,6 +86,33 @@ def test_a_scaled_alternative_keeps_the_order_of_the_sum():
     assert torch.equal(rp.scale_block(chain, 1, 1.0)(x), model(x))
 
 
+class Flat(nn.Module):
+    """As OPT: the MLP sees the places of all examples as one batch, and is added there."""
+
+    def __init__(self):
+        super().__init__()
+        self.inp, self.out = nn.Linear(5, 4), nn.Linear(4, 3)
+        self.layers = nn.ModuleList(mlp(4) for _ in range(4))
+
+    def forward(self, x):
+        x = self.inp(x)[:, None] * torch.ones(3, 1, dtype=x.dtype)
+        for i in (0, 2):
+            x = x + self.layers[i](x)
+            shape = x.shape
+            flat = x.reshape(-1, 4)
+            x = (flat + self.layers[i + 1](flat)).view(shape)
+        return self.out(x.mean(1))
+
+
+def test_examples_stay_apart_between_blocks():
+    model, x = build(Flat), inputs()
+    chain = rp.unravel(model, x)
+    for batch in (1, 4, 6):
+        assert torch.equal(chain(inputs(batch)), model(inputs(batch)))
+    assert [block.out_shape for block in chain] == [(3, 4)] * 4
+    assert chain.num_paths == 16
+
+
 class RepBlocks(nn.Module):
     """As RepVGG: a wide and a narrow map side by side, and a normalised identity where the width stays."""
 

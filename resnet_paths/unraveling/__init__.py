@@ -20,6 +20,7 @@ from resnet_paths.tracing import Trace, name_of, trace
 from resnet_paths.unraveling.assembly import assemble
 from resnet_paths.unraveling.by_hand import chain_of_named_blocks
 from resnet_paths.unraveling.calling import Call, Signature, arguments_of, chosen
+from resnet_paths.unraveling.concatenations import nest_concatenations, write_partial_additions
 from resnet_paths.unraveling.merges import Part, find_parts
 
 __all__ = ["unravel"]
@@ -84,7 +85,7 @@ def unravel(
         return chain
     is_plain = signature.is_plain and returned is expected
     called = model if is_plain else Call(model, signature, output)
-    traced = trace(called, tensors)
+    traced = nest_concatenations(write_partial_additions(trace(called, tensors)))
     parts = find_parts(traced, max_depth, signature.names)
     chain = assemble(traced, parts, None if is_plain else signature)
     with torch.no_grad():

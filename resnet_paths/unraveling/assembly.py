@@ -13,7 +13,8 @@ from resnet_paths.chain import Block, Parallel, Placed, ResidualChain
 from resnet_paths.pairs import OfValue, OnValue, TakeSum, WithEmptySum
 from resnet_paths.tracing import FixedShape, Trace, module_path
 from resnet_paths.unraveling.calling import Signature
-from resnet_paths.unraveling.merges import Part, common_module, dimension, is_weighted
+from resnet_paths.unraveling.concatenations import dimension, is_weighted
+from resnet_paths.unraveling.merges import Part, common_module
 
 __all__ = ["assemble"]
 
@@ -50,12 +51,14 @@ def _chain(traced: Trace, stem: nn.Module, parts: Sequence[Part], head: nn.Modul
             continue
         skip = None if part.skip is None else traced.segment([part.fork], part.skip)
         branches = [_branch(traced, part, *each) for each in zip(part.branches, part.inner, strict=True)]
-        if part.merge.target is _CAT and part.skip is not None:
-            skip, branches = _placed(part, branches)
+        is_joined = part.merge.target is _CAT and part.merge not in part.branches  # one inside a plain block is not
+        if is_joined:
+            skip, branches = _placed(part, skip, branches)
         block = Block(
             branches[0] if len(branches) == 1 else Parallel(branches, onto_skip=part.onto_skip), skip,
             pre=traced.segment([part.start], part.fork), post=traced.segment([part.merge], part.end),
-            name=name, stage=stage, in_shape=in_shape, out_shape=out_shape,
+            name=name, skip_kind="concat" if is_joined and skip is not None else None,
+            stage=stage, in_shape=in_shape, out_shape=out_shape,
         )  # fmt: skip
         block.training = False
         blocks.append(block)
@@ -104,19 +107,21 @@ def _branch(traced: Trace, part: Part, branch: Node, inner: Sequence[Part]) -> n
     return _chain(traced, stem, inner, traced.segment([inner[-1].end], branch))
 
 
-def _placed(part: Part, branches: list[nn.Module]) -> tuple[nn.Module, list[nn.Module]]:
-    """Skip and branch of a concatenation: each placed into the wider space, where they are added."""
-    dim, (operand,), (branch,) = dimension(part.merge), part.branches, branches
-    sizes = {node: int(node.meta["val"].shape[dim]) for node in (part.fork, operand)}
-    if part.merge.args[0][0] is part.fork:  # type: ignore[index]
-        skip, place = Placed(dim, 0, sizes[operand]), Placed(dim, sizes[part.fork], 0)
-    else:
-        skip, place = Placed(dim, sizes[operand], 0), Placed(dim, 0, sizes[part.fork])
-    if isinstance(branch, ResidualChain):  # its paths still count
-        placed: nn.Module = branch.with_head(nn.Sequential(branch.head, place).eval())
-    else:
-        placed = nn.Sequential(branch, place).eval()
-    return skip.eval(), [placed]
+def _placed(part: Part, skip: nn.Module | None, branches: list[nn.Module]) -> tuple[nn.Module | None, list[nn.Module]]:
+    """Skip and branches of a concatenation: each placed into the wider space, where they are added."""
+    dim, operands = dimension(part.merge), list(part.merge.args[0])  # type: ignore[arg-type]
+    sizes = [int(node.meta["val"].shape[dim]) for node in operands]
+
+    def placed(module: nn.Module, operand: Node) -> nn.Module:
+        index = operands.index(operand)
+        place = Placed(dim, sum(sizes[:index]), sum(sizes[index + 1 :])).eval()
+        if isinstance(module, ResidualChain):  # its paths still count
+            return module.with_head(_in_series(module.head, place))
+        return place if isinstance(module, nn.Identity) else nn.Sequential(module, place).eval()
+
+    if skip is not None and part.skip is not None:
+        skip = placed(skip, part.skip)
+    return skip, [placed(*each) for each in zip(branches, part.branches, strict=True)]
 
 
 def _names(traced: Trace, parts: Sequence[Part]) -> list[str]:

@@ -1,7 +1,7 @@
 """Where a flat graph forks and merges: the blocks of a network, read off its trunk.
 
 - The *trunk* is the nodes that every route from input to output passes (the dominators of the output).
-- A *merge* is an addition on the trunk of values that depend on the input, or a concatenation that extends the fork.
+- A *merge* is an addition on the trunk of values that depend on the input, or a concatenation of branches.
 - Its *fork* is its immediate dominator: the point where skip and branches part.
 
 Additions inside a branch, in a squeeze-and-excitation gate or in a polynomial activation are not on the trunk and fall
@@ -22,17 +22,12 @@ from torch.fx import Node
 
 from resnet_paths.errors import ResnetPathsError
 from resnet_paths.tracing import Trace, describe, module_path, module_stack
+from resnet_paths.unraveling.concatenations import are_apart, concatenated, is_in_groups, is_weighted
 
-__all__ = ["Part", "common_module", "dimension", "find_parts", "is_weighted"]
+__all__ = ["Part", "common_module", "find_parts"]
 
 _ADD = torch.ops.aten.add.Tensor
 _CAT = torch.ops.aten.cat.default
-_WEIGHTED = {
-    torch.ops.aten.conv1d.default, torch.ops.aten.conv2d.default, torch.ops.aten.conv3d.default,
-    torch.ops.aten.convolution.default, torch.ops.aten.linear.default, torch.ops.aten.matmul.default,
-    torch.ops.aten.addmm.default, torch.ops.aten.mm.default, torch.ops.aten.bmm.default,
-    torch.ops.aten.conv_transpose2d.input, torch.ops.aten.conv2d.padding, torch.ops.aten.einsum.default,
-}  # fmt: skip
 _PRODUCTS = {
     torch.ops.aten.mul.Tensor, torch.ops.aten.div.Tensor, torch.ops.aten.matmul.default, torch.ops.aten.bmm.default,
     torch.ops.aten.mm.default, torch.ops.aten.einsum.default, torch.ops.aten.scaled_dot_product_attention.default,
@@ -125,11 +120,6 @@ def _refuse_input_behind_the_stem(traced: Trace, names: Sequence[str]) -> None:
         )  # fmt: skip
 
 
-def is_weighted(node: Node) -> bool:
-    """Whether a node is a weight layer: a convolution, a linear map, a product of matrices."""
-    return node.target in _WEIGHTED
-
-
 def _trunk(traced: Trace, source: Node | None, target: Node) -> list[Node]:
     """The nodes that every route from a source passes, in order: from the source, or the first after the inputs."""
     root: Any = "inputs" if source is None else source
@@ -142,7 +132,8 @@ def _trunk(traced: Trace, source: Node | None, target: Node) -> list[Node]:
     trunk = [target]
     while trunk[-1] is not root and dominators[trunk[-1]] != "inputs":
         trunk.append(dominators[trunk[-1]])
-    return trunk[::-1]
+    # Pieces, such as the halves of a state, stand between two tensors; no block begins or ends there.
+    return [node for node in trunk[::-1] if isinstance(node.meta.get("val"), torch.Tensor)]
 
 
 @dataclass(frozen=True)
@@ -162,8 +153,7 @@ def _residual_parts(traced: Trace, trunk: list[Node], depth: int | None, *, stri
     # Inside a branch nothing is refused, `strict` is False: what is no merge there is a part of the branch.
     cores = []
     for fork, node in itertools.pairwise(trunk):
-        two = len(traced.dependent_inputs(node)) == 2
-        if two and (node.target is _ADD or _extends(node, fork)) and _holds_weights(traced, fork, node):
+        if _joins(traced, fork, node, parts_too=strict) and _holds_weights(traced, fork, node):
             try:
                 cores.append(_core(traced, fork, node))
             except ResnetPathsError:
@@ -201,30 +191,18 @@ def _same_batch(one: Node, other: Node) -> bool:
     return len(sizes[0]) == len(sizes[1]) == 1 and str(sizes[0][0]) == str(sizes[1][0])
 
 
-def _extends(node: Node, fork: Node) -> bool:
-    """Whether a node concatenates the fork and one thing more, as the layers of a DenseNet do: dense connections."""
-    if node.target is not _CAT or len(node.args[0]) != 2 or fork not in node.args[0]:  # type: ignore[arg-type, operator]
-        return False
-    return dimension(node) > 0
-
-
-def dimension(cat: Node) -> int:
-    """The dimension along which a node concatenates, batch counted.
-
-    Args:
-        cat: The node.
-
-    Returns:
-        A number of at least 0.
-    """
-    dim = cat.args[1] if len(cat.args) > 1 else 0
-    return int(dim) % int(cat.meta["val"].dim())  # type: ignore[arg-type]
+def _joins(traced: Trace, fork: Node, node: Node, *, parts_too: bool) -> bool:
+    """Whether a node adds two values that depend on the input, or concatenates branches."""
+    if node.target is _CAT:
+        return concatenated(traced, fork, node, parts_too=parts_too) is not None
+    return node.target is _ADD and len(traced.dependent_inputs(node)) == 2
 
 
 def _core(traced: Trace, fork: Node, merge: Node) -> _Core:
     """Which operands of a merge are the skip and the branches."""
     if merge.target is _CAT:
-        return _Core(fork, merge, fork, tuple(o for o in traced.dependent_inputs(merge) if o is not fork))
+        skip, branches = concatenated(traced, fork, merge, parts_too=True) or (None, ())
+        return _Core(fork, merge, skip, tuple(branches))
     if merge.kwargs.get("alpha", 1) != 1:
         raise _not_a_chain(merge, "an addition with alpha=1")
     operands = traced.dependent_inputs(merge)
@@ -262,7 +240,7 @@ def _are_alternatives(traced: Trace, fork: Node, summands: Sequence[Node]) -> bo
     """Whether values go from the fork to the merge side by side: no two share a weight layer, at most one has none."""
     # A normalisation that they share, as parallel attention and MLP do, is computed by each of them.
     weighted = [{n for n in traced.region([fork], s) if is_weighted(n)} for s in summands]
-    apart = all(not (one & other) for one, other in itertools.combinations(weighted, 2))
+    apart = are_apart(weighted)
     return len(set(summands)) == len(summands) and apart and sum(not layers for layers in weighted) <= 1
 
 
@@ -296,14 +274,15 @@ def _skip_among(traced: Trace, fork: Node, operands: Sequence[Node]) -> Node | N
 
 def _holds_weights(traced: Trace, fork: Node, merge: Node) -> bool:
     """Whether anything with parameters stands between fork and merge: x + sin(x) is an activation, not a block."""
-    inside = {a for n in traced.region([fork], merge) for a in n.all_input_nodes if a.op == "get_attr"}
-    return fork.meta["val"].is_floating_point() and bool(inside)
+    inside = {a for n in traced.region([fork], merge) for a in n.all_input_nodes if not traced.depends_on_input(a)}
+    # A weight may be standardised or cut before it is used.
+    return fork.meta["val"].is_floating_point() and traced.reads_tensors(inside)
 
 
 def _refuse_other_merge(traced: Trace, fork: Node, node: Node) -> None:
     """Refuse what joins computed branches in another way than by adding, such as a concatenation or a difference."""
-    # Gates and attention (products) stand inside a segment; a concatenation of mere slices (patch merging) is no merge.
-    if node.target in _PRODUCTS or len(traced.dependent_inputs(node)) < 2:
+    # Gates and attention (products) stand inside a segment; a concatenation of slices (patch merging) is no merge.
+    if node.target in _PRODUCTS or len(traced.dependent_inputs(node)) < 2 or is_in_groups(traced, fork, node):
         return
     if any(is_weighted(n) for n in traced.region([fork], node) if n is not node):
         how = "concatenate it" if node.target is _CAT else f"join it by {getattr(node.target, '__name__', node.target)}"
@@ -342,7 +321,9 @@ class _Line:
                 if last and not self._follows_the_merge_before(node):
                     break
             end = node
-        return end
+        # A merge of vectors from all places of all examples: the block ends where examples are apart again.
+        later = self.trunk[self.position[end] : limit + 1]
+        return next((node for node in later if _same_batch(node, self.trunk[0])), end)
 
     def start_of_first(self) -> Node:
         """Where the first block begins: at the trunk nodes before its fork that stand in its module."""

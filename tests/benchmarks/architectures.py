@@ -155,7 +155,7 @@ def torchvision_model(name: str) -> tuple[nn.Module, torch.Tensor]:
     import torchvision
 
     options = {"init_weights": False, "aux_logits": False} if name in ("googlenet", "inception_v3") else {}
-    size = 299 if name == "inception_v3" else 224
+    size = 224 if name.startswith(("vit", "maxvit")) else 128
     return torchvision.models.get_model(name, weights=None, **options), torch.randn(2, 3, size, size)
 
 
@@ -163,7 +163,8 @@ def timm_model(name: str) -> tuple[nn.Module, torch.Tensor]:
     import timm
 
     model = timm.create_model(name, pretrained=False)
-    return model, torch.randn(2, *model.default_cfg["input_size"])
+    size = model.default_cfg["input_size"] if model.default_cfg.get("fixed_input_size") else (3, 128, 128)
+    return model, torch.randn(2, *size)
 
 
 def row_of(library: str, name: str, make: Callable[[], tuple[nn.Module, Any]], stated: int | None) -> dict[str, Any]:
@@ -172,12 +173,12 @@ def row_of(library: str, name: str, make: Callable[[], tuple[nn.Module, Any]], s
     row: dict[str, Any] = {"library": library, "architecture": name, "blocks_stated": stated}
     model, example = make()
     model.eval()
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         chain = rp.unravel(model, example)
     except rp.ResnetPathsError as error:
-        return row | {"seconds": round(time.perf_counter() - start, 1), "reason": " ".join(str(error).split())}
-    row["seconds"] = round(time.perf_counter() - start, 1)
+        return row | {"seconds": round(time.process_time() - start, 1), "reason": " ".join(str(error).split())}
+    row["seconds"] = round(time.process_time() - start, 1)
     with torch.no_grad():
         returned = model(example)
         expected = next((returned[k] for k in ("logits", "last_hidden_state") if k in returned), None) if isinstance(

@@ -1,0 +1,129 @@
+"""In-place operations of an exported graph written as ordinary ones: ``x.relu_()`` becomes ``y = relu(x)``, read later.
+
+`run_decompositions({})` does this for any graph, and traces it twice more; most networks need far less. Which values
+share memory is read off the storages of the exporter's fake tensors.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+from torch.fx import Graph, Node, map_arg
+from torch.utils import _pytree as pytree
+
+__all__ = ["write_out_of_place"]
+
+
+def write_out_of_place(graph: Graph) -> bool:
+    """Rewrite every in-place operation of a graph, and take out what returns its operand as it is.
+
+    Args:
+        graph: What `torch.export.export` makes; it is changed only if all of it can be rewritten.
+
+    Returns:
+        Whether it was. Not so for a graph that changes its inputs, parameters or buffers, writes into a part of what is
+        read later, calls functions that hold graphs, or draws random numbers.
+    """
+    nodes = list(graph.nodes)
+    position = {node: index for index, node in enumerate(nodes)}
+    sharing: defaultdict[Any, list[Node]] = defaultdict(list)
+    overwritten: dict[Node, list[Node]] = {}
+    for node in nodes:
+        if not _is_known(node):
+            return False
+        if _writes(node):
+            x = node.args[0]
+            earlier = [other for storage in _storages(x) for other in sharing[storage]]
+            read_later = [n for n in earlier if any(position[user] > position[node] for user in n.users)]
+            if _ordinary(node) is None or any(n.op == "placeholder" for n in earlier):
+                return False
+            if not all(_is_same(n, x) for n in read_later):
+                return False
+            overwritten[node] = earlier
+        for storage in _storages(node):
+            sharing[storage].append(node)
+
+    now: dict[Node, Node] = {}  # where to read what was in a node
+
+    def current(node: Node) -> Node:
+        return now.get(node, node)
+
+    for node in nodes:
+        node.args, node.kwargs = map_arg(node.args, current), map_arg(node.kwargs, current)
+        if node in overwritten:
+            node.target = _ordinary(node)  # type: ignore[assignment]
+            now.update(dict.fromkeys(overwritten[node], node))
+        elif node.op == "call_function" and node.all_input_nodes and _is_same(node, node.all_input_nodes[0]):
+            now[node] = node.all_input_nodes[0]
+    for node in reversed(nodes):
+        if node in now and not node.users:
+            graph.erase_node(node)
+    return True
+
+
+def _is_known(node: Node) -> bool:
+    """Whether it is an input, the output, a number, or one operation that draws nothing at random."""
+    if node.op != "call_function":
+        return node.op in ("placeholder", "output")
+    if not isinstance(node.target, OpOverload):
+        return not isinstance(node.target, torch._ops.HigherOrderOperator)
+    arguments = _arguments(node)
+    is_training = arguments.get("train", arguments.get("training"))
+    if is_training is not None:
+        return not is_training
+    is_random = torch.Tag.nondeterministic_seeded in node.target.tags
+    return not is_random or arguments.get("dropout_p", 1) == 0  # attention is random only with dropout
+
+
+def _arguments(node: Node) -> dict[str, Any]:
+    """The arguments of an operation by name, those left out by their defaults."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    given = dict(zip([a.name for a in schema], node.args, strict=False)) | node.kwargs
+    return {a.name: a.default_value for a in schema if a.has_default_value()} | given
+
+
+def _writes(node: Node) -> bool:
+    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable and not _is_dropout(node)
+
+
+def _is_dropout(node: Node) -> bool:
+    """Whether it is dropout in eval mode, which changes nothing."""
+    return {"p", "train"} <= {argument.name for argument in node.target._schema.arguments}  # type: ignore[union-attr]
+
+
+def _ordinary(node: Node) -> OpOverload | None:
+    """The operation that returns what an in-place one writes; None if there is none."""
+    assert isinstance(node.target, OpOverload)  # held by _writes
+    schema = node.target._schema
+    written = [i for i, argument in enumerate(schema.arguments) if argument.is_write]
+    namespace, _, name = schema.name.partition("::")
+    packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
+    if written != [0] or not name.endswith("_") or name == "copy_" or packet is None:
+        return None
+    # In place, a result keeps its dtype; otherwise the operands' dtypes decide.
+    dtypes = {n.meta["val"].dtype for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)}
+    if len(dtypes) > 1 or schema.overload_name not in [o.replace("default", "") for o in packet.overloads()]:
+        return None
+    found = getattr(packet, schema.overload_name or "default")
+    same = [a.name for a in found._schema.arguments] == [a.name for a in schema.arguments]
+    return found if same and not found._schema.is_mutable else None
+
+
+def _storages(node: Any) -> set[int]:
+    """What tells the memory of a node's values apart from that of others."""
+    tensors = [leaf for leaf in pytree.tree_leaves(node.meta.get("val")) if isinstance(leaf, torch.Tensor)]
+    return {tensor.untyped_storage()._cdata for tensor in tensors}
+
+
+def _is_same(one: Node, other: Node) -> bool:
+    """Whether two nodes are one tensor, entry for entry in memory."""
+    if not _storages(one) & _storages(other):
+        return False
+    pair = one.meta["val"], other.meta["val"]
+    if not all(isinstance(value, torch.Tensor) for value in pair):
+        return False
+    a, b = ((v.dtype, str(v.shape), str(v.stride()), str(v.storage_offset()), v.is_conj(), v.is_neg()) for v in pair)
+    return a == b
