@@ -54,7 +54,7 @@ def write_out_of_place(graph: Graph) -> bool:
     for node in nodes:
         node.args, node.kwargs = map_arg(node.args, current), map_arg(node.kwargs, current)
         if node in overwritten:
-            node.target = _ordinary(node)  # type: ignore[assignment]
+            node.target = _ordinary(node)
             now.update(dict.fromkeys(overwritten[node], node))
         elif node.op == "call_function" and node.all_input_nodes and _is_same(node, node.all_input_nodes[0]):
             now[node] = node.all_input_nodes[0]

@@ -167,7 +167,7 @@ class Trace:
 
     @staticmethod
     def _size_of(node: Node, sources: list[Node]) -> tuple[Node, int, int] | None:
-        """Source, dimension and number of times over where a size can be read that the graph reads off another tensor."""
+        """Source, dimension and times over where a size can be read that the graph reads off another tensor."""
         wanted = node.meta.get("val")
         if node.target is not torch.ops.aten.sym_size.int or not isinstance(wanted, torch.SymInt):
             return None

@@ -63,13 +63,13 @@ def dimension(cat: Node) -> int:
     Returns:
         A number of at least 0.
     """
-    dim = cat.args[1] if len(cat.args) > 1 else 0
-    return int(dim) % int(cat.meta["val"].dim())  # type: ignore[call-overload]
+    dim: Any = cat.args[1] if len(cat.args) > 1 else 0
+    return int(dim) % int(cat.meta["val"].dim())
 
 
 def concatenated(
     traced: Trace, fork: Node, node: Node, *, parts_too: bool
-) -> tuple[Node | None, list[Node]] | None:  # fmt: skip
+) -> tuple[Node | None, tuple[Node, ...]] | None:  # fmt: skip
     """Skip and branches of a concatenation on the trunk.
 
     Args:
@@ -96,7 +96,7 @@ def concatenated(
     if all(_reads_a_part(traced, fork, operand) for operand in operands) and not (skips and parts_too):
         return None
     skip = skips[0] if skips else None
-    return skip, [operand for operand in operands if operand is not skip]
+    return skip, tuple(operand for operand in operands if operand is not skip)
 
 
 def _reads_a_part(traced: Trace, fork: Node, operand: Node) -> bool:
@@ -161,18 +161,20 @@ def _partial_addition(node: Node) -> tuple[Node, Node, int] | None:
     """(y, x, width of what nothing is added to) of ``cat(y[:, :k] + x, y[:, k:])``."""
     if node.target is not _CAT or len(node.args[0]) != 2:  # type: ignore[arg-type]
         return None
-    total, rest = node.args[0]  # type: ignore[misc]
-    if total.target is not _ATEN.add.Tensor or total.kwargs or rest.target is not _ATEN.slice.Tensor:  # type: ignore[union-attr]
+    dim, operands = dimension(node), list(node.args[0])  # type: ignore[arg-type]
+    total, rest = operands
+    if total.target is not _ATEN.add.Tensor or total.kwargs or rest.target is not _ATEN.slice.Tensor:
         return None
-    for first, added in (total.args, total.args[::-1]):  # type: ignore[union-attr]
+    for first, added in (total.args, total.args[::-1]):
         if not isinstance(first, Node) or not isinstance(added, Node) or first.target is not _ATEN.slice.Tensor:
             continue
-        whole, dim, dims = first.args[0], dimension(node), {n.args[1] for n in (first, rest)}  # type: ignore[union-attr]
-        sizes = [n.meta["val"].shape[dim] for n in (first, rest, whole)]  # type: ignore[union-attr]
-        fits = first.meta["val"].shape == added.meta["val"].shape
-        is_split = first.args[2] == 0 and rest.args[2] == sizes[0] and sizes[0] + sizes[1] == sizes[2]  # type: ignore[union-attr]
-        if rest.args[0] is whole and dims == {dim} and is_split and fits:  # type: ignore[union-attr]
-            return whole, added, int(sizes[1])  # type: ignore[return-value]
+        whole = first.args[0]
+        if whole is not rest.args[0] or first.meta["val"].shape != added.meta["val"].shape:
+            continue
+        width, left = (int(n.meta["val"].shape[dim]) for n in (first, rest))
+        from_start, from_width = first.args[1:3] == (dim, 0), rest.args[1:3] == (dim, width)
+        if from_start and from_width and whole.meta["val"].shape[dim] == width + left:
+            return whole, added, left
     return None
 
 

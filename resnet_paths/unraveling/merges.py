@@ -201,8 +201,9 @@ def _joins(traced: Trace, fork: Node, node: Node, *, parts_too: bool) -> bool:
 def _core(traced: Trace, fork: Node, merge: Node) -> _Core:
     """Which operands of a merge are the skip and the branches."""
     if merge.target is _CAT:
-        skip, branches = concatenated(traced, fork, merge, parts_too=True) or (None, ())
-        return _Core(fork, merge, skip, tuple(branches))
+        found = concatenated(traced, fork, merge, parts_too=True)
+        assert found is not None  # held by _joins
+        return _Core(fork, merge, *found)
     if merge.kwargs.get("alpha", 1) != 1:
         raise _not_a_chain(merge, "an addition with alpha=1")
     operands = traced.dependent_inputs(merge)
