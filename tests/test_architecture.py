@@ -15,9 +15,19 @@ import resnet_paths as rp
 PACKAGE = Path(rp.__file__).parent
 FLOORS = [
     {
-        "claims", "errors", "files", "paths", "device", "examples", "fingerprint", "gates", "in_place", "memory", "pairs",
+        "claims",
+        "errors",
+        "files",
+        "paths",
+        "device",
+        "examples",
+        "fingerprint",
+        "gates",
+        "in_place",
+        "memory",
+        "pairs",
         "reports",
-    },  # fmt: skip
+    },
     {"units"},
     {"chain", "tracing", "folding", "zoo.weights", "zoo.places", "zoo.initialisation", "zoo.resnet"},
     {"zoo.drawn", "zoo.senet", "zoo.vgg", "zoo.densenet", "zoo.highway", "zoo.vit", "zoo.unet"},

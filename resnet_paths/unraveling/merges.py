@@ -252,7 +252,10 @@ def _rungs(traced: Trace, fork: Node, summands: Sequence[Node]) -> tuple[Rung, .
     steps = [
         (x, merge)
         for x, merge in itertools.pairwise(rail)
-        if merge.target is _ADD and x in traced.dependent_inputs(merge) and _holds_weights(traced, x, merge)
+        if merge.target is _ADD
+        and x in (operands := traced.dependent_inputs(merge))
+        and len(operands) == 2
+        and _holds_weights(traced, x, merge)
     ]
     if not steps or len(summands) != len(steps) + 1:
         return ()
