@@ -94,6 +94,12 @@ def test_gradients_by_depth_are_drawn_as_they_are():
     np.testing.assert_allclose(bars[2], [180, 220])
     assert legend_texts(ax) == ["a", "b"]
     plt.clf()
+    alone = figures.plot_gradient_by_depth(one.assign(network="b"), networks=["a", "b"])
+    assert alone.lines[0].get_color() == "C1"
+    assert alone.lines[0].get_marker() == "s"
+    with pytest.raises(rp.ResnetPathsError, match=r"networks: got .*'b' among them"):
+        figures.plot_gradient_by_depth(one.assign(network="b"), networks=["a"])
+    plt.clf()
     assert not legend_texts(figures.plot_gradient_by_depth(one))
     with pytest.raises(rp.ResnetPathsError, match="repeated rows"):
         figures.plot_gradient_by_depth(pd.concat([one, one]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import cycle
 
 import matplotlib.pyplot as plt
@@ -9,6 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from resnet_paths.errors import ResnetPathsError
 from resnet_paths.figures.layout import INK, MARKERS, MUTED, checked, groups_of, legend_above, mark_stages
 
 __all__ = [
@@ -91,27 +93,35 @@ def plot_scalings(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def plot_gradient_by_depth(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
+def plot_gradient_by_depth(frame: pd.DataFrame, ax: Axes | None = None, networks: Sequence[str] | None = None) -> Axes:
     """The norm of the gradient that reaches each depth, on a logarithmic axis; a marked line a network.
 
     Args:
         frame: From `resnet_paths.gradient_by_depth`: ``depth``, ``gradient_norm``, ``gradient_norm_se``; several of
             them joined have a column ``network``, which names them in the legend.
         ax: Where to draw; the current axes if None.
+        networks: All names that have a colour, in order, so that a network looks the same in two figures of which
+            each shows only some; those of the frame if None.
 
     Returns:
         The axes.
 
     Raises:
-        ResnetPathsError: If columns are missing, or a depth occurs twice in one network.
+        ResnetPathsError: If columns are missing, a depth occurs twice in one network, or a network is not among
+            `networks`.
     """
     by = ["network"] if isinstance(frame, pd.DataFrame) and "network" in frame else []
     frame = checked("frame", frame, "gradient_norm", [*by, "depth"], ["gradient_norm_se"])
     ax = plt.gca() if ax is None else ax
-    for (network, rows), marker in zip(groups_of(frame, by, "depth"), cycle(MARKERS), strict=False):
+    groups = groups_of(frame, by, "depth")
+    order = [name for name, _ in groups] if networks is None else list(networks)
+    for network, rows in groups:
+        if network not in order:
+            raise ResnetPathsError("networks", order, f"names with {network!r} among them")
+        index = order.index(network)
         ax.errorbar(
-            rows["depth"], rows["gradient_norm"], yerr=rows["gradient_norm_se"], label=network, marker=marker,
-            markersize=2.5, linewidth=0.8, elinewidth=0.5,
+            rows["depth"], rows["gradient_norm"], yerr=rows["gradient_norm_se"], label=network, color=f"C{index}",
+            marker=MARKERS[index % len(MARKERS)], markersize=2.5, linewidth=0.8, elinewidth=0.5,
         )  # fmt: skip
     ax.set(yscale="log", xlabel="depth (blocks in front)", ylabel="gradient norm")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
