@@ -134,3 +134,11 @@ def test_importing_is_light(module):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     heavy = {"torch", "pandas", "networkx", "seaborn", "matplotlib", "torchvision", "lightning_fabric", "scipy"}
     assert not heavy & set(json.loads(done.stdout))
+
+
+def test_optional_libraries_are_not_imported():
+    code = "import sys, torch, resnet_paths as rp; from torch import nn\n"
+    code += "m = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2)).eval()\n"
+    code += "rp.unravel(m, torch.zeros(2, 2)); print(sorted({'timm', 'transformers'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

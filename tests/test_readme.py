@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pandas as pd
 import torch
 import torchvision
 from torch.utils.data import DataLoader, TensorDataset
+
+from tests.benchmarks.architectures import TABLE, summary
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
@@ -36,3 +39,12 @@ def test_commands_are_one_line_each():
     blocks = re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)
     assert all(block.count("\n") == 1 for block in blocks)
     assert sum("resnet-paths reproduce" in block for block in blocks) == 2  # pip's and conda's
+
+
+def test_the_table_of_architectures_is_that_of_the_data():
+    frame = pd.read_csv(TABLE)
+    assert summary(frame) in README
+    assert (frame.library != "transformers").sum() >= 90
+    assert (frame.library == "transformers").sum() >= 20
+    assert (frame.max_difference.notna() ^ frame.reason.notna()).all()  # a chain, or the reason why not
+    assert (frame.max_difference.dropna() == 0).all()

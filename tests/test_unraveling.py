@@ -393,7 +393,7 @@ def around(self, x):
 
 def concatenated(self, x):
     h = self.inp(x)
-    return self.out(torch.cat([h[:, :4], self.f[0](h)[:, 4:]], 1))
+    return self.out(torch.cat([h[:, :2], h[:, 2:4], self.f[0](h)[:, 4:]], 1))  # two skips
 
 
 def difference(self, x):
@@ -448,12 +448,14 @@ def test_what_is_not_a_chain_is_refused_naming_where(forward, message):
     assert_same(before, snapshot(model))
 
 
-@pytest.mark.parametrize(("name", "node"), [("squeezenet1_0", "cat"), ("googlenet", "cat")])
-def test_concatenating_architectures_are_refused(name, node):
+@pytest.mark.parametrize(("name", "paths"), [("squeezenet1_0", 2**8), ("googlenet", 4**9)])
+def test_concatenated_branches_are_alternatives_without_a_skip(name, paths):
     options = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}
     model = getattr(torchvision.models, name)(weights=None, **options).eval()
-    with pytest.raises(rp.ResnetPathsError, match=rf"model: got '{node}\w* \(cat.default in features|in inception3a"):
-        rp.unravel(model, images(2, 64))
+    chain = rp.unravel(model, images(2, 64))
+    assert (chain.num_paths, {block.skip_kind for block in chain}) == (paths, {None})
+    with torch.no_grad():
+        assert torch.equal(chain(images(2, 64)), model(images(2, 64)))
 
 
 def test_bad_arguments():

@@ -2,7 +2,7 @@
 
 Networks of torchvision, timm and transformers, as they are, with random weights: blocks found beside the number that
 the architecture's paper or configuration states, paths, kinds of skip, the largest difference between chain and model,
-and the seconds that unraveling takes. A failure or a refusal stands in the table with its reason.
+and the CPU seconds of one core that unraveling takes. A failure or a refusal stands in the table with its reason.
 
 Needs ``pip install timm transformers``. A network a line may be named to run these only; the others keep their rows.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import time
 import warnings
 from collections.abc import Callable
@@ -41,37 +42,48 @@ TORCHVISION = {
     "convnext_tiny": 3 + 3 + 9 + 3, "convnext_small": 3 + 3 + 27 + 3,
     "swin_t": 2 * (2 + 2 + 6 + 2), "swin_s": 2 * (2 + 2 + 18 + 2), "swin_v2_t": 2 * (2 + 2 + 6 + 2),
     "vit_b_16": 2 * 12, "vit_b_32": 2 * 12, "maxvit_t": 5 * (2 + 2 + 5 + 2),
-    "vgg11": None, "vgg16_bn": None, "alexnet": None, "squeezenet1_1": None, "googlenet": None, "inception_v3": None,
-    "shufflenet_v2_x1_0": None,
+    "vgg11": 11 - 2, "vgg16_bn": 16 - 2, "alexnet": 8 - 2, "squeezenet1_1": 8, "googlenet": 9,
+    "inception_v3": 3 + 1 + 4 + 1 + 2,
+    "shufflenet_v2_x1_0": 4 + 8 + 4,
 }  # fmt: skip
-"""Blocks stated; None where there is no residual block."""
+"""Blocks stated. Plain nets: weight layers but the first and the last. Networks that concatenate: their modules."""
 
 TIMM = {
     "resnet26d": 2 + 2 + 2 + 2, "resnetv2_50": 3 + 4 + 6 + 3, "resnet50_gn": 3 + 4 + 6 + 3,
     "nf_resnet50": 3 + 4 + 6 + 3,
     "seresnet33ts": 2 + 3 + 3 + 2, "ecaresnet26t": 2 + 2 + 2 + 2, "resnest14d": 1 + 1 + 1 + 1,
     "res2net50_26w_4s": 3 + 4 + 6 + 3, "skresnet18": 2 + 2 + 2 + 2, "seresnext26d_32x4d": 2 + 2 + 2 + 2,
-    "darknet53": 1 + 2 + 8 + 8 + 4, "gernet_s": 1 + 3 + 7 + 2 + 1, "regnetz_b16": 2 + 6 + 12 + 2,
+    "darknet53": 1 + 2 + 8 + 8 + 4, "gernet_s": 1 + 3 + 7 + 2 + 1, "regnetz_b16": 1 + 5 + 11 + 1,
     "dm_nfnet_f0": 1 + 2 + 6 + 3, "nfnet_l0": 1 + 2 + 6 + 3, "legacy_senet154": 3 + 8 + 36 + 3,
-    "efficientnet_lite0": 9, "tf_efficientnetv2_b0": 0 + 1 + 1 + 2 + 4 + 7, "mixnet_s": 0 + 1 + 3 + 2 + 2 + 2,
-    "mobilenetv3_large_100": 10, "fbnetc_100": 16, "hardcorenas_a": 11, "rexnet_100": None, "tinynet_a": None,
-    "repvgg_a0": 2 + 4 + 14 + 1 + 1, "ese_vovnet19b_dw": None, "dla34": None, "dpn68": 3 + 4 + 12 + 3,
+    "efficientnet_lite0": 9, "tf_efficientnetv2_b0": 0 + 1 + 1 + 2 + 4 + 7, "mixnet_s": 1 + 1 + 3 + 2 + 2 + 2,
+    "mobilenetv3_large_100": 10, "fbnetc_100": 1 + 2 + 3 + 3 + 3 + 3 + 0, "hardcorenas_a": 0 + 1 + 1 + 1 + 1 + 1,
+    "rexnet_100": 0 + 1 + 1 + 2 + 3 + 4, "tinynet_a": 0 + 1 + 1 + 3 + 3 + 4 + 0,
+    "repvgg_a0": 2 + 4 + 14 + 1 + 1, "ese_vovnet19b_dw": 1 + 1 + 1 + 1, "dla34": None, "dpn68": 3 + 4 + 12 + 3,
     "deit_tiny_patch16_224": 2 * 12, "deit3_small_patch16_224": 2 * 12, "vit_tiny_patch16_224": 2 * 12,
     "vit_relpos_small_patch16_224": 2 * 12, "vit_small_patch16_rope_224": 2 * 12,
-    "beit_base_patch16_224": 2 * 12, "eva02_tiny_patch14_224": 2 * 12, "cait_xxs24_224": 2 * (24 + 2),
-    "xcit_nano_12_p16_224": None, "mixer_s16_224": 2 * 8, "resmlp_12_224": 2 * 12, "gmlp_s16_224": 30,
+    "beit_base_patch16_224": 2 * 12, "eva02_tiny_patch14_224": 2 * 12, "cait_xxs24_224": 2 * 24 + 1,
+    "xcit_nano_12_p16_224": 3 * 12 + 2 * 2, "mixer_s16_224": 2 * 8, "resmlp_12_224": 2 * 12, "gmlp_s16_224": 30,
     "convmixer_768_32": 32, "poolformer_s12": 2 * (2 + 2 + 6 + 2), "caformer_s18": 2 * (3 + 3 + 9 + 3),
     "convformer_s18": 2 * (3 + 3 + 9 + 3), "convnextv2_atto": 2 + 2 + 6 + 2, "convnext_femto": 2 + 2 + 6 + 2,
-    "inception_next_tiny": 3 + 3 + 9 + 3, "edgenext_xx_small": None, "mobilevit_xxs": None, "mobilevitv2_050": None,
-    "pit_ti_224": 2 * (2 + 6 + 4), "visformer_tiny": 7 + 2 * 4 + 2 * 4, "twins_svt_small": None,
-    "swinv2_cr_tiny_224": 2 * (2 + 2 + 6 + 2), "davit_tiny": None, "efficientformer_l1": None, "fastvit_t8": None,
+    "inception_next_tiny": 3 + 3 + 9 + 3, "edgenext_xx_small": 2 + 2 + 6 + 2, "mobilevit_xxs": 1 + 2 + 3,
+    "mobilevitv2_050": 1 + 2 * (2 + 4 + 3),
+    "pit_ti_224": 2 * (2 + 6 + 4), "visformer_tiny": 7 + 2 * 4 + 2 * 4, "twins_svt_small": 2 * (2 + 2 + 10 + 4) + 4,
+    "swinv2_cr_tiny_224": 2 * (2 + 2 + 6 + 2), "davit_tiny": 8 * (1 + 1 + 3 + 1),
+    "efficientformer_l1": 2 * (3 + 2 + 6 + 4) + 1, "fastvit_t8": 2 * (2 + 2 + 4 + 2) + 3 + 2 * 3 + 1,
     "volo_d1_224": None, "focalnet_tiny_srf": 2 * (2 + 2 + 6 + 2), "hiera_tiny_224": 2 * (1 + 2 + 7 + 2),
     "starnet_s1": 2 + 2 + 8 + 3, "sequencer2d_s": 2 * (4 + 3 + 8 + 3), "pvt_v2_b0": 2 * (2 + 2 + 2 + 2),
-    "coatnet_nano_rw_224": 3 + 4 + 2 * 6 + 2 * 3, "tiny_vit_5m_224": None, "efficientvit_b0": None,
-    "mambaout_femto": 3 + 3 + 9 + 3, "xception41": None, "inception_resnet_v2": 10 + 20 + 10, "lcnet_050": None,
+    "coatnet_nano_rw_224": 3 + 4 + 2 * 6 + 2 * 3, "tiny_vit_5m_224": 2 + 2 * (2 + 6 + 2), "efficientvit_b0": None,
+    "mambaout_femto": 3 + 3 + 9 + 3, "xception41": 3 + 8 + 1, "inception_resnet_v2": 10 + 20 + 10 + 3, "lcnet_050": 13,
     "nest_tiny": 2 * (2 + 2 + 8), "gcvit_xxtiny": None, "coat_lite_tiny": None, "crossvit_tiny_240": None,
-    "hrnet_w18_small": None, "levit_128s": None, "repvit_m0_9": None, "mobilenetv4_conv_small": None,
+    "hrnet_w18_small": None, "levit_128s": 2 * (2 + 3 + 4) + 2 + 1, "repvit_m0_9": None,
+    "mobilenetv4_conv_small": None,
 }  # fmt: skip
+"""Blocks stated; None where neither paper nor configuration gives a number of additions that can be read off.
+
+By stages, a number for each: two additions a transformer layer, three in XCiT and CoaT, four in each of DaViT's two
+kinds. Beside the layers: positional convolutions (Twins), both heads of a distilled network (LeViT, EfficientFormer),
+the parallel maps of FastViT, Inception-ResNet's three concatenations. CaiT's class attention is one block around four.
+"""
 
 
 def transformers_models() -> dict[str, tuple[Callable[[], nn.Module], Any, int]]:
@@ -146,7 +158,7 @@ def transformers_models() -> dict[str, tuple[Callable[[], nn.Module], Any, int]]
             made(
                 "Wav2Vec2Model", "Wav2Vec2Config", conv_dim=(8, 8), conv_stride=(5, 2), conv_kernel=(10, 3),
                 num_feat_extract_layers=2, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2, **small,
-            ), sound, 6,
+            ), sound, 1 + 6,
         ),
     }  # fmt: skip
 
@@ -170,6 +182,7 @@ def timm_model(name: str) -> tuple[nn.Module, torch.Tensor]:
 def row_of(library: str, name: str, make: Callable[[], tuple[nn.Module, Any]], stated: int | None) -> dict[str, Any]:
     """One line of the table."""
     torch.manual_seed(0)
+    own = re.compile(r'File ".*?(?:site-packages/)')  # where packages stand on this machine is nobody's business
     row: dict[str, Any] = {"library": library, "architecture": name, "blocks_stated": stated}
     model, example = make()
     model.eval()
@@ -177,7 +190,10 @@ def row_of(library: str, name: str, make: Callable[[], tuple[nn.Module, Any]], s
     try:
         chain = rp.unravel(model, example)
     except rp.ResnetPathsError as error:
-        return row | {"seconds": round(time.process_time() - start, 1), "reason": " ".join(str(error).split())}
+        return row | {
+            "seconds": round(time.process_time() - start, 1),
+            "reason": own.sub('File "', " ".join(str(error).split())),
+        }
     row["seconds"] = round(time.process_time() - start, 1)
     with torch.no_grad():
         returned = model(example)
@@ -191,6 +207,30 @@ def row_of(library: str, name: str, make: Callable[[], tuple[nn.Module, Any]], s
         "skips": ", ".join(f"{count} {kind}" for kind, count in kinds.items()),
     }  # fmt: skip
     return row
+
+
+def summary(frame: pd.DataFrame) -> str:
+    """The table in short, for the README.
+
+    Args:
+        frame: The whole table.
+
+    Returns:
+        Markdown: counts by library, families of transformers, refusals with the place that makes them none.
+    """
+    lines = ["| library | networks | chain equals model exactly | blocks as stated | refused |"]
+    lines += ["| --- | ---: | ---: | ---: | --- |"]
+    for library, rows in frame.groupby("library", sort=False):
+        stated = rows[rows.blocks_stated.notna() & rows.blocks.notna()]
+        places = rows.reason.str.extract(r"in ([^,(]+), File")[0].fillna("see the table")
+        refused = [f"`{name}` ({place})" for name, place in zip(rows.architecture, places, strict=True)]
+        refused = [text for text, reason in zip(refused, rows.reason.notna(), strict=True) if reason]
+        lines.append(
+            f"| {library} | {len(rows)} | {(rows.max_difference == 0).sum()} | "
+            f"{(stated.blocks == stated.blocks_stated).sum()} of {len(stated)} | {', '.join(refused) or 'none'} |"
+        )
+    families = frame.architecture[frame.library == "transformers"]
+    return "\n".join([*lines, "", f"Families of transformers, in tiny configurations: {', '.join(families)}."])
 
 
 def main() -> None:
@@ -222,6 +262,7 @@ def main() -> None:
             frame.reindex(columns=columns).astype({"blocks": "Int64", "blocks_stated": "Int64"}).to_csv(
                 temporary, index=False
             )
+    print(summary(pd.read_csv(options.output)))
     exact = sum(row.get("max_difference") == 0 for row in rows.values())
     agree = [row.get("blocks") == row["blocks_stated"] for row in rows.values() if row.get("blocks_stated") is not None]
     print(f"{exact} of {len(rows)} unravel with difference 0; blocks as stated in {sum(agree)} of {len(agree)}")
