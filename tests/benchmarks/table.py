@@ -121,6 +121,7 @@ def plot_ratios(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.axvline(1, color="0.75", zorder=0)
     ax.set_yticks(y, shown["contender"])
     ax.set_xscale("log")
+    ax.xaxis.set_major_formatter("{x:g}")
     ax.set_xlabel("time over that of this project in float32")
     ax.legend(frameon=False)
     return ax
