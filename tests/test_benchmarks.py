@@ -15,7 +15,7 @@ import torch
 import resnet_paths as rp
 from resnet_paths.zoo import load_network
 from tests.benchmarks import __main__ as command
-from tests.benchmarks import gradients, lesions, limit, peers, scaling, table, workers
+from tests.benchmarks import gradients, lesions, limit, peers, scaling, studies, table, workers
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -159,10 +159,19 @@ def test_the_command_names_its_parts(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmarks", "--help"])
     with pytest.raises(SystemExit):
         command.main()
-    assert "--only {lesions,gradients,scaling,limit,startup}" in capsys.readouterr().out
+    assert "--only {lesions,studies,gradients,scaling,limit,startup}" in capsys.readouterr().out
 
 
 def test_the_readme_shows_what_was_measured():
     first, last = "'python -m tests.benchmarks --markdown' prints. -->\n", "<!-- End of the benchmarks. -->"
     shown = README.split(first)[1].split(last)[0].strip()
     assert shown == (table.markdown(pd.read_csv(table.CSV)) if table.CSV.exists() else "")
+
+
+def test_prefixes_counted_by_hand(chain):
+    """Of the nine blocks, the fourth and the seventh have a projection, which is run when they are deleted."""
+    assert studies.evaluations_by_hand(chain, [()]) == (9, 9)
+    assert studies.evaluations_by_hand(chain, [(), (8,), (0,), (3,)]) == (9 + 0 + 8 + 6, 9 + 8 + 8 + 9)
+    told = studies.sharing(chain, 1)
+    assert "prefixes counted by hand" in told[0]["note"]
+    assert told[0]["value"] < told[1]["value"]
