@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from resnet_paths.carried import PassingOn, carries
 from resnet_paths.errors import ResnetPathsError, nearest_names
 from resnet_paths.paths import Entry, check_path, choices_of, num_paths
 from resnet_paths.reports import chain_table, indented
@@ -426,12 +427,14 @@ def path_network(chain: ResidualChain, path: Sequence[Entry]) -> ResidualChain:
 
 
 def _take(block: Block, entry: Entry) -> Block:
-    if isinstance(entry, tuple):
-        return block.replace(branch=path_network(cast("ResidualChain", block.branch), entry), skip=None, skip_kind=None)
-    if not entry:
+    if not isinstance(entry, tuple) and not entry:
         return block.replace(branch=None)
-    branch = block.branch[entry - 1] if isinstance(block.branch, Parallel) else block.branch
-    return block.replace(branch=branch, skip=None, skip_kind=None)
+    if isinstance(entry, tuple):
+        branch: nn.Module = path_network(cast("ResidualChain", block.branch), entry)
+    else:
+        assert block.branch is not None  # held by check_path
+        branch = block.branch[entry - 1] if isinstance(block.branch, Parallel) else block.branch
+    return block.replace(branch=PassingOn(branch) if carries(branch) else branch, skip=None, skip_kind=None)
 
 
 def _count_parameters(module: nn.Module) -> int:

@@ -13,7 +13,7 @@ import io
 import logging
 import operator
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,15 +84,19 @@ class Trace:
         inputs: The placeholders.
         output: The node that the module returns.
         tensors: Parameters, buffers and constants by the names that the graph uses.
+        given: Inputs on which nothing counts as dependent, such as an attention mask that every block reads.
     """
 
-    def __init__(self, graph: Graph, inputs: list[Node], output: Node, tensors: dict[str, Any]) -> None:
+    def __init__(
+        self, graph: Graph, inputs: list[Node], output: Node, tensors: dict[str, Any], given: Sequence[Node] = ()
+    ) -> None:
         self.graph = graph
         self.inputs = inputs
         self.output = output
         self.tensors = tensors
+        self.given = given
         self._position = {node: i for i, node in enumerate(graph.nodes)}
-        self._dependent: set[Node] = set(inputs)
+        self._dependent: set[Node] = set(inputs) - set(given)
         for node in graph.nodes:
             if not is_shape(node) and any(arg in self._dependent for arg in node.all_input_nodes):
                 self._dependent.add(node)

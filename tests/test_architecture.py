@@ -15,6 +15,7 @@ import resnet_paths as rp
 PACKAGE = Path(rp.__file__).parent
 FLOORS = [
     {
+        "carried",
         "claims",
         "errors",
         "files",
@@ -34,7 +35,8 @@ FLOORS = [
     {"unraveling.concatenations", "unraveling.calling", "datasets", "placement"},
     {"lesions.batchnorm", "gradients.adjoints"},
     {"unraveling.merges", "zoo.catalog", "zoo.language", "training.tasks", "batches"},
-    {"zoo", "training.settings", "unraveling.assembly", "unraveling.by_hand"},
+    {"zoo", "training.settings", "unraveling.given", "unraveling.by_hand"},
+    {"unraveling.assembly"},
     {"training.batches", "training.checkpoints", "unraveling"},
     {
         "edits",

@@ -46,5 +46,8 @@ def test_the_table_of_architectures_is_that_of_the_data():
     assert summary(frame) in README
     assert (frame.library != "transformers").sum() >= 90
     assert (frame.library == "transformers").sum() >= 20
+    assert set(frame.architecture[frame.library == "torchvision"]) == set(
+        torchvision.models.list_models(module=torchvision.models)
+    )
     assert (frame.max_difference.notna() ^ frame.reason.notna()).all()  # a chain, or the reason why not
     assert (frame.max_difference.dropna() == 0).all()

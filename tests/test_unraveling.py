@@ -486,8 +486,8 @@ def test_the_self_check_names_the_first_block_that_differs(monkeypatch):
 
     assemble = unraveling.assemble
 
-    def wrong(traced, parts, signature):
-        return rp.scale_block(assemble(traced, parts, signature), 2, 1.5)
+    def wrong(traced, parts, signature, carried):
+        return rp.scale_block(assemble(traced, parts, signature, carried), 2, 1.5)
 
     monkeypatch.setattr(unraveling, "assemble", wrong)
     with pytest.raises(rp.ResnetPathsError, match=r"differs from the model's.*first difference is in block 'layer2.0'"):

@@ -278,23 +278,6 @@ def test_keyword_arguments_constants_and_chosen_outputs():
         rp.unravel(model, x, output="probabilities")
 
 
-class Masked(Tied):
-    """As a language model: the mask is read by every block."""
-
-    def forward(self, x, mask):
-        x = self.inp(x)
-        for _ in range(2):
-            x = x + mask * self.layer(x)
-        return self.out(x)
-
-
-def test_an_input_that_blocks_read_is_refused_by_name():
-    with pytest.raises(
-        rp.ResnetPathsError, match=r"example_inputs: got 'mask'; allowed: inputs that only the stem reads"
-    ):
-        rp.unravel(build(Masked), {"x": inputs(), "mask": torch.ones(4, 1, dtype=torch.float64)})
-
-
 @dataclass
 class Result:
     last_hidden_state: torch.Tensor

@@ -1,8 +1,9 @@
 """Any trained residual network as a chain of its blocks: `unravel(model, example_inputs)`.
 
 The model is called in one way, tensors in and one tensor out (`calling`), and exported to one flat graph
-(`resnet_paths.tracing`). Its forks and merges are found there (`merges`), and what stands between them becomes the
-parts of blocks (`assembly`). What is not a chain is refused with the name of the node that breaks it: never guessed.
+(`resnet_paths.tracing`). Its forks and merges are found there (`merges`), for given values of inputs that all blocks
+read (`given`), and what stands between them becomes the parts of blocks (`assembly`). What is not a chain is refused
+with the name of the node that breaks it: never guessed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from resnet_paths.unraveling.assembly import assemble
 from resnet_paths.unraveling.by_hand import chain_of_named_blocks
 from resnet_paths.unraveling.calling import Call, Signature, arguments_of, chosen
 from resnet_paths.unraveling.concatenations import nest_concatenations, write_partial_additions
-from resnet_paths.unraveling.merges import Part, find_parts
+from resnet_paths.unraveling.given import find_parts
+from resnet_paths.unraveling.merges import Part
 
 __all__ = ["unravel"]
 
@@ -39,7 +41,8 @@ def unravel(
     Works for any model whose forward `torch.export` can trace and whose blocks stand in series. Nothing is copied: the
     chain shares every parameter and buffer with the model, and works for any batch size; another image size is
     refused, since sizes may stand in the exported graph as numbers. Forward hooks of the model run along. A model
-    without any skips becomes a chain of its modules, with one path.
+    without any skips becomes a chain of its modules, with one path. An input that every block reads, such as an
+    attention mask, is carried along in the state, which is a tuple then.
 
     Args:
         model: The network, in eval mode. A `ResidualChain` is returned as it is.
@@ -86,8 +89,8 @@ def unravel(
     is_plain = signature.is_plain and returned is expected
     called = model if is_plain else Call(model, signature, output)
     traced = nest_concatenations(write_partial_additions(trace(called, tensors)))
-    parts = find_parts(traced, max_depth, signature.names)
-    chain = assemble(traced, parts, None if is_plain else signature)
+    traced, parts, carried = find_parts(traced, max_depth, signature.names)
+    chain = assemble(traced, parts, None if is_plain else signature, carried)
     with torch.no_grad():
         found = chain(*args, **kwargs)
     _check_chain(chain, called, traced, parts, tensors, found, expected)
@@ -141,10 +144,10 @@ def _check_chain(
         state = chain.stem.module(*inputs)  # type: ignore[operator]
         place = "the stem"
         for block, part in zip(chain, parts, strict=True):
-            if not _agree(state, values[part.start]) and block is chain[0]:
+            if not _agree(_value(state), values[part.start]) and block is chain[0]:
                 break
             state, place = block(state), f"block {block.name!r}"
-            if not _agree(state, values[part.end]):
+            if not _agree(_value(state), values[part.end]):
                 break
         else:
             place = "the head, or the export itself"
@@ -153,6 +156,12 @@ def _check_chain(
         "a model that unravels exactly",
         f"The first difference is in {place}. Please report the model.",
     )  # fmt: skip
+
+
+def _value(state: Any) -> torch.Tensor:
+    """What blocks work on, without what is carried beside it."""
+    value: torch.Tensor = state[0] if isinstance(state, tuple) else state
+    return value
 
 
 class _Recorder(Interpreter):

@@ -9,11 +9,13 @@ import torch
 from torch import nn
 from torch.fx import Node
 
+from resnet_paths.carried import Carrying, OfState, OnFirst, TakeFirst
 from resnet_paths.chain import Block, Parallel, Placed, ResidualChain
 from resnet_paths.pairs import OfValue, OnValue, TakeSum, WithEmptySum
 from resnet_paths.tracing import FixedShape, Trace, module_path
 from resnet_paths.unraveling.calling import Signature
 from resnet_paths.unraveling.concatenations import dimension, is_weighted
+from resnet_paths.unraveling.given import kind_of
 from resnet_paths.unraveling.merges import Part, common_module
 
 __all__ = ["assemble"]
@@ -21,24 +23,60 @@ __all__ = ["assemble"]
 _CAT = torch.ops.aten.cat.default
 
 
-def assemble(traced: Trace, parts: Sequence[Part], signature: Signature | None = None) -> ResidualChain:
+class _Cutter:
+    """Cuts parts of blocks out of a graph; where something is carried along, they work on the state that holds it."""
+
+    def __init__(self, traced: Trace, carried: Sequence[Node] = ()) -> None:
+        self.traced = traced
+        self.carried = list(carried)
+        self.kinds = [kind_of(node) for node in carried]
+
+    def part(self, source: Node, target: Node, *, adds: bool = False) -> nn.Module:
+        """What leads from one node to another; `adds` if its result is added to another state."""
+        if not self.carried:
+            return self.traced.segment([source], target)
+        if source is target and not adds:
+            return nn.Identity().eval()
+        return OfState(self.traced.segment([source, *self.carried], target), self.kinds, adds=adds)
+
+    def stem(self, start: Node) -> nn.Module:
+        """What leads from the inputs to the first state."""
+        module = self.traced.segment(self.traced.inputs, start, *self.carried)
+        return Carrying(module, self.kinds) if self.carried else module
+
+    def head(self, end: Node) -> nn.Module:
+        """What leads from the last state to the output."""
+        module = self.part(end, self.traced.output)
+        return _in_series(module, TakeFirst()) if self.carried else module
+
+    def on_first(self, module: nn.Module) -> nn.Module:
+        """A module of one tensor as a part of a block."""
+        return OnFirst(module) if self.carried else module
+
+
+def assemble(
+    traced: Trace, parts: Sequence[Part], signature: Signature | None = None, carried: Sequence[Node] = ()
+) -> ResidualChain:
     """The chain that the parts of a graph make.
 
     Args:
         traced: The graph.
         parts: Its blocks, in order.
         signature: How the chain is to be called; None for tensors in a row.
+        carried: Values that every block is given, beside what it works on.
 
     Returns:
         A chain in eval mode.
     """
     shapes = [tuple(node.meta["val"].shape[1:]) for node in traced.inputs]
     tensors_of = None if signature is None else signature.tensors
-    stem = FixedShape(traced.segment(traced.inputs, parts[0].start), shapes, tensors_of)
-    return _chain(traced, stem, parts, traced.segment([parts[-1].end], traced.output))
+    cutter = _Cutter(traced, carried)
+    stem = FixedShape(cutter.stem(parts[0].start), shapes, tensors_of)
+    return _chain(cutter, stem, parts, cutter.head(parts[-1].end))
 
 
-def _chain(traced: Trace, stem: nn.Module, parts: Sequence[Part], head: nn.Module) -> ResidualChain:
+def _chain(cutter: _Cutter, stem: nn.Module, parts: Sequence[Part], head: nn.Module) -> ResidualChain:
+    traced = cutter.traced
     blocks: list[Block] = []
     stage, previous_shape = 0, None
     for part, name in zip(parts, _names(traced, parts), strict=True):
@@ -49,14 +87,18 @@ def _chain(traced: Trace, stem: nn.Module, parts: Sequence[Part], head: nn.Modul
         if part.rungs:
             blocks += _ladder(traced, part, stage)
             continue
-        skip = None if part.skip is None else traced.segment([part.fork], part.skip)
-        branches = [_branch(traced, part, *each) for each in zip(part.branches, part.inner, strict=True)]
+        skip = None if part.skip is None else cutter.part(part.fork, part.skip)
+        # Without a skip the first branch brings what is carried along.
+        branches = [
+            _branch(cutter, part, branch, inner, adds=part.skip is not None or index > 0)
+            for index, (branch, inner) in enumerate(zip(part.branches, part.inner, strict=True))
+        ]
         is_joined = part.merge.target is _CAT and part.merge not in part.branches  # one inside a plain block is not
         if is_joined:
-            skip, branches = _placed(part, skip, branches)
+            skip, branches = _placed(cutter, part, skip, branches)
         block = Block(
             branches[0] if len(branches) == 1 else Parallel(branches, onto_skip=part.onto_skip), skip,
-            pre=traced.segment([part.start], part.fork), post=traced.segment([part.merge], part.end),
+            pre=cutter.part(part.start, part.fork), post=cutter.part(part.merge, part.end),
             name=name, skip_kind="concat" if is_joined and skip is not None else None,
             stage=stage, in_shape=in_shape, out_shape=out_shape,
         )  # fmt: skip
@@ -65,7 +107,7 @@ def _chain(traced: Trace, stem: nn.Module, parts: Sequence[Part], head: nn.Modul
     # Between blocks of a plain net there may be trunk nodes that belong to neither: they go before the later block.
     for index, (left, right) in enumerate(itertools.pairwise(parts)):
         if left.end is not right.start and not any(part.rungs for part in parts):
-            gap = traced.segment([left.end], right.start)
+            gap = cutter.part(left.end, right.start)
             blocks[index + 1] = blocks[index + 1].replace(pre=gap, in_shape=_shape(left.end))
     chain = ResidualChain(stem, blocks, head)
     chain.training = chain.blocks.training = False
@@ -99,22 +141,24 @@ def _in_series(*modules: nn.Module) -> nn.Module:
     return nn.Sequential(*(module for module in modules if not isinstance(module, nn.Identity))).eval()
 
 
-def _branch(traced: Trace, part: Part, branch: Node, inner: Sequence[Part]) -> nn.Module:
+def _branch(cutter: _Cutter, part: Part, branch: Node, inner: Sequence[Part], *, adds: bool) -> nn.Module:
     """What leads from the fork to an operand of the merge: a chain of its own where there are blocks on the way."""
     if not inner:
-        return traced.segment([part.fork], branch)
-    stem = traced.segment([part.fork], inner[0].start)
-    return _chain(traced, stem, inner, traced.segment([inner[-1].end], branch))
+        return cutter.part(part.fork, branch, adds=adds)
+    stem = cutter.part(part.fork, inner[0].start)
+    return _chain(cutter, stem, inner, cutter.part(inner[-1].end, branch, adds=adds))
 
 
-def _placed(part: Part, skip: nn.Module | None, branches: list[nn.Module]) -> tuple[nn.Module | None, list[nn.Module]]:
+def _placed(
+    cutter: _Cutter, part: Part, skip: nn.Module | None, branches: list[nn.Module]
+) -> tuple[nn.Module | None, list[nn.Module]]:
     """Skip and branches of a concatenation: each placed into the wider space, where they are added."""
     dim, operands = dimension(part.merge), list(part.merge.args[0])  # type: ignore[arg-type]
     sizes = [int(node.meta["val"].shape[dim]) for node in operands]
 
     def placed(module: nn.Module, operand: Node) -> nn.Module:
         index = operands.index(operand)
-        place = Placed(dim, sum(sizes[:index]), sum(sizes[index + 1 :])).eval()
+        place = cutter.on_first(Placed(dim, sum(sizes[:index]), sum(sizes[index + 1 :])).eval())
         if isinstance(module, ResidualChain):  # its paths still count
             return module.with_head(_in_series(module.head, place))
         return place if isinstance(module, nn.Identity) else nn.Sequential(module, place).eval()

@@ -24,7 +24,7 @@ from resnet_paths.errors import ResnetPathsError
 from resnet_paths.tracing import Trace, describe, module_path, module_stack
 from resnet_paths.unraveling.concatenations import are_apart, concatenated, is_in_groups, is_weighted
 
-__all__ = ["Part", "common_module", "find_parts"]
+__all__ = ["Part", "common_module", "plain_parts", "residual_parts"]
 
 _ADD = torch.ops.aten.add.Tensor
 _CAT = torch.ops.aten.cat.default
@@ -81,13 +81,27 @@ class Rung:
     side: Node
 
 
-def find_parts(traced: Trace, max_depth: int | None, input_names: Sequence[str]) -> list[Part]:
-    """The blocks of a network: residual ones, or else the modules of a plain net.
+def residual_parts(traced: Trace, max_depth: int | None) -> list[Part]:
+    """The residual blocks of a network.
 
     Args:
         traced: The network's graph.
         max_depth: How many chains may stand inside one another; None for any number.
-        input_names: What to call the inputs in messages.
+
+    Returns:
+        The blocks in order; none for a plain net.
+
+    Raises:
+        ResnetPathsError: If the network is not a chain; the node that breaks it is named.
+    """
+    return _residual_parts(traced, _trunk(traced, None, traced.output), max_depth)
+
+
+def plain_parts(traced: Trace) -> list[Part]:
+    """The modules of a network without skips, as blocks without skip.
+
+    Args:
+        traced: The network's graph.
 
     Returns:
         The blocks in order, at least one.
@@ -95,29 +109,7 @@ def find_parts(traced: Trace, max_depth: int | None, input_names: Sequence[str])
     Raises:
         ResnetPathsError: If the network is not a chain; the node that breaks it is named.
     """
-    if not traced.depends_on_input(traced.output):
-        raise ResnetPathsError("model", traced.output.name, "a model whose output depends on its input")
-    trunk = _trunk(traced, None, traced.output)
-    parts = _residual_parts(traced, trunk, max_depth)
-    if not parts:
-        _refuse_input_behind_the_stem(traced, input_names)
-    return parts or _plain_parts(traced, trunk)
-
-
-def _refuse_input_behind_the_stem(traced: Trace, names: Sequence[str]) -> None:
-    """Refuse an input, such as an attention mask, without which the network would be a chain."""
-    blocks_without: dict[str, int] = {}
-    for name, node in zip(names, traced.inputs, strict=True) if len(traced.inputs) > 1 else ():
-        without = Trace(traced.graph, [n for n in traced.inputs if n is not node], traced.output, traced.tensors)
-        if without.depends_on_input(traced.output):
-            trunk = _trunk(without, None, traced.output)
-            blocks_without[name] = len(_residual_parts(without, trunk, 0, strict=False))
-    if any(blocks_without.values()):
-        raise ResnetPathsError(
-            "example_inputs", max(blocks_without, key=blocks_without.__getitem__),
-            "inputs that only the stem reads; this one is read by blocks too",
-            "Leave it out, or wrap the model in a module that fixes it.",
-        )  # fmt: skip
+    return _plain_parts(traced, _trunk(traced, None, traced.output))
 
 
 def _trunk(traced: Trace, source: Node | None, target: Node) -> list[Node]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import re
 import time
 import warnings
@@ -27,26 +28,45 @@ from resnet_paths.files import write_then_rename
 
 TABLE = Path(__file__).parents[2] / "data" / "architectures.csv"
 
+
+def compound(depth: float) -> int:
+    """Blocks stated of EfficientNet: a stage of r layers is scaled to ceil(depth * r); its first layer has no skip."""
+    return sum(math.ceil(depth * repeats) - 1 for repeats in (1, 2, 2, 3, 3, 4, 1))
+
+
 # What is stated: the number of residual additions, by stages or layers as the papers and configurations give them.
 TORCHVISION = {
     "resnet18": 2 + 2 + 2 + 2, "resnet34": 3 + 4 + 6 + 3, "resnet50": 3 + 4 + 6 + 3, "resnet101": 3 + 4 + 23 + 3,
-    "resnext50_32x4d": 3 + 4 + 6 + 3, "wide_resnet50_2": 3 + 4 + 6 + 3,
+    "resnet152": 3 + 8 + 36 + 3, "resnext50_32x4d": 3 + 4 + 6 + 3, "resnext101_32x8d": 3 + 4 + 23 + 3,
+    "resnext101_64x4d": 3 + 4 + 23 + 3, "wide_resnet50_2": 3 + 4 + 6 + 3, "wide_resnet101_2": 3 + 4 + 23 + 3,
     "regnet_x_400mf": 1 + 2 + 7 + 12, "regnet_x_800mf": 1 + 3 + 7 + 5, "regnet_x_1_6gf": 2 + 4 + 10 + 2,
+    "regnet_x_3_2gf": 2 + 6 + 15 + 2, "regnet_x_8gf": 2 + 5 + 15 + 1, "regnet_x_16gf": 2 + 6 + 13 + 1,
+    "regnet_x_32gf": 2 + 7 + 13 + 1,
     "regnet_y_400mf": 1 + 3 + 6 + 6, "regnet_y_800mf": 1 + 3 + 8 + 2, "regnet_y_1_6gf": 2 + 6 + 17 + 2,
+    "regnet_y_3_2gf": 2 + 5 + 13 + 1, "regnet_y_8gf": 2 + 4 + 10 + 1, "regnet_y_16gf": 2 + 4 + 11 + 1,
+    "regnet_y_32gf": 2 + 5 + 12 + 1, "regnet_y_128gf": 2 + 7 + 17 + 1,
     "densenet121": 6 + 12 + 24 + 16, "densenet161": 6 + 12 + 36 + 24, "densenet169": 6 + 12 + 32 + 32,
+    "densenet201": 6 + 12 + 48 + 32,
     # Repeats that keep the shape; the first of most stages has no skip.
     "mobilenet_v2": 0 + 1 + 2 + 3 + 2 + 2 + 0, "mobilenet_v3_small": 1 + 2 + 1 + 2, "mobilenet_v3_large": 10,
-    "mnasnet1_0": 2 + 2 + 2 + 1 + 3 + 0, "efficientnet_b0": 0 + 1 + 1 + 2 + 2 + 3 + 0,
-    "efficientnet_b1": 1 + 2 + 2 + 3 + 3 + 4 + 1, "efficientnet_b3": 1 + 2 + 2 + 4 + 4 + 5 + 1,
-    "efficientnet_v2_s": 2 + 3 + 3 + 5 + 8 + 14,
-    "convnext_tiny": 3 + 3 + 9 + 3, "convnext_small": 3 + 3 + 27 + 3,
-    "swin_t": 2 * (2 + 2 + 6 + 2), "swin_s": 2 * (2 + 2 + 18 + 2), "swin_v2_t": 2 * (2 + 2 + 6 + 2),
-    "vit_b_16": 2 * 12, "vit_b_32": 2 * 12, "maxvit_t": 5 * (2 + 2 + 5 + 2),
-    "vgg11": 11 - 2, "vgg16_bn": 16 - 2, "alexnet": 8 - 2, "squeezenet1_1": 8, "googlenet": 9,
-    "inception_v3": 3 + 1 + 4 + 1 + 2,
-    "shufflenet_v2_x1_0": 4 + 8 + 4,
+    **dict.fromkeys(("mnasnet0_5", "mnasnet0_75", "mnasnet1_0", "mnasnet1_3"), 2 + 2 + 2 + 1 + 3 + 0),
+    "efficientnet_b0": compound(1.0), "efficientnet_b1": compound(1.1), "efficientnet_b2": compound(1.2),
+    "efficientnet_b3": compound(1.4), "efficientnet_b4": compound(1.8), "efficientnet_b5": compound(2.2),
+    "efficientnet_b6": compound(2.6), "efficientnet_b7": compound(3.1),
+    "efficientnet_v2_s": 2 + 3 + 3 + 5 + 8 + 14, "efficientnet_v2_m": 3 + 4 + 4 + 6 + 13 + 17 + 4,
+    "efficientnet_v2_l": 4 + 6 + 6 + 9 + 18 + 24 + 6,
+    "convnext_tiny": 3 + 3 + 9 + 3,
+    **dict.fromkeys(("convnext_small", "convnext_base", "convnext_large"), 3 + 3 + 27 + 3),
+    "swin_t": 2 * (2 + 2 + 6 + 2), "swin_s": 2 * (2 + 2 + 18 + 2), "swin_b": 2 * (2 + 2 + 18 + 2),
+    "swin_v2_t": 2 * (2 + 2 + 6 + 2), "swin_v2_s": 2 * (2 + 2 + 18 + 2), "swin_v2_b": 2 * (2 + 2 + 18 + 2),
+    "vit_b_16": 2 * 12, "vit_b_32": 2 * 12, "vit_l_16": 2 * 24, "vit_l_32": 2 * 24, "vit_h_14": 2 * 32,
+    "maxvit_t": 5 * (2 + 2 + 5 + 2),
+    **{f"vgg{layers}{norm}": layers - 2 for layers in (11, 13, 16, 19) for norm in ("", "_bn")},
+    "alexnet": 8 - 2, "squeezenet1_0": 8, "squeezenet1_1": 8, "googlenet": 9, "inception_v3": 3 + 1 + 4 + 1 + 2,
+    **{f"shufflenet_v2_x{width}": 4 + 8 + 4 for width in ("0_5", "1_0", "1_5", "2_0")},
 }  # fmt: skip
-"""Blocks stated. Plain nets: weight layers but the first and the last. Networks that concatenate: their modules."""
+"""Blocks stated, of every classification network of torchvision. Plain nets: weight layers but the first and the last.
+Networks that concatenate: their modules. "3 + 4 + 6 + 3" is a number for each stage, as the paper's table has it."""
 
 TIMM = {
     "resnet26d": 2 + 2 + 2 + 2, "resnetv2_50": 3 + 4 + 6 + 3, "resnet50_gn": 3 + 4 + 6 + 3,
@@ -70,19 +90,23 @@ TIMM = {
     "pit_ti_224": 2 * (2 + 6 + 4), "visformer_tiny": 7 + 2 * 4 + 2 * 4, "twins_svt_small": 2 * (2 + 2 + 10 + 4) + 4,
     "swinv2_cr_tiny_224": 2 * (2 + 2 + 6 + 2), "davit_tiny": 8 * (1 + 1 + 3 + 1),
     "efficientformer_l1": 2 * (3 + 2 + 6 + 4) + 1, "fastvit_t8": 2 * (2 + 2 + 4 + 2) + 3 + 2 * 3 + 1,
-    "volo_d1_224": None, "focalnet_tiny_srf": 2 * (2 + 2 + 6 + 2), "hiera_tiny_224": 2 * (1 + 2 + 7 + 2),
+    "volo_d1_224": 2 * (4 + 4 + 8 + 2) + 2 + 1, "focalnet_tiny_srf": 2 * (2 + 2 + 6 + 2),
+    "hiera_tiny_224": 2 * (1 + 2 + 7 + 2),
     "starnet_s1": 2 + 2 + 8 + 3, "sequencer2d_s": 2 * (4 + 3 + 8 + 3), "pvt_v2_b0": 2 * (2 + 2 + 2 + 2),
-    "coatnet_nano_rw_224": 3 + 4 + 2 * 6 + 2 * 3, "tiny_vit_5m_224": 2 + 2 * (2 + 6 + 2), "efficientvit_b0": None,
+    "coatnet_nano_rw_224": 3 + 4 + 2 * 6 + 2 * 3, "tiny_vit_5m_224": 2 + 2 * (2 + 6 + 2),
+    "efficientvit_b0": 1 + 1 + 1 + 2 * (2 + 2),
     "mambaout_femto": 3 + 3 + 9 + 3, "xception41": 3 + 8 + 1, "inception_resnet_v2": 10 + 20 + 10 + 3, "lcnet_050": 13,
-    "nest_tiny": 2 * (2 + 2 + 8), "gcvit_xxtiny": None, "coat_lite_tiny": None, "crossvit_tiny_240": None,
-    "hrnet_w18_small": None, "levit_128s": 2 * (2 + 3 + 4) + 2 + 1, "repvit_m0_9": None,
-    "mobilenetv4_conv_small": None,
+    "nest_tiny": 2 * (2 + 2 + 8), "gcvit_xxtiny": None, "coat_lite_tiny": 3 * (2 + 2 + 2 + 2),
+    "crossvit_tiny_240": None,
+    "hrnet_w18_small": None, "levit_128s": 2 * (2 + 3 + 4) + 2 + 1, "repvit_m0_9": 2 * (2 + 2 + 14 + 2) + 3 * 3 + 1,
+    "mobilenetv4_conv_small": (4 + 1) + (1 + 1 + 1 + 2),
 }  # fmt: skip
 """Blocks stated; None where neither paper nor configuration gives a number of additions that can be read off.
 
 By stages, a number for each: two additions a transformer layer, three in XCiT and CoaT, four in each of DaViT's two
 kinds. Beside the layers: positional convolutions (Twins), both heads of a distilled network (LeViT, EfficientFormer),
 the parallel maps of FastViT, Inception-ResNet's three concatenations. CaiT's class attention is one block around four.
+VOLO has two blocks of class attention and an auxiliary head, RepViT three blocks in each downsampling and two heads.
 """
 
 
@@ -222,7 +246,7 @@ def summary(frame: pd.DataFrame) -> str:
     lines += ["| --- | ---: | ---: | ---: | --- |"]
     for library, rows in frame.groupby("library", sort=False):
         stated = rows[rows.blocks_stated.notna() & rows.blocks.notna()]
-        places = rows.reason.str.extract(r"in ([^,(]+), File")[0].fillna("see the table")
+        places = rows.reason.str.extract(r"in ([^,(]+), File")[0].fillna("see the table").str.replace("\\'", "'")
         refused = [f"`{name}` ({place})" for name, place in zip(rows.architecture, places, strict=True)]
         refused = [text for text, reason in zip(refused, rows.reason.notna(), strict=True) if reason]
         lines.append(

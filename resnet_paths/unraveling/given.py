@@ -1,0 +1,158 @@
+"""Inputs that blocks read, such as an attention mask: given, and carried along beside what the blocks work on.
+
+Where a network is no chain of blocks as it stands, it may be one for any given value of some of its inputs. The last
+value that is made from these alone, and that everything behind the stem reads, is then part of every state.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import networkx as nx
+import torch
+from torch.fx import Node
+
+from resnet_paths.carried import Carried
+from resnet_paths.errors import ResnetPathsError
+from resnet_paths.tracing import Trace
+from resnet_paths.unraveling.merges import Part, plain_parts, residual_parts
+
+__all__ = ["find_parts", "kind_of"]
+
+
+def find_parts(
+    traced: Trace, max_depth: int | None, input_names: Sequence[str]
+) -> tuple[Trace, list[Part], list[Node]]:
+    """The blocks of a network, residual ones or else the modules of a plain net, and what is carried along.
+
+    Args:
+        traced: The network's graph.
+        max_depth: How many chains may stand inside one another; None for any number.
+        input_names: What to call the inputs in messages.
+
+    Returns:
+        The graph as the blocks see it; the blocks in order, at least one; the values that all of them are given.
+
+    Raises:
+        ResnetPathsError: If the network is not a chain; the node that breaks it is named.
+    """
+    if not traced.depends_on_input(traced.output):
+        raise ResnetPathsError("model", traced.output.name, "a model whose output depends on its input")
+    found: list[tuple[Trace, list[Part], list[Node]]] = []
+    refusal = None
+    try:
+        found.append((traced, residual_parts(traced, max_depth), []))
+    except ResnetPathsError as error:
+        refusal = error
+    unfit: dict[str, int] = {}
+    for given in _subsets(traced.inputs):
+        reduced = Trace(traced.graph, traced.inputs, traced.output, traced.tensors, given)
+        parts = _parts_given(reduced, max_depth)
+        carried = _carried(traced, reduced, parts[0].start) if parts else []
+        if carried is None:
+            names = (name for name, node in zip(input_names, traced.inputs, strict=True) if node in given)
+            unfit[", ".join(names)] = _number(parts)
+        else:
+            found.append((reduced, parts, carried))
+    # The first of those with the most blocks: given nothing, where that gives as many.
+    best = max(found, key=lambda each: _number(each[1]), default=(traced, [], []))
+    if max(unfit.values(), default=0) > _number(best[1]):
+        raise ResnetPathsError(
+            "example_inputs", max(unfit, key=unfit.__getitem__),
+            "inputs that only the stem reads, or that have the batch, or one row for all, in dimension 0",
+            "Blocks read this one. Leave it out, or wrap the model in a module that fixes it.",
+        )  # fmt: skip
+    if best[1]:
+        return best
+    if refusal is not None:
+        raise refusal
+    return traced, plain_parts(traced), []
+
+
+def _number(parts: Sequence[Part]) -> int:
+    """How many blocks there are, those inside branches counted."""
+    return sum(1 + sum(map(_number, part.inner)) for part in parts) + sum(len(part.rungs) for part in parts)
+
+
+def _subsets(inputs: Sequence[Node]) -> Iterator[tuple[Node, ...]]:
+    """Which inputs to take as given: each alone, then all but one."""
+    if len(inputs) > 1:
+        yield from itertools.combinations(inputs, 1)
+    if len(inputs) > 2:
+        yield from itertools.combinations(inputs, len(inputs) - 1)
+
+
+def _parts_given(reduced: Trace, max_depth: int | None) -> list[Part]:
+    if not reduced.depends_on_input(reduced.output):
+        return []
+    try:
+        parts = residual_parts(reduced, max_depth)
+    except ResnetPathsError:
+        return []
+    return [] if any(part.rungs for part in parts) else parts
+
+
+def _carried(traced: Trace, reduced: Trace, start: Node) -> list[Node] | None:
+    """What is given to everything behind `start`; None if it cannot be part of a state."""
+    behind = reduced.region([start], reduced.output)
+    read = {arg for node in behind for arg in node.all_input_nodes if _is_given(traced, reduced, arg)}
+    if not read:
+        return []
+    graph = nx.DiGraph()
+    graph.add_edges_from((node, "read") for node in read)
+    for node in set().union(*(traced.region([], node) for node in read)):
+        before: list[Any] = [*traced.dependent_inputs(node)] or ["inputs"]
+        graph.add_edges_from((arg, node) for arg in before)
+    dominators: dict[Any, Any] = nx.immediate_dominators(graph, "inputs")
+    node = dominators["read"]
+    while node != "inputs":
+        if _fits(node, start):
+            return [node]
+        node = dominators[node]
+    inputs = [node for node in traced.inputs if node in graph]
+    return inputs if all(_fits(node, start) for node in inputs) else None
+
+
+def _is_given(traced: Trace, reduced: Trace, node: Node) -> bool:
+    return traced.depends_on_input(node) and not reduced.depends_on_input(node)
+
+
+def _fits(node: Node, start: Node) -> bool:
+    """Whether a value has a row for each example, or one for all."""
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.dim() > 0 and (_is_row(node) or _batch(node) == _batch(start))
+
+
+def _batch(node: Node) -> str:
+    return str(node.meta["val"].shape[0])
+
+
+def _is_row(node: Node) -> bool:
+    return _batch(node) == "1"
+
+
+def kind_of(node: Node) -> Carried:
+    """How a value is carried along.
+
+    Args:
+        node: The value.
+
+    Returns:
+        Its kind: without a gradient if it, or all that it is made from, is no floating number.
+    """
+    sources, waiting = set(), [node]
+    while waiting:
+        current = waiting.pop()
+        if current not in sources:
+            sources.add(current)
+            waiting.extend(current.all_input_nodes)
+    inputs = [n for n in sources if n.op == "placeholder"]
+    has_gradient = all(any(map(_is_floating, nodes)) for nodes in ([node], inputs))
+    return Carried(node.meta["val"].dtype, _is_row(node), not has_gradient)
+
+
+def _is_floating(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
