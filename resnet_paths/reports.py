@@ -25,7 +25,7 @@ _NAMES = {
     "scaled_dot_product_attention": "attention", "max_pool2d": "max pool", "avg_pool2d": "average pool",
     "adaptive_avg_pool2d": "average pool", "addmm": "linear", "softmax": "softmax",
 }  # fmt: skip
-_SILENT = ("Identity", "Placed")  # what concatenation is made of is said by the kind of the skip
+_SILENT = ("Identity", "Placed", "TakeFirst")  # what concatenation is made of is said by the kind of the skip
 _SHOWN = {
     *_NAMES, "linear", "relu", "relu_", "gelu", "silu", "silu_", "sigmoid", "tanh", "hardswish", "hardswish_",
     "hardsigmoid", "elu", "leaky_relu", "softplus", "mish", "matmul", "bmm", "einsum", "cat", "upsample_bilinear2d",
@@ -139,7 +139,8 @@ def chain_table(blocks: Iterable[Any], depth: int = 0) -> pd.DataFrame:
     """
     rows: list[dict[Any, Any]] = []
     for index, block in enumerate(blocks):
-        inner = getattr(block.branch, "blocks", None)
+        # A graph names its weights as the model does, "blocks" among others.
+        inner = None if isinstance(block.branch, GraphModule) else getattr(block.branch, "blocks", None)
         shapes = ["x".join(map(str, shape or ())) or "?" for shape in (block.in_shape, block.out_shape)]
         rows.append({
             "index": index, "block": block.name or "(unnamed)", "depth": depth, "stage": block.stage,

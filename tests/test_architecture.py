@@ -32,7 +32,7 @@ FLOORS = [
     {"units"},
     {"chain", "tracing", "folding", "zoo.weights", "zoo.places", "zoo.initialisation", "zoo.resnet"},
     {"zoo.drawn", "zoo.senet", "zoo.vgg", "zoo.densenet", "zoo.highway", "zoo.vit", "zoo.unet"},
-    {"unraveling.concatenations", "unraveling.calling", "datasets", "placement"},
+    {"unraveling.carrying", "unraveling.concatenations", "unraveling.calling", "datasets", "placement"},
     {"lesions.batchnorm", "gradients.adjoints"},
     {"unraveling.merges", "zoo.catalog", "zoo.language", "training.tasks", "batches"},
     {"zoo", "training.settings", "unraveling.given", "unraveling.by_hand"},

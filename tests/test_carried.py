@@ -222,3 +222,86 @@ def test_bert_with_an_attention_mask():
         dense.weight.zero_()
         dense.bias.zero_()
         assert torch.allclose(deleted, model(**example).logits, rtol=0, atol=1e-14)
+
+
+class ClassAttention(nn.Module):
+    """As CaiT: layers on the tokens, then two in which a class token reads the tokens, which stay as they are."""
+
+    def __init__(self):
+        super().__init__()
+        self.inp, self.out = nn.Linear(5, 12), nn.Linear(4, 3)
+        self.token = nn.Parameter(torch.randn(1, 1, 4))
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.reads, self.maps = (nn.ModuleList(nn.Linear(4, 4) for _ in range(2)) for _ in "ab")
+
+    def read(self, i, token, x):
+        both = torch.cat([token, x], 1)
+        return nn.functional.scaled_dot_product_attention(self.reads[i](token), both, both)
+
+    def forward(self, x, without=()):
+        x = self.inp(x).unflatten(1, (3, 4))
+        for block in self.blocks:
+            x = x + torch.tanh(block(x))
+        token = self.token.expand(x.shape[0], -1, -1)
+        for i in range(2):
+            token = token if ("read", i) in without else token + self.read(i, token, x)
+            token = token if ("map", i) in without else token + torch.tanh(self.maps[i](token))
+        return self.out(torch.cat([token, x], 1)[:, 0])
+
+
+def test_tokens_that_a_class_token_reads_are_carried_along():
+    model, x = build(ClassAttention), inputs()
+    chain = rp.unravel(model, x)
+    assert torch.equal(chain(x), model(x))
+    assert torch.equal(chain(inputs(7)), model(inputs(7)))
+    outer = chain[2].branch
+    assert isinstance(outer, ResidualChain)
+    assert (len(chain), len(outer)) == (3, 4)
+    assert chain.num_paths == 2**2 * (1 + 2**4)
+    edits = [("read", 0), ("map", 0), ("read", 1), ("map", 1)]
+    for block, edit in zip(outer, edits, strict=True):
+        assert torch.equal(rp.delete_block(chain, block.name)(x), model(x, without=(edit,)))
+    frame = rp.gradient_by_path_length(chain, x, TARGETS)
+    assert frame.gradient_share.sum() == pytest.approx(1, abs=1e-12)
+    assert chain.summary().count("\n") == 1 + 3 + 4
+
+
+class GlobalQuery(nn.Module):
+    """As GCViT: what is computed once at the start of a stage is read by every block of the stage."""
+
+    def __init__(self):
+        super().__init__()
+        self.inp, self.out = nn.Linear(5, 4), nn.Linear(4, 3)
+        self.query = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.layers = nn.ModuleList(nn.ModuleList(nn.Linear(4, 4) for _ in range(3)) for _ in range(2))
+
+    def forward(self, x, without=()):
+        x = self.inp(x)
+        for stage, layers in enumerate(self.layers):
+            query = torch.sigmoid(self.query[stage](x))
+            x = x.flip(1)
+            for i, layer in enumerate(layers):
+                x = x if (stage, i) in without else x + torch.tanh(layer(x)) * query
+        return self.out(x)
+
+
+def test_a_query_that_all_blocks_of_a_stage_read_is_carried_through_it():
+    model, x = build(GlobalQuery), inputs()
+    chain = rp.unravel(model, x)
+    assert torch.equal(chain(x), model(x))
+    assert [block.name for block in chain] == [f"layers.{stage}.{i}" for stage in range(2) for i in range(3)]
+    assert chain.num_paths == 2**6
+    for index in range(6):
+        deleted = rp.delete_block(chain, index)(x)
+        assert torch.equal(deleted, model(x, without=(divmod(index, 3),)))
+    study = rp.lesion_study(chain, [(x, TARGETS)], rp.single_deletions(chain), progress=False)
+    by_hand = [nn.functional.cross_entropy(model(x, without=(divmod(i, 3),)), TARGETS).item() for i in range(6)]
+    assert study.loss.tolist() == pytest.approx(by_hand, rel=1e-12)
+    frame = rp.gradient_by_path_length(chain, x, TARGETS)
+    assert frame.gradient_share.sum() == pytest.approx(1, abs=1e-12)
+    state = chain.stem(x)
+    networks = [rp.path_network(chain, path)(x) for path in rp.enumerate_paths(chain, length=1)]
+    assert state.shape == (4, 4)
+    assert all(made.shape == (4, 3) for made in networks)
+    with pytest.raises(rp.ResnetPathsError):
+        rp.swap_blocks(chain, 0, 1)  # where the query is made

@@ -14,8 +14,8 @@ from resnet_paths.chain import Block, Parallel, Placed, ResidualChain
 from resnet_paths.pairs import OfValue, OnValue, TakeSum, WithEmptySum
 from resnet_paths.tracing import FixedShape, Trace, module_path
 from resnet_paths.unraveling.calling import Signature
+from resnet_paths.unraveling.carrying import kind_of
 from resnet_paths.unraveling.concatenations import dimension, is_weighted
-from resnet_paths.unraveling.given import kind_of
 from resnet_paths.unraveling.merges import Part, common_module
 
 __all__ = ["assemble"]
@@ -49,6 +49,10 @@ class _Cutter:
         module = self.part(end, self.traced.output)
         return _in_series(module, TakeFirst()) if self.carried else module
 
+    def enter(self, start: Node, fork: Node) -> nn.Module:
+        """What leads from a state that carries nothing to one of this cutter's."""
+        return Carrying(self.traced.segment([start], fork, *self.carried), self.kinds)
+
     def on_first(self, module: nn.Module) -> nn.Module:
         """A module of one tensor as a part of a block."""
         return OnFirst(module) if self.carried else module
@@ -79,35 +83,48 @@ def _chain(cutter: _Cutter, stem: nn.Module, parts: Sequence[Part], head: nn.Mod
     traced = cutter.traced
     blocks: list[Block] = []
     stage, previous_shape = 0, None
-    for part, name in zip(parts, _names(traced, parts), strict=True):
+    lanes = [part.lane for part in parts]
+    outer = cutter
+    for index, (part, name) in enumerate(zip(parts, _names(traced, parts), strict=True)):
         in_shape, out_shape = _shape(part.start), _shape(part.end)
         if previous_shape is not None and out_shape != previous_shape:
             stage += 1
         previous_shape = out_shape
+        lane = part.lane
+        enters = lane is not None and (index == 0 or lanes[index - 1] is not lane)
+        leaves = lane is not None and (index == len(parts) - 1 or lanes[index + 1] is not lane)
+        if lane is None:
+            cutter = outer
+        elif enters:
+            cutter = _Cutter(lane.traced, lane.carried)
         if part.rungs:
             blocks += _ladder(traced, part, stage)
             continue
         skip = None if part.skip is None else cutter.part(part.fork, part.skip)
         # Without a skip the first branch brings what is carried along.
         branches = [
-            _branch(cutter, part, branch, inner, adds=part.skip is not None or index > 0)
-            for index, (branch, inner) in enumerate(zip(part.branches, part.inner, strict=True))
+            _branch(cutter, part, branch, inner, adds=part.skip is not None or number > 0)
+            for number, (branch, inner) in enumerate(zip(part.branches, part.inner, strict=True))
         ]
         is_joined = part.merge.target is _CAT and part.merge not in part.branches  # one inside a plain block is not
         if is_joined:
             skip, branches = _placed(cutter, part, skip, branches)
+        post = cutter.part(part.merge, part.end)
         block = Block(
             branches[0] if len(branches) == 1 else Parallel(branches, onto_skip=part.onto_skip), skip,
-            pre=cutter.part(part.start, part.fork), post=cutter.part(part.merge, part.end),
-            name=name, skip_kind="concat" if is_joined and skip is not None else None,
-            stage=stage, in_shape=in_shape, out_shape=out_shape,
+            pre=cutter.enter(part.start, part.fork) if enters else cutter.part(part.start, part.fork),
+            post=_in_series(post, TakeFirst()) if leaves else post,
+            name=name, skip_kind="concat" if is_joined and skip is not None else None, stage=stage,
+            # Its state is of another kind on one side: it may not trade places, whatever the shapes.
+            in_shape=None if enters and in_shape == out_shape else in_shape,
+            out_shape=None if leaves and in_shape == out_shape and not enters else out_shape,
         )  # fmt: skip
         block.training = False
         blocks.append(block)
     # Between blocks of a plain net there may be trunk nodes that belong to neither: they go before the later block.
     for index, (left, right) in enumerate(itertools.pairwise(parts)):
         if left.end is not right.start and not any(part.rungs for part in parts):
-            gap = cutter.part(left.end, right.start)
+            gap = outer.part(left.end, right.start)
             blocks[index + 1] = blocks[index + 1].replace(pre=gap, in_shape=_shape(left.end))
     chain = ResidualChain(stem, blocks, head)
     chain.training = chain.blocks.training = False
@@ -138,7 +155,8 @@ def _ladder(traced: Trace, part: Part, stage: int) -> list[Block]:
 
 
 def _in_series(*modules: nn.Module) -> nn.Module:
-    return nn.Sequential(*(module for module in modules if not isinstance(module, nn.Identity))).eval()
+    needed = [module for module in modules if not isinstance(module, nn.Identity)]
+    return needed[0].eval() if len(needed) == 1 else nn.Sequential(*needed).eval()
 
 
 def _branch(cutter: _Cutter, part: Part, branch: Node, inner: Sequence[Part], *, adds: bool) -> nn.Module:
@@ -177,7 +195,8 @@ def _names(traced: Trace, parts: Sequence[Part]) -> list[str]:
         if name and by_merge.count(name) == 1:
             names.append(name)
             continue
-        region = set().union(*(traced.region([part.fork], branch) for branch in part.branches))
+        graph = traced if part.lane is None else part.lane.traced
+        region = set().union(*(graph.region([part.fork], branch) for branch in part.branches))
         candidates = (common_module(region), common_module(n for n in region if is_weighted(n)))
         taken = {"", *names, *by_merge}
         free = [candidate for candidate in candidates if candidate not in taken]

@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
 
-import networkx as nx
-import torch
 from torch.fx import Node
 
-from resnet_paths.carried import Carried
 from resnet_paths.errors import ResnetPathsError
 from resnet_paths.tracing import Trace
+from resnet_paths.unraveling.carrying import read_beside
 from resnet_paths.unraveling.merges import Part, plain_parts, residual_parts
 
-__all__ = ["find_parts", "kind_of"]
+__all__ = ["find_parts"]
 
 
 def find_parts(
@@ -50,7 +47,7 @@ def find_parts(
     for given in _subsets(traced.inputs):
         reduced = Trace(traced.graph, traced.inputs, traced.output, traced.tensors, given)
         parts = _parts_given(reduced, max_depth)
-        carried = _carried(traced, reduced, parts[0].start) if parts else []
+        carried = read_beside(traced, reduced, parts[0].start, traced.output) if parts else []
         if carried is None:
             names = (name for name, node in zip(input_names, traced.inputs, strict=True) if node in given)
             unfit[", ".join(names)] = _number(parts)
@@ -92,67 +89,3 @@ def _parts_given(reduced: Trace, max_depth: int | None) -> list[Part]:
     except ResnetPathsError:
         return []
     return [] if any(part.rungs for part in parts) else parts
-
-
-def _carried(traced: Trace, reduced: Trace, start: Node) -> list[Node] | None:
-    """What is given to everything behind `start`; None if it cannot be part of a state."""
-    behind = reduced.region([start], reduced.output)
-    read = {arg for node in behind for arg in node.all_input_nodes if _is_given(traced, reduced, arg)}
-    if not read:
-        return []
-    graph = nx.DiGraph()
-    graph.add_edges_from((node, "read") for node in read)
-    for node in set().union(*(traced.region([], node) for node in read)):
-        before: list[Any] = [*traced.dependent_inputs(node)] or ["inputs"]
-        graph.add_edges_from((arg, node) for arg in before)
-    dominators: dict[Any, Any] = nx.immediate_dominators(graph, "inputs")
-    node = dominators["read"]
-    while node != "inputs":
-        if _fits(node, start):
-            return [node]
-        node = dominators[node]
-    inputs = [node for node in traced.inputs if node in graph]
-    return inputs if all(_fits(node, start) for node in inputs) else None
-
-
-def _is_given(traced: Trace, reduced: Trace, node: Node) -> bool:
-    return traced.depends_on_input(node) and not reduced.depends_on_input(node)
-
-
-def _fits(node: Node, start: Node) -> bool:
-    """Whether a value has a row for each example, or one for all."""
-    value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and value.dim() > 0 and (_is_row(node) or _batch(node) == _batch(start))
-
-
-def _batch(node: Node) -> str:
-    return str(node.meta["val"].shape[0])
-
-
-def _is_row(node: Node) -> bool:
-    return _batch(node) == "1"
-
-
-def kind_of(node: Node) -> Carried:
-    """How a value is carried along.
-
-    Args:
-        node: The value.
-
-    Returns:
-        Its kind: without a gradient if it, or all that it is made from, is no floating number.
-    """
-    sources, waiting = set(), [node]
-    while waiting:
-        current = waiting.pop()
-        if current not in sources:
-            sources.add(current)
-            waiting.extend(current.all_input_nodes)
-    inputs = [n for n in sources if n.op == "placeholder"]
-    has_gradient = all(any(map(_is_floating, nodes)) for nodes in ([node], inputs))
-    return Carried(node.meta["val"].dtype, _is_row(node), not has_gradient)
-
-
-def _is_floating(node: Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and value.is_floating_point()

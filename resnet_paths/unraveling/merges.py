@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import networkx as nx
@@ -22,6 +22,7 @@ from torch.fx import Node
 
 from resnet_paths.errors import ResnetPathsError
 from resnet_paths.tracing import Trace, describe, module_path, module_stack
+from resnet_paths.unraveling.carrying import read_beside
 from resnet_paths.unraveling.concatenations import are_apart, concatenated, is_in_groups, is_weighted
 
 __all__ = ["Part", "common_module", "plain_parts", "residual_parts"]
@@ -50,6 +51,7 @@ class Part:
         inner: For each branch the blocks inside it; none where it holds no chain.
         onto_skip: Whether the branches are added to the skip one after the other, not their sum at once.
         rungs: Where the part is a ladder, whose state is a pair, its blocks; it has no branches of its own then.
+        lane: The run of blocks it belongs to, where these carry something along; None elsewhere.
     """
 
     module: str
@@ -62,6 +64,24 @@ class Part:
     inner: tuple[tuple[Part, ...], ...] = ((),)
     onto_skip: bool = False
     rungs: tuple[Rung, ...] = ()
+    lane: Lane | None = None
+
+
+@dataclass(frozen=True)
+class Lane:
+    """Some blocks in a row that also read what none of them changes, such as the tokens that a class token attends to.
+
+    Attributes:
+        traced: The graph in which only what is made from their first value counts as dependent.
+        entry: The last value before them.
+        trunk: From their first value to the last merge.
+        carried: What they read beside it, made from the entry.
+    """
+
+    traced: Trace
+    entry: Node
+    trunk: tuple[Node, ...]
+    carried: tuple[Node, ...]
 
 
 @dataclass(frozen=True)
@@ -138,36 +158,87 @@ class _Core:
     branches: tuple[Node, ...]
     onto_skip: bool = False
     rungs: tuple[Rung, ...] = ()
+    lane: Lane | None = None
 
 
 def _residual_parts(traced: Trace, trunk: list[Node], depth: int | None, *, strict: bool = True) -> list[Part]:
     """The blocks of a network with skips; empty if there is no merge on the trunk."""
     # Inside a branch nothing is refused, `strict` is False: what is no merge there is a part of the branch.
-    cores = []
+    cores: list[_Core] = []
+    extended = trunk[:1]
     for fork, node in itertools.pairwise(trunk):
         if _joins(traced, fork, node, parts_too=strict) and _holds_weights(traced, fork, node):
             try:
                 cores.append(_core(traced, fork, node))
             except ResnetPathsError:
-                if strict:
+                found = _lane(traced, fork, node)
+                if strict and not found:
                     raise
+                cores += found
+                extended += found[0].lane.trunk[:-1] if found and found[0].lane else ()
         elif strict:
             _refuse_other_merge(traced, fork, node)
+        extended.append(node)
     if not strict:
         # Instruments take the batch from dimension 0, inside branches too.
         cores = [core for core in cores if _same_batch(core.merge, trunk[0]) and _same_batch(core.fork, trunk[0])]
     if not cores:
         return []
-    line = _Line(trunk, cores)
+    line = _Line(extended, cores)
     ends = [line.end_of_post(index) for index in range(len(cores))]
     starts = [line.start_of_first(), *ends[:-1]]
     return [
         Part(
             module_path(core.merge), start, core.fork, core.merge, end, core.skip, core.branches,
-            tuple(_inside(traced, core.fork, branch, depth) for branch in core.branches), core.onto_skip, core.rungs,
+            tuple(
+                _inside(core.lane.traced if core.lane else traced, core.fork, branch, depth) for branch in core.branches
+            ),
+            core.onto_skip, core.rungs, core.lane,
         )
         for start, core, end in zip(starts, cores, ends, strict=True)
     ]  # fmt: skip
+
+
+def _lane(traced: Trace, entry: Node, merge: Node) -> list[_Core]:
+    """The blocks that lead to a merge if what else they read is carried along; none if they are no such run."""
+    if traced.given or any(node.op != "placeholder" for node in traced.inputs):
+        return []  # in another lane
+    best: list[_Core] = []
+    inside = traced.region([entry], merge)
+    # The first value may be a parameter, such as a class token.
+    firsts = traced.in_order(inside | {arg for node in inside for arg in node.all_input_nodes} - {entry, merge})
+    for first in firsts:
+        if len(first.users) < 2 or not _is_batch(first, entry):
+            continue
+        reduced = Trace(traced.graph, [first], traced.output, traced.tensors)
+        if not reduced.depends_on_input(merge):
+            continue
+        trunk = _trunk(reduced, first, merge)
+        try:
+            cores = _cores(reduced, trunk)
+        except ResnetPathsError:
+            continue
+        if any(core.skip is not core.fork for core in cores):
+            continue  # streams that meet again and again (HRNet) are no run of residual blocks
+        # One block alone is none of several that read the same.
+        carried = read_beside(traced, reduced, first, merge) if len(cores) > max(len(best), 1) else None
+        if carried and cores[-1].merge is merge and all(node is entry or node in inside for node in carried):
+            lane = Lane(reduced, entry, tuple(trunk), tuple(carried))
+            best = [replace(core, lane=lane) for core in cores]
+    return best
+
+
+def _cores(traced: Trace, trunk: list[Node]) -> list[_Core]:
+    pairs = itertools.pairwise(trunk)
+    return [
+        _core(traced, *pair)
+        for pair in pairs
+        if _joins(traced, *pair, parts_too=False) and _holds_weights(traced, *pair)
+    ]
+
+
+def _is_batch(node: Node, other: Node) -> bool:
+    return all(isinstance(n.meta.get("val"), torch.Tensor) for n in (node, other)) and _same_batch(node, other)
 
 
 def _inside(traced: Trace, fork: Node, branch: Node, depth: int | None) -> tuple[Part, ...]:
@@ -257,7 +328,11 @@ def _rungs(traced: Trace, fork: Node, summands: Sequence[Node]) -> tuple[Rung, .
         return ()
     branches = [next(o for o in traced.dependent_inputs(merge) if o is not x) for x, merge in steps]
     rungs = [Rung(x, merge, b, made_from[i]) for i, ((x, merge), b) in enumerate(zip(steps, branches, strict=True))]
-    return (*rungs, Rung(values[-1], None, None, made_from[len(steps)]))
+    rungs.append(Rung(values[-1], None, None, made_from[len(steps)]))
+    read = [(rung.fork, made) for rung in rungs for made in (rung.branch, rung.side) if made is not None]
+    if any(fork in traced.region([x], made) for x, made in read if x is not fork and made is not x):
+        return ()  # a block reads the fork beside its own value
+    return tuple(rungs)
 
 
 def _skip_among(traced: Trace, fork: Node, operands: Sequence[Node]) -> Node | None:
@@ -291,7 +366,12 @@ class _Line:
     def __init__(self, trunk: list[Node], cores: Sequence[_Core]) -> None:
         self.trunk = trunk
         self.position = {node: i for i, node in enumerate(trunk)}
-        self.forks = [core.fork for core in cores]
+        # A block before a lane ends where the lane is entered, at the latest.
+        before = [None, *(core.lane for core in cores)]
+        self.forks = [
+            core.lane.entry if core.lane and core.lane is not last else core.fork
+            for core, last in zip(cores, before, strict=False)
+        ]
         self.merges = [core.merge for core in cores]
         self.modules = [module_path(merge) for merge in self.merges]
         self._merges_of = Counter(self.modules)

@@ -96,7 +96,8 @@ TIMM = {
     "coatnet_nano_rw_224": 3 + 4 + 2 * 6 + 2 * 3, "tiny_vit_5m_224": 2 + 2 * (2 + 6 + 2),
     "efficientvit_b0": 1 + 1 + 1 + 2 * (2 + 2),
     "mambaout_femto": 3 + 3 + 9 + 3, "xception41": 3 + 8 + 1, "inception_resnet_v2": 10 + 20 + 10 + 3, "lcnet_050": 13,
-    "nest_tiny": 2 * (2 + 2 + 8), "gcvit_xxtiny": None, "coat_lite_tiny": 3 * (2 + 2 + 2 + 2),
+    "nest_tiny": 2 * (2 + 2 + 8), "gcvit_xxtiny": 2 * (2 + 2 + 6 + 2) + 4,
+    "coat_lite_tiny": 3 * (2 + 2 + 2 + 2),
     "crossvit_tiny_240": None,
     "hrnet_w18_small": None, "levit_128s": 2 * (2 + 3 + 4) + 2 + 1, "repvit_m0_9": 2 * (2 + 2 + 14 + 2) + 3 * 3 + 1,
     "mobilenetv4_conv_small": (4 + 1) + (1 + 1 + 1 + 2),
@@ -106,7 +107,8 @@ TIMM = {
 By stages, a number for each: two additions a transformer layer, three in XCiT and CoaT, four in each of DaViT's two
 kinds. Beside the layers: positional convolutions (Twins), both heads of a distilled network (LeViT, EfficientFormer),
 the parallel maps of FastViT, Inception-ResNet's three concatenations. CaiT's class attention is one block around four.
-VOLO has two blocks of class attention and an auxiliary head, RepViT three blocks in each downsampling and two heads.
+VOLO has two blocks of class attention and an auxiliary head, GCViT a convolution in each of four downsamplings, RepViT
+three blocks in each downsampling and two heads.
 """
 
 
