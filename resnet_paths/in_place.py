@@ -119,8 +119,8 @@ def _storages(node: Any) -> set[int]:
 
 
 def _is_same(one: Node, other: Node) -> bool:
-    """Whether two nodes are one tensor, entry for entry in memory."""
-    if not _storages(one) & _storages(other):
+    """Whether two nodes are one tensor, entry for entry in memory, and of one gradient."""
+    if not _storages(one) & _storages(other) or torch.ops.aten.detach.default in (one.target, other.target):
         return False
     pair = one.meta["val"], other.meta["val"]
     if not all(isinstance(value, torch.Tensor) for value in pair):
