@@ -350,8 +350,15 @@ def test_shipped_resnet_56_is_good_enough():
     assert row["test_error_rate"] <= 0.065
 
 
+# Of the snapshots one of each run: ten thousand images through 110 layers take a minute.
+LAST_SNAPSHOTS = {(name, seed): snapshot for name, seed, snapshot in FILES if snapshot is not None}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "seed", "snapshot"), FILES)
+@pytest.mark.parametrize(
+    ("name", "seed", "snapshot"),
+    [(n, seed, snapshot) for n, seed, snapshot in FILES if snapshot in (None, LAST_SNAPSHOTS.get((n, seed)))],
+)
 def test_shipped_network_has_the_error_that_its_file_states(name, seed, snapshot):
     stated = read_metadata(weights_in(FOLDER, name)[seed, snapshot])
     task = NETWORKS[name].task
