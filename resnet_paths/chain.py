@@ -445,6 +445,23 @@ def _dims(shape: Sequence[int] | None) -> str:
     return "unknown" if shape is None else "x".join(map(str, shape)) or "scalar"
 
 
+def refuse_other_than_chain(argument: str, value: object) -> None:
+    """Refuse what is no chain, such as a model that was not unraveled.
+
+    Args:
+        argument: Its name, for the message.
+        value: What was given.
+
+    Raises:
+        ResnetPathsError: If it is no `ResidualChain`.
+    """
+    if not isinstance(value, ResidualChain):
+        raise ResnetPathsError(
+            argument, type(value).__name__, "a ResidualChain",
+            "Make one with resnet_paths.unravel(model, example_inputs).",
+        )  # fmt: skip
+
+
 def refuse_training_mode(argument: str, module: nn.Module) -> None:
     """Refuse a module whose BatchNorm would move, or whose dropout would act, when it runs.
 

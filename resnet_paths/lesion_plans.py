@@ -16,7 +16,7 @@ import torch
 from scipy import stats
 
 from resnet_paths.batches import call, each_tensor
-from resnet_paths.chain import Constant, ResidualChain, is_identity, refuse_training_mode
+from resnet_paths.chain import Constant, ResidualChain, is_identity, refuse_other_than_chain, refuse_training_mode
 from resnet_paths.edits import (
     delete_block,
     delete_blocks,
@@ -152,7 +152,7 @@ def duplications(chain: ResidualChain) -> list[Lesion]:
     Returns:
         A lesion a block.
     """
-    _refuse_other_than_chain(chain)
+    refuse_other_than_chain("chain", chain)
     return [_duplication(chain, (index,)) for index, block in enumerate(chain) if block.keeps_shape]
 
 
@@ -173,7 +173,7 @@ def random_duplications(
     Raises:
         ResnetPathsError: If more blocks are to be duplicated than can be, or `repeats` is negative.
     """
-    _refuse_other_than_chain(chain)
+    refuse_other_than_chain("chain", chain)
     possible = [index for index, block in enumerate(chain) if block.keeps_shape]
     sets = _random_sets(possible, counts, repeats, generator, "blocks that can be duplicated")
     return [replace(_duplication(chain, blocks), seed=generator.initial_seed()) for blocks in sets]
@@ -189,7 +189,7 @@ def scalings(chain: ResidualChain, factors: Iterable[float]) -> list[Lesion]:
     Returns:
         A lesion a block and factor, block by block.
     """
-    _refuse_other_than_chain(chain)
+    refuse_other_than_chain("chain", chain)
     factors = list(factors)
     return [
         Lesion(f"{factor:g} x {_name(chain, index)}", partial(scale_block, block=index, factor=factor), (index,))
@@ -218,7 +218,7 @@ def branch_replacements(chain: ResidualChain, source: ResidualChain, name: str =
         ResnetPathsError: If the chains' blocks do not have the same shapes.
     """
     for each in (chain, source):
-        _refuse_other_than_chain(each)
+        refuse_other_than_chain("chain", each)
     shapes, others = ([(block.in_shape, block.out_shape) for block in each] for each in (chain, source))
     if shapes != others:
         raise ResnetPathsError(
@@ -245,7 +245,7 @@ def mean_replacements(chain: ResidualChain, inputs: Any) -> list[Lesion]:
     Raises:
         ResnetPathsError: If the chain is in training mode.
     """
-    _refuse_other_than_chain(chain)
+    refuse_other_than_chain("chain", chain)
     refuse_training_mode("chain", chain)
     lesions = []
     with torch.no_grad():  # on copies: parts written by hand may work in place
@@ -284,7 +284,7 @@ def layer_schedules(
     Raises:
         ResnetPathsError: If there are fewer than two such blocks, or they do not stand side by side.
     """
-    _refuse_other_than_chain(chain)
+    refuse_other_than_chain("chain", chain)
     places = _middle(chain) if blocks is None else sorted(chain.block_index(block) for block in blocks)
     side_by_side = places == list(range(places[0], places[-1] + 1)) if places else False
     if len(places) < 2 or not side_by_side or not all(_is_exchangeable(chain, i) for i in places):
@@ -373,7 +373,7 @@ def _name(chain: ResidualChain, index: int) -> str:
 
 
 def _deletable(chain: ResidualChain) -> list[int]:
-    _refuse_other_than_chain(chain)
+    refuse_other_than_chain("chain", chain)
     return [
         index
         for index, block in enumerate(chain)
@@ -388,7 +388,7 @@ def _is_exchangeable(chain: ResidualChain, index: int) -> bool:
 
 def _exchangeable(chain: ResidualChain) -> list[tuple[int, int]]:
     """Pairs of blocks that may trade places."""
-    _refuse_other_than_chain(chain)
+    refuse_other_than_chain("chain", chain)
     keep = [index for index, block in enumerate(chain) if block.keeps_shape]
     return [
         (i, j)
@@ -418,11 +418,3 @@ def _checked_counts(counts: Iterable[int], repeats: int, most: int | None, what:
             allowed = f"numbers of at least 1 ({what})" if most is None else f"numbers from 1 to {most} ({what})"
             raise ResnetPathsError("counts", count, allowed)
     return counts
-
-
-def _refuse_other_than_chain(chain: object) -> None:
-    if not isinstance(chain, ResidualChain):
-        raise ResnetPathsError(
-            "chain", type(chain).__name__, "a ResidualChain",
-            "Make one with resnet_paths.unravel(model, example_inputs).",
-        )  # fmt: skip

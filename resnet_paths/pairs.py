@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-__all__ = ["OfValue", "OnValue", "TakeSum", "WithEmptySum"]
+__all__ = ["OfValue", "TakeSum", "WithEmptySum"]
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -55,19 +55,6 @@ class OfValue(nn.Module):
         """What is added to x and to the sum."""
         made = self.module(pair[0])
         return (made[0], made[1]) if self.adds_to_value else (torch.zeros_like(pair[0]), made)
-
-
-class OnValue(nn.Module):
-    """A module that changes the value of the pair alone."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-        self.training = False
-
-    def forward(self, pair: Pair) -> Pair:
-        """(module(x), sum)."""
-        return self.module(pair[0]), pair[1]
 
 
 class TakeSum(nn.Module):

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from resnet_paths.chain import Block, ResidualChain, refuse_training_mode
+from resnet_paths.chain import Block, ResidualChain, refuse_other_than_chain, refuse_training_mode
 from resnet_paths.errors import ResnetPathsError
 from resnet_paths.examples import batches_of, mean_over_examples
 from resnet_paths.placement import device_of
@@ -43,11 +43,7 @@ def block_norms(chain: ResidualChain, inputs: Any) -> pd.DataFrame:
     Raises:
         ResnetPathsError: If the chain is in training mode, there is no example, or a state is not one tensor.
     """
-    if not isinstance(chain, ResidualChain):
-        raise ResnetPathsError(
-            "chain", type(chain).__name__, "a ResidualChain",
-            "Make one with resnet_paths.unravel(model, example_inputs).",
-        )  # fmt: skip
+    refuse_other_than_chain("chain", chain)
     refuse_training_mode("chain", chain)
     device = device_of(chain)
     found = []

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from resnet_paths.chain import ResidualChain, refuse_training_mode
+from resnet_paths.chain import ResidualChain, refuse_other_than_chain, refuse_training_mode
 from resnet_paths.errors import ResnetPathsError
 from resnet_paths.gradients.adjoints import each_part, linearize
 from resnet_paths.gradients.backward import (
@@ -68,11 +68,7 @@ class Place:
         Raises:
             ResnetPathsError: If the chain is none or in training mode, or there is no such place.
         """
-        if not isinstance(chain, ResidualChain):
-            raise ResnetPathsError(
-                "chain", type(chain).__name__, "a ResidualChain",
-                "Make one with resnet_paths.unravel(model, example_inputs).",
-            )  # fmt: skip
+        refuse_other_than_chain("chain", chain)
         refuse_training_mode("chain", chain)
         if with_respect_to == "input":
             return cls(chain, of_input=True)

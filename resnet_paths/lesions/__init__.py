@@ -25,7 +25,7 @@ from torch.utils import data
 from tqdm.auto import tqdm
 
 from resnet_paths.batches import inputs_of, refuse_other_than_loader
-from resnet_paths.chain import ResidualChain, refuse_training_mode
+from resnet_paths.chain import ResidualChain, refuse_other_than_chain, refuse_training_mode
 from resnet_paths.errors import ResnetPathsError, StudyInterrupted
 from resnet_paths.fingerprint import fingerprint
 from resnet_paths.lesion_plans import Lesion
@@ -111,7 +111,7 @@ def lesion_study(
             sent to the executor's workers, or one of these breaks down.
         StudyInterrupted: If it is interrupted.
     """
-    _refuse_other_than_chain("chain", chain)
+    refuse_other_than_chain("chain", chain)
     refuse_training_mode("chain", chain)
     _refuse_settings(precision, batch_budget)
     _look_at_loader(loader, store)
@@ -119,7 +119,7 @@ def lesion_study(
     # The intact chain comes first: increases are taken against it on the same images.
     chains = [chain, *(lesion.edit(chain) for lesion in named)]
     for lesion, edited in zip(named, chains[1:], strict=True):
-        _refuse_other_than_chain(f"lesion {lesion.name!r}", edited)
+        refuse_other_than_chain(f"lesion {lesion.name!r}", edited)
     statistics_batches = _inputs_of(reestimate_batchnorm)
     if fold_batchnorm and statistics_batches:
         raise ResnetPathsError(
@@ -274,11 +274,3 @@ def _refuse_settings(precision: str | None, batch_budget: int | None) -> None:
         not isinstance(batch_budget, int) or isinstance(batch_budget, bool) or batch_budget < 1
     ):
         raise ResnetPathsError("batch_budget", batch_budget, "a number of examples of at least 1, or None")
-
-
-def _refuse_other_than_chain(argument: str, value: object) -> None:
-    if not isinstance(value, ResidualChain):
-        raise ResnetPathsError(
-            argument, type(value).__name__, "a ResidualChain",
-            "Make one with resnet_paths.unravel(model, example_inputs).",
-        )  # fmt: skip

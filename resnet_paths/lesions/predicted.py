@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from resnet_paths.batches import call, each_tensor, refuse_other_than_loader, unpack
-from resnet_paths.chain import Block, ResidualChain, refuse_training_mode
+from resnet_paths.chain import Block, ResidualChain, refuse_other_than_chain, refuse_training_mode
 from resnet_paths.errors import ResnetPathsError
 from resnet_paths.lesions.pieces import refuse_labels
 from resnet_paths.placement import device_of, place_chains
@@ -68,11 +68,7 @@ def predicted_effects(
         ResnetPathsError: If the chain is in training mode, the loader is empty or does not give such batches, labels
             are out of range, a state is not one tensor, or has no dimension `feature_dim`.
     """
-    if not isinstance(chain, ResidualChain):
-        raise ResnetPathsError(
-            "chain", type(chain).__name__, "a ResidualChain",
-            "Make one with resnet_paths.unravel(model, example_inputs).",
-        )  # fmt: skip
+    refuse_other_than_chain("chain", chain)
     refuse_training_mode("chain", chain)
     refuse_other_than_loader(loader)
     placed = place_chains([chain], device=device)[0]

@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from resnet_paths.carried import Carrying, OfState, OnFirst, TakeFirst
 from resnet_paths.chain import Block, Parallel, Placed, ResidualChain
-from resnet_paths.pairs import OfValue, OnValue, TakeSum, WithEmptySum
+from resnet_paths.pairs import OfValue, TakeSum, WithEmptySum
 from resnet_paths.tracing import FixedShape, Trace, module_path
 from resnet_paths.unraveling.calling import Signature
 from resnet_paths.unraveling.carrying import kind_of
@@ -144,7 +144,7 @@ def _ladder(traced: Trace, part: Part, stage: int) -> list[Block]:
         if rung.merge is None or later is None:
             after: nn.Module = _in_series(TakeSum(), traced.segment([part.merge], part.end))
         else:
-            after = OnValue(traced.segment([rung.merge], later))
+            after = OnFirst(traced.segment([rung.merge], later))
         block = Block(
             OfValue(traced.segment([rung.fork], *targets), adds_to_value=rung.branch is not None), nn.Identity(),
             pre=before, post=after, name=name if names.count(name) == 1 and name else f"block{index}", stage=stage,
