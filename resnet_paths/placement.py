@@ -1,23 +1,25 @@
-"""Chains made ready to run: on a device, in a precision, layout and form; copies, so that their model stays put."""
+"""Modules made ready to run: on a device, in a precision, layout and form; copies, so that their model stays put."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate, map_arg
 
-from resnet_paths.chain import ResidualChain
 from resnet_paths.device import choose_device
 from resnet_paths.errors import ResnetPathsError
 from resnet_paths.folding import fold_batchnorm as fold
 
-__all__ = ["PRECISIONS", "device_of", "place_chains"]
+__all__ = ["PRECISIONS", "device_of", "place_modules"]
+
+Module = TypeVar("Module", bound=nn.Module)
 
 PRECISIONS = {
     "float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
@@ -25,49 +27,50 @@ PRECISIONS = {
 """Names of the precisions that a study can run in."""
 
 
-def device_of(module: nn.Module) -> torch.device:
-    """Where a module's first parameter or buffer lies; the CPU if it has none."""
-    return next((t.device for t in [*module.parameters(), *module.buffers()]), torch.device("cpu"))
+def device_of(*modules: nn.Module) -> torch.device:
+    """Where the first parameter or buffer of some modules lies; the CPU if they have none."""
+    tensors = (t for module in modules for t in itertools.chain(module.parameters(), module.buffers()))
+    return next((t.device for t in tensors), torch.device("cpu"))
 
 
-def place_chains(
-    chains: Sequence[ResidualChain],
+def place_modules(
+    modules: Sequence[Module],
     *,
     device: str | torch.device = "auto",
     precision: str | None = None,
     channels_last: bool = False,
     fold_batchnorm: bool = False,
-) -> list[ResidualChain]:
-    """Chains in the place asked for, together, so that what they share they share afterwards.
+) -> list[Module]:
+    """Modules in the place asked for, together, so that what they share they share afterwards.
 
     Args:
-        chains: Edits of one chain; none is changed.
-        device: Where to; ``"auto"`` is where the chains are, but for the accelerator where they are on the CPU and
-            there is one.
+        modules: Such as edits of one chain, or steps of them; none is changed.
+        device: Where to; ``"auto"`` is where they are, but for the accelerator where they are on the CPU and there is
+            one.
         precision: A key of `PRECISIONS`; None leaves every parameter in its own.
         channels_last: Whether images are to lie in memory with their channels last, which many convolutions are faster
             with.
         fold_batchnorm: Whether to fold BatchNorm into the convolutions of exported parts; see `resnet_paths.folding`.
 
     Returns:
-        The chains themselves if nothing has to change, else copies.
+        The modules themselves if nothing has to change, else copies.
 
     Raises:
         ResnetPathsError: If the device or the precision is not one.
     """
-    chains = list(chains)
+    modules = list(modules)
     if precision is not None and precision not in PRECISIONS:
         raise ResnetPathsError("precision", precision, f"one of {', '.join(map(repr, PRECISIONS))}, or None")
-    here = device_of(chains[0])
+    here = device_of(*modules)
     there = here if device == "auto" and here.type != "cpu" else choose_device(device)
     dtype = None if precision is None else PRECISIONS[precision]
     # Of all: a lesion may bring tensors of its own.
-    together = nn.ModuleList(chains)
+    together = nn.ModuleList(modules)
     tensors = [*together.parameters(), *together.buffers()]
     moves = not all(_lies_on(t, there) for t in tensors)
     converts = dtype is not None and any(t.is_floating_point() and t.dtype != dtype for t in tensors)
     if not (moves or converts or channels_last or fold_batchnorm):
-        return chains
+        return modules
     together = copy.deepcopy(together)
     graphs = [module for module in together.modules() if isinstance(module, GraphModule)]
     if fold_batchnorm:

@@ -33,7 +33,7 @@ FLOORS = [
     {"chain", "tracing", "folding", "zoo.weights", "zoo.places", "zoo.initialisation", "zoo.resnet"},
     {"zoo.drawn", "zoo.senet", "zoo.vgg", "zoo.densenet", "zoo.highway", "zoo.vit", "zoo.unet"},
     {"unraveling.carrying", "unraveling.concatenations", "unraveling.calling", "datasets", "placement"},
-    {"lesions.batchnorm", "gradients.adjoints"},
+    {"lesions.batchnorm", "lesions.functions", "gradients.adjoints"},
     {"unraveling.merges", "zoo.catalog", "zoo.language", "training.tasks", "batches"},
     {"zoo", "training.settings", "unraveling.given", "unraveling.by_hand"},
     {"unraveling.assembly"},

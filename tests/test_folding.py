@@ -11,7 +11,7 @@ import resnet_paths as rp
 from resnet_paths import tracing
 from resnet_paths.folding import fold_batchnorm
 from resnet_paths.lesions.trie import Trie
-from resnet_paths.placement import place_chains
+from resnet_paths.placement import place_modules
 from tests.chains import Plan, assert_same, random_chain, snapshot
 from tests.gradient_reference import seeded
 from tests.test_placement import images
@@ -148,7 +148,7 @@ def loader():
 
 def test_chains_share_what_was_folded_and_the_original_is_as_it_was(chain):
     chains, before = [chain, rp.delete_block(chain, 1), rp.swap_blocks(chain, 0, 2)], snapshot(chain)
-    folded = place_chains(chains, fold_batchnorm=True)
+    folded = place_modules(chains, fold_batchnorm=True)
     assert_same(before, snapshot(chain))
     # A pre-activation block keeps its first.
     assert (norms_in(chain), norms_in(folded[0])) == (7, 3 if starts_with_norm(chain) else 0)
@@ -181,7 +181,7 @@ def test_pieces_of_folded_networks_are_kept_apart(chain, loader, tmp_path):
 def test_without_exported_parts_nothing_is_folded():
     by_hand = random_chain((3, tuple(Plan(3, "identity", False, False) for _ in range(2))))
     x = torch.ones(1, 5, dtype=torch.float64)
-    assert torch.equal(place_chains([by_hand], fold_batchnorm=True)[0](x), by_hand(x))
+    assert torch.equal(place_modules([by_hand], fold_batchnorm=True)[0](x), by_hand(x))
 
 
 def test_statistics_cannot_be_estimated_of_what_is_folded(chain, loader):

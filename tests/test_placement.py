@@ -15,7 +15,7 @@ import resnet_paths as rp
 from resnet_paths import placement
 from resnet_paths.chain import Block, Constant, ResidualChain
 from resnet_paths.lesions.trie import Trie
-from resnet_paths.placement import place_chains
+from resnet_paths.placement import place_modules
 from tests.chains import Plan, assert_same, inputs, random_chain, snapshot
 from tests.gradient_reference import seeded
 
@@ -76,9 +76,9 @@ def test_a_chain_that_is_where_it_should_be_is_kept():
     chain = random_chain(STEADY)
     chains = [chain, rp.delete_block(chain, 1)]
     for options in ({}, {"device": "cpu"}, {"device": torch.device("cpu", 0)}, {"precision": "float64"}):
-        assert [id(c) for c in place_chains(chains, **options)] == list(map(id, chains))
+        assert [id(c) for c in place_modules(chains, **options)] == list(map(id, chains))
     bare = ResidualChain(nn.Identity(), [Block(nn.Tanh(), nn.Identity())], nn.Identity())
-    assert place_chains([bare], precision="float32")[0] is bare
+    assert place_modules([bare], precision="float32")[0] is bare
     assert placement.device_of(bare) == torch.device("cpu")
 
 
@@ -86,7 +86,7 @@ def test_copies_share_what_was_shared_and_nothing_with_the_original():
     chain = random_chain(STEADY)
     before = snapshot(chain)
     chains = [chain, rp.delete_block(chain, 1), rp.swap_blocks(chain, 0, 4), rp.scale_block(chain, 2, 0.5)]
-    placed = place_chains(chains, precision="float32")
+    placed = place_modules(chains, precision="float32")
     assert_same(before, snapshot(chain))
     assert placed[0][0].branch is placed[1][0].branch is placed[2][4].branch
     assert placed[0][2].branch is placed[3][2].branch.branch
@@ -101,7 +101,7 @@ def test_whole_numbers_stay_whole():
         block = Block(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), nn.Identity(), in_shape=(4,), out_shape=(4,))
         block.branch[1].register_buffer("mask", torch.tensor([True, False]))
         chain = ResidualChain(nn.Sequential(nn.Embedding(7, 4)), [block], nn.Linear(4, 3)).eval()
-    placed = place_chains([chain], precision="bfloat16")[0]
+    placed = place_modules([chain], precision="bfloat16")[0]
     kinds = {name.split(".")[-1]: t.dtype for name, t in placed.named_buffers()}
     assert kinds == {
         "running_mean": torch.bfloat16, "running_var": torch.bfloat16,
@@ -115,7 +115,7 @@ def test_whole_numbers_stay_whole():
 def test_a_lesion_with_tensors_of_its_own_precision_is_converted():
     chain = random_chain(STEADY).float()
     foreign = chain.with_blocks([chain[0].replace(branch=Constant(torch.ones(3).double())), *list(chain)[1:]])
-    placed = place_chains([chain, foreign], precision="float32")
+    placed = place_modules([chain, foreign], precision="float32")
     assert {t.dtype for c in placed for t in [*c.parameters(), *c.buffers()]} == {torch.float32}
     loader = [(inputs(16).float(), torch.zeros(16, dtype=torch.int64))]
     frame = rp.lesion_study(chain, loader, [lambda c: foreign], precision="float32", progress=False)
@@ -160,7 +160,7 @@ def test_an_operation_that_insists_on_a_precision_is_named():
     with pytest.raises(rp.ResnetPathsError, match=r"precision: got 'float8'; allowed: one of 'float64', 'float32'"):
         rp.lesion_study(chain, loader, [lambda c: c], precision="float8", progress=False)
     with pytest.raises(rp.ResnetPathsError, match=r"precision: got 'half'"):
-        place_chains([chain], precision="half")
+        place_modules([chain], precision="half")
     with pytest.raises(rp.ResnetPathsError, match=r"device: got 'gpu'; allowed: 'auto' or a device of torch"):
         rp.lesion_study(chain, loader, [lambda c: c], device="gpu", progress=False)
 
@@ -168,7 +168,7 @@ def test_an_operation_that_insists_on_a_precision_is_named():
 def test_images_with_their_channels_last(exported):
     batches = [images(40, seed) for seed in range(2)]
     before = snapshot(exported)
-    placed = place_chains([exported], channels_last=True)[0]
+    placed = place_modules([exported], channels_last=True)[0]
     weights = [p for p in placed.parameters() if p.dim() == 4 and p.shape[1] > 1]
     assert weights
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
@@ -272,7 +272,7 @@ DEVICES = ["cuda", "meta"]
 def test_studies_and_edits_leave_no_tensor_behind(exported, imaginary, device, precision):
     deletions = rp.single_deletions(exported)
     with imaginary:
-        placed = place_chains([exported], device=device, precision=precision)[0]
+        placed = place_modules([exported], device=device, precision=precision)[0]
         x = torch.empty(5, 1, 6, 6, device=device, dtype=next(placed.parameters()).dtype)
         y = torch.zeros(5, dtype=torch.int64)
         everything = [placed, *edits_of(placed), *(m.edit(placed) for m in rp.mean_replacements(placed, x))]
@@ -299,7 +299,7 @@ def test_gradients_leave_no_tensor_behind(exported, imaginary, monkeypatch, devi
     if device == "cuda":
         monkeypatch.setattr(torch.autograd, "grad", imaginary_grad)
     with imaginary:
-        chain = place_chains([exported], device=device)[0]
+        chain = place_modules([exported], device=device)[0]
         x, y = torch.empty(5, 1, 6, 6), torch.zeros(5, dtype=torch.int64)  # on the CPU
         edited = rp.scale_block(rp.parallel_blocks(chain, [1, 2]), 3, 0.5)
         assert len(rp.gradient_by_path_length(edited, x, y))
@@ -316,7 +316,7 @@ def test_gradients_leave_no_tensor_behind(exported, imaginary, monkeypatch, devi
 def test_a_constant_on_the_wrong_device_would_be_seen(exported, imaginary, monkeypatch, device):
     monkeypatch.setattr(placement, "_make_constants", lambda *_: None)
     with imaginary:
-        chain = place_chains([exported], device=device)[0]
+        chain = place_modules([exported], device=device)[0]
         x = torch.empty(5, 1, 6, 6, device=device)
         with pytest.raises(RuntimeError, match=r"at least two devices, .*cpu"):
             list(Trie([chain]).logits(x))

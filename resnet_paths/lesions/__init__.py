@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from resnet_paths.lesions.pieces import Workshop
 from resnet_paths.lesions.predicted import predicted_effects, score_correlations
 from resnet_paths.lesions.store import Store
 from resnet_paths.lesions.tally import Tally
-from resnet_paths.lesions.trie import Trie, chain_key, steps_of
+from resnet_paths.lesions.trie import Trie, chain_key
 from resnet_paths.lesions.work import Shelf, Work
 from resnet_paths.placement import PRECISIONS
 
@@ -116,26 +117,24 @@ def lesion_study(
     _refuse_settings(precision, batch_budget)
     _look_at_loader(loader, store)
     named = _named(lesions)
-    # The intact chain comes first: increases are taken against it on the same images.
-    chains = [chain, *(lesion.edit(chain) for lesion in named)]
-    for lesion, edited in zip(named, chains[1:], strict=True):
-        refuse_other_than_chain(f"lesion {lesion.name!r}", edited)
     statistics_batches = _inputs_of(reestimate_batchnorm)
     if fold_batchnorm and statistics_batches:
         raise ResnetPathsError(
             "fold_batchnorm", True, "False with reestimate_batchnorm", "What is folded has no statistics to estimate."
         )
+    keys: list[str] | None = None if store is None else []
+    trie = Trie(_edits(chain, named, keys))
     workshop = Workshop(
-        chains, device, precision, channels_last, batch_budget, fold_batchnorm, statistics_batches
+        trie, device, precision, channels_last, batch_budget, fold_batchnorm, statistics_batches
     )  # fmt: skip
     shelf = None
-    if store is not None:
+    if store is not None and keys is not None:
         settings = {
             "precision": precision, "channels_last": channels_last, "fold_batchnorm": fold_batchnorm,
             "batchnorm": fingerprint(statistics_batches) if statistics_batches else "intact",
         }  # fmt: skip
-        shelf = Shelf(Store(store, settings), _keys(chains))
-    tally = Tally(len(chains), per_class=per_class)
+        shelf = Shelf(Store(store, settings), keys)
+    tally = Tally(trie.num_chains, per_class=per_class)
     work = Work(workshop, shelf, executor)
 
     def frame() -> pd.DataFrame:
@@ -149,8 +148,8 @@ def lesion_study(
             for lesion, row in zip(named, tally.rows()[1:], strict=True)
         ]  # fmt: skip
         made = pd.DataFrame(rows).astype({"seed": "UInt64"} if rows else {})
-        made.attrs["block_evaluations"] = Trie(chains).block_evaluations
-        made.attrs["block_evaluations_one_by_one"] = sum(len(steps_of(c)) - 2 for c in chains)
+        made.attrs["block_evaluations"] = trie.block_evaluations
+        made.attrs["block_evaluations_one_by_one"] = trie.block_evaluations_one_by_one
         made.attrs |= {"pieces_computed": work.num_computed, "pieces_found": work.num_found}
         made.attrs["fold_batchnorm"] = fold_batchnorm
         return made
@@ -201,11 +200,17 @@ def pair_interactions(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["first", "second", "error_increase", "additive", "interaction"])
 
 
-def _keys(chains: Sequence[ResidualChain]) -> list[str]:
-    """Fingerprints of whole networks, equal where they compute the same thing."""
+def _edits(chain: ResidualChain, lesions: Iterable[Lesion], keys: list[str] | None) -> Iterator[ResidualChain]:
+    """The chain, then each lesion of it, made one at a time; its key goes into `keys`."""
     known: dict[int, bytes] = {}
     key_of = functools.partial(fingerprint, known=known)
-    return [fingerprint(chain_key(chain, key_of)) for chain in chains]
+    # The intact chain comes first: increases are taken against it on the same images.
+    named = itertools.chain([("chain", chain)], ((f"lesion {one.name!r}", one.edit(chain)) for one in lesions))
+    for argument, edited in named:
+        refuse_other_than_chain(argument, edited)
+        yield edited
+        if keys is not None:
+            keys.append(fingerprint(chain_key(edited, key_of)))  # equal for chains that compute the same thing
 
 
 def _inputs_of(batches: Iterable[Any] | None) -> tuple[Any, ...]:

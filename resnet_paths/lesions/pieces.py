@@ -21,10 +21,9 @@ import torch
 from torch.nn import functional as F
 
 from resnet_paths.batches import each_tensor, num_examples, split
-from resnet_paths.chain import ResidualChain
 from resnet_paths.errors import ResnetPathsError
 from resnet_paths.lesions.trie import Trie
-from resnet_paths.placement import PRECISIONS, device_of, place_chains
+from resnet_paths.placement import PRECISIONS, device_of
 
 __all__ = ["Piece", "Workshop", "hand_out", "num_workers", "refuse_labels", "run_piece"]
 
@@ -62,7 +61,7 @@ class Workshop:
     """Chains, and where and how to run them. It travels to each worker once, and settles on a device there.
 
     Attributes:
-        chains: Edits of one chain.
+        trie: Edits of one chain.
         device: As for `resnet_paths.lesion_study`.
         precision: Likewise.
         channels_last: Likewise.
@@ -71,7 +70,7 @@ class Workshop:
         statistics_batches: Batches of inputs to take BatchNorm statistics from; none keeps the intact network's.
     """
 
-    chains: list[ResidualChain]
+    trie: Trie
     device: str | torch.device = "auto"
     precision: str | None = None
     channels_last: bool = False
@@ -116,9 +115,12 @@ class Workshop:
     def _run_part(
         self, trie: Trie, inputs: Any, labels: torch.Tensor, wanted: Sequence[int], budget: int | None
     ) -> Piece:
-        wrong: dict[int, torch.Tensor] = {}
-        loss_sum: dict[int, torch.Tensor] = {}
-        not_finite: dict[int, torch.Tensor] = {}
+        # In one place from the start: small tensors between large ones would keep the memory of these from being used
+        # again.
+        rows = {index: row for row, index in enumerate(wanted)}
+        of_wrong = torch.empty(len(rows), len(labels), dtype=torch.bool, device=labels.device)
+        of_loss = torch.empty(0)
+        of_not_finite = torch.empty(len(rows), dtype=torch.int64, device=labels.device)
         # Not inference mode where operations are caught as they are dispatched: it hides them.
         with torch.no_grad() if trie.statistics else torch.inference_mode():
             checked: set[torch.Size] = set()  # once for each head: the device is waited for
@@ -127,23 +129,24 @@ class Workshop:
                     refuse_labels(logits, labels)
                     checked.add(logits.shape)
                 finite = torch.isfinite(logits).all(1)
-                wrong[index] = (logits.argmax(1) != labels) | ~finite
+                row = rows[index]
+                of_wrong[row] = (logits.argmax(1) != labels) | ~finite
                 wide = logits if logits.dtype == torch.float64 else logits.float()
-                loss_sum[index] = F.cross_entropy(wide, labels, reduction="sum")
-                not_finite[index] = (~finite).sum()
-            # Gathered before they leave the device, which is waited for once.
-            rows = (torch.stack([found[index] for index in wanted]) for found in (wrong, loss_sum, not_finite))
-            of_wrong, of_loss, of_not_finite = (values.cpu().numpy() for values in rows)
-        return Piece(of_wrong, of_loss.astype(np.float64), of_not_finite)
+                of_loss = of_loss if len(of_loss) else wide.new_empty(len(rows))
+                of_loss[row] = F.cross_entropy(wide, labels, reduction="sum")
+                of_not_finite[row] = (~finite).sum()
+        # The device is waited for once.
+        wrong, loss, not_finite = (values.cpu().numpy() for values in (of_wrong, of_loss, of_not_finite))
+        return Piece(wrong, loss.astype(np.float64), not_finite)
 
     def _settled(self) -> tuple[Trie, torch.device, torch.dtype | None]:
         """The trie on its device; made at the first piece, where the piece runs."""
         if self._placed is None:
-            chains = place_chains(
-                self.chains, device=self.device, precision=self.precision, channels_last=self.channels_last,
+            trie = self.trie.placed(
+                device=self.device, precision=self.precision, channels_last=self.channels_last,
                 fold_batchnorm=self.fold_batchnorm,
             )  # fmt: skip
-            trie, device, dtype = Trie(chains), device_of(chains[0]), PRECISIONS.get(self.precision or "")
+            device, dtype = device_of(*trie.steps), PRECISIONS.get(self.precision or "")
             try:
                 with torch.no_grad():
                     for inputs in self.statistics_batches:
@@ -184,7 +187,7 @@ class Workshop:
         """Pickled once, and unpickled once in each process, however many pieces are sent there."""
         if self._pickled is None:
             settings = (
-                self.chains, self.device, self.precision, self.channels_last, self.batch_budget,
+                self.trie, self.device, self.precision, self.channels_last, self.batch_budget,
                 self.fold_batchnorm, self.statistics_batches, self._token,
             )  # fmt: skip
             self._pickled = pickle.dumps(settings, protocol=pickle.HIGHEST_PROTOCOL)

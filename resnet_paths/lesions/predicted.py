@@ -21,7 +21,7 @@ from resnet_paths.batches import call, each_tensor, refuse_other_than_loader, un
 from resnet_paths.chain import Block, ResidualChain, refuse_other_than_chain, refuse_training_mode
 from resnet_paths.errors import ResnetPathsError
 from resnet_paths.lesions.pieces import refuse_labels
-from resnet_paths.placement import device_of, place_chains
+from resnet_paths.placement import device_of, place_modules
 
 __all__ = ["SCORES", "predicted_effects", "score_correlations"]
 
@@ -71,7 +71,7 @@ def predicted_effects(
     refuse_other_than_chain("chain", chain)
     refuse_training_mode("chain", chain)
     refuse_other_than_loader(loader)
-    placed = place_chains([chain], device=device)[0]
+    (placed,) = place_modules([chain], device=device)
     of_batches = []
     for batch in tqdm(loader, desc="predicted effects", unit="batch", disable=not progress):
         # Copies: autograd cannot work with tensors of inference mode, and a stem written by hand may work in place.

@@ -11,9 +11,11 @@ chains move forward side by side, so many that a step of theirs fills the budget
 
 from __future__ import annotations
 
+import copy
 import operator
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,16 +25,17 @@ from torch.fx import GraphModule, Node
 from resnet_paths.batches import call, each_tensor, num_examples
 from resnet_paths.chain import Block, Constant, Parallel, Placed, ResidualChain, Scaled, is_identity
 from resnet_paths.lesions.batchnorm import Statistics
+from resnet_paths.lesions.functions import Functions
+from resnet_paths.placement import place_modules
 
 __all__ = ["Trie", "chain_key", "steps_of"]
 
 
-@dataclass
+@dataclass(slots=True)
 class _Node:
     """A step that several chains make from one state."""
 
-    step: nn.Module
-    kind: int  # equal for nodes whose steps compute the same thing
+    step: int  # index of the step; nodes whose steps compute the same thing share one
     place: int  # of the step in its chain
     stacks: bool  # whether states of several chains may be one batch for it
     members: int = 0  # bit i is set if chain i passes
@@ -40,7 +43,7 @@ class _Node:
     ends: list[int] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Task:
     """A step that waits to be made from a state."""
 
@@ -52,40 +55,72 @@ class Trie:
     """Chains as one tree of steps. It holds no state between batches, but for BatchNorm statistics estimated anew.
 
     Args:
-        chains: Edits of one chain, and the chain itself.
+        chains: Edits of one chain, and the chain itself. Taken one at a time: of each only the steps are kept that no
+            other has.
 
     Attributes:
         num_chains: How many.
         block_evaluations: Steps of the tree that are blocks: what all chains together cost on a batch.
+        block_evaluations_one_by_one: What they cost each by itself.
+        steps: Modules that the tree is made of, each once.
         statistics: BatchNorm statistics of each step, if `estimate` was called.
     """
 
-    def __init__(self, chains: Sequence[ResidualChain]) -> None:
-        self.num_chains = len(chains)
+    def __init__(self, chains: Iterable[ResidualChain]) -> None:
+        self.num_chains = self.block_evaluations = self.block_evaluations_one_by_one = 0
+        self.steps: list[nn.Module] = []
         self.nodes: list[_Node] = []
         self.roots: list[int] = []
-        self.block_evaluations = 0
         self.statistics: dict[int, Statistics] = {}
-        self._may_write: dict[int, bool] = {}  # by kind: whether a step may change its input in place
-        found: dict[tuple[int | None, Hashable], int] = {}
-        kinds: dict[Hashable, int] = {}
-        for index, chain in enumerate(chains):
+        found: dict[tuple[int | None, int], int] = {}
+        numbers: dict[Hashable, int] = {}
+        for chain in chains:
             node: int | None = None
             for place, step in steps_of(chain):
-                key = _step_key(step)
-                if (node, key) not in found:
-                    found[node, key] = len(self.nodes)
+                # Steps are kept, so that no other part is given the identity of one that is gone.
+                number = numbers.setdefault(_step_key(step), len(self.steps))
+                if number == len(self.steps):
+                    self.steps.append(step)
+                if (node, number) not in found:
+                    found[node, number] = len(self.nodes)
                     (self.roots if node is None else self.nodes[node].children).append(len(self.nodes))
-                    kind = kinds.setdefault(key, len(kinds))
-                    if kind not in self._may_write:
-                        self._may_write[kind] = not _keeps_its_input(step)
-                    self.nodes.append(_Node(step, kind, place, _has_batch_first(chain, place)))
+                    self.nodes.append(_Node(number, place, _has_batch_first(chain, place)))
                     self.block_evaluations += isinstance(step, Block)
-                node = found[node, key]
-                self.nodes[node].members |= 1 << index
+                node = found[node, number]
+                self.nodes[node].members |= 1 << self.num_chains
+                self.block_evaluations_one_by_one += isinstance(step, Block)
             assert node is not None  # every chain has a stem and a head
-            self.nodes[node].ends.append(index)
+            self.nodes[node].ends.append(self.num_chains)
+            self.num_chains += 1
         self._sort_children()
+
+    @cached_property
+    def _functions(self) -> list[Callable[[Any], Any]]:
+        """What each step computes; the steps are not moved any more."""
+        functions = Functions()
+        return [functions.of(step) for step in self.steps]
+
+    @cached_property
+    def _may_write(self) -> list[bool]:
+        """Whether each step may change its input in place."""
+        return [not _keeps_its_input(step) for step in self.steps]
+
+    def placed(self, **placement: Any) -> Trie:
+        """The same tree with its steps in another place, precision or form.
+
+        Args:
+            **placement: As for `resnet_paths.placement.place_modules`.
+
+        Returns:
+            A tree of the same nodes.
+        """
+        trie = copy.copy(self)
+        trie.steps = place_modules(self.steps, **placement)
+        return trie
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is found out of the steps: functions cannot be sent to another process."""
+        return {key: value for key, value in vars(self).items() if key not in ("_functions", "_may_write")}
 
     def _sort_children(self) -> None:
         """Behind each node the child that holds most states comes first: it is run last, when no other waits."""
@@ -155,8 +190,8 @@ class Trie:
                 break
             active.append(i)
         first = min(active, key=lambda i: self.nodes[pool[i].node].place)
-        kind = self.nodes[pool[first].node].kind
-        same = [i for i in active if self.nodes[pool[i].node].kind == kind][:at_once]
+        step = self.nodes[pool[first].node].step
+        same = [i for i in active if self.nodes[pool[i].node].step == step][:at_once]
         return [pool.pop(i) for i in same]  # from the last to the first
 
     def _run(self, tasks: list[_Task], batch: int) -> list[Any]:
@@ -165,7 +200,7 @@ class Trie:
             with self.statistics[tasks[0].node].applied():
                 return [self._step(tasks[0])]
         if len(tasks) > 1 and node.stacks and all(_lengths(task.state) <= {batch} for task in tasks):
-            together = node.step(_stacked([task.state for task in tasks]))
+            together = self._functions[node.step](_stacked([task.state for task in tasks]))
             if _lengths(together) <= {len(tasks) * batch}:
                 return _unstacked(together, len(tasks))
             node.stacks = False  # it mixes the batch with another dimension: in which order is not known
@@ -174,8 +209,8 @@ class Trie:
     def _step(self, task: _Task) -> Any:
         """The state that a task leads to; its own state stays as it is, since others may read it."""
         node = self.nodes[task.node]
-        state = each_tensor(torch.clone, task.state) if self._may_write[node.kind] else task.state
-        return call(node.step, state) if node.place == 0 else node.step(state)
+        state = each_tensor(torch.clone, task.state) if self._may_write[node.step] else task.state
+        return call(self.steps[node.step], state) if node.place == 0 else self._functions[node.step](state)
 
     def _tasks(self, nodes: Sequence[int], state: Any, mask: int) -> list[_Task]:
         """A task for each of the nodes that leads to a wanted chain."""

@@ -67,7 +67,7 @@ class Work:
             yield job.number, job.labels.cpu().numpy(), self._joined(job, piece)
 
     def _job(self, number: int, inputs: Any, labels: torch.Tensor) -> _Job:
-        everything = range(len(self.workshop.chains))
+        everything = range(self.workshop.trie.num_chains)
         if self.shelf is None:
             return _Job(number, inputs, labels, "", {}, list(everything))
         batch = Store.batch_key(inputs, labels)
@@ -119,7 +119,7 @@ class Work:
         if self.shelf is not None:
             same = {self.shelf.lesions[index]: one for index, one in rows.items()}
             rows = {index: same[key] for index, key in enumerate(self.shelf.lesions)}
-        return Piece.joined([rows[index] for index in range(len(self.workshop.chains))])
+        return Piece.joined([rows[index] for index in range(self.workshop.trie.num_chains)])
 
 
 @contextlib.contextmanager

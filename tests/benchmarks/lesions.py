@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 import resnet_paths as rp
 from resnet_paths.lesions.trie import Trie
-from resnet_paths.placement import PRECISIONS, place_chains
+from resnet_paths.placement import PRECISIONS, place_modules
 from resnet_paths.zoo import load_network
 from tests.benchmarks import peers
 from tests.benchmarks.table import row
@@ -111,7 +111,7 @@ class Contender:
             else:
                 plan, ways = rp.single_deletions(chain), dict(self.options)
                 with clock.once_a_study():  # seconds of the study hold it too, whatever its images
-                    place_chains([chain, *(lesion.edit(chain) for lesion in plan)], **placement_of(ways))
+                    place_modules([chain, *(lesion.edit(chain) for lesion in plan)], **placement_of(ways))
                 seconds, _, _ = timed(lambda: rp.lesion_study(chain, given, plan, progress=False, **ways))
             num_images = count * settings["batch"]
             a_study = (seconds - clock.once) * STATED / num_images + clock.once
@@ -129,7 +129,7 @@ def fashion_images(first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def placement_of(options: dict[str, Any]) -> dict[str, Any]:
-    """Of the options of a study, those of `place_chains`."""
+    """Of the options of a study, those of `place_modules`."""
     return {name: options[name] for name in ("precision", "channels_last", "fold_batchnorm") if name in options}
 
 
@@ -138,7 +138,7 @@ def own_predictions(
 ) -> torch.Tensor:
     """Those that `rp.lesion_study` counts, which does not show them; its error rates must be theirs."""
     chains = [lesion.edit(chain) for lesion in rp.single_deletions(chain)]
-    trie = Trie(place_chains(chains, **placement_of(options)))
+    trie = Trie(place_modules(chains, **placement_of(options)))
     images, labels = (torch.cat(part) for part in zip(*given, strict=True))
     with torch.inference_mode():
         found = dict(trie.logits(images.to(PRECISIONS.get(options.get("precision", "float32")))))

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import resnet_paths as rp
 from resnet_paths.lesions.trie import Trie
-from resnet_paths.placement import PRECISIONS, place_chains
+from resnet_paths.placement import PRECISIONS, place_modules
 from resnet_paths.zoo import load_network
 from tests.benchmarks.lesions import fashion_images
 from tests.benchmarks.table import row
@@ -99,7 +99,7 @@ def studies(options: Any, chain: rp.ResidualChain, images: torch.Tensor, best: d
     runs = {}
     for name, way in WAYS.items():
         x = images.to(PRECISIONS[way.get("precision", "float32")]).contiguous(memory_format=layout_of(way))
-        trie = Trie(place_chains(chains, **way))
+        trie = Trie(place_modules(chains, **way))
         runs[name] = lambda trie=trie, x=x: list(trie.logits(x))
     for made in in_turns(task, runs, 2 if options.quick else 3):
         rates = {key: count / made[key] / 1e9 for key in ("value", "low", "high")}
@@ -123,7 +123,7 @@ def kind_of(operation: str) -> str:
 def profiled(task: str, chain: rp.ResidualChain, images: torch.Tensor, way: dict[str, Any]) -> list[Any]:
     """Shares of a study's time by kinds; what no operation accounts for is Python and the dispatch of operations."""
     chains = [chain, *(lesion.edit(chain) for lesion in rp.single_deletions(chain)[:: max(1, len(chain) // 18)])]
-    trie = Trie(place_chains(chains, **way))
+    trie = Trie(place_modules(chains, **way))
     x = images.contiguous(memory_format=layout_of(way))
     with torch.inference_mode():
         list(trie.logits(x))
@@ -147,7 +147,7 @@ def variants(options: Any, chain: rp.ResidualChain) -> list[Any]:
     images = fashion_images(0, count)[0]
     runs: dict[str, Callable[[], Any]] = {}
     for name, way in WAYS.items():
-        (placed,) = place_chains([chain], **way)
+        (placed,) = place_modules([chain], **way)
         x = images.to(PRECISIONS[way.get("precision", "float32")]).contiguous(memory_format=layout_of(way))
         runs[name] = lambda placed=placed, x=x: placed(x)
         if name == "float32, channels last, BatchNorm folded":
@@ -181,7 +181,7 @@ def compiled(options: Any) -> list[Any]:
     count = 32 if options.quick else 128
     x = fashion_images(0, count)[0].contiguous(memory_format=torch.channels_last)
     way = {"channels_last": True, "fold_batchnorm": True}
-    (plain,) = place_chains([chain], **way)
+    (plain,) = place_modules([chain], **way)
     if options.quick:
         plain = plain.with_blocks(list(plain)[:1] + [block.replace(branch=None) for block in list(plain)[1:]])
     fast = copy.deepcopy(plain)
