@@ -1,4 +1,4 @@
-"""A batch of a loader: inputs in any form that a model is called with, and labels.
+"""Batches: inputs in any form that a model is called with, and what they are to be held against.
 
 Inputs are a tensor, a tuple of positional arguments or a mapping of keyword arguments, as for `resnet_paths.unravel`. A
 batch is a pair (inputs, labels), or one mapping that holds the labels too, as those of Hugging Face do.
@@ -6,7 +6,7 @@ batch is a pair (inputs, labels), or one mapping that holds the labels too, as t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,9 +16,13 @@ from torch.utils import _pytree as pytree
 from resnet_paths.errors import ResnetPathsError
 from resnet_paths.unraveling.calling import arguments_of
 
-__all__ = ["call", "each_tensor", "inputs_of", "num_examples", "refuse_other_than_loader", "split", "unpack"]
+__all__ = [
+    "batches_of", "call", "checked_inputs", "each_tensor", "inputs_of", "is_one_batch", "num_examples",
+    "refuse_other_than_loader", "split", "unpack",
+]  # fmt: skip
 
 _LABELS = "labels"
+_FORMS = "a tensor, a tuple of positional arguments or a mapping of keyword arguments with tensors among them"
 
 
 def refuse_other_than_loader(loader: object) -> None:
@@ -61,7 +65,7 @@ def unpack(batch: Any) -> tuple[Any, torch.Tensor]:
     inputs = inputs_of(batch)
     tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
     # One row for all examples, such as positions, belongs to every example.
-    lengths = {len(tensor) for tensor in tensors if tensor.dim()}
+    lengths = set(_lengths(inputs))
     if not labels.dim() or not lengths or max(lengths) != len(labels) or not lengths <= {1, len(labels)}:
         shapes = [list(tensor.shape) for tensor in tensors]
         raise ResnetPathsError(
@@ -70,6 +74,54 @@ def unpack(batch: Any) -> tuple[Any, torch.Tensor]:
         )  # fmt: skip
     whole = not labels.is_floating_point() and not labels.is_complex()
     return inputs, labels.long() if whole else labels
+
+
+def is_one_batch(inputs: Any) -> bool:
+    """Whether a caller gave the inputs of one batch, and no loader: those hold no tensor outside of their batches.
+
+    Args:
+        inputs: What a caller gave.
+
+    Returns:
+        Whether it is a tensor, a mapping, or a tuple or list with a tensor in it.
+    """
+    if isinstance(inputs, tuple | list):
+        return any(isinstance(value, torch.Tensor) for value in inputs)
+    return isinstance(inputs, torch.Tensor | Mapping)
+
+
+def batches_of(inputs: Any, targets: Any = None) -> Iterator[tuple[Any, Any]]:
+    """Batches of (inputs, targets), from a single one or a loader.
+
+    Args:
+        inputs: A tensor, a tuple of positional arguments, a mapping of keyword arguments; or an iterable of
+            (inputs, targets), or of mappings. Labels in a mapping are its targets, unless others are given.
+        targets: What belongs to a single batch, of any kind; None with a loader.
+
+    Yields:
+        Inputs, a tensor, tuple or dictionary, and targets of each batch; None where there are none.
+
+    Raises:
+        ResnetPathsError: If there is no batch, or one is no such inputs.
+    """
+    if is_one_batch(inputs):
+        yield _inputs_and_targets(inputs if targets is None and isinstance(inputs, Mapping) else (inputs, targets))
+        return
+    if targets is not None:
+        raise ResnetPathsError("targets", type(targets).__name__, "None where inputs is a loader of (inputs, targets)")
+    empty = True
+    for batch in inputs if isinstance(inputs, Iterable) else []:
+        empty = False
+        if not isinstance(batch, Mapping) and not (isinstance(batch, tuple | list) and len(batch) == 2):
+            raise ResnetPathsError("inputs", type(batch).__name__, "batches of (inputs, targets), or mappings")
+        yield _inputs_and_targets(batch)
+    if empty:
+        raise ResnetPathsError("inputs", type(inputs).__name__, f"{_FORMS}; or a loader with a batch")
+
+
+def _inputs_and_targets(batch: Any) -> tuple[Any, Any]:
+    targets = batch.get(_LABELS) if isinstance(batch, Mapping) else batch[1]
+    return checked_inputs(inputs_of(batch)), dict(targets) if isinstance(targets, Mapping) else targets
 
 
 def inputs_of(batch: Any) -> Any:
@@ -85,6 +137,29 @@ def inputs_of(batch: Any) -> Any:
     if isinstance(inputs, Mapping):
         return {name: value for name, value in inputs.items() if name != _LABELS or inputs is not batch}
     return tuple(inputs) if isinstance(inputs, list) else inputs
+
+
+def checked_inputs(inputs: Any) -> Any:
+    """Inputs of one batch.
+
+    Args:
+        inputs: What a caller gave.
+
+    Returns:
+        A tensor, a tuple of positional arguments or a dictionary of keyword arguments.
+
+    Raises:
+        ResnetPathsError: If they are none of these, hold no tensor, or their tensors are not of one length.
+    """
+    if isinstance(inputs, Mapping | list):
+        inputs = dict(inputs) if isinstance(inputs, Mapping) else tuple(inputs)
+    lengths = set(_lengths(inputs))
+    if not isinstance(inputs, torch.Tensor | tuple | dict) or not lengths:
+        raise ResnetPathsError("inputs", type(inputs).__name__, f"{_FORMS}, with the batch in dimension 0")
+    if not lengths <= {1, max(lengths)}:
+        shapes = [list(leaf.shape) for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
+        raise ResnetPathsError("inputs", shapes, "tensors with a row for each example, or one row for all")
+    return inputs
 
 
 def call(module: nn.Module, inputs: Any) -> Any:
@@ -108,23 +183,26 @@ def each_tensor(function: Callable[[torch.Tensor], torch.Tensor], inputs: Any) -
 
 def num_examples(inputs: Any) -> int:
     """Length of the longest tensor among the inputs: others hold one row for all examples, or none."""
-    tensors = (leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor))
-    return max((len(tensor) for tensor in tensors if tensor.dim()), default=0)
+    return max(_lengths(inputs), default=0)
 
 
-def split(inputs: Any, labels: torch.Tensor, size: int) -> Iterator[tuple[Any, torch.Tensor]]:
+def _lengths(inputs: Any) -> list[int]:
+    """Of every tensor that has one."""
+    return [len(leaf) for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor) and leaf.dim()]
+
+
+def split(inputs: Any, targets: Any, size: int) -> Iterator[tuple[Any, Any]]:
     """Parts of a batch.
 
     Args:
-        inputs: From `unpack`.
-        labels: Likewise, [batch, ...].
+        inputs: From `unpack` or `batches_of`.
+        targets: Likewise: labels [batch, ...], or a collection of such.
         size: Most examples of a part.
 
     Yields:
-        Inputs and labels of each part, in order; what is one row for all examples is in every part.
+        Inputs and targets of each part, in order; what has no row for each example is in every part.
     """
-    batch = len(labels)
+    batch = num_examples(inputs)
     for start in range(0, batch, size):
         part = slice(start, start + size)
-        of_part = each_tensor(lambda t: t[part] if t.dim() and len(t) == batch else t, inputs)  # noqa: B023 - used at once
-        yield of_part, labels[part]
+        yield each_tensor(lambda t: t[part] if t.dim() and len(t) == batch else t, (inputs, targets))  # noqa: B023 - used at once

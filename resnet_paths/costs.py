@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
+from resnet_paths.batches import checked_inputs, num_examples
 from resnet_paths.errors import ResnetPathsError
+from resnet_paths.unraveling.calling import arguments_of
 
 __all__ = ["ForwardCost", "forward_cost"]
 
@@ -30,28 +33,32 @@ class ForwardCost:
 
 
 @torch.inference_mode()
-def forward_cost(module: nn.Module, inputs: torch.Tensor, *, min_seconds: float = 0.2) -> ForwardCost:
+def forward_cost(module: nn.Module, inputs: Any, *, min_seconds: float = 0.2) -> ForwardCost:
     """What a forward pass costs: operations counted, time measured, nothing taken from a formula.
 
     Args:
         module: A block or a whole network, in eval mode.
-        inputs: A batch [batch, ...] on its device.
+        inputs: A batch on its device: a tensor [batch, ...], a tuple of positional arguments or a mapping of keyword
+            arguments.
         min_seconds: For how long to measure the time, at least.
 
     Returns:
         The cost, for one example of the batch.
 
     Raises:
-        ResnetPathsError: If there is no example.
+        ResnetPathsError: If the inputs are of no such form, or hold no example.
     """
-    if not len(inputs):
-        raise ResnetPathsError("inputs", list(inputs.shape), "at least one example")
+    args, kwargs = arguments_of(checked_inputs(inputs))
+    batch = num_examples((args, kwargs))
+    if not batch:
+        raise ResnetPathsError("inputs", "no examples", "at least one example")
     with FlopCounterMode(display=False) as counter:
-        module(inputs)
-    timer = Timer("module(inputs)", globals={"module": module, "inputs": inputs}, num_threads=torch.get_num_threads())
+        module(*args, **kwargs)
+    called = {"module": module, "args": args, "kwargs": kwargs}
+    timer = Timer("module(*args, **kwargs)", globals=called, num_threads=torch.get_num_threads())
     median = timer.blocked_autorange(min_run_time=min_seconds).median
     return ForwardCost(
         sum(p.numel() for p in module.parameters()),
-        counter.get_total_flops() // 2 // len(inputs),  # the counter takes a multiply-add as two operations
-        1e6 * median / len(inputs),
+        counter.get_total_flops() // 2 // batch,  # the counter takes a multiply-add as two operations
+        1e6 * median / batch,
     )

@@ -12,9 +12,10 @@ import numpy as np
 import pandas as pd
 import torch
 
+from resnet_paths.batches import batches_of, call, each_tensor, num_examples
 from resnet_paths.chain import Block, ResidualChain, refuse_other_than_chain, refuse_training_mode
 from resnet_paths.errors import ResnetPathsError
-from resnet_paths.examples import batches_of, mean_over_examples
+from resnet_paths.examples import mean_over_examples
 from resnet_paths.placement import device_of
 
 __all__ = ["block_norms"]
@@ -32,7 +33,7 @@ def block_norms(chain: ResidualChain, inputs: Any) -> pd.DataFrame:
 
     Args:
         chain: The chain, in eval mode.
-        inputs: A batch of images, a tensor or a tuple of tensors; or a loader of (inputs, targets).
+        inputs: A batch or a loader, as for `resnet_paths.gradient_by_path_length`; targets are not read.
 
     Returns:
         A row a block: ``block_index``, ``block`` (name), ``stage``, ``skip_kind``; means over examples, each with its
@@ -47,10 +48,9 @@ def block_norms(chain: ResidualChain, inputs: Any) -> pd.DataFrame:
     refuse_training_mode("chain", chain)
     device = device_of(chain)
     found = []
-    for batch, _ in batches_of(inputs, None):
-        tensors = tuple(t.to(device) for t in (batch if isinstance(batch, tuple) else (batch,)))
-        if len(tensors[0]):
-            found.append(_of_batch(chain, tensors))
+    for batch, _ in batches_of(inputs):
+        if num_examples(batch):
+            found.append(_of_batch(chain, each_tensor(lambda t: t.to(device), batch)))
     if not found:
         raise ResnetPathsError("inputs", "no examples", "at least one example")
     values = np.concatenate(found, 2)  # [block, column, example]
@@ -67,9 +67,9 @@ def block_norms(chain: ResidualChain, inputs: Any) -> pd.DataFrame:
     return frame
 
 
-def _of_batch(chain: ResidualChain, inputs: tuple[torch.Tensor, ...]) -> np.ndarray:
+def _of_batch(chain: ResidualChain, inputs: Any) -> np.ndarray:
     """[block, column, example] in float64."""
-    state = chain.stem(*(t.clone() for t in inputs))
+    state = call(chain.stem, each_tensor(torch.clone, inputs))
     kept: torch.Tensor | None = state
     rows = []
     for block in chain:

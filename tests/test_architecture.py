@@ -72,7 +72,6 @@ ALLOWED_SIDEWAYS = {
     ("paths", "errors"),
     ("device", "errors"),
     ("memory", "errors"),
-    ("examples", "errors"),
 }
 FILES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path

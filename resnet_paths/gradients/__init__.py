@@ -25,9 +25,10 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
+from resnet_paths.batches import batches_of, is_one_batch
 from resnet_paths.chain import ResidualChain
 from resnet_paths.errors import ResnetPathsError, nearest_names
-from resnet_paths.examples import batches_of, mean_over_examples
+from resnet_paths.examples import mean_over_examples
 from resnet_paths.gradients.effective import (
     PAPER_WINDOW,
     EffectiveWindow,
@@ -78,7 +79,9 @@ def gradient_by_path_length(
 
     Args:
         chain: The chain, in eval mode.
-        inputs: A batch, a tensor or a tuple of tensors; or a loader of (inputs, targets).
+        inputs: A batch, as the chain is called: a tensor, a tuple of positional arguments or a mapping of keyword
+            arguments; or a loader of (inputs, targets) with inputs of any such form, or of mappings. ``labels`` in a
+            mapping, as in those of Hugging Face, are its targets, unless `targets` are given.
         targets: What `loss` takes beside the logits, such as class indices [batch]; None with a loader.
         method: ``"exact"``, ``"energy"`` (which gives what ``"exact"`` does too) or ``"sampled"``.
         loss: From (logits, targets) to a loss for each example, [batch]; cross-entropy if None.
@@ -109,9 +112,9 @@ def gradient_by_path_length(
         ``longest_path`` and ``num_paths_in_all``.
 
     Raises:
-        ResnetPathsError: If the chain is in training mode, the method, place or length is unknown, the inputs are
-            integers (take ``with_respect_to="stem"``, the embedding), the loss is not one number an example, or an
-            activation is not finite (naming the first block).
+        ResnetPathsError: If the chain is in training mode, the method, place or length is unknown, the inputs are of
+            no such form, or integers (take ``with_respect_to="stem"``, the embedding), the loss is not one number an
+            example, or an activation is not finite (naming the first block).
 
     Example:
         >>> from resnet_paths.chain import Block
@@ -180,7 +183,7 @@ def gradient_by_stage_lengths(
 
     Args:
         chain: The chain, in eval mode.
-        inputs: A batch, or a loader of (inputs, targets).
+        inputs: A batch or a loader, as for `gradient_by_path_length`.
         targets: What `loss` takes beside the logits.
         loss: From (logits, targets) to a loss for each example; cross-entropy if None.
         with_respect_to: ``"input"``, ``"stem"``, or a block, for its output.
@@ -242,7 +245,7 @@ def gradient_through_block(
 
     Args:
         chain: The chain, in eval mode.
-        inputs: A batch, or a loader of (inputs, targets).
+        inputs: A batch or a loader, as for `gradient_by_path_length`.
         targets: What `loss` takes beside the logits.
         loss: From (logits, targets) to a loss for each example; cross-entropy if None.
         with_respect_to: ``"input"``, ``"stem"``, or a block, for its output.
@@ -294,7 +297,7 @@ def gradient_by_depth(
 
     Args:
         chain: The chain, in eval mode, with or without skips.
-        inputs: A batch, or a loader of (inputs, targets).
+        inputs: A batch or a loader, as for `gradient_by_path_length`.
         targets: What `loss` takes beside the logits.
         loss: From (logits, targets) to a loss for each example; cross-entropy if None.
         memory_budget: Bytes that kept activations may take; batches are split to fit.
@@ -329,7 +332,7 @@ def _with_bar(what: str, inputs: Any, targets: Any, progress: bool) -> Iterable[
     """The batches, with a bar where they come from a loader."""
     bar = tqdm(
         batches_of(inputs, targets), desc=what, unit="batch",
-        disable=not progress or isinstance(inputs, torch.Tensor | tuple),
+        disable=not progress or is_one_batch(inputs),
     )  # fmt: skip
     return cast("Iterable[tuple[Any, Any]]", bar)
 

@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from resnet_paths.batches import call, each_tensor
 from resnet_paths.chain import Block, Parallel, ResidualChain, add_states
 from resnet_paths.errors import ResnetPathsError
 from resnet_paths.gradients.adjoints import Pullback, each_part, linearize, unchanged
@@ -30,12 +31,12 @@ __all__ = [
 ]  # fmt: skip
 
 
-def states_of(chain: ResidualChain, inputs: Sequence[torch.Tensor]) -> list[Any]:
+def states_of(chain: ResidualChain, inputs: Any) -> list[Any]:
     """The states between blocks of an ordinary forward pass.
 
     Args:
         chain: The chain.
-        inputs: What the stem takes.
+        inputs: A batch, as the chain is called: a tensor, a tuple or a mapping.
 
     Returns:
         The output of the stem, then that of each block.
@@ -43,10 +44,9 @@ def states_of(chain: ResidualChain, inputs: Sequence[torch.Tensor]) -> list[Any]
     Raises:
         ResnetPathsError: If a value is not finite; the first block whose output holds one is named.
     """
-    # Parts written by hand may begin with an operation in place: they get copies.
-    own = unchanged if chain.eval_only else _copy
     with torch.no_grad():
-        first = chain.stem(*own(tuple(inputs)))
+        # Parts written by hand may begin with an operation in place: they get copies.
+        first = call(chain.stem, inputs if chain.eval_only else each_tensor(torch.clone, inputs))
     _check_finite("the stem", first)
     return _states_from(first, chain)
 

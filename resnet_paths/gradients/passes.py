@@ -6,7 +6,7 @@ split changes nothing. Norms are float64, whatever the dtype of the network.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from resnet_paths.batches import each_tensor, num_examples, split
 from resnet_paths.chain import ResidualChain, refuse_other_than_chain, refuse_training_mode
 from resnet_paths.errors import ResnetPathsError
 from resnet_paths.gradients.adjoints import each_part, linearize
@@ -30,6 +31,8 @@ from resnet_paths.gradients.backward import (
 )
 from resnet_paths.gradients.cotangents import Stack, parts_of
 from resnet_paths.paths import Choices, Path
+from resnet_paths.placement import device_of
+from resnet_paths.unraveling.calling import Signature, arguments_of
 
 __all__ = ["Place", "Point", "num_block_vjps"]
 
@@ -94,7 +97,7 @@ class Place:
         """The batch in parts that fit the memory budget.
 
         Args:
-            inputs: A tensor, or a tuple of tensors.
+            inputs: A batch, as the chain is called: a tensor, a tuple or a mapping.
             targets: What `loss` takes beside the logits.
             loss: From logits and targets to losses [batch]; cross-entropy if None.
             memory_budget: Bytes.
@@ -107,23 +110,18 @@ class Place:
             ResnetPathsError: If the inputs cannot be differentiated or hold no example.
         """
         chain = self.chain
-        device = next((t.device for t in [*chain.parameters(), *chain.buffers()]), torch.device("cpu"))
-        batch = tuple(_ordinary(t.to(device)) for t in (inputs if isinstance(inputs, tuple) else (inputs,)))
+        device = device_of(chain)
+        inputs, targets = each_tensor(lambda t: _ordinary(t.to(device)), (inputs, targets))
         if chain.eval_only:
-            batch = tuple(map(_laid_out, batch))
-        if self.of_input and not all(t.is_floating_point() for t in batch):
-            raise ResnetPathsError(
-                "with_respect_to", "'input'", f"another place: inputs of {batch[0].dtype} have no gradient",
-                "Take with_respect_to='stem', which is the output of the embedding.",
-            )  # fmt: skip
-        if not len(batch[0]):
-            raise ResnetPathsError("inputs", list(batch[0].shape), "at least one example")
-        targets = _each_tensor(lambda t: _ordinary(t.to(device)), targets)
-        size = self._examples_at_once(states_of(chain, tuple(t[:1] for t in batch)), memory_budget, rows)
-        for start in range(0, len(batch[0]), size):
-            part = slice(start, start + size)
-            some = _each_tensor(lambda t: t[part], targets)  # noqa: B023 - used at once
-            yield Point(self, tuple(t[part] for t in batch), some, loss or _cross_entropy)
+            inputs = each_tensor(_laid_out, inputs)
+        if self.of_input:
+            _refuse_without_gradient(inputs)
+        if not num_examples(inputs):
+            raise ResnetPathsError("inputs", "no examples", "at least one example")
+        one, _ = next(split(inputs, targets, 1))
+        size = self._examples_at_once(states_of(chain, one), memory_budget, rows)
+        for part, some in split(inputs, targets, size):
+            yield Point(self, part, some, loss or _cross_entropy)
 
     def _examples_at_once(self, states: Sequence[Any], memory_budget: int, rows: int) -> int:
         sizes = [sum(t.numel() * t.element_size() for t in parts_of(state)) for state in states]
@@ -136,16 +134,17 @@ class Place:
         return max(memory_budget // needed, 1)
 
 
-def _each_tensor(function: Callable[[torch.Tensor], torch.Tensor], targets: Any) -> Any:
-    """`function` of every tensor in a collection of targets."""
-    if isinstance(targets, torch.Tensor):
-        return function(targets) if targets.dim() else targets
-    if isinstance(targets, Mapping):
-        return {name: _each_tensor(function, value) for name, value in targets.items()}
-    if isinstance(targets, tuple | list):
-        values = [_each_tensor(function, value) for value in targets]
-        return type(targets)(*values) if hasattr(targets, "_fields") else type(targets)(values)
-    return targets
+def _refuse_without_gradient(inputs: Any) -> None:
+    """Refuse inputs that are no floating numbers, or that are not each example's own."""
+    for tensor in Signature.of(*arguments_of(inputs))[1]:
+        why = "" if tensor.is_floating_point() else f"inputs of {tensor.dtype} have no gradient"
+        if not tensor.dim() or len(tensor) != num_examples(inputs):
+            why = why or "an input that all examples share has no gradient of theirs"
+        if why:
+            raise ResnetPathsError(
+                "with_respect_to", "'input'", f"another place: {why}",
+                "Take with_respect_to='stem', which is the output of the embedding.",
+            )  # fmt: skip
 
 
 def _ordinary(tensor: torch.Tensor) -> torch.Tensor:
@@ -178,14 +177,12 @@ def _cross_entropy(logits: Any, targets: Any) -> torch.Tensor:
 class Point:
     """Some examples at a place: their states between blocks, and what can be pulled back to it."""
 
-    def __init__(
-        self, place: Place, inputs: tuple[torch.Tensor, ...], targets: Any, loss: Callable[[Any, Any], torch.Tensor]
-    ) -> None:
+    def __init__(self, place: Place, inputs: Any, targets: Any, loss: Callable[[Any, Any], torch.Tensor]) -> None:
         self.place = place
         self.inputs = inputs
-        self.num_examples = len(inputs[0])
-        self.device = inputs[0].device
+        self.num_examples = num_examples(inputs)
         self.states = states_of(place.chain, inputs)
+        self.device = parts_of(self.states[0])[0].device
         self.cotangent = head_cotangent(place.chain, self.states[-1], lambda logits: loss(logits, targets))
 
     def by_length(
@@ -259,9 +256,11 @@ class Point:
             return parameter_cotangents(place.chain[block], self.states[block], stack)
         if not place.of_input:
             return stack
-        several = len(self.inputs) > 1
-        stem = _OfTuple(place.chain.stem) if several else place.chain.stem
-        return stack.pulled(linearize(stem, self.inputs if several else self.inputs[0])[1]).renormalised()
+        stem = place.chain.stem
+        signature, tensors = Signature.of(*arguments_of(self.inputs))
+        is_one = signature.is_plain and len(tensors) == 1
+        _, pullback = linearize(stem, tensors[0]) if is_one else linearize(_OfTensors(stem, signature), tensors)
+        return stack.pulled(pullback).renormalised()
 
     @torch.no_grad()
     def norms(self, stack: Stack) -> tuple[np.ndarray, np.ndarray]:
@@ -290,16 +289,18 @@ class Point:
         return shares
 
 
-class _OfTuple(nn.Module):
-    """A stem of several inputs as a module of one tuple."""
+class _OfTensors(nn.Module):
+    """A stem as a module of the tensors among its arguments."""
 
-    def __init__(self, stem: nn.Module) -> None:
+    def __init__(self, stem: nn.Module, signature: Signature) -> None:
         super().__init__()
         self.stem = stem
+        self.signature = signature
         self.training = stem.training
 
-    def forward(self, inputs: tuple[torch.Tensor, ...]) -> Any:
-        return self.stem(*inputs)
+    def forward(self, tensors: tuple[torch.Tensor, ...]) -> Any:
+        args, kwargs = self.signature.arguments(tensors)
+        return self.stem(*args, **kwargs)
 
 
 def num_block_vjps(choices: Choices, longest: int) -> int:
