@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+import itertools
 import logging
 import operator
 import traceback
@@ -354,6 +355,25 @@ def module_stack(node: Node) -> list[tuple[str, str]]:
     stack = node.meta.get("nn_module_stack") or {}
     # A module that is called twice is told apart by "@1"; the name is the same.
     return [(str(name).split("@")[0], getattr(kind, "__name__", str(kind))) for name, kind in stack.values()]
+
+
+def is_within(path: str, module: str) -> bool:
+    """Whether a module is another one, or stands inside it, by their names; all stand inside the model, ``""``."""
+    return module == "" or path == module or path.startswith(module + ".")
+
+
+def common_module(nodes: Iterable[Node]) -> str:
+    """The innermost module that holds all nodes, those of the model's own forward aside.
+
+    Args:
+        nodes: Nodes of the graph.
+
+    Returns:
+        Its name; empty if there is none.
+    """
+    paths = [path.split(".") for path in map(module_path, nodes) if path]
+    levels = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*paths, strict=False))
+    return ".".join(level[0] for level in levels)
 
 
 def describe(node: Node) -> str:

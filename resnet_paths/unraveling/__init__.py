@@ -1,9 +1,10 @@
 """Any trained residual network as a chain of its blocks: `unravel(model, example_inputs)`.
 
 The model is called in one way, tensors in and one tensor out (`calling`), and exported to one flat graph
-(`resnet_paths.tracing`). Its forks and merges are found there (`merges`), for given values of inputs that all blocks
-read (`given`), and what stands between them becomes the parts of blocks (`assembly`). What is not a chain is refused
-with the name of the node that breaks it: never guessed.
+(`resnet_paths.tracing`). Its forks and merges are found there (`merges`), and with them the blocks (`residual`, or
+`plain` where there are no skips), for given values of inputs that all blocks read (`given`). What stands between forks
+and merges becomes the parts of blocks (`assembly`). What is not a chain is refused with the name of the node that
+breaks it: never guessed.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from resnet_paths.unraveling.by_hand import chain_of_named_blocks
 from resnet_paths.unraveling.calling import Call, Signature, arguments_of, chosen
 from resnet_paths.unraveling.concatenations import nest_concatenations, write_partial_additions
 from resnet_paths.unraveling.given import find_parts
-from resnet_paths.unraveling.merges import Part
+from resnet_paths.unraveling.parts import Part
 
 __all__ = ["unravel"]
 

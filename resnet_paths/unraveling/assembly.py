@@ -12,11 +12,11 @@ from torch.fx import Node
 from resnet_paths.carried import Carrying, OfState, OnFirst, TakeFirst
 from resnet_paths.chain import Block, Parallel, Placed, ResidualChain
 from resnet_paths.pairs import OfValue, TakeSum, WithEmptySum
-from resnet_paths.tracing import FixedShape, Trace, module_path
+from resnet_paths.tracing import FixedShape, Trace, common_module, module_path
 from resnet_paths.unraveling.calling import Signature
 from resnet_paths.unraveling.carrying import kind_of
 from resnet_paths.unraveling.concatenations import dimension, is_weighted
-from resnet_paths.unraveling.merges import Part, common_module
+from resnet_paths.unraveling.parts import Part
 
 __all__ = ["assemble"]
 

@@ -14,7 +14,9 @@ from torch.fx import Node
 from resnet_paths.errors import ResnetPathsError
 from resnet_paths.tracing import Trace
 from resnet_paths.unraveling.carrying import read_beside
-from resnet_paths.unraveling.merges import Part, plain_parts, residual_parts
+from resnet_paths.unraveling.parts import Part
+from resnet_paths.unraveling.plain import plain_parts
+from resnet_paths.unraveling.residual import residual_parts
 
 __all__ = ["find_parts"]
 

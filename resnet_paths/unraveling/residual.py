@@ -1,0 +1,191 @@
+"""The blocks of a network with skips, read off its trunk.
+
+What stands between fork and branch is looked at in the same way, for chains inside branches; where blocks in a row read
+what none of them changes, it is carried along.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch.fx import Node
+
+from resnet_paths.errors import ResnetPathsError
+from resnet_paths.tracing import Trace, is_within, module_path
+from resnet_paths.unraveling.carrying import read_beside
+from resnet_paths.unraveling.concatenations import is_weighted
+from resnet_paths.unraveling.merges import Core, core_of, is_merge, refuse_other_merge, trunk_between
+from resnet_paths.unraveling.parts import Lane, Part
+
+__all__ = ["residual_parts"]
+
+
+def residual_parts(traced: Trace, max_depth: int | None) -> list[Part]:
+    """The residual blocks of a network.
+
+    Args:
+        traced: The network's graph.
+        max_depth: How many chains may stand inside one another; None for any number.
+
+    Returns:
+        The blocks in order; none for a plain net.
+
+    Raises:
+        ResnetPathsError: If the network is not a chain; the node that breaks it is named.
+    """
+    return _parts(traced, trunk_between(traced, None, traced.output), max_depth)
+
+
+def _parts(traced: Trace, trunk: list[Node], depth: int | None, *, strict: bool = True) -> list[Part]:
+    """The blocks of a network with skips; empty if there is no merge on the trunk."""
+    # Inside a branch nothing is refused, `strict` is False: what is no merge there is a part of the branch.
+    cores: list[Core] = []
+    extended = trunk[:1]
+    for fork, node in itertools.pairwise(trunk):
+        if is_merge(traced, fork, node, parts_too=strict):
+            try:
+                cores.append(core_of(traced, fork, node))
+            except ResnetPathsError:
+                found = _lane(traced, fork, node)
+                if strict and not found:
+                    raise
+                cores += found
+                extended += found[0].lane.trunk[:-1] if found and found[0].lane else ()
+        elif strict:
+            refuse_other_merge(traced, fork, node)
+        extended.append(node)
+    if not strict:
+        # Instruments take the batch from dimension 0, inside branches too.
+        cores = [core for core in cores if _same_batch(core.merge, trunk[0]) and _same_batch(core.fork, trunk[0])]
+    if not cores:
+        return []
+    line = _Line(extended, cores)
+    ends = [line.end_of_post(index) for index in range(len(cores))]
+    starts = [line.start_of_first(), *ends[:-1]]
+    return [
+        Part(
+            module_path(core.merge), start, core.fork, core.merge, end, core.skip, core.branches,
+            tuple(
+                _inside(core.lane.traced if core.lane else traced, core.fork, branch, depth) for branch in core.branches
+            ),
+            core.onto_skip, core.rungs, core.lane,
+        )
+        for start, core, end in zip(starts, cores, ends, strict=True)
+    ]  # fmt: skip
+
+
+def _inside(traced: Trace, fork: Node, branch: Node, depth: int | None) -> tuple[Part, ...]:
+    """The blocks of the chain inside a branch."""
+    if branch is fork or (depth is not None and depth < 1):
+        return ()
+    below = None if depth is None else depth - 1
+    return tuple(_parts(traced, trunk_between(traced, fork, branch), below, strict=False))
+
+
+def _lane(traced: Trace, entry: Node, merge: Node) -> list[Core]:
+    """The blocks that lead to a merge if what else they read is carried along; none if they are no such run."""
+    if traced.given or any(node.op != "placeholder" for node in traced.inputs):
+        return []  # in another lane
+    best: list[Core] = []
+    inside = traced.region([entry], merge)
+    # The first value may be a parameter, such as a class token.
+    firsts = traced.in_order(inside | {arg for node in inside for arg in node.all_input_nodes} - {entry, merge})
+    for first in firsts:
+        if len(first.users) < 2 or not _is_batch(first, entry):
+            continue
+        reduced = Trace(traced.graph, [first], traced.output, traced.tensors)
+        if not reduced.depends_on_input(merge):
+            continue
+        trunk = trunk_between(reduced, first, merge)
+        try:
+            cores = _cores(reduced, trunk)
+        except ResnetPathsError:
+            continue
+        if any(core.skip is not core.fork for core in cores):
+            continue  # streams that meet again and again (HRNet) are no run of residual blocks
+        # One block alone is none of several that read the same.
+        carried = read_beside(traced, reduced, first, merge) if len(cores) > max(len(best), 1) else None
+        if carried and cores[-1].merge is merge and all(node is entry or node in inside for node in carried):
+            lane = Lane(reduced, entry, tuple(trunk), tuple(carried))
+            best = [replace(core, lane=lane) for core in cores]
+    return best
+
+
+def _cores(traced: Trace, trunk: list[Node]) -> list[Core]:
+    pairs = itertools.pairwise(trunk)
+    return [core_of(traced, *pair) for pair in pairs if is_merge(traced, *pair, parts_too=False)]
+
+
+def _is_batch(node: Node, other: Node) -> bool:
+    return all(isinstance(n.meta.get("val"), torch.Tensor) for n in (node, other)) and _same_batch(node, other)
+
+
+def _same_batch(one: Node, other: Node) -> bool:
+    sizes = [node.meta["val"].shape[:1] for node in (one, other)]
+    return len(sizes[0]) == len(sizes[1]) == 1 and str(sizes[0][0]) == str(sizes[1][0])
+
+
+class _Line:
+    """A trunk with its merges: where on it each block begins and ends."""
+
+    def __init__(self, trunk: list[Node], cores: Sequence[Core]) -> None:
+        self.trunk = trunk
+        self.position = {node: i for i, node in enumerate(trunk)}
+        # A block before a lane ends where the lane is entered, at the latest.
+        before = [None, *(core.lane for core in cores)]
+        self.forks = [
+            core.lane.entry if core.lane and core.lane is not last else core.fork
+            for core, last in zip(cores, before, strict=False)
+        ]
+        self.merges = [core.merge for core in cores]
+        self.modules = [module_path(merge) for merge in self.merges]
+        self._merges_of = Counter(self.modules)
+
+    def end_of_post(self, index: int) -> Node:
+        """The last trunk node that belongs to block `index`: the merge itself, or what follows it in its module."""
+        merge, own = self.merges[index], self.modules[index]
+        last = index == len(self.merges) - 1
+        limit = len(self.trunk) - 1 if last else self.position[self.forks[index + 1]]
+        following = None if last else self.modules[index + 1]
+        end = merge
+        for node in self.trunk[self.position[merge] + 1 : limit + 1]:
+            path = module_path(node)
+            if not is_within(path, own):
+                break
+            if following is not None and following != own and is_within(following, own) and is_within(path, following):
+                break  # the next block stands inside this one's module and owns the node
+            if self._makes_several(own):
+                # The module does not tell: an activation or a normalisation that keeps the shape belongs to the merge
+                # before it, but at the end of the chain only if one like it follows the merge before.
+                if is_weighted(node) or node.meta["val"].shape != merge.meta["val"].shape:
+                    break
+                if last and not self._follows_the_merge_before(node):
+                    break
+            end = node
+        # A merge of vectors from all places of all examples: the block ends where examples are apart again.
+        later = self.trunk[self.position[end] : limit + 1]
+        return next((node for node in later if _same_batch(node, self.trunk[0])), end)
+
+    def start_of_first(self) -> Node:
+        """Where the first block begins: at the trunk nodes before its fork that stand in its module."""
+        own = self.modules[0]
+        start = self.position[self.forks[0]]
+        if not self._makes_several(own):
+            while start > 0 and is_within(module_path(self.trunk[start]), own):
+                start -= 1
+        return self.trunk[start]
+
+    def _makes_several(self, path: str) -> bool:
+        """Whether a module's own forward makes several merges, or is the model's."""
+        return path == "" or self._merges_of[path] > 1
+
+    def _follows_the_merge_before(self, node: Node) -> bool:
+        """Whether the node after the last merge has its like after the merge before: then it is no part of the head."""
+        if len(self.merges) < 2:
+            return module_path(node) == ""
+        twin = self.position[self.merges[-2]] + self.position[node] - self.position[self.merges[-1]]
+        return twin < self.position[self.merges[-1]] and self.trunk[twin].target == node.target
