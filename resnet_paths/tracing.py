@@ -280,7 +280,7 @@ def _flatten(model: nn.Module, program: torch.export.ExportedProgram) -> Trace:
             raise ResnetPathsError(
                 "model", f"{name_of(model)} works for a batch of {value.shape[0]} only",
                 "a model that takes any batch size",
-                "Write sizes as x.shape[0] or -1 instead of a number; give a single example as x.unsqueeze(0).",
+                "Write sizes as x.shape[0] or -1, not as a number or len(x); give a single example as x.unsqueeze(0).",
             )  # fmt: skip
     _restore_batch_norm(graph)
     _nest_concatenations(graph)

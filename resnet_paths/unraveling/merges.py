@@ -45,15 +45,24 @@ def trunk_between(traced: Trace, source: Node | None, target: Node) -> list[Node
     Returns:
         The nodes in order, those of one tensor alone: from the source, or the first after the inputs, to the target.
     """
+    return _trunk_to(target, source, _dominators(traced, source, target))
+
+
+def _dominators(traced: Trace, source: Node | None, target: Node) -> dict[Any, Any]:
+    """For each node on the way the last one that every route to it passes; ``"inputs"`` stands before the inputs."""
     root: Any = "inputs" if source is None else source
     graph = nx.DiGraph()
     graph.add_node(root)
     for node in traced.in_order(traced.region([] if source is None else [source], target)):
         before: list[Any] = [*traced.dependent_inputs(node)] or ["inputs"]
         graph.add_edges_from((operand, node) for operand in before)
-    dominators = nx.immediate_dominators(graph, root)
+    dominators: dict[Any, Any] = nx.immediate_dominators(graph, root)
+    return dominators
+
+
+def _trunk_to(target: Node, source: Node | None, dominators: dict[Any, Any]) -> list[Node]:
     trunk = [target]
-    while trunk[-1] is not root and dominators[trunk[-1]] != "inputs":
+    while trunk[-1] is not source and dominators[trunk[-1]] != "inputs":
         trunk.append(dominators[trunk[-1]])
     # Pieces, such as the halves of a state, stand between two tensors; no block begins or ends there.
     return [node for node in trunk[::-1] if isinstance(node.meta.get("val"), torch.Tensor)]
@@ -144,7 +153,7 @@ def core_of(traced: Trace, fork: Node, merge: Node) -> Core:
         branches = tuple(s for s in summands if s is not skip)
         return Core(fork, merge, skip, branches, onto_skip=skip is not None and skip not in operands)
     shared = traced.region([fork], operands[0]) & traced.region([fork], operands[1])
-    rungs = _rungs(traced, fork, summands) if shared else ()
+    rungs = _rungs(traced, fork, merge, summands) if shared else ()
     if rungs:
         return Core(fork, merge, None, (), rungs=rungs)
     if shared:
@@ -174,9 +183,10 @@ def _are_alternatives(traced: Trace, fork: Node, summands: Sequence[Node]) -> bo
     return len(set(summands)) == len(summands) and apart and sum(not layers for layers in weighted) <= 1
 
 
-def _rungs(traced: Trace, fork: Node, summands: Sequence[Node]) -> tuple[Rung, ...]:
+def _rungs(traced: Trace, fork: Node, merge: Node, summands: Sequence[Node]) -> tuple[Rung, ...]:
     """The blocks of a ladder: each summand is made from one of the values x along a line of residual additions."""
-    rails = {summand: trunk_between(traced, fork, summand) for summand in summands}
+    dominators = _dominators(traced, fork, merge)
+    rails = {summand: _trunk_to(summand, fork, dominators) for summand in summands}
     rail = max(rails.values(), key=len)
     steps = [
         (x, merge)
@@ -189,7 +199,8 @@ def _rungs(traced: Trace, fork: Node, summands: Sequence[Node]) -> tuple[Rung, .
     if not steps or len(summands) != len(steps) + 1:
         return ()
     values = [*(x for x, _ in steps), steps[-1][1]]
-    made_from = {max((i for i, x in enumerate(values) if x in trunk), default=0): s for s, trunk in rails.items()}
+    number = {x: i for i, x in enumerate(values)}
+    made_from = {next((number[x] for x in reversed(trunk) if x in number), 0): s for s, trunk in rails.items()}
     if sorted(made_from) != list(range(len(values))):
         return ()
     branches = [next(o for o in traced.dependent_inputs(merge) if o is not x) for x, merge in steps]
