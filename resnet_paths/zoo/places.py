@@ -40,7 +40,7 @@ def choose_weights(network: str, place: Path, seed: int | None, snapshot: int | 
     Args:
         network: Name of the network.
         place: A weights file, or a folder of them.
-        seed: Seed of the run, 0 by default; where `place` is a file, only None.
+        seed: Seed of the run, by default the lowest that is there; where `place` is a file, only None.
         snapshot: Number of epochs after which the weights were kept; None for the end of training.
 
     Returns:
@@ -63,9 +63,10 @@ def choose_weights(network: str, place: Path, seed: int | None, snapshot: int | 
                 f"Train it with 'resnet-paths train {network}' and pass the file as weights=.",
             )  # fmt: skip
         seeds = sorted({s for s, _ in found})
-        if (seed or 0) not in seeds:
-            raise ResnetPathsError("seed", seed or 0, f"one of {_listed(seeds)}, of which {place} holds {network!r}")
-        kept = {e: path for (s, e), path in found.items() if s == (seed or 0)}
+        seed = seeds[0] if seed is None else seed
+        if seed not in seeds:
+            raise ResnetPathsError("seed", seed, f"one of {_listed(seeds)}, of which {place} holds {network!r}")
+        kept = {e: path for (s, e), path in found.items() if s == seed}
     if snapshot not in kept:
         epochs = sorted(e for e in kept if e is not None)
         raise ResnetPathsError(
