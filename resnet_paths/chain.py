@@ -17,10 +17,10 @@ import pandas as pd
 import torch
 from torch import nn
 
-from resnet_paths.carried import PassingOn, carries
 from resnet_paths.errors import ResnetPathsError, nearest_names
 from resnet_paths.paths import Entry, check_path, choices_of, num_paths
 from resnet_paths.reports import chain_table, indented
+from resnet_paths.tuple_states import PassingOn, carries
 from resnet_paths.units import length_polynomial
 
 __all__ = ["Block", "Constant", "Parallel", "Placed", "ResidualChain", "Scaled", "path_network"]

@@ -25,7 +25,8 @@ _NAMES = {
     "scaled_dot_product_attention": "attention", "max_pool2d": "max pool", "avg_pool2d": "average pool",
     "adaptive_avg_pool2d": "average pool", "addmm": "linear", "softmax": "softmax",
 }  # fmt: skip
-_SILENT = ("Identity", "Placed", "TakeFirst")  # what concatenation is made of is said by the kind of the skip
+# They compute nothing; what concatenation is made of is said by the kind of the skip.
+_SILENT = ("Identity", "Placed", "Take", "WithEmptySum")
 _SHOWN = {
     *_NAMES, "linear", "relu", "relu_", "gelu", "silu", "silu_", "sigmoid", "tanh", "hardswish", "hardswish_",
     "hardsigmoid", "elu", "leaky_relu", "softplus", "mish", "matmul", "bmm", "einsum", "cat", "upsample_bilinear2d",

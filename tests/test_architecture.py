@@ -15,7 +15,6 @@ import resnet_paths as rp
 PACKAGE = Path(rp.__file__).parent
 FLOORS = [
     {
-        "carried",
         "claims",
         "errors",
         "files",
@@ -26,8 +25,8 @@ FLOORS = [
         "gates",
         "in_place",
         "memory",
-        "pairs",
         "reports",
+        "tuple_states",
     },
     {"units"},
     {"chain", "tracing", "folding", "zoo.weights", "zoo.places", "zoo.initialisation", "zoo.resnet"},

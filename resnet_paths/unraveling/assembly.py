@@ -9,10 +9,9 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from resnet_paths.carried import Carrying, OfState, OnFirst, TakeFirst
 from resnet_paths.chain import Block, Parallel, Placed, ResidualChain
-from resnet_paths.pairs import OfValue, TakeSum, WithEmptySum
 from resnet_paths.tracing import FixedShape, Trace, common_module, module_path
+from resnet_paths.tuple_states import Carrying, OnParts, Take, WithEmptySum
 from resnet_paths.unraveling.calling import Signature
 from resnet_paths.unraveling.carrying import kind_of
 from resnet_paths.unraveling.concatenations import dimension, is_weighted
@@ -37,7 +36,7 @@ class _Cutter:
             return self.traced.segment([source], target)
         if source is target and not adds:
             return nn.Identity().eval()
-        return OfState(self.traced.segment([source, *self.carried], target), self.kinds, adds=adds)
+        return OnParts(self.traced.segment([source, *self.carried], target), kinds=self.kinds, adds=adds)
 
     def stem(self, start: Node) -> nn.Module:
         """What leads from the inputs to the first state."""
@@ -47,7 +46,7 @@ class _Cutter:
     def head(self, end: Node) -> nn.Module:
         """What leads from the last state to the output."""
         module = self.part(end, self.traced.output)
-        return _in_series(module, TakeFirst()) if self.carried else module
+        return _in_series(module, Take(0)) if self.carried else module
 
     def enter(self, start: Node, fork: Node) -> nn.Module:
         """What leads from a state that carries nothing to one of this cutter's."""
@@ -55,7 +54,7 @@ class _Cutter:
 
     def on_first(self, module: nn.Module) -> nn.Module:
         """A module of one tensor as a part of a block."""
-        return OnFirst(module) if self.carried else module
+        return OnParts(module) if self.carried else module
 
 
 def assemble(
@@ -113,7 +112,7 @@ def _chain(cutter: _Cutter, stem: nn.Module, parts: Sequence[Part], head: nn.Mod
         block = Block(
             branches[0] if len(branches) == 1 else Parallel(branches, onto_skip=part.onto_skip), skip,
             pre=cutter.enter(part.start, part.fork) if enters else cutter.part(part.start, part.fork),
-            post=_in_series(post, TakeFirst()) if leaves else post,
+            post=_in_series(post, Take(0)) if leaves else post,
             name=name, skip_kind="concat" if is_joined and skip is not None else None, stage=stage,
             # Its state is of another kind on one side: it may not trade places, whatever the shapes.
             in_shape=None if enters and in_shape == out_shape else in_shape,
@@ -138,15 +137,15 @@ def _ladder(traced: Trace, part: Part, stage: int) -> list[Block]:
     names = [module_path(rung.merge if rung.merge is not None else rung.side) for rung in part.rungs]
     blocks = []
     for index, (rung, name) in enumerate(zip(part.rungs, names, strict=True)):
-        targets = [rung.side] if rung.branch is None else [rung.branch, rung.side]
+        added = {0: rung.branch, 1: rung.side} if rung.branch is not None else {1: rung.side}
         later = part.rungs[index + 1].fork if rung.merge is not None else None
         before = _in_series(traced.segment([part.start], part.fork), WithEmptySum(summed)) if index == 0 else None
         if rung.merge is None or later is None:
-            after: nn.Module = _in_series(TakeSum(), traced.segment([part.merge], part.end))
+            after: nn.Module = _in_series(Take(1), traced.segment([part.merge], part.end))
         else:
-            after = OnFirst(traced.segment([rung.merge], later))
+            after = OnParts(traced.segment([rung.merge], later))
         block = Block(
-            OfValue(traced.segment([rung.fork], *targets), adds_to_value=rung.branch is not None), nn.Identity(),
+            OnParts(traced.segment([rung.fork], *added.values()), list(added), adds=True), nn.Identity(),
             pre=before, post=after, name=name if names.count(name) == 1 and name else f"block{index}", stage=stage,
             in_shape=_shape(rung.fork), out_shape=_shape(part.end if later is None else later),
         )  # fmt: skip

@@ -8,8 +8,8 @@ import networkx as nx
 import torch
 from torch.fx import Node
 
-from resnet_paths.carried import Carried
 from resnet_paths.tracing import Trace
+from resnet_paths.tuple_states import Carried
 
 __all__ = ["kind_of", "read_beside"]
 
