@@ -19,7 +19,7 @@ from torch import nn
 
 from resnet_paths.errors import ResnetPathsError, nearest_names
 from resnet_paths.paths import Entry, check_path, choices_of, num_paths
-from resnet_paths.reports import chain_table, indented
+from resnet_paths.reports import chain_table, dimensions, indented, shape_of_x
 from resnet_paths.tuple_states import PassingOn, carries
 from resnet_paths.units import length_polynomial
 
@@ -39,8 +39,8 @@ class Block(nn.Module):
         skip_kind: ``"identity"``, ``"projection"`` or ``"concat"``; None where there is no skip. Told from `skip` if
             not given.
         stage: Number of the run of blocks with outputs of one shape, counted from 0.
-        in_shape: Shape of an input without its batch dimension; None if not known.
-        out_shape: Shape of an output without its batch dimension; None if not known.
+        in_shape: Shape of an input without its batch dimension, or of each of its tensors; None if not known.
+        out_shape: Shape of an output, likewise.
 
     Raises:
         ResnetPathsError: If there is neither a skip nor a branch.
@@ -56,8 +56,8 @@ class Block(nn.Module):
         name: str = "",
         skip_kind: str | None = None,
         stage: int = 0,
-        in_shape: Sequence[int] | None = None,
-        out_shape: Sequence[int] | None = None,
+        in_shape: Sequence[Any] | None = None,
+        out_shape: Sequence[Any] | None = None,
     ) -> None:
         super().__init__()
         if branch is None and skip is None:
@@ -119,8 +119,9 @@ class Block(nn.Module):
         branch = (
             "branch deleted" if self.branch is None else f"{_count_parameters(self.branch):,} parameters in the branch"
         )
-        shapes = "" if self.in_shape is None else f", {_dims(self.in_shape)} -> {_dims(self.out_shape)}"
-        return f"{self.name or '(unnamed)'}: stage {self.stage}, {skip}, {branch}{shapes}"
+        shapes = " -> ".join(dimensions(shape_of_x(shape)) for shape in (self.in_shape, self.out_shape))
+        said = [f"stage {self.stage}", skip, branch, *([] if self.in_shape is None else [shapes])]
+        return f"{self.name or '(unnamed)'}: {', '.join(said)}"
 
 
 class ResidualChain(nn.Module):
@@ -157,7 +158,7 @@ class ResidualChain(nn.Module):
                 raise ResnetPathsError(
                     "blocks",
                     f"{right.name!r} after {left.name!r}",
-                    f"a block that takes {_dims(left.out_shape)}; {right.name!r} takes {_dims(right.in_shape)}",
+                    f"a block that takes {dimensions(left.out_shape)}, not {dimensions(right.in_shape)}",
                     "Only blocks of one stage that keep the shape may trade places.",
                 )
         self.stem = stem
@@ -439,10 +440,6 @@ def _take(block: Block, entry: Entry) -> Block:
 
 def _count_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
-
-
-def _dims(shape: Sequence[int] | None) -> str:
-    return "unknown" if shape is None else "x".join(map(str, shape)) or "scalar"
 
 
 def refuse_other_than_chain(argument: str, value: object) -> None:

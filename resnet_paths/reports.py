@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-__all__ = ["chain_table", "contents", "indented", "weight_layers"]
+__all__ = ["chain_table", "contents", "dimensions", "indented", "shape_of_x", "weight_layers"]
 
 _ATEN = torch.ops.aten
 _WEIGHT_LAYERS = {
@@ -142,7 +142,7 @@ def chain_table(blocks: Iterable[Any], depth: int = 0) -> pd.DataFrame:
     for index, block in enumerate(blocks):
         # A graph names its weights as the model does, "blocks" among others.
         inner = None if isinstance(block.branch, GraphModule) else getattr(block.branch, "blocks", None)
-        shapes = ["x".join(map(str, shape or ())) or "?" for shape in (block.in_shape, block.out_shape)]
+        shapes = [dimensions(shape_of_x(shape)) for shape in (block.in_shape, block.out_shape)]
         rows.append({
             "index": index, "block": block.name or "(unnamed)", "depth": depth, "stage": block.stage,
             "skip": block.skip_kind or "none", "before": contents(block.pre) if _does(block.pre) else "",
@@ -156,6 +156,33 @@ def chain_table(blocks: Iterable[Any], depth: int = 0) -> pd.DataFrame:
         if inner is not None:
             rows += chain_table(inner, depth + 1).to_dict("records")
     return pd.DataFrame(rows)
+
+
+def shape_of_x(shape: Any) -> Any:
+    """Shape of what branches work on: of the first tensor where a state is several.
+
+    Args:
+        shape: Shape of a state, without the batch; None if not known.
+
+    Returns:
+        Sizes, or None.
+    """
+    return shape[0] if shape and isinstance(shape[0], tuple) else shape
+
+
+def dimensions(shape: Any) -> str:
+    """A shape for people.
+
+    Args:
+        shape: Shape of a state, without the batch: sizes, or a tuple of sizes for each of its tensors; None if not
+            known.
+
+    Returns:
+        Such as ``"16x8x8"`` or ``"(4, 4x2)"``.
+    """
+    if shape_of_x(shape) is not shape:
+        return f"({', '.join(map(dimensions, shape))})"
+    return "?" if shape is None else "x".join(map(str, shape)) or "scalar"
 
 
 def indented(table: pd.DataFrame) -> pd.DataFrame:

@@ -13,10 +13,11 @@ import pandas as pd
 import torch
 
 from resnet_paths.batches import batches_of, call, each_tensor, num_examples
-from resnet_paths.chain import Block, ResidualChain, refuse_other_than_chain, refuse_training_mode
+from resnet_paths.chain import ResidualChain, add_states, refuse_other_than_chain, refuse_training_mode
 from resnet_paths.errors import ResnetPathsError
 from resnet_paths.examples import mean_over_examples
 from resnet_paths.placement import device_of
+from resnet_paths.tuple_states import x_of
 
 __all__ = ["block_norms"]
 
@@ -27,9 +28,10 @@ _COLUMNS = ("input_norm", "skip_norm", "branch_norm", "sum_norm", "cosine", "kep
 def block_norms(chain: ResidualChain, inputs: Any) -> pd.DataFrame:
     """How large x, F(x) and F(x) + x are in every block, and which way F(x) points.
 
-    Norms are Euclidean, of an example's whole state. The signal kept along the skip is what the path of skips alone,
-    which takes no branch at all, brings to a block's output: with s that path's state and y the output, the share is
-    <s, y> / <y, y>, 1 where the branches have added nothing.
+    Norms are Euclidean, of an example's whole x; what is carried beside it, such as an attention mask, is left out.
+    The signal kept along the skip is what the path of skips alone, which takes no branch at all, brings to a block's
+    output: with s that path's x and y the output, the share is <s, y> / <y, y>, 1 where the branches have added
+    nothing.
 
     Args:
         chain: The chain, in eval mode.
@@ -42,7 +44,7 @@ def block_norms(chain: ResidualChain, inputs: Any) -> pd.DataFrame:
         of the angle between skip and branch; ``kept_signal_share``, NaN behind a block without skip; ``num_examples``.
 
     Raises:
-        ResnetPathsError: If the chain is in training mode, there is no example, or a state is not one tensor.
+        ResnetPathsError: If the chain is in training mode, there is no example, or blocks work on several tensors.
     """
     refuse_other_than_chain("chain", chain)
     refuse_training_mode("chain", chain)
@@ -70,38 +72,34 @@ def block_norms(chain: ResidualChain, inputs: Any) -> pd.DataFrame:
 def _of_batch(chain: ResidualChain, inputs: Any) -> np.ndarray:
     """[block, column, example] in float64."""
     state = call(chain.stem, each_tensor(torch.clone, inputs))
-    kept: torch.Tensor | None = state
+    kept = state
     rows = []
     for block in chain:
-        if not isinstance(state, torch.Tensor):
-            raise ResnetPathsError("chain", f"block {block.name!r} with a pair as its state", "blocks of one tensor")
         # Copies: parts written by hand may work in place.
-        skip = None if block.skip is None else block.skip(block.pre(state.clone()))
-        branch = None if block.branch is None else block.branch(block.pre(state.clone()))
-        sides = [part for part in (skip, branch) if part is not None]
-        total = sides[0] if len(sides) == 1 else sides[0] + sides[1]
-        read, state = state, block.post(total.clone())
-        kept = None if kept is None or block.skip is None else _along_skip(block, kept)
-        one, other = (None if part is None else part.double().flatten(1) for part in (skip, branch))
-        missing = torch.full((len(total),), math.nan, dtype=torch.float64, device=total.device)
+        skip = None if block.skip is None else block.skip(block.pre(_copy(state)))
+        branch = None if block.branch is None else block.branch(block.pre(_copy(state)))
+        total = skip if branch is None else branch if skip is None else add_states(skip, branch)
+        read, state = state, block.post(_copy(total))
+        kept = None if kept is None or block.skip is None else block.replace(branch=None)(_copy(kept))
+        x, one, other, whole, after, left = (_vectors(part, chain) for part in (read, skip, branch, total, state, kept))
+        missing = torch.full((len(after),), math.nan, dtype=torch.float64, device=after.device)
+        norms = [missing if part is None else part.norm(dim=1) for part in (x, one, other, whole)]
         cosine = missing if one is None or other is None else _cosine(one, other)
-        norms = [missing if part is None else part.double().flatten(1).norm(dim=1) for part in (read, one, other)]
-        share = missing if kept is None else _share(kept, state)
-        rows.append(torch.stack([*norms, total.double().flatten(1).norm(dim=1), cosine, share]).cpu().numpy())
+        share = missing if left is None else (left * after).sum(1) / (after * after).sum(1)
+        rows.append(torch.stack([*norms, cosine, share]).cpu().numpy())
     return np.stack(rows)
 
 
-def _along_skip(block: Block, kept: torch.Tensor) -> torch.Tensor:
-    passed: torch.Tensor = block.replace(branch=None)(kept.clone())
-    return passed
+def _copy(state: Any) -> Any:
+    return each_tensor(torch.clone, state)
+
+
+def _vectors(state: Any, chain: ResidualChain) -> Any:
+    """X of a state, float64 [example, number]; None of none."""
+    return None if state is None else x_of(state, chain).double().flatten(1)
 
 
 def _cosine(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """NaN where one of them is 0: it has no direction."""
     cosine: torch.Tensor = (one * other).sum(1) / (one.norm(dim=1) * other.norm(dim=1))
     return cosine
-
-
-def _share(part: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
-    part, whole = part.double().flatten(1), whole.double().flatten(1)
-    return (part * whole).sum(1) / (whole * whole).sum(1)

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Carried", "Carrying", "OnParts", "PassingOn", "Take", "WithEmptySum", "carries"]
+from resnet_paths.errors import ResnetPathsError
+
+__all__ = ["Carried", "Carrying", "OnParts", "PassingOn", "Take", "WithEmptySum", "carries", "with_x", "x_of"]
 
 State = tuple[torch.Tensor, ...]
 
@@ -124,7 +126,7 @@ class OnParts(nn.Module):
 
 
 class PassingOn(nn.Module):
-    """A branch without the skip beside it: what is carried stays as it was.
+    """A branch without the skip beside it: what is carried, where anything is, stays as it was.
 
     Args:
         branch: The branch.
@@ -135,9 +137,11 @@ class PassingOn(nn.Module):
         self.branch = branch
         self.training = branch.training
 
-    def forward(self, state: State) -> State:
+    def forward(self, state: Any) -> Any:
         """(branch(x), c, ...)."""
-        return self.branch(state)[0], *state[1:]
+        made = self.branch(state)
+        # What the branch carries may begin and end inside it.
+        return (made[0], *state[1:]) if isinstance(state, tuple) else made
 
 
 class Take(nn.Module):
@@ -157,12 +161,44 @@ class Take(nn.Module):
 
 
 def carries(module: nn.Module) -> bool:
-    """Whether a part of a block works on a state that carries something.
+    """Whether a chain, or a part of it, has states that carry something.
 
     Args:
-        module: The part.
+        module: The chain or the part.
 
     Returns:
         Whether it does.
     """
-    return any(isinstance(part, OnParts) and part.kinds for part in module.modules())
+    return any(isinstance(m, Carrying) or (isinstance(m, OnParts) and m.kinds) for m in module.modules())
+
+
+def x_of(state: Any, chain: nn.Module) -> torch.Tensor:
+    """What the branches of a chain work on, without what its states carry.
+
+    Args:
+        state: A state of the chain.
+        chain: The chain.
+
+    Returns:
+        One tensor.
+
+    Raises:
+        ResnetPathsError: If it is several, such as WaveNet's pair.
+    """
+    if isinstance(state, tuple) and not carries(chain):
+        raise ResnetPathsError("chain", f"a state of {len(state)} tensors", "blocks that work on one tensor")
+    x: torch.Tensor = state[0] if isinstance(state, tuple) else state
+    return x
+
+
+def with_x(state: Any, x: torch.Tensor) -> Any:
+    """A state with another x.
+
+    Args:
+        state: A tensor, or a tuple.
+        x: The tensor that takes the place of the first.
+
+    Returns:
+        The state.
+    """
+    return (x, *state[1:]) if isinstance(state, tuple) else x

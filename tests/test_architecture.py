@@ -78,6 +78,7 @@ ALLOWED_SIDEWAYS = {
     ("paths", "errors"),
     ("device", "errors"),
     ("memory", "errors"),
+    ("tuple_states", "errors"),
 }
 FILES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path

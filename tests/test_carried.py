@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -100,6 +101,44 @@ def test_lesions_and_gradients_of_a_chain_that_carries_a_mask(kind):
     direction = torch.softmax(model(x, mask), 1) - nn.functional.one_hot(TARGETS, 3)
     along_skips = (direction @ model.out.weight).norm(dim=1).mean().item()
     assert frame.summed_path_gradient_norm[0] == pytest.approx(along_skips, rel=1e-12)
+
+
+class Fixed(nn.Module):
+    """The network of x alone for one mask."""
+
+    def __init__(self, model, mask):
+        super().__init__()
+        self.model = model
+        self.register_buffer("fixed", mask)
+
+    def forward(self, x):
+        return self.model(x, self.fixed)
+
+
+@pytest.mark.parametrize("kind", ["float", "truth"])
+def test_norms_and_scores_leave_the_mask_out(kind):
+    model, x, mask = build(Masked, kind), inputs(), masks(kind)
+    chain = rp.unravel(model, (x, mask))
+    alone = [rp.unravel(Fixed(model, mask[i : i + 1]), x) for i in range(4)]
+
+    def numbers(frame):
+        columns = [
+            name for name in frame.select_dtypes("number") if not name.endswith("_se") and name != "num_examples"
+        ]
+        return frame[columns].to_numpy()
+
+    found = numbers(rp.block_norms(chain, (x, mask)))
+    expected = [numbers(rp.block_norms(alone[i], x[i : i + 1])) for i in range(4)]
+    np.testing.assert_allclose(found, np.mean(expected, 0), rtol=1e-12)
+    deleted = rp.block_norms(rp.delete_block(chain, 1), (x, mask))
+    assert deleted.branch_norm.isna().tolist() == [False, True, False]
+    for dim in (None, -1):
+        found = numbers(rp.predicted_effects(chain, [((x, mask), TARGETS)], feature_dim=dim, progress=False))
+        loaders = [[(x[i : i + 1], TARGETS[i : i + 1])] for i in range(4)]
+        expected = [
+            numbers(rp.predicted_effects(alone[i], loaders[i], feature_dim=dim, progress=False)) for i in range(4)
+        ]
+        np.testing.assert_allclose(found, np.mean(expected, 0), rtol=1e-10)
 
 
 def test_gradients_reach_an_input_that_is_carried_along():
@@ -264,6 +303,10 @@ def test_tokens_that_a_class_token_reads_are_carried_along():
     frame = rp.gradient_by_path_length(chain, x, TARGETS)
     assert frame.gradient_share.sum() == pytest.approx(1, abs=1e-12)
     assert chain.summary().count("\n") == 1 + 3 + 4
+    # What is carried inside the outer branch alone is no part of the state around it.
+    alone = rp.path_network(chain, (False, False, (True, False, False, False)))
+    token = model.read(0, model.token.expand(4, -1, -1), model.inp(x).unflatten(1, (3, 4)))
+    assert torch.equal(alone(x), model.out(token[:, 0]))
 
 
 class GlobalQuery(nn.Module):
@@ -303,5 +346,10 @@ def test_a_query_that_all_blocks_of_a_stage_read_is_carried_through_it():
     networks = [rp.path_network(chain, path)(x) for path in rp.enumerate_paths(chain, length=1)]
     assert state.shape == (4, 4)
     assert all(made.shape == (4, 3) for made in networks)
-    with pytest.raises(rp.ResnetPathsError):
-        rp.swap_blocks(chain, 0, 1)  # where the query is made
+    carrying = ((4,), (4,))
+    assert [(b.in_shape, b.out_shape) for b in chain][:3] == [((4,), carrying), (carrying, carrying), (carrying, (4,))]
+    assert chain.to_frame()["shape"].tolist() == ["4"] * 6
+    assert [lesion.blocks for lesion in rp.duplications(chain)] == [(1,), (4,)]
+    for pair in ((0, 1), (1, 2)):  # where the query is made, and where it is left
+        with pytest.raises(rp.ResnetPathsError, match=r"a block that takes .*\(4, 4\)|a block with"):
+            rp.swap_blocks(chain, *pair)

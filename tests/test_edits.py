@@ -278,5 +278,5 @@ def test_blocks_of_other_shapes_do_not_trade_places():
     chain = random_chain((2, (plan_of(2), plan_of(3, "projection"), plan_of(3))))
     with pytest.raises(rp.ResnetPathsError, match=r"blocks: got \"'block1' after 'block2'\"|one stage"):
         rp.swap_blocks(chain, 0, 2)
-    with pytest.raises(rp.ResnetPathsError, match="takes 2"):
+    with pytest.raises(rp.ResnetPathsError, match="takes 3, not 2"):
         rp.duplicate_block(chain, 1)

@@ -449,5 +449,19 @@ def test_wavenet_is_a_chain_on_the_pair_of_value_and_sum(scaled, gathered):
     frame = rp.gradient_by_path_length(chain, x, torch.tensor([0, 1, 2, 0]))
     assert frame.gradient_share.sum() == pytest.approx(1, abs=1e-10)
     assert frame.gradient_share[0] == 0  # no way to the output but through a branch
-    study = rp.lesion_study(chain, [(x, torch.tensor([0, 1, 2, 0]))], rp.single_deletions(chain), progress=False)
-    assert len(study) == 4
+    # The first makes the pair and the last leaves it: the others may trade places, or run twice.
+    pair = ((4,), (6,))
+    shapes = [(block.in_shape, block.out_shape) for block in chain]
+    assert shapes[:3] == [((4,), pair), (pair, pair), (pair, pair)]
+    assert shapes[3][0] == pair
+    lesions = [*rp.single_deletions(chain), *rp.duplications(chain)]
+    assert [lesion.blocks for lesion in lesions] == [(0,), (1,), (2,), (3,), (1,), (2,)]
+    study = rp.lesion_study(chain, [(x, torch.tensor([0, 1, 2, 0]))], lesions, progress=False)
+    assert len(study) == 6
+    turned = rp.reverse_blocks(chain, stage=0)
+    assert [block.name for block in turned] == [chain[i].name for i in (0, 2, 1, 3)]
+    assert torch.equal(rp.reverse_blocks(turned, stage=0)(x), model(x))
+    with pytest.raises(rp.ResnetPathsError, match=r"a block with in_shape \(4,\) in place of"):
+        rp.swap_blocks(chain, 0, 1)
+    with pytest.raises(rp.ResnetPathsError, match="chain: got 'a state of 2 tensors'"):
+        rp.block_norms(chain, x)

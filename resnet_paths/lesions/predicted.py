@@ -22,6 +22,7 @@ from resnet_paths.chain import Block, ResidualChain, refuse_other_than_chain, re
 from resnet_paths.errors import ResnetPathsError
 from resnet_paths.lesions.pieces import refuse_labels
 from resnet_paths.placement import device_of, place_modules
+from resnet_paths.tuple_states import with_x, x_of
 
 __all__ = ["SCORES", "predicted_effects", "score_correlations"]
 
@@ -66,7 +67,7 @@ def predicted_effects(
 
     Raises:
         ResnetPathsError: If the chain is in training mode, the loader is empty or does not give such batches, labels
-            are out of range, a state is not one tensor, or has no dimension `feature_dim`.
+            are out of range, blocks work on several tensors, or have no dimension `feature_dim`.
     """
     refuse_other_than_chain("chain", chain)
     refuse_training_mode("chain", chain)
@@ -134,30 +135,32 @@ def score_correlations(predicted: pd.DataFrame, study: pd.DataFrame) -> pd.DataF
 
 def _scores(chain: ResidualChain, inputs: Any, labels: torch.Tensor, dim: int | None) -> torch.Tensor:
     """[block, score, example] in float64."""
-    sums, without = [], []
+    sums, totals, without = [], [], []
     with torch.enable_grad():
         state = call(chain.stem, inputs)
         for block in chain:
-            without.append(_without_branch(block, state, dim))
-            total = _sum_of_sides(block, state)
-            if not total.requires_grad:
-                total = total.detach().requires_grad_()
-            sums.append(total)
+            without.append(_without_branch(chain, block, state, dim))
+            total = block.replace(post=None)(state)
+            x = x_of(total, chain)
+            x = x if x.requires_grad else x.detach().requires_grad_()
+            sums.append(x)
+            totals.append(total)
             # Of a copy: a `post` written by hand may work in place.
-            state = block.post(total.clone())
+            state = block.post(with_x(total, x.clone()))
         logits = chain.head(state)
         refuse_labels(logits, labels)
         loss = F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), labels, reduction="sum")
         gradients = torch.autograd.grad(loss, sums)
     rows = []
     with torch.no_grad():
-        for block, total, alone, gradient in zip(chain, sums, without, gradients, strict=True):
+        for block, x, total, alone, gradient in zip(chain, sums, totals, without, gradients, strict=True):
             if alone is None:
                 rows.append(torch.full((len(SCORES), len(labels)), math.nan, dtype=torch.float64))
                 continue
-            difference = (alone - total).double()
+            difference = (alone - x).double()
             first_order = (gradient.double() * difference).flatten(1).sum(1)
-            one, other = (_vectors(block.post(state.clone()).double(), dim) for state in (alone, total))
+            behind = (x_of(block.post(with_x(total, each.clone())), chain) for each in (alone, x))
+            one, other = (_vectors(each.double(), dim) for each in behind)
             cosine = F.cosine_similarity(one, other, dim=-1).clamp(-1, 1)
             cosine[(one == 0).all(-1) & (other == 0).all(-1)] = 1  # nothing changed
             changed, left = (_vectors(s, dim).norm(dim=-1) for s in (difference, alone.double()))
@@ -168,26 +171,18 @@ def _scores(chain: ResidualChain, inputs: Any, labels: torch.Tensor, dim: int | 
 
 
 @torch.no_grad()
-def _without_branch(block: Block, state: Any, dim: int | None) -> torch.Tensor | None:
+def _without_branch(chain: ResidualChain, block: Block, state: Any, dim: int | None) -> torch.Tensor | None:
     """What a block would add up without its branch; None if it cannot do without."""
-    if not isinstance(state, torch.Tensor):
-        raise ResnetPathsError("chain", f"block {block.name!r} with a pair as its state", "blocks of one tensor")
-    if dim is not None and (not -state.dim() <= dim < state.dim() or dim % state.dim() == 0):
+    rank = x_of(state, chain).dim()
+    if dim is not None and (not -rank <= dim < rank or dim % rank == 0):
         raise ResnetPathsError(
-            "feature_dim", dim, f"None, or a dimension of the states, from 1 to {state.dim() - 1} or from the end"
+            "feature_dim", dim, f"None, or a dimension of the states, from 1 to {rank - 1} or from the end"
         )
     # From a copy: a branch written by hand may change in place what it shares with the skip.
-    shared = block.pre(state.detach().clone())
+    shared = block.pre(each_tensor(torch.clone, state))
     if block.skip is not None:
-        alone: torch.Tensor = block.skip(shared)
-        return alone
-    return shared if block.keeps_shape else None
-
-
-def _sum_of_sides(block: Block, state: torch.Tensor) -> torch.Tensor:
-    """What a block adds up, before its `post`."""
-    total: torch.Tensor = block.replace(post=None)(state)
-    return total
+        return x_of(block.skip(shared), chain)
+    return x_of(shared, chain) if block.keeps_shape else None
 
 
 def _vectors(state: torch.Tensor, dim: int | None) -> torch.Tensor:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
 
 from resnet_paths.batches import call, each_tensor, num_examples
 from resnet_paths.chain import Block, Constant, Parallel, Placed, ResidualChain, Scaled, is_identity
@@ -287,7 +288,7 @@ def _has_batch_first(chain: ResidualChain, place: int) -> bool:
     """Whether a step takes and returns states with the batch in dimension 0 alone, as far as their shapes are known."""
     behind, before = (chain[i] if 0 <= i < len(chain) else None for i in (place - 2, place - 1))
     shapes = (behind and behind.out_shape, before and before.in_shape, before and before.out_shape)
-    return not any(-1 in shape for shape in shapes if shape)
+    return -1 not in pytree.tree_leaves(shapes)
 
 
 def _lengths(state: Any) -> set[int]:

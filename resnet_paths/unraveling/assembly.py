@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,6 +38,10 @@ class _Cutter:
         if source is target and not adds:
             return nn.Identity().eval()
         return OnParts(self.traced.segment([source, *self.carried], target), kinds=self.kinds, adds=adds)
+
+    def shape(self, node: Node) -> tuple[Any, ...]:
+        """Shape of the state whose x is a node, without the batch."""
+        return (_shape(node), *map(_shape, self.carried)) if self.carried else _shape(node)
 
     def stem(self, start: Node) -> nn.Module:
         """What leads from the inputs to the first state."""
@@ -85,10 +90,9 @@ def _chain(cutter: _Cutter, stem: nn.Module, parts: Sequence[Part], head: nn.Mod
     lanes = [part.lane for part in parts]
     outer = cutter
     for index, (part, name) in enumerate(zip(parts, _names(traced, parts), strict=True)):
-        in_shape, out_shape = _shape(part.start), _shape(part.end)
-        if previous_shape is not None and out_shape != previous_shape:
+        if previous_shape is not None and _shape(part.end) != previous_shape:
             stage += 1
-        previous_shape = out_shape
+        previous_shape = _shape(part.end)
         lane = part.lane
         enters = lane is not None and (index == 0 or lanes[index - 1] is not lane)
         leaves = lane is not None and (index == len(parts) - 1 or lanes[index + 1] is not lane)
@@ -114,9 +118,8 @@ def _chain(cutter: _Cutter, stem: nn.Module, parts: Sequence[Part], head: nn.Mod
             pre=cutter.enter(part.start, part.fork) if enters else cutter.part(part.start, part.fork),
             post=_in_series(post, Take(0)) if leaves else post,
             name=name, skip_kind="concat" if is_joined and skip is not None else None, stage=stage,
-            # Its state is of another kind on one side: it may not trade places, whatever the shapes.
-            in_shape=None if enters and in_shape == out_shape else in_shape,
-            out_shape=None if leaves and in_shape == out_shape and not enters else out_shape,
+            in_shape=(outer if enters else cutter).shape(part.start),
+            out_shape=(outer if leaves else cutter).shape(part.end),
         )  # fmt: skip
         block.training = False
         blocks.append(block)
@@ -124,7 +127,7 @@ def _chain(cutter: _Cutter, stem: nn.Module, parts: Sequence[Part], head: nn.Mod
     for index, (left, right) in enumerate(itertools.pairwise(parts)):
         if left.end is not right.start and not any(part.rungs for part in parts):
             gap = outer.part(left.end, right.start)
-            blocks[index + 1] = blocks[index + 1].replace(pre=gap, in_shape=_shape(left.end))
+            blocks[index + 1] = blocks[index + 1].replace(pre=gap, in_shape=outer.shape(left.end))
     chain = ResidualChain(stem, blocks, head)
     chain.training = chain.blocks.training = False
     chain.eval_only = True
@@ -133,7 +136,7 @@ def _chain(cutter: _Cutter, stem: nn.Module, parts: Sequence[Part], head: nn.Mod
 
 def _ladder(traced: Trace, part: Part, stage: int) -> list[Block]:
     """The blocks of a ladder: the first makes the pair of x and an empty sum, the last leaves the sum."""
-    summed = tuple(int(d) for d in part.merge.meta["val"].shape[1:])
+    summed = _shape(part.merge)
     names = [module_path(rung.merge if rung.merge is not None else rung.side) for rung in part.rungs]
     blocks = []
     for index, (rung, name) in enumerate(zip(part.rungs, names, strict=True)):
@@ -147,7 +150,8 @@ def _ladder(traced: Trace, part: Part, stage: int) -> list[Block]:
         block = Block(
             OnParts(traced.segment([rung.fork], *added.values()), list(added), adds=True), nn.Identity(),
             pre=before, post=after, name=name if names.count(name) == 1 and name else f"block{index}", stage=stage,
-            in_shape=_shape(rung.fork), out_shape=_shape(part.end if later is None else later),
+            in_shape=_shape(part.start) if index == 0 else (_shape(rung.fork), summed),
+            out_shape=_shape(part.end) if later is None else (_shape(later), summed),
         )  # fmt: skip
         blocks.append(block.train(False))
     return blocks

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from resnet_paths.chain import Block, ResidualChain
 from resnet_paths.errors import ResnetPathsError, nearest_names
+from resnet_paths.reports import shape_of_x
 from resnet_paths.unraveling.calling import Signature, chosen
 
 __all__ = ["chain_of_named_blocks"]
@@ -128,7 +129,7 @@ def chain_of_named_blocks(
         blocks += _named_after(name, unravel(modules[name], state))
     stage = 0
     for index, block in enumerate(blocks):
-        stage += int(index > 0 and block.out_shape != blocks[index - 1].out_shape)
+        stage += int(index > 0 and shape_of_x(block.out_shape) != shape_of_x(blocks[index - 1].out_shape))
         block.stage = stage
     stem = _Before(_with_replaced(model, {names[0]: _Stop()}))
     given = {name: _Give(calls[name][1]) for name in names}
