@@ -27,7 +27,7 @@ from torch import nn
 import resnet_paths as rp
 from resnet_paths.chain import Constant, Parallel, Scaled
 from resnet_paths.fingerprint import fingerprint
-from resnet_paths.lesions import _keys
+from resnet_paths.lesions.trie import chain_key
 from tests.chains import Plan, inputs, plans, random_chain, random_model
 
 STEADY = (3, tuple(Plan(3, "identity", False, False) for _ in range(3)))
@@ -264,24 +264,29 @@ def test_copies_of_any_chain_have_the_same(plan, seed):
     assert fingerprint(random_chain(plan, seed + 1)) != before
 
 
+def keys(chains):
+    """As those of a study's lesions in its store."""
+    return [fingerprint(chain_key(chain, fingerprint)) for chain in chains]
+
+
 def test_copies_of_an_exported_chain_have_the_same(exported):
     before = fingerprint(exported)
     assert fingerprint(copy.deepcopy(exported)) == before
     assert fingerprint(pickle.loads(pickle.dumps(exported))) == before
     lesioned = [rp.delete_block(exported, 1), rp.swap_blocks(exported, 0, 1)]
-    assert _keys(pickle.loads(pickle.dumps(lesioned))) == _keys(lesioned)
+    assert keys(pickle.loads(pickle.dumps(lesioned))) == keys(lesioned)
 
 
 def test_lesions_of_one_kind_have_one_key():
     chain = random_chain(STEADY)
     same = [rp.delete_block(chain, 1), rp.delete_blocks(chain, [1]), rp.delete_block(copy.deepcopy(chain), "block1")]
-    assert len(set(_keys(same))) == 1
+    assert len(set(keys(same))) == 1
     edits = [
         chain, same[0], rp.delete_block(chain, 2), rp.swap_blocks(chain, 0, 1), rp.scale_block(chain, 0, 0.5),
         rp.scale_block(chain, 0, 0.25), rp.duplicate_block(chain, 0), rp.parallel_blocks(chain, [0, 1]),
         rp.parallel_blocks(chain, [0, 1], combine="sum"), chain.with_head(nn.Linear(3, 3).double()),
     ]  # fmt: skip
-    assert len(set(_keys(edits))) == len(edits)
+    assert len(set(keys(edits))) == len(edits)
 
 
 SCRIPT = """
