@@ -101,7 +101,7 @@ def dask(chain: rp.ResidualChain, repeats: int, quick: bool) -> list[dict[str, A
         from distributed import Client, LocalCluster
     except ImportError:
         return [row(PART, task, "two workers", "images a second", note="distributed is not installed")]
-    images, plan = batches(2 if quick else 10, 50), rp.single_deletions(chain)[::6]
+    images, plan = batches(2 if quick else 20, 50), rp.single_deletions(chain)[::6]
     rates: dict[int, list[float]] = {1: [], 2: []}
     frames = []
     for _ in range(repeats):
