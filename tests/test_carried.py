@@ -237,7 +237,8 @@ class Scalar(nn.Module):
         return self.out(x)
 
 
-def test_bert_with_an_attention_mask():
+def masked_bert():
+    """A small BERT, tokens [4, 7] and the mask of those that count."""
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(
         vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
@@ -248,6 +249,11 @@ def test_bert_with_an_attention_mask():
         parameter.data.mul_(4)
     tokens = torch.randint(1, 50, (4, 7), generator=torch.Generator().manual_seed(0))
     mask = (torch.arange(7) < torch.tensor([7, 3, 5, 1])[:, None]).long()
+    return model, tokens, mask
+
+
+def test_bert_with_an_attention_mask():
+    model, tokens, mask = masked_bert()
     example = {"input_ids": tokens, "attention_mask": mask}
     chain = rp.unravel(model, example)
     with torch.no_grad():

@@ -12,7 +12,7 @@ from torch import nn
 
 import resnet_paths as rp
 from resnet_paths.chain import ResidualChain
-from tests.test_carried import TARGETS, build
+from tests.test_carried import TARGETS, build, masked_bert
 
 
 class Gated(nn.Module):
@@ -173,15 +173,7 @@ def test_labels_of_a_mapping_are_an_input_where_targets_are_given():
 
 def test_bert_with_an_attention_mask():
     transformers = pytest.importorskip("transformers")
-    config = transformers.BertConfig(
-        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
-        max_position_embeddings=16, num_labels=3,
-    )  # fmt: skip
-    model = build(transformers.BertForSequenceClassification, config)
-    for parameter in model.parameters():  # as they start, branches are too small to tell a mask from none
-        parameter.data.mul_(4)
-    tokens = torch.randint(1, 50, (4, 7), generator=torch.Generator().manual_seed(0))
-    mask = (torch.arange(7) < torch.tensor([7, 3, 5, 1])[:, None]).long()
+    model, tokens, mask = masked_bert()
     batch = transformers.BatchEncoding({"input_ids": tokens, "attention_mask": mask, "labels": TARGETS})
     chain = rp.unravel(model, {"input_ids": tokens, "attention_mask": mask})
     frame = INSTRUMENTS["stem"](chain, batch)
