@@ -133,7 +133,8 @@ def test_rows_of_parts_that_were_not_run_are_kept(tmp_path):
     assert read[["part", "contender", "value", "low", "high"]].fillna(0).to_numpy().tolist() == [
         ["lesions", "a", 2, 1, 3], ["limit", "c", 0, 0, 0],
     ]  # fmt: skip
-    assert "| t | a | 1 (1 to 1) | - |  |" in table.markdown(read)
+    assert "**T**\n" in table.markdown(read)
+    assert "| a | 1 (1 to 1) | - |  |" in table.markdown(read)
     assert "not to be had" in table.text(read)
     ax = table.plot_ratios(read)
     assert [label.get_text() for label in ax.get_yticklabels()] == ["a"]
@@ -151,8 +152,9 @@ def test_what_pip_answers_holds_no_address():
 
 
 def test_peak_memory_is_that_of_the_work():
-    _, memory, _ = workers.timed(lambda: torch.ones(2**24).sum())
-    assert 50 < memory < 200
+    """256 MiB: what other tests left to be freed meanwhile is small beside it."""
+    _, memory, _ = workers.timed(lambda: torch.ones(2**26).sum())
+    assert 200 < memory < 400
 
 
 def test_the_command_names_its_parts(monkeypatch, capsys):

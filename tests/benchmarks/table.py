@@ -94,18 +94,20 @@ def text(frame: pd.DataFrame) -> str:
 
 
 def markdown(frame: pd.DataFrame) -> str:
-    """The README's table: all rows of lesions and gradients that have a ratio, or say why they have none."""
+    """The README's tables, one a task: rows of lesions and gradients that have a ratio, or say why they have none."""
     shown = frame[frame["part"].isin(["lesions", "gradients"]) & (frame["ratio"].notna() | frame["value"].isna())]
-    lines = ["| task | by | time over this project's | peak memory | notes |", "| --- | --- | ---: | ---: | --- |"]
-    for r in shown.itertuples():
-        ratio = f"{r.ratio:.3g} ({r.ratio_low:.3g} to {r.ratio_high:.3g})" if pd.notna(r.ratio) else "-"
-        memory = f"{r.peak_memory_mib:.0f} MiB" if pd.notna(r.peak_memory_mib) else "-"
-        note = "" if pd.isna(r.note) else str(r.note).replace("|", "\\|")
-        lines.append(f"| {r.task} | {r.contender} | {ratio} | {memory} | {note} |")
+    lines = []
+    for task, rows in shown.groupby("task", sort=False):
+        lines += [f"**{str(task)[0].upper()}{str(task)[1:]}**", ""]
+        lines += ["| by | time over this project's | peak memory | notes |", "| --- | ---: | ---: | --- |"]
+        for r in rows.itertuples():
+            ratio = f"{r.ratio:.3g} ({r.ratio_low:.3g} to {r.ratio_high:.3g})" if pd.notna(r.ratio) else "-"
+            memory = f"{r.peak_memory_mib:.0f} MiB" if pd.notna(r.peak_memory_mib) else "-"
+            note = "" if pd.isna(r.note) else str(r.note).replace("|", "\\|")
+            lines.append(f"| {r.contender} | {ratio} | {memory} | {note} |")
+        lines.append("")
     told = shown.iloc[0] if len(shown) else None
-    if told is not None:
-        lines += ["", f"{told.machine}; {told.versions}; {told.date}."]
-    return "\n".join(lines)
+    return "\n".join(lines if told is None else [*lines, f"{told.machine}; {told.versions}; {told.date}."])
 
 
 def plot_ratios(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
