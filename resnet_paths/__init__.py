@@ -40,6 +40,7 @@ _HOME = {
     "training_memory": "memory",
     "training_logs": "zoo",
     "load_dataset": "datasets",
+    "EffectiveWindow": "gradients",
     "effective_window": "gradients",
     "fit_decay": "gradients",
     "gradient_by_depth": "gradients",
@@ -51,6 +52,7 @@ _HOME = {
     "pair_interactions": "lesions",
     "predicted_effects": "lesions",
     "score_correlations": "lesions",
+    "Lesion": "lesion_plans",
     "branch_replacements": "lesion_plans",
     "duplications": "lesion_plans",
     "layer_schedules": "lesion_plans",
@@ -69,14 +71,15 @@ _HOME = {
 }
 
 __all__ = [
-    "Block", "ResidualChain", "ResnetPathsError", "StudyInterrupted", "block_norms", "branch_replacements",
-    "delete_block", "delete_blocks", "duplicate_block", "duplications", "effective_window", "enumerate_paths",
-    "figures", "fit_decay", "forward_cost", "gradient_by_depth", "gradient_by_path_length", "gradient_by_stage_lengths",
-    "gradient_through_block", "layer_schedules", "lesion_study", "list_networks", "load_dataset", "load_network",
-    "mean_replacements", "pair_deletions", "pair_interactions", "parallel_blocks", "path_histogram", "path_network",
-    "permute_blocks", "predicted_effects", "random_deletions", "random_duplications", "random_swaps", "reverse_blocks",
-    "sample_paths", "scalar_gradients", "scale_block", "scalings", "score_correlations", "single_deletions",
-    "swap_blocks", "training_logs", "training_memory", "unravel", "unraveled_graph", "widgets",
+    "Block", "EffectiveWindow", "Lesion", "ResidualChain", "ResnetPathsError", "StudyInterrupted", "block_norms",
+    "branch_replacements", "delete_block", "delete_blocks", "duplicate_block", "duplications", "effective_window",
+    "enumerate_paths", "figures", "fit_decay", "forward_cost", "gradient_by_depth", "gradient_by_path_length",
+    "gradient_by_stage_lengths", "gradient_through_block", "layer_schedules", "lesion_study", "list_networks",
+    "load_dataset", "load_network", "mean_replacements", "pair_deletions", "pair_interactions", "parallel_blocks",
+    "path_histogram", "path_network", "permute_blocks", "predicted_effects", "random_deletions", "random_duplications",
+    "random_swaps", "reverse_blocks", "sample_paths", "scalar_gradients", "scale_block", "scalings",
+    "score_correlations", "single_deletions", "swap_blocks", "training_logs", "training_memory", "unravel",
+    "unraveled_graph", "widgets",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -96,6 +99,7 @@ if TYPE_CHECKING:
     )
     from resnet_paths.errors import ResnetPathsError, StudyInterrupted
     from resnet_paths.gradients import (
+        EffectiveWindow,
         effective_window,
         fit_decay,
         gradient_by_depth,
@@ -106,6 +110,7 @@ if TYPE_CHECKING:
     )
     from resnet_paths.graph import unraveled_graph
     from resnet_paths.lesion_plans import (
+        Lesion,
         branch_replacements,
         duplications,
         layer_schedules,

@@ -72,7 +72,9 @@ def publish(
 
 @app.command()
 def reproduce(
-    profile: Annotated[str, typer.Option(help="'quick' (minutes on a laptop) or 'full' (all images).")] = "quick",
+    profile: Annotated[
+        str, typer.Option(help="'quick' (minutes on a laptop) or 'full' (the sizes that each notebook names).")
+    ] = "quick",
     only: Annotated[list[str] | None, typer.Option(help="Beginning of a notebook's name, such as 02.")] = None,
     output: Annotated[Path, typer.Option(help="Folder for figures and executed notebooks.")] = Path("figures"),
 ) -> None:

@@ -138,7 +138,7 @@ def reproduce(
     Args:
         output: Folder for the figures and the gallery, ``index.html``, which also shows what other notebooks left there
             before; executed notebooks go into its folder ``notebooks``.
-        profile: ``"quick"`` (minutes on a laptop) or ``"full"`` (all images).
+        profile: ``"quick"`` (minutes on a laptop) or ``"full"`` (the sizes that each notebook names).
         only: Beginnings of the names of notebooks to run; all if empty.
         folder: Where the notebooks lie; the shipped ones by default.
         progress: Whether to show a bar over cells.

@@ -22,8 +22,9 @@ _FROM_RECIPE: Any = None
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """Everything that the trained weights depend on. Defaults are those of the shipped networks.
+    """Everything that the trained weights depend on.
 
+    Defaults are those of the shipped networks, but for `epochs` and `seed`, which the README's table gives of each.
     `learning_rate`, `weight_decay` and `optimizer` are by default those of the network's recipe
     (`resnet_paths.zoo.Recipe`). The optimizer is SGD with Nesterov momentum, or AdamW, whose first decay rate is
     `momentum`; the learning rate rises linearly over the first `warmup_epochs` and falls to zero on a cosine. Images

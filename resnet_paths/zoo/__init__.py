@@ -42,7 +42,7 @@ def load_network(
         name: Name of a network with shipped weights (see `list_networks`), or of any known network with `weights`.
         weights: Instead of the shipped weights, a ``.safetensors`` file that ``resnet-paths train`` wrote, or a folder
             of such files.
-        seed: Seed of the run, by default the lowest that is there.
+        seed: Seed of the run, by default the lowest that is there. Runs may differ in epochs: `training_log` says.
         snapshot: Number of epochs after which the weights were kept, 0 for the initialisation; None is the end.
         device: Where to put it; ``"auto"`` is the accelerator if there is one.
 
