@@ -9,7 +9,7 @@ breaks it: never guessed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from resnet_paths.chain import ResidualChain, refuse_training_mode
 from resnet_paths.errors import ResnetPathsError
 from resnet_paths.tracing import Trace, name_of, trace
 from resnet_paths.unraveling.assembly import assemble
-from resnet_paths.unraveling.by_hand import chain_of_named_blocks
+from resnet_paths.unraveling.by_hand import chain_of_named_blocks, unlike
 from resnet_paths.unraveling.calling import Call, Signature, arguments_of, chosen
 from resnet_paths.unraveling.concatenations import nest_concatenations, write_partial_additions
 from resnet_paths.unraveling.given import find_parts
@@ -41,9 +41,10 @@ def unravel(
 
     Works for any model whose forward `torch.export` can trace and whose blocks stand in series. Nothing is copied: the
     chain shares every parameter and buffer with the model, and works for any batch size; another image size is
-    refused, since sizes may stand in the exported graph as numbers. Forward hooks of the model run along. A model
-    without any skips becomes a chain of its modules, with one path. An input that every block reads, such as an
-    attention mask, is carried along in the state, which is a tuple then.
+    refused, since sizes may stand in the exported graph as numbers. What forward hooks of the model return is part of
+    the chain; whatever else they do, such as storing activations, happens only while the model is read. A model without
+    any skips becomes a chain of its modules, with one path. An input that every block reads, such as an attention mask,
+    is carried along in the state, which is a tuple then.
 
     Args:
         model: The network, in eval mode. A `ResidualChain` is returned as it is.
@@ -54,11 +55,13 @@ def unravel(
         max_depth: How many chains may stand inside one another, as in a U-Net, whose outermost block holds the network
             inside it: 0 takes every branch as a whole; None, the default, looks into all.
         blocks: Names of the model's residual modules, such as ``["layer1.0", "layer1.1"]``, for a model that cannot be
-            exported as a whole. They run once each, one right after the other, and are exported one by one; what runs
-            before and after them is run as it is.
+            exported as a whole. They run once each, on one tensor, one right after the other, and are exported one by
+            one. What runs before and after them is run as it is; what runs after them may read the input in no other
+            way than through them.
 
     Returns:
-        A chain with ``chain(x) == model(x)``, which is checked on `example_inputs`.
+        A chain with ``chain(x) == model(x)``, which is checked on `example_inputs`; a chain of named `blocks` also on
+        inputs made from these, each flipped along its last dimension in turn, with noise on floating numbers.
 
     Raises:
         ResnetPathsError: If the model holds BatchNorm or dropout in training mode, does not take the example, cannot be
@@ -76,16 +79,18 @@ def unravel(
         return model
     args, kwargs = _check_arguments(model, example_inputs)
     signature, tensors = Signature.of(args, kwargs)
-    returned = _run(model, args, kwargs)
+    returned = _run(model, signature, tensors)
     expected = chosen(returned, output)
     if blocks is not None:
-        chain = chain_of_named_blocks(model, _listed(blocks), signature, tensors, output, unravel)
-        with torch.no_grad():
-            if not _agree(chain(*args, **kwargs), expected):
-                raise ResnetPathsError(
-                    "blocks", list(blocks), "modules between which and behind which nothing else reads the input",
-                    "The chain does not return what the model returns.",
-                )  # fmt: skip
+        names = _listed(blocks)
+        chain = chain_of_named_blocks(model, names, signature, tensors, output, unravel)
+        _check_named(chain, names, signature, tensors, expected)
+        for others in _unlike_in_one(tensors):
+            try:
+                expected = chosen(_run(model, signature, others), output)
+            except ResnetPathsError:
+                continue  # what is made up may be nothing that the model takes
+            _check_named(chain, names, signature, others, expected)
         return chain
     is_plain = signature.is_plain and returned is expected
     called = model if is_plain else Call(model, signature, output)
@@ -118,19 +123,40 @@ def _listed(blocks: Sequence[str]) -> list[str]:
     return list(blocks)
 
 
-def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _run(model: nn.Module, signature: Signature, tensors: Sequence[torch.Tensor]) -> Any:
+    """What the model returns. It runs on copies of inputs and buffers: it may write over them, or count its calls."""
+    args, kwargs = signature.arguments(tensor.clone() for tensor in tensors)
     try:
-        # On copies of the buffers: a model that counts its calls is refused later, and must not have counted this one.
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         with torch.no_grad():
             return torch.func.functional_call(model, buffers, args, kwargs)
     except Exception as error:
-        tensors = Signature.of(args, kwargs)[1]
         shapes = ", ".join(f"{x.dtype} {list(x.shape)} on {x.device}" for x in tensors)
         raise ResnetPathsError(
             "example_inputs", shapes, f"inputs that {type(model).__name__} takes",
             f"It answered: {type(error).__name__}: {error}",
         ) from error  # fmt: skip
+
+
+def _unlike_in_one(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """For each tensor of the example, the example with another in its place."""
+    generator = torch.Generator().manual_seed(0)
+    for index, tensor in enumerate(tensors):
+        yield [*tensors[:index], unlike(tensor, generator), *tensors[index + 1 :]]
+
+
+@torch.no_grad()
+def _check_named(
+    chain: ResidualChain, names: list[str], signature: Signature, tensors: Sequence[torch.Tensor],
+    expected: torch.Tensor,
+) -> None:  # fmt: skip
+    """Raise unless a chain of named blocks returns what the model returns."""
+    args, kwargs = signature.arguments(tensor.clone() for tensor in tensors)
+    if not _agree(chain(*args, **kwargs), expected):
+        raise ResnetPathsError(
+            "blocks", names, "modules between which and behind which nothing else reads the input",
+            "The chain does not return what the model returns, on the example or on one made from it.",
+        )  # fmt: skip
 
 
 def _check_chain(

@@ -21,7 +21,7 @@ from resnet_paths.errors import ResnetPathsError, nearest_names
 from resnet_paths.reports import shape_of_x
 from resnet_paths.unraveling.calling import Signature, chosen
 
-__all__ = ["chain_of_named_blocks"]
+__all__ = ["chain_of_named_blocks", "unlike"]
 
 
 class _Reached(Exception):  # noqa: N818 - no error: it stops a model where the first block begins
@@ -37,20 +37,24 @@ class _Stop(nn.Module):
         raise _Reached(state)
 
 
-class _Give(nn.Module):
-    """In a block's place: returns what it is told to, in the container that the block returns."""
-
-    def __init__(self, returned: Any) -> None:
-        super().__init__()
-        self.returned = returned
-
-    def forward(self, *_: Any, **__: Any) -> Any:
-        if isinstance(self.returned, torch.Tensor):
-            return _GIVEN.get()
-        return type(self.returned)([_GIVEN.get(), *self.returned[1:]])
+class _State:
+    """Stands where a block's output stands in what it returns."""
 
 
 _GIVEN: contextvars.ContextVar[torch.Tensor] = contextvars.ContextVar("given")
+
+
+class _Give(nn.Module):
+    """In a block's place: returns what the block returned on the example, with the given state as its output."""
+
+    def __init__(self, returned: Any) -> None:
+        super().__init__()
+        output = chosen(returned, None)
+        self.form = pytree.tree_map(lambda leaf: _State if leaf is output else leaf, returned)
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        state = _GIVEN.get()
+        return pytree.tree_map(lambda leaf: state if leaf is _State else leaf, self.form)
 
 
 class _Before(nn.Module):
@@ -76,18 +80,25 @@ class _After(nn.Module):
         super().__init__()
         self.model = model
         self.signature = signature
-        self.example = [tensor[:1] for tensor in example]
+        for index, tensor in enumerate(example):  # as buffers: they follow where the chain is moved or converted
+            self.register_buffer(f"example{index}", _first_row(tensor).clone(), persistent=False)
         self.output = output
         self.training = False
 
     def forward(self, state: torch.Tensor) -> torch.Tensor:
-        rows = [tensor.to(state.device).expand(len(state), *tensor.shape[1:]) for tensor in self.example]
+        example = (tensor.to(state.device) for tensor in self.buffers(recurse=False))
+        # Clones: the model may write over its inputs.
+        rows = [row.expand(len(state), *row.shape[1:]).clone() if row.dim() else row.clone() for row in example]
         args, kwargs = self.signature.arguments(rows)
         token = _GIVEN.set(state)
         try:
             return chosen(self.model(*args, **kwargs), self.output)
         finally:
             _GIVEN.reset(token)
+
+
+def _first_row(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor[:1] if tensor.dim() else tensor
 
 
 def chain_of_named_blocks(
@@ -98,7 +109,7 @@ def chain_of_named_blocks(
 
     Args:
         model: The model, in eval mode.
-        names: Names of modules that run once each, one right after the other, such as ``"layer1.0"``.
+        names: Names of modules that run once each on one tensor, one right after the other, such as ``"layer1.0"``.
         signature: How the model is called.
         tensors: Example tensors for it.
         output: As for `resnet_paths.unravel`.
@@ -108,8 +119,8 @@ def chain_of_named_blocks(
         A chain in eval mode.
 
     Raises:
-        ResnetPathsError: If a module does not exist or does not run once, something runs between two of them, or one
-            cannot be unraveled.
+        ResnetPathsError: If a module does not exist, does not run once or is given several tensors, something runs
+            between two of them, or one cannot be unraveled.
     """
     modules = dict(model.named_modules())
     for name in names:
@@ -126,12 +137,12 @@ def chain_of_named_blocks(
                 f"Something runs between it and the one before: name that as well, or leave {name!r} out.",
             )  # fmt: skip
         previous = chosen(returned, None)
-        blocks += _named_after(name, unravel(modules[name], state))
+        blocks += _named_after(name, unravel(modules[name], state), state, previous)
     stage = 0
     for index, block in enumerate(blocks):
         stage += int(index > 0 and shape_of_x(block.out_shape) != shape_of_x(blocks[index - 1].out_shape))
         block.stage = stage
-    stem = _Before(_with_replaced(model, {names[0]: _Stop()}))
+    stem = _Before(_with_replaced(model, dict.fromkeys(names, _Stop())))
     given = {name: _Give(calls[name][1]) for name in names}
     chain = ResidualChain(stem, blocks, _After(_with_replaced(model, given), signature, tensors, output))
     chain.training = chain.blocks.training = False
@@ -139,16 +150,35 @@ def chain_of_named_blocks(
     return chain
 
 
-def _named_after(name: str, chain: ResidualChain) -> Iterator[Block]:
+def unlike(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Another example of the same kind: flipped along its last dimension, and not the same.
+
+    Args:
+        tensor: An input; not changed.
+        generator: Where the noise on floating numbers comes from.
+
+    Returns:
+        A new tensor. Floating numbers get noise from [0, 1). Whole numbers and truth values stay those of the example,
+        such as tokens that a model knows; but the last are 0, or 1 where they were, since order alone may not matter.
+    """
+    other = tensor.flip(-1) if tensor.dim() else tensor.clone()
+    if other.is_floating_point():
+        return other + torch.rand(other.shape, generator=generator).to(other)
+    last = other[..., -1:] if other.dim() else other
+    last.copy_(last == 0)
+    return other
+
+
+def _named_after(name: str, chain: ResidualChain, state: torch.Tensor, returned: torch.Tensor) -> Iterator[Block]:
     """The blocks of one module, what stands around them taken into the first and the last."""
     for index, block in enumerate(chain):
         changes: dict[str, Any] = {"name": name if len(chain) == 1 else f"{name}.{block.name}"}
         if index == 0 and not isinstance(chain.stem.module, nn.Identity):
             changes["pre"] = nn.Sequential(chain.stem, block.pre).eval()
-            changes["in_shape"] = chain.stem.shapes[0]  # type: ignore[index]
+            changes["in_shape"] = tuple(state.shape[1:])
         if index == len(chain) - 1 and not isinstance(chain.head, nn.Identity):
             changes["post"] = nn.Sequential(block.post, chain.head).eval()
-            changes["out_shape"] = None
+            changes["out_shape"] = tuple(returned.shape[1:])
         yield block.replace(**changes)
 
 
@@ -162,12 +192,18 @@ def _calls(
         for name in names:
 
             def keep(_: nn.Module, args: Any, kwargs: Any, returned: Any, name: str = name) -> None:
-                given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+                given = Signature.of(args, kwargs)[1]
+                if len(given) != 1:
+                    raise ResnetPathsError(
+                        "blocks", name, "modules that are given one tensor",
+                        f"This one is given {len(given)}. Unravel the whole model, if it can be exported: what all "
+                        "blocks read, such as a mask, is carried along then.",
+                    )  # fmt: skip
                 found[name].append((given[0].clone(), returned))
 
             handle = modules[name].register_forward_hook(keep, with_kwargs=True)
             hooks.callback(handle.remove)
-        args, kwargs = signature.arguments(tensors)
+        args, kwargs = signature.arguments(tensor.clone() for tensor in tensors)
         with torch.no_grad():
             model(*args, **kwargs)
     for name, calls in found.items():
