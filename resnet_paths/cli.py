@@ -176,10 +176,19 @@ def paths(
 @app.command()
 def networks(
     markdown: Annotated[bool, typer.Option(help="The trained ones alone, as a Markdown table.")] = False,
+    check: Annotated[bool, typer.Option(help="Measure all shipped weights again, on all test images.")] = False,
 ) -> None:
     """List the known networks, and how good those with shipped weights are."""
     from resnet_paths.zoo import list_networks, networks_table
 
+    if check:
+        from resnet_paths.training.publishing import published_errors
+
+        found = published_errors()
+        typer.echo(found.to_string(index=False))
+        if not found["as_stated"].all():
+            raise typer.Exit(1)
+        return
     typer.echo(networks_table() if markdown else list_networks().to_string(index=False, na_rep="-"))
 
 

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from resnet_paths import cli, zoo
 from resnet_paths.errors import ResnetPathsError
 from resnet_paths.training import TrainingSettings, evaluate, publishing, train
-from resnet_paths.training.publishing import publish
+from resnet_paths.training.publishing import publish, published_errors
 from resnet_paths.zoo import list_networks, load_network, networks_table, training_logs
 from resnet_paths.zoo.places import weights_in
 from resnet_paths.zoo.weights import read_metadata, write_tensors
@@ -139,6 +139,26 @@ def test_a_tensor_too_large_for_float16_stays_float32(finished, images, tmp_path
     assert stored["layer1.0.conv2.weight"].dtype == torch.float16
     assert torch.equal(stored["layer1.0.conv1.weight"], tensors["layer1.0.conv1.weight"])
     assert read_metadata(path)["stored_as"] == "float16 and float32"
+
+
+def test_stored_files_are_measured_again(shipped, images, monkeypatch):
+    frame = published_errors(shipped, test_set=images, progress=False)
+    assert frame[["network", "seed", "epoch"]].to_numpy().tolist() == [
+        [NAME, 0, 2],
+        [NAME, 0, 0],
+        [NAME, 0, 1],
+        [NAME, 3, 2],
+    ]
+    assert frame["as_stated"].all()
+    assert frame["measured"].tolist() == frame["stated"].tolist()
+    file = weights_in(shipped, NAME)[3, None]
+    metadata = read_metadata(file)
+    write_tensors(file, load_file(file), metadata | {"test_error_rate": metadata["test_error_rate"] + 2e-4})
+    monkeypatch.setattr(publishing, "load_dataset", lambda *args: images)
+    monkeypatch.setattr(publishing, "shipped_folder", lambda name: shipped.parent)
+    result = CliRunner().invoke(cli.app, ["networks", "--check"])
+    assert result.exit_code == 1
+    assert [line.split()[-1] for line in result.stdout.splitlines() if NAME in line][-4:] == ["True"] * 3 + ["False"]
 
 
 def test_only_finished_runs_are_published(finished, images, tmp_path):

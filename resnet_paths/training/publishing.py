@@ -1,4 +1,7 @@
-"""Finished runs stored where `resnet_paths.load_network` finds them by name, in half the space if nothing is lost."""
+"""Finished runs stored where `resnet_paths.load_network` finds them by name, in half the space if nothing is lost.
+
+What is stored can be measured again at any time: each file states the error that it must have.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +9,23 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
 from resnet_paths.datasets import ImageDataset, load_dataset
 from resnet_paths.errors import ResnetPathsError
 from resnet_paths.files import shipped_folder, write_then_rename
 from resnet_paths.training.tasks import TASKS, evaluate
-from resnet_paths.zoo import find_network, load_network
+from resnet_paths.zoo import NETWORKS, find_network, load_network
 from resnet_paths.zoo.places import snapshot_file, weights_in
 from resnet_paths.zoo.weights import read_metadata, write_tensors
 
-__all__ = ["publish"]
+__all__ = ["publish", "published_errors"]
 
-# 0.01 points: one image of 10,000.
-_TOLERATED = 1e-4
+# 0.01 points: one image of 10,000, rounding of the difference aside.
+_MOST = 1.000001e-4
 # Parameters whose rounding changes the error are halved part by part, down to this share of them: each try takes a
 # whole evaluation.
 _PARTS = 8
@@ -74,6 +79,37 @@ def publish(
     return list(pairs.values())
 
 
+def published_errors(
+    folder: str | Path | None = None, *, test_set: ImageDataset | None = None, progress: bool = True
+) -> pd.DataFrame:
+    """Every stored file measured again, beside what it states.
+
+    Args:
+        folder: Where the files lie; ``data/networks`` of the checkout by default.
+        test_set: Images to measure on instead of the data set's test split.
+        progress: Whether to show a bar over files.
+
+    Returns:
+        A row a file: ``network``, ``seed``, ``epoch`` (of a snapshot; the last one of the run otherwise), ``measure``
+        (``test_error_rate``, or ``test_rmse`` of a denoiser), ``stated``, ``measured``, and ``as_stated``, whether the
+        two are within 0.01 points.
+    """
+    place = shipped_folder("data") / "networks" if folder is None else Path(folder)
+    files = [(name, seed, path) for name in NETWORKS for (seed, _), path in weights_in(place, name).items()]
+    rows = []
+    for name, seed, path in tqdm(files, desc="stored networks", unit="file", disable=not progress):
+        metadata, task = read_metadata(path), find_network(name).task
+        images = load_dataset(metadata["dataset"], "test") if test_set is None else test_set
+        measured = evaluate(load_network(name, path), images, task=task)[1]
+        measure = TASKS[task].measure
+        rows.append({
+            "network": name, "seed": seed, "epoch": metadata.get("epochs_done", metadata["epochs"]),
+            "measure": measure, "stated": metadata[measure], "measured": measured,
+            "as_stated": abs(measured - metadata[measure]) <= _MOST,
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
 def _store(source: Path, target: Path, network: str, test_set: ImageDataset) -> None:
     task = find_network(network).task
     model = load_network(network, source)
@@ -86,7 +122,7 @@ def _store(source: Path, target: Path, network: str, test_set: ImageDataset) -> 
         rounded = tensors | {name: halves[name] for name in names}
         model.load_state_dict(rounded)
         measured = evaluate(model, test_set, task=task)
-        if abs(measured[1] - before[1]) <= _TOLERATED * 1.000001:  # rounding of the difference aside
+        if abs(measured[1] - before[1]) <= _MOST:
             tensors, after, num_halved = rounded, measured, num_halved + len(names)
         elif len(names) > max(1, len(halves) / _PARTS):
             middle = len(names) // 2
