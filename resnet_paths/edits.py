@@ -11,6 +11,7 @@ Positions never shift when a block is deleted: it stays in its place with its sk
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
@@ -161,7 +162,8 @@ def scale_block(model: nn.Module, block: int | str, factor: float, *, example_in
     Args:
         model: A chain, or a model together with `example_inputs`.
         block: Position or name.
-        factor: Any finite number; 1 changes nothing, 0 gives what deletion gives, on the same paths.
+        factor: Any finite number; 1 changes nothing. 0 gives what deletion gives where the block has a skip, on the
+            same paths.
         example_inputs: As for `unravel`; only for a model that is not a chain.
 
     Returns:
@@ -170,8 +172,7 @@ def scale_block(model: nn.Module, block: int | str, factor: float, *, example_in
     Raises:
         ResnetPathsError: If there is no such block, its branch is deleted, or the factor is not finite.
     """
-    if not isinstance(factor, int | float) or not math.isfinite(factor):
-        raise ResnetPathsError("factor", factor, "a finite number")
+    factor = _finite(factor)
 
     def scaled(original: Block) -> Block:
         branch = original.branch
@@ -220,8 +221,9 @@ def parallel_blocks(
 ) -> ResidualChain:
     """Neighbouring blocks run side by side on one input: ``y = post(x + mean_i branch_i(x))``.
 
-    With the mean this is the average of the blocks' outputs, "parallel" in Sun et al. 2024 (Layers as Painters). With
-    the sum, paths through two of the branches vanish and all others stay as they were. `post` is that of the last one.
+    Where nothing follows the additions, the mean gives the average of the blocks' outputs, "parallel" in Sun et al.
+    2024 (Layers as Painters), and the sum leaves all paths as they were but those through two of the branches, which
+    vanish. What follows the addition, `post`, is that of the last one.
 
     Args:
         model: A chain, or a model together with `example_inputs`.
@@ -233,7 +235,8 @@ def parallel_blocks(
         A chain in which one block, named by joining the names with "|", stands for all of them.
 
     Raises:
-        ResnetPathsError: If the blocks do not stand side by side, have other than identity skips, or are deleted.
+        ResnetPathsError: If the blocks do not stand side by side, have other than identity skips, are deleted, or a
+            branch holds a chain, whose paths would be lost.
     """
     if combine not in ("mean", "sum"):
         raise ResnetPathsError("combine", combine, "'mean' or 'sum'")
@@ -245,6 +248,11 @@ def parallel_blocks(
     for member in members:
         if not (is_identity(member.skip) and is_identity(member.pre) and member.branch is not None):
             raise ResnetPathsError("blocks", member.name, "blocks with a branch and an identity skip")
+        if isinstance(member.branch, ResidualChain):
+            raise ResnetPathsError(
+                "blocks", member.name, "blocks whose branches hold no chain",
+                "Unravel with max_depth=0 to take branches whole.",
+            )  # fmt: skip
     branches: list[nn.Module] = []
     for member in members:
         branches += member.branch if isinstance(member.branch, Parallel) else [member.branch]  # type: ignore[list-item]
@@ -297,6 +305,15 @@ def _listed(blocks: Iterable[int | str]) -> list[int | str]:
     if isinstance(blocks, str) or not isinstance(blocks, Iterable):
         raise ResnetPathsError("blocks", blocks, "a list of positions or names", f"Write [{blocks!r}].")
     return list(blocks)
+
+
+def _finite(factor: object) -> float:
+    """The number as Python's own, be it NumPy's."""
+    if isinstance(factor, int | float) and math.isfinite(factor):
+        return factor
+    if isinstance(factor, numbers.Real) and math.isfinite(factor):
+        return float(factor)
+    raise ResnetPathsError("factor", factor, "a finite number")
 
 
 def _without_branch(block: Block) -> Block:

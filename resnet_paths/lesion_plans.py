@@ -7,15 +7,17 @@ may stand among them.
 from __future__ import annotations
 
 import itertools
+import math
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from scipy import stats
 
-from resnet_paths.batches import call, each_tensor
+from resnet_paths.batches import call, checked_inputs, each_tensor, num_examples
 from resnet_paths.chain import Constant, ResidualChain, is_identity, refuse_other_than_chain, refuse_training_mode
 from resnet_paths.edits import (
     delete_block,
@@ -26,6 +28,8 @@ from resnet_paths.edits import (
     scale_block,
 )
 from resnet_paths.errors import ResnetPathsError
+from resnet_paths.placement import device_of
+from resnet_paths.tuple_states import OnParts, x_of
 
 __all__ = [
     "Lesion", "branch_replacements", "duplications", "layer_schedules", "mean_replacements", "pair_deletions",
@@ -40,16 +44,21 @@ class Lesion:
     Attributes:
         name: What people read, such as ``"delete layer2.0"``.
         edit: From the intact chain to the lesioned one.
-        blocks: Positions of the blocks that it touches.
-        kendall_tau: Kendall's rank correlation of the blocks' order with the intact one; 1 where none moved.
+        blocks: Positions of the blocks that it touches; None where that is not known.
+        kendall_tau: Kendall's rank correlation of the blocks' order with the intact one; 1 where none moved, NaN where
+            that is not known.
         seed: Seed that the generator which drew the lesion started from; None if none did.
+        kind: What is done to `blocks`, and nothing else: ``"delete"``, ``"duplicate"``, ``"scale"``, ``"swap"``,
+            ``"permute"``, ``"replace"``, ``"repeat"`` or ``"parallel"``; empty where it is none of these. What reads a
+            study's frame goes by it.
     """
 
     name: str
     edit: Callable[[ResidualChain], ResidualChain]
-    blocks: tuple[int, ...]
+    blocks: tuple[int, ...] | None
     kendall_tau: float = 1.0
     seed: int | None = None
+    kind: str = ""
 
 
 def single_deletions(chain: ResidualChain) -> list[Lesion]:
@@ -139,7 +148,8 @@ def random_swaps(chain: ResidualChain, counts: Iterable[int], repeats: int, gene
             chosen = torch.randint(len(pairs), (count,), generator=generator, device=generator.device).tolist()
             for first, second in (pairs[i] for i in chosen):
                 order[first], order[second] = order[second], order[first]
-            lesions.append(replace(_reordering(f"{count} random swaps", order), seed=generator.initial_seed()))
+            swaps = _reordering("swap", f"{count} random swaps", order)
+            lesions.append(replace(swaps, seed=generator.initial_seed()))
     return lesions
 
 
@@ -184,7 +194,7 @@ def scalings(chain: ResidualChain, factors: Iterable[float]) -> list[Lesion]:
 
     Args:
         chain: The intact chain.
-        factors: Finite numbers; 0 is as deletion.
+        factors: Finite numbers; 0 is as deletion where a block has a skip.
 
     Returns:
         A lesion a block and factor, block by block.
@@ -192,7 +202,7 @@ def scalings(chain: ResidualChain, factors: Iterable[float]) -> list[Lesion]:
     refuse_other_than_chain("chain", chain)
     factors = list(factors)
     return [
-        Lesion(f"{factor:g} x {_name(chain, index)}", partial(scale_block, block=index, factor=factor), (index,))
+        _scaling(chain, index, factor)
         for index, block in enumerate(chain)
         if block.branch is not None
         for factor in factors
@@ -236,26 +246,30 @@ def mean_replacements(chain: ResidualChain, inputs: Any) -> list[Lesion]:
 
     Args:
         chain: The intact chain, in eval mode; runs once on `inputs`.
-        inputs: Examples to take the means over, training images as a rule, on the chain's device: a tensor
-            [batch, ...], a tuple of positional arguments or a mapping of keyword arguments.
+        inputs: Examples to take the means over, training images as a rule: a tensor [batch, ...], a tuple of
+            positional arguments or a mapping of keyword arguments.
 
     Returns:
-        A lesion a block with a branch that returns one tensor.
+        A lesion a block that has a branch.
 
     Raises:
-        ResnetPathsError: If the chain is in training mode.
+        ResnetPathsError: If the chain is in training mode, there is no example, or blocks work on several tensors.
     """
     refuse_other_than_chain("chain", chain)
     refuse_training_mode("chain", chain)
-    lesions = []
+    inputs = checked_inputs(inputs)
+    if not num_examples(inputs):
+        raise ResnetPathsError("inputs", "0 examples", "at least one example")
+    lesions, device = [], device_of(chain)
     with torch.no_grad():  # on copies: parts written by hand may work in place
-        state = call(chain.stem, each_tensor(torch.clone, inputs))
+        state = call(chain.stem, each_tensor(lambda t: t.to(device, copy=True), inputs))
         for index, block in enumerate(chain):
             if block.branch is not None:
                 output = block.branch(block.pre(each_tensor(torch.clone, state)))
-                if isinstance(output, torch.Tensor):
-                    mean = Constant(output.mean(0))
-                    lesions.append(_replacement(f"mean of {_name(chain, index)}", index, mean))
+                mean: torch.nn.Module = Constant(x_of(output, chain).mean(0))
+                if isinstance(output, tuple):  # what is carried beside x stays as it is
+                    mean = OnParts(mean, adds=block.skip is not None)
+                lesions.append(_replacement(f"mean of {_name(chain, index)}", index, mean))
             state = block(state)
     return lesions
 
@@ -274,7 +288,8 @@ def layer_schedules(
 
     Args:
         chain: The intact chain.
-        blocks: Neighbouring blocks with identity skips; if None, the longest run of them without its first and last.
+        blocks: Neighbouring blocks with identity skips and no chains in their branches; if None, the longest run of
+            them without its first and last.
         loops: Rounds of the looped parallel.
         generator: Source of the random order; None for a new one, seeded with 0.
 
@@ -290,7 +305,7 @@ def layer_schedules(
     if len(places) < 2 or not side_by_side or not all(_is_exchangeable(chain, i) for i in places):
         raise ResnetPathsError(
             "blocks", [chain[i].name for i in places],
-            "at least two neighbouring blocks with identity skips and branches",
+            "at least two neighbouring blocks with identity skips and branches that hold no chain",
         )  # fmt: skip
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     order = list(range(len(chain)))
@@ -300,17 +315,17 @@ def layer_schedules(
     shuffled[places[0] : places[-1] + 1] = [places[i] for i in draw]
     touched = tuple(places)
     return [
-        Lesion("skip", partial(delete_blocks, blocks=places), touched),
-        Lesion("middle repeat", partial(_repeat_the_middle, places=places), touched),
-        _reordering("reverse", backwards, touched),
-        replace(_reordering("random order", shuffled, touched), seed=generator.initial_seed()),
-        Lesion("parallel", partial(parallel_blocks, blocks=places), touched),
-        Lesion("looped parallel", partial(_loop_parallel, places=places, loops=loops), touched),
+        Lesion("skip", partial(delete_blocks, blocks=places), touched, kind="delete"),
+        Lesion("middle repeat", partial(_repeat_the_middle, places=places), touched, kind="repeat"),
+        _reordering("permute", "reverse", backwards, touched),
+        replace(_reordering("permute", "random order", shuffled, touched), seed=generator.initial_seed()),
+        Lesion("parallel", partial(parallel_blocks, blocks=places), touched, kind="parallel"),
+        Lesion("looped parallel", partial(_loop_parallel, places=places, loops=loops), touched, kind="parallel"),
     ]
 
 
 def _replacement(name: str, index: int, branch: torch.nn.Module) -> Lesion:
-    return Lesion(name, partial(_replace_branch, index=index, branch=branch), (index,))
+    return Lesion(name, partial(_replace_branch, index=index, branch=branch), (index,), kind="replace")
 
 
 def _replace_branch(chain: ResidualChain, index: int, branch: torch.nn.Module) -> ResidualChain:
@@ -334,12 +349,17 @@ def _loop_parallel(chain: ResidualChain, places: Sequence[int], loops: int) -> R
 def _deletion(chain: ResidualChain, blocks: tuple[int, ...]) -> Lesion:
     name = "delete " + ", ".join(_name(chain, index) for index in blocks)
     edit = partial(delete_block, block=blocks[0]) if len(blocks) == 1 else partial(delete_blocks, blocks=list(blocks))
-    return Lesion(name, edit, blocks)
+    return Lesion(name, edit, blocks, kind="delete")
+
+
+def _scaling(chain: ResidualChain, index: int, factor: float) -> Lesion:
+    name = f"{factor:g} x {_name(chain, index)}"
+    return Lesion(name, partial(scale_block, block=index, factor=factor), (index,), kind="scale")
 
 
 def _duplication(chain: ResidualChain, blocks: tuple[int, ...]) -> Lesion:
     name = "duplicate " + ", ".join(_name(chain, index) for index in blocks)
-    return Lesion(name, partial(_duplicate_blocks, blocks=blocks), blocks)
+    return Lesion(name, partial(_duplicate_blocks, blocks=blocks), blocks, kind="duplicate")
 
 
 def _duplicate_blocks(chain: ResidualChain, blocks: tuple[int, ...]) -> ResidualChain:
@@ -361,11 +381,11 @@ def _random_sets(
     return sets
 
 
-def _reordering(name: str, order: list[int], touched: tuple[int, ...] | None = None) -> Lesion:
+def _reordering(kind: str, name: str, order: list[int], touched: tuple[int, ...] | None = None) -> Lesion:
     if touched is None:
         touched = tuple(place for place, block in enumerate(order) if place != block)
     tau = float(stats.kendalltau(range(len(order)), order).statistic) if len(order) > 1 else 1.0
-    return Lesion(name, partial(permute_blocks, order=order), touched, tau)
+    return Lesion(name, partial(permute_blocks, order=order), touched, tau, kind=kind)
 
 
 def _name(chain: ResidualChain, index: int) -> str:
@@ -383,7 +403,8 @@ def _deletable(chain: ResidualChain) -> list[int]:
 
 def _is_exchangeable(chain: ResidualChain, index: int) -> bool:
     block = chain[index]
-    return block.branch is not None and is_identity(block.skip) and is_identity(block.pre) and block.keeps_shape
+    is_plain = block.branch is not None and not isinstance(block.branch, ResidualChain)
+    return is_plain and is_identity(block.skip) and is_identity(block.pre) and block.keeps_shape
 
 
 def _exchangeable(chain: ResidualChain) -> list[tuple[int, int]]:
@@ -410,11 +431,11 @@ def _middle(chain: ResidualChain) -> list[int]:
 
 
 def _checked_counts(counts: Iterable[int], repeats: int, most: int | None, what: str) -> list[int]:
-    if not isinstance(repeats, int) or repeats < 0:
+    if not isinstance(repeats, SupportsIndex) or operator.index(repeats) < 0:
         raise ResnetPathsError("repeats", repeats, "an int of at least 0")
-    counts = list(counts)
+    counts, highest = list(counts), math.inf if most is None else most
     for count in counts:
-        if not isinstance(count, int) or count < 1 or (most is not None and count > most):
+        if not isinstance(count, SupportsIndex) or not 1 <= operator.index(count) <= highest:
             allowed = f"numbers of at least 1 ({what})" if most is None else f"numbers from 1 to {most} ({what})"
             raise ResnetPathsError("counts", count, allowed)
-    return counts
+    return [operator.index(count) for count in counts]

@@ -140,7 +140,7 @@ def explore_lesions(chain: ResidualChain, loader: Loader) -> ipw.VBox:
     Raises:
         ResnetPathsError: As `lesion_study`.
     """
-    deletable = [lesion.blocks[0] for lesion in single_deletions(chain)]
+    deletable = [index for lesion in single_deletions(chain) for index in lesion.blocks or ()]
     intact_paths = path_histogram(chain).assign(network=f"intact, {chain.num_paths:,} paths")
     known: dict[tuple[int, ...], pd.DataFrame] = {}
 
@@ -148,7 +148,7 @@ def explore_lesions(chain: ResidualChain, loader: Loader) -> ipw.VBox:
         deleted = tuple(index for index in deletable if pressed[str(index)])
         lesioned = delete_blocks(chain, deleted)
         if deleted not in known:
-            lesion = Lesion("delete", lambda _: lesioned, deleted)
+            lesion = Lesion("delete", lambda _: lesioned, deleted, kind="delete")
             known[deleted] = lesion_study(chain, loader, [lesion], progress=False)
         row = known[deleted].iloc[0]
         names = ", ".join(html.escape(chain[index].name) for index in deleted) or "none"

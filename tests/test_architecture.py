@@ -55,7 +55,7 @@ FLOORS = [
     },
     {"gradients.backward", "lesion_plans", "lesions.trie"},
     {"gradients.passes", "lesions.pieces"},
-    {"lesions.store", "lesions.tally"},
+    {"lesions.store", "lesions.tally", "lesions.frames"},
     {"lesions.work"},
     {"lesions.predicted"},
     {"lesions", "graph", "gradients", "states", "costs"},

@@ -97,6 +97,15 @@ def test_lesions_and_gradients_of_a_chain_that_carries_a_mask(kind):
     frame = rp.gradient_by_path_length(chain, (x, mask), TARGETS, with_respect_to="stem")
     assert frame.gradient_share.sum() == pytest.approx(1, abs=1e-12)
 
+    # With one branch replaced by its mean, others still read the mask.
+    for i, lesion in enumerate(rp.mean_replacements(chain, (x, mask))):
+        state, c = model.inp(x), model.mask_of(mask)
+        for j in range(3):
+            made = model.branch(j, state, c)
+            state = state + (made.mean(0) if i == j else made)
+        torch.testing.assert_close(lesion.edit(chain)(x, mask), model.out(state))
+    assert i == 2
+
     # Along the skips alone the gradient at the stem is that at the head: only branches read the mask.
     direction = torch.softmax(model(x, mask), 1) - nn.functional.one_hot(TARGETS, 3)
     along_skips = (direction @ model.out.weight).norm(dim=1).mean().item()

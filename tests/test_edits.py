@@ -6,6 +6,7 @@ import contextlib
 import copy
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -130,7 +131,7 @@ def test_duplicating_runs_a_block_twice():
     assert len(list(thrice.parameters())) == len(list(chain.parameters()))
 
 
-@pytest.mark.parametrize("factor", [0.0, 0.5, 1.0, -2.0, 3])
+@pytest.mark.parametrize("factor", [0.0, 0.5, 1.0, -2.0, 3, np.float32(0.5), np.int64(3)])
 def test_scaling(factor):
     chain = steady_chain(3)
     assert torch.equal(rp.scale_block(chain, 1, factor)(inputs()), by_hand(chain, scale={1: factor}))
@@ -152,6 +153,17 @@ def test_parallel_blocks(combine):
     if combine == "mean":
         outputs = torch.stack([chain[i](x) for i in (1, 2, 3)]).mean(0)
         torch.testing.assert_close(edited[1](x), outputs)
+
+
+@pytest.mark.parametrize("combine", ["mean", "sum"])
+def test_a_branch_that_holds_a_chain_does_not_run_in_parallel(combine):
+    chain = steady_chain(3)
+    inner = ResidualChain(nn.Identity(), list(steady_chain(3)), nn.Identity()).eval()
+    nested = chain.with_blocks([chain[0].replace(branch=inner), *list(chain)[1:]])
+    assert nested.num_paths == 9 * 4
+    with pytest.raises(rp.ResnetPathsError, match=r"blocks: got 'layer1.0'; allowed: .*no chain. Unravel with"):
+        rp.parallel_blocks(nested, [0, 1], combine=combine)
+    assert rp.parallel_blocks(nested, [1, 2], combine=combine).num_paths == 9 * 3
 
 
 def test_paths_through_parallel_blocks_run_alone():

@@ -325,8 +325,12 @@ def test_batchnorm_statistics_taken_anew_for_each_lesion(options, tmp_path):
             loss = sum(F.cross_entropy(alone(x), y, reduction="sum").item() for x, y in loader) / 60
         assert row.error_rate == wrong.double().mean()
         assert row.loss == pytest.approx(loss, rel=1e-10)
+    # So is the intact chain, against which the increases are.
+    assert (frame.intact_error_rate == frame.error_rate.iloc[-1]).all()
+    assert frame.error_increase.tolist() == pytest.approx((frame.error_rate - frame.intact_error_rate).tolist())
     plain = study(chain, loader, lesions)
     assert (plain.batchnorm_statistics == "intact").all()
+    assert plain.intact_error_rate[0] != frame.intact_error_rate[0]
     assert not np.allclose(plain.loss, frame.loss, rtol=1e-3)
     # Batches of (inputs, labels), and a generator of them, will do.
     again = study(chain, loader, lesions, reestimate_batchnorm=((x, None) for x in batches), store=tmp_path, **options)

@@ -6,6 +6,8 @@ import itertools
 import math
 from collections import Counter
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy import stats
@@ -76,6 +78,78 @@ def test_pairs_and_their_interactions():
     for row in found.itertuples():
         expected = increase[row.first, row.second] - increase[row.first,] - increase[row.second,]
         assert row.interaction == pytest.approx(expected, abs=1e-15)
+
+
+def test_interactions_are_of_deletions_alone():
+    chain = random_chain(STAGES)
+    for index in range(7):
+        chain = rp.scale_block(chain, index, 4.0)  # so that errors do not stay as they are
+    pairs, others = rp.pair_deletions(chain), [*rp.duplications(chain), *rp.scalings(chain, [-9.0])]
+    frame = rp.lesion_study(chain, loader(), [*pairs, *others, *pairs[:1], lambda c: c], progress=False)
+    alone = frame[: len(pairs)]
+    assert frame.error_increase[len(pairs) :].abs().max() > 0
+    assert rp.pair_interactions(frame).equals(rp.pair_interactions(alone))
+    again = alone.assign(error_increase=alone.error_increase + 0.5)
+    with pytest.raises(rp.ResnetPathsError, match=r"frame: got 'different effects of deleting 0'; .*rows of one study"):
+        rp.pair_interactions(pd.concat([alone, again]))
+    with pytest.raises(rp.ResnetPathsError, match=r"frame: got 'no single deletion of block 0'"):
+        rp.pair_interactions(alone[1:])
+    with pytest.raises(rp.ResnetPathsError, match=r"blocks'\]: got '\(0,\)'; allowed: tuples of positions"):
+        rp.pair_interactions(alone.assign(blocks=alone.blocks.map(str)))
+
+
+def test_lesions_say_of_what_kind_they_are():
+    chain = random_chain(STAGES)
+    plans = {
+        "delete": [*rp.pair_deletions(chain), *rp.random_deletions(chain, [2], 1, seeded())],
+        "duplicate": [*rp.duplications(chain), *rp.random_duplications(chain, [2], 1, seeded())],
+        "scale": rp.scalings(chain, [0.5]), "swap": rp.random_swaps(chain, [2], 1, seeded()),
+        "replace": [*rp.branch_replacements(chain, chain), *rp.mean_replacements(chain, inputs())],
+        "": [rp.Lesion("mine", lambda c: c, (1,))],
+    }  # fmt: skip
+    for kind, plan in plans.items():
+        assert {lesion.kind for lesion in plan} == {kind}
+    assert [lesion.kind for lesion in rp.layer_schedules(chain, [4, 5, 6])] == [
+        "delete", "repeat", "permute", "permute", "parallel", "parallel"
+    ]  # fmt: skip
+
+
+def test_of_a_function_nothing_but_its_effect_is_known():
+    chain = random_chain(STEADY)
+    lesions = [lambda c: rp.swap_blocks(c, 1, 4), rp.single_deletions(chain)[2]]
+    frame = rp.lesion_study(chain, loader(), lesions, progress=False)
+    assert frame.kind.tolist() == ["", "delete"]
+    assert frame[["blocks", "num_lesions", "kendall_tau"]].isna().to_numpy().tolist() == [[True] * 3, [False] * 3]
+    assert frame.loc[1, ["blocks", "num_lesions", "kendall_tau"]].tolist() == [(2,), 1, 1]
+    for column, plot in (("num_lesions", rp.figures.plot_lesion_counts), ("kendall_tau", rp.figures.plot_reorderings)):
+        with pytest.raises(rp.ResnetPathsError, match=rf"frame\['{column}'\]: got 'no value in 1 of 2 rows'"):
+            plot(frame)
+
+
+def test_a_study_of_nothing_has_its_columns():
+    chain = random_chain(STEADY)
+    empty = rp.lesion_study(chain, loader(), [], progress=False, per_class=True)
+    full = rp.lesion_study(chain, loader(), rp.single_deletions(chain), progress=False, per_class=True)
+    assert len(empty) == 0
+    assert list(empty.columns) == list(full.columns)
+    assert len(rp.pair_interactions(empty)) == 0
+
+
+def test_numbers_of_numpy_are_numbers():
+    chain = random_chain(STAGES)
+    for plan in (rp.random_deletions, rp.random_swaps, rp.random_duplications):
+        one, other = (
+            plan(chain, counts, repeats, seeded())
+            for counts, repeats in ((np.arange(1, 3), np.int64(2)), (range(1, 3), 2))
+        )
+        assert [lesion.blocks for lesion in one] == [lesion.blocks for lesion in other]
+        with pytest.raises(rp.ResnetPathsError, match=r"counts: got np.float64\(1.0\)"):
+            plan(chain, np.ones(1), 1, seeded())
+    for lesions in (rp.scalings(chain, np.float32([0.5])), rp.scalings(chain, np.array([2]))):
+        assert isinstance(lesions[0].edit(chain)[0].branch.factor, float)
+    batches = loader()
+    stacked = rp.lesion_study(chain, batches, rp.single_deletions(chain), batch_budget=np.int64(32), progress=False)
+    assert stacked.equals(rp.lesion_study(chain, batches, rp.single_deletions(chain), batch_budget=32, progress=False))
 
 
 def test_scalings_and_duplications():
@@ -183,7 +257,10 @@ def test_means_of_parts_in_place_and_of_pairs():
         return torch.nn.Identity()
 
     pairs = ResidualChain(OnPair(keep(), keep()), [Block(OnPair(keep(), keep()), keep(), name="a")], keep()).eval()
-    assert rp.mean_replacements(pairs, x) == []  # a branch that returns a pair has no one mean
+    with pytest.raises(rp.ResnetPathsError, match=r"chain: got 'a state of 2 tensors'; allowed: .* one tensor"):
+        rp.mean_replacements(pairs, x)
+    with pytest.raises(rp.ResnetPathsError, match=r"inputs: got '0 examples'; allowed: at least one"):
+        rp.mean_replacements(plain, x[:0])
     inner = ResidualChain(keep(), list(plain)[:3], keep()).eval()
     outer = plain.with_blocks([plain[0].replace(branch=inner), *list(plain)[1:]])
     [first, *_] = rp.mean_replacements(outer, x)
@@ -228,6 +305,9 @@ def test_lesions_name_the_seed_that_drew_them():
     frame = rp.lesion_study(chain, loader(), [*drawn, planned[0]], progress=False)
     assert frame.seed[:6].tolist() == [7, 7, 8, 8, 9, 0]
     assert frame.seed.isna().tolist() == [False] * 6 + [True]
+    large = 2**60 + 1  # no float
+    mixed = [rp.random_deletions(chain, [1], 1, seeded(large))[0], planned[0]]
+    assert rp.lesion_study(chain, loader(), mixed, progress=False).seed[0] == large
     state = torch.random.get_rng_state()
     rp.layer_schedules(chain, [4, 5])
     rp.random_swaps(chain, [3], 2, seeded(8))

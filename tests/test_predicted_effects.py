@@ -6,6 +6,7 @@ import copy
 import math
 import warnings
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -321,7 +322,7 @@ def test_what_cannot_be_correlated():
         rp.ResnetPathsError, match=r"predicted: got .*; allowed: a frame with a column 'block_influence'"
     ):
         rp.score_correlations(frame, frame)
-    with pytest.raises(rp.ResnetPathsError, match=r"study: got .*; allowed: a frame with a column 'error_increase'"):
+    with pytest.raises(rp.ResnetPathsError, match=r"study: .*lesion_study.*Missing: kind, blocks, error"):
         rp.score_correlations(predicted, predicted)
     with pytest.raises(
         rp.ResnetPathsError, match=r"single deletions of 2 of the blocks.*at least three.*single_deletions"
@@ -329,3 +330,17 @@ def test_what_cannot_be_correlated():
         rp.score_correlations(predicted, frame[:2])
     with pytest.raises(rp.ResnetPathsError, match=r"single deletions of 0 of the blocks"):
         rp.score_correlations(predicted, study(chain, labelled(), rp.duplications(chain)))
+    two = pd.concat([frame, frame.assign(loss=frame.loss + 1)])
+    with pytest.raises(rp.ResnetPathsError, match=r"study: got 'different effects of deleting 0'; .*one study"):
+        rp.score_correlations(predicted, two)
+
+
+def test_effects_are_drawn_of_deletions_alone():
+    chain = random_chain(STEADY)
+    predicted = effects(chain, labelled())
+    frame = study(chain, labelled(), [*rp.scalings(chain, [0.5, -1.0]), *rp.single_deletions(chain), lambda c: c])
+    ax = rp.figures.plot_predicted_effects(predicted, frame, "block_influence", plt.figure().gca(), effect="loss")
+    assert ax.containers[0].lines[0].get_ydata().tolist() == study(chain, labelled()).loss.tolist()
+    plt.close(ax.figure)
+    with pytest.raises(rp.ResnetPathsError, match=r"study: got .*Missing: kind, blocks"):
+        rp.figures.plot_predicted_effects(predicted, predicted, "block_influence")

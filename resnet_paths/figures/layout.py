@@ -28,6 +28,8 @@ def checked(
 ) -> pd.DataFrame:
     """`frame`, once all columns are known to be there with numbers in `value` and one row for each of `keys`.
 
+    A row without a number in `value` is nothing to draw; one without a value in `keys` has no place.
+
     Args:
         argument: What the caller calls the frame.
         frame: The frame.
@@ -56,6 +58,12 @@ def checked(
             raise ResnetPathsError(f"{argument}[{name!r}]", f"dtype {frame[name].dtype}", "a column of numbers")
     if not frame[value].notna().any():
         raise ResnetPathsError(argument, f"{len(frame)} rows", f"at least one row with a number in {value}")
+    for name in keys:
+        without = int(frame[name].isna().sum())
+        if without:
+            raise ResnetPathsError(
+                f"{argument}[{name!r}]", f"no value in {without} of {len(frame)} rows", "a value in every row"
+            )
     twice = frame.loc[frame.duplicated(list(keys)), list(keys)]
     if len(twice):
         raise ResnetPathsError(

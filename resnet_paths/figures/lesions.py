@@ -24,6 +24,7 @@ from resnet_paths.figures.layout import (
     mark_stages,
     whole_numbers_from_zero,
 )
+from resnet_paths.lesions.frames import deletions_of
 
 __all__ = [
     "plot_layer_schedules", "plot_lesion_counts", "plot_pair_interactions", "plot_predicted_effects",
@@ -131,7 +132,8 @@ def plot_lesion_counts(frame: pd.DataFrame, ax: Axes | None = None, published: p
         The axes.
 
     Raises:
-        ResnetPathsError: If columns are missing, no row has a number, or a rate is not in [0, 1].
+        ResnetPathsError: If columns are missing, no row has a number, a rate is not in [0, 1], or a row has no
+            ``num_lesions``, as one of a lesion that is a function.
     """
     ax = _plot_quartiles(frame, "num_lesions", ax, published, "num_lesions")
     ax.set(xlabel="blocks at once", ylabel="test error (%)")
@@ -156,7 +158,8 @@ def plot_reorderings(frame: pd.DataFrame, ax: Axes | None = None, published: pd.
         The axes.
 
     Raises:
-        ResnetPathsError: If columns are missing, no row has a number, or a rate is not in [0, 1].
+        ResnetPathsError: If columns are missing, no row has a number, a rate is not in [0, 1], or a row has no
+            ``kendall_tau``, as one of a lesion that is a function.
     """
     ax = _plot_quartiles(frame, "kendall_tau", ax, published, "kendall_tau_bin", bin_width=_TAU_BIN)
     ax.set(xlabel="Kendall's tau of the order of blocks", ylabel="test error (%)", ylim=(0, None))
@@ -238,7 +241,7 @@ def plot_predicted_effects(
 
     Args:
         predicted: From `resnet_paths.predicted_effects`.
-        study: From `resnet_paths.lesion_study`, with single deletions.
+        study: From `resnet_paths.lesion_study`, with single deletions among its rows; others are left out.
         score: ``"first_order_loss_increase"``, ``"block_influence"``, ``"angular_distance"`` or
             ``"relative_branch_norm"``.
         ax: Where to draw; the current axes if None.
@@ -248,14 +251,15 @@ def plot_predicted_effects(
         The axes; blocks are numbered where there are at most twelve.
 
     Raises:
-        ResnetPathsError: If the score or the effect is another, or columns are missing.
+        ResnetPathsError: If the score or the effect is another, columns are missing, or the study's rows are those of
+            two.
     """
     for argument, value, known in (("score", score, _SCORES), ("effect", effect, _EFFECTS)):
         if value not in known:
             raise ResnetPathsError(argument, value, f"one of {', '.join(map(repr, known))}")
     predicted = checked("predicted", predicted, score, ["block_index"], [f"{score}_se"])
-    single = study[study["blocks"].map(len) == 1]
-    single = checked("study", single.assign(block_index=[b[0] for b in single["blocks"]]), effect, ["block_index"])
+    single = deletions_of("study", study, 1, [effect])
+    single = checked("study", single.assign(block_index=[b for (b,) in single["blocks"]]), effect, ["block_index"])
     both = predicted.merge(single, on="block_index")
     ax = plt.gca() if ax is None else ax
     y = both[effect] * (100 if effect == "error_increase" else 1)

@@ -3,6 +3,7 @@
     lesion_study      plan -> trie (`trie`) -> pieces, one a batch (`pieces`) -> counts (`tally`) -> a tidy frame
     store=            finished pieces on disk (`store`)
     executor=         pieces on any `concurrent.futures.Executor`, Dask's included (`work`)
+    pair_interactions what pairs of deletions have in common (`frames`)
     predicted_effects what cheap scores say without a lesion (`predicted`)
 
 A chain is a sequence of steps. All lesions of a study form a trie over those sequences, and every edge of the trie is
@@ -14,11 +15,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import math
+import operator
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import pandas as pd
 import torch
@@ -30,6 +33,7 @@ from resnet_paths.chain import ResidualChain, refuse_other_than_chain, refuse_tr
 from resnet_paths.errors import ResnetPathsError, StudyInterrupted
 from resnet_paths.fingerprint import fingerprint
 from resnet_paths.lesion_plans import Lesion
+from resnet_paths.lesions.frames import pair_interactions
 from resnet_paths.lesions.pieces import Workshop
 from resnet_paths.lesions.predicted import predicted_effects, score_correlations
 from resnet_paths.lesions.store import Store
@@ -39,6 +43,8 @@ from resnet_paths.lesions.work import Shelf, Work
 from resnet_paths.placement import PRECISIONS
 
 __all__ = ["lesion_study", "pair_interactions", "predicted_effects", "score_correlations"]
+
+_INTACT = Lesion("intact", lambda chain: chain, ())
 
 
 def lesion_study(
@@ -73,7 +79,7 @@ def lesion_study(
             Inputs are a tensor, a tuple of positional arguments or a mapping of keyword arguments, as the chain was
             unraveled with; labels are class indices [batch]. Read once. A loader that drops its last batch gets a
             warning.
-        lesions: Lesions, or functions from chain to chain.
+        lesions: Lesions, or functions from chain to chain, of which nothing else is known.
         store: Folder of finished pieces, made if need be. A study that was stopped, or that has more lesions than
             before, computes only what is missing, and ends with the same frame. The folder may hold several
             studies, also at once. The loader must give the same batches each time.
@@ -94,17 +100,19 @@ def lesion_study(
         progress: Whether to show a bar over batches.
 
     Returns:
-        A row a lesion, in the order given: ``lesion`` (name), ``blocks`` (tuple of positions), ``num_lesions``,
-        ``kendall_tau`` (of the order of the blocks with the intact one, 1 where none moved), ``seed`` (of the generator
-        that drew the lesion, if one did);
+        A row a lesion, in the order given: ``lesion`` (name); ``kind``, such as ``"delete"``, ``blocks`` (tuple of
+        positions) and ``kendall_tau`` (of the order of the blocks with the intact one, 1 where none moved), as the
+        `Lesion` says; ``num_lesions``, how many blocks; ``seed`` (of the generator that drew the lesion, if one did).
+        Of a function ``kind`` is empty, and ``blocks``, ``num_lesions`` and ``kendall_tau`` are missing values. Then
         ``error_rate`` in [0, 1] with its 95 % Wilson interval ``error_rate_low`` and ``error_rate_high``;
         ``error_increase`` over the intact chain with its paired 95 % interval (same images, normal approximation)
         ``error_increase_low`` and ``error_increase_high``; ``loss``, the mean cross-entropy in nats;
         ``num_not_finite``, images whose logits were not; ``num_examples``; ``intact_error_rate``;
-        ``batchnorm_statistics``, ``"intact"`` or ``"re-estimated"``. The frame's ``attrs`` hold ``block_evaluations``
-        and ``block_evaluations_one_by_one``, how many block evaluations a batch takes, and how many a loop over
-        lesions takes; ``pieces_computed`` and ``pieces_found``, batches that were computed, and found in the store;
-        ``fold_batchnorm`` as it was given.
+        ``batchnorm_statistics``, ``"intact"`` or ``"re-estimated"``: with `reestimate_batchnorm` those of the intact
+        chain are taken anew as well, and ``intact_error_rate`` and increases are against that. No lesions give a
+        frame of no rows. The frame's ``attrs`` hold ``block_evaluations`` and ``block_evaluations_one_by_one``, how
+        many block evaluations a batch takes, and how many a loop over lesions takes; ``pieces_computed`` and
+        ``pieces_found``, batches that were computed, and found in the store; ``fold_batchnorm`` as it was given.
 
     Raises:
         ResnetPathsError: If the chain is in training mode; the loader is empty, shuffles although there is a store, or
@@ -114,7 +122,7 @@ def lesion_study(
     """
     refuse_other_than_chain("chain", chain)
     refuse_training_mode("chain", chain)
-    _refuse_settings(precision, batch_budget)
+    batch_budget = _checked_settings(precision, batch_budget)
     _look_at_loader(loader, store)
     named = _named(lesions)
     statistics_batches = _inputs_of(reestimate_batchnorm)
@@ -140,14 +148,19 @@ def lesion_study(
     def frame() -> pd.DataFrame:
         rows = [
             {
-                "lesion": lesion.name, "blocks": lesion.blocks, "num_lesions": len(lesion.blocks),
+                "lesion": lesion.name, "kind": lesion.kind, "blocks": lesion.blocks,
+                "num_lesions": math.nan if lesion.blocks is None else len(lesion.blocks),
                 "kendall_tau": lesion.kendall_tau,
-                "seed": None if lesion.seed is None else lesion.seed % 2**64, **row,  # as generators count them
+                "seed": lesion.seed, **row,
                 "batchnorm_statistics": "re-estimated" if statistics_batches else "intact",
             }
-            for lesion, row in zip(named, tally.rows()[1:], strict=True)
+            for lesion, row in zip([_INTACT, *named], tally.rows(), strict=True)
         ]  # fmt: skip
-        made = pd.DataFrame(rows).astype({"seed": "UInt64"} if rows else {})
+        # The intact chain's row gives the columns where there is no other.
+        made = pd.DataFrame(rows)[1:].reset_index(drop=True)
+        # As generators count them, and exactly: beside missing values pandas would take them for floats.
+        seeds = [pd.NA if lesion.seed is None else lesion.seed % 2**64 for lesion in named]
+        made["seed"] = pd.array(seeds, dtype="UInt64")
         made.attrs["block_evaluations"] = trie.block_evaluations
         made.attrs["block_evaluations_one_by_one"] = trie.block_evaluations_one_by_one
         made.attrs |= {"pieces_computed": work.num_computed, "pieces_found": work.num_found}
@@ -164,40 +177,6 @@ def lesion_study(
     if not tally.num_batches:
         raise ResnetPathsError("loader", "no batches", "a loader of at least one batch")
     return frame()
-
-
-def pair_interactions(frame: pd.DataFrame) -> pd.DataFrame:
-    """What the deletion of two blocks costs beyond the sum of what each costs alone.
-
-    Args:
-        frame: From `lesion_study` with `pair_deletions`: single deletions and pairs.
-
-    Returns:
-        A row a pair: ``first``, ``second`` (positions), ``error_increase``, ``additive`` (the sum of both single
-        increases), ``interaction`` (the difference): above 0 where the blocks stand in for one another.
-
-    Raises:
-        ResnetPathsError: If the frame is of another kind, or a pair lacks one of its single deletions.
-    """
-    if "blocks" not in frame or "error_increase" not in frame:
-        raise ResnetPathsError("frame", list(frame.columns), "a frame of lesion_study")
-    increases = dict(zip(frame["blocks"], frame["error_increase"].astype(float), strict=True))
-    rows = []
-    for blocks, increase in increases.items():
-        if len(blocks) != 2:
-            continue
-        missing = [block for block in blocks if (block,) not in increases]
-        if missing:
-            raise ResnetPathsError(
-                "frame", f"no single deletion of block {missing[0]}", "single deletions of all blocks in pairs",
-                "Study pair_deletions(chain), which holds them.",
-            )  # fmt: skip
-        additive = sum(increases[(block,)] for block in blocks)
-        rows.append({
-            "first": blocks[0], "second": blocks[1], "error_increase": increase,
-            "additive": additive, "interaction": increase - additive,
-        })  # fmt: skip
-    return pd.DataFrame(rows, columns=["first", "second", "error_increase", "additive", "interaction"])
 
 
 def _edits(chain: ResidualChain, lesions: Iterable[Lesion], keys: list[str] | None) -> Iterator[ResidualChain]:
@@ -245,8 +224,9 @@ def _named(lesions: Iterable[Any]) -> list[Lesion]:
                 "lesions", lesion, "a Lesion, or a function from chain to chain",
                 "Make a plan, such as single_deletions(chain), or write lambda chain: delete_block(chain, ...).",
             )  # fmt: skip
-        is_named = isinstance(lesion, Lesion)
-        named.append(lesion if is_named else Lesion(getattr(lesion, "__name__", repr(lesion)), lesion, ()))
+        if not isinstance(lesion, Lesion):
+            lesion = Lesion(getattr(lesion, "__name__", repr(lesion)), lesion, None, math.nan)
+        named.append(lesion)
     return named
 
 
@@ -272,10 +252,14 @@ def _look_at_loader(loader: Any, store: str | Path | None) -> None:
             warnings.warn(f"loader: drop_last=True leaves out {left_out} examples", stacklevel=3)
 
 
-def _refuse_settings(precision: str | None, batch_budget: int | None) -> None:
+def _checked_settings(precision: str | None, batch_budget: SupportsIndex | None) -> int | None:
+    """The batch budget as a plain int."""
     if precision is not None and precision not in PRECISIONS:
         raise ResnetPathsError("precision", precision, f"one of {', '.join(map(repr, PRECISIONS))}, or None")
     if batch_budget is not None and (
-        not isinstance(batch_budget, int) or isinstance(batch_budget, bool) or batch_budget < 1
+        not isinstance(batch_budget, SupportsIndex)
+        or isinstance(batch_budget, bool)
+        or operator.index(batch_budget) < 1
     ):
         raise ResnetPathsError("batch_budget", batch_budget, "a number of examples of at least 1, or None")
+    return None if batch_budget is None else operator.index(batch_budget)

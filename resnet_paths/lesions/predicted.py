@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from resnet_paths.batches import call, each_tensor, refuse_other_than_loader, unpack
 from resnet_paths.chain import Block, ResidualChain, refuse_other_than_chain, refuse_training_mode
 from resnet_paths.errors import ResnetPathsError
+from resnet_paths.lesions.frames import deletions_of
 from resnet_paths.lesions.pieces import refuse_labels
 from resnet_paths.placement import device_of, place_modules
 from resnet_paths.tuple_states import with_x, x_of
@@ -101,20 +102,21 @@ def score_correlations(predicted: pd.DataFrame, study: pd.DataFrame) -> pd.DataF
 
     Args:
         predicted: From `predicted_effects`.
-        study: From `resnet_paths.lesion_study`, with single deletions among its rows.
+        study: From `resnet_paths.lesion_study`, with single deletions among its rows; others are left out.
 
     Returns:
         A row a score and effect (``error_increase``, ``loss``): ``spearman`` and ``kendall``, rank correlations over
         blocks, with ``spearman_p`` and ``kendall_p``, two-sided p-values against no correlation; ``num_blocks``.
 
     Raises:
-        ResnetPathsError: If a frame is of another kind, or fewer than three blocks are in both.
+        ResnetPathsError: If a frame is of another kind, the study's rows are those of two, or fewer than three blocks
+            are in both frames.
     """
-    for name, frame, column in (("predicted", predicted, "block_influence"), ("study", study, "error_increase")):
-        if column not in frame:
-            raise ResnetPathsError(name, list(frame.columns), f"a frame with a column {column!r}")
-    single = study[(study["blocks"].map(len) == 1) & study["lesion"].str.startswith("delete ")]
-    single = single.assign(block_index=single["blocks"].map(lambda blocks: blocks[0])).drop_duplicates("block_index")
+    if "block_influence" not in predicted:
+        raise ResnetPathsError("predicted", list(predicted.columns), "a frame with a column 'block_influence'")
+    effects = ("error_increase", "loss")
+    single = deletions_of("study", study, 1, effects)
+    single = single.assign(block_index=[block for (block,) in single["blocks"]])
     both = predicted.dropna(subset=list(SCORES)).merge(single, on="block_index", validate="one_to_one")
     if len(both) < 3:
         raise ResnetPathsError(
@@ -123,7 +125,7 @@ def score_correlations(predicted: pd.DataFrame, study: pd.DataFrame) -> pd.DataF
         )  # fmt: skip
     rows = []
     for score in SCORES:
-        for effect in ("error_increase", "loss"):
+        for effect in effects:
             spearman, kendall = stats.spearmanr(both[score], both[effect]), stats.kendalltau(both[score], both[effect])
             rows.append({
                 "score": score, "effect": effect,

@@ -1,0 +1,84 @@
+"""What is read off a study's frame: which rows are deletions of so many blocks, and what pairs of them add."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from resnet_paths.errors import ResnetPathsError
+
+__all__ = ["deletions_of", "pair_interactions"]
+
+
+def deletions_of(argument: str, frame: pd.DataFrame, num_blocks: int, effects: Sequence[str]) -> pd.DataFrame:
+    """The rows in which so many blocks were deleted and nothing else was done.
+
+    Args:
+        argument: What the caller calls the frame.
+        frame: From `resnet_paths.lesion_study`.
+        num_blocks: How many blocks.
+        effects: Columns that are read.
+
+    Returns:
+        A row a set of blocks. The same deletion twice in one study, such as one that was drawn twice, is one row.
+
+    Raises:
+        ResnetPathsError: If columns are missing, or a deletion has two different effects, as in two studies joined.
+    """
+    needed = ["kind", "blocks", *effects]
+    columns = list(frame.columns) if isinstance(frame, pd.DataFrame) else []
+    missing = [name for name in needed if name not in columns]
+    if missing:
+        raise ResnetPathsError(
+            argument, f"columns {', '.join(map(str, columns))}" if columns else type(frame).__name__,
+            f"a frame of lesion_study, with columns {', '.join(needed)}", f"Missing: {', '.join(missing)}.",
+        )  # fmt: skip
+    rows = frame[frame["kind"] == "delete"]
+    for blocks in rows["blocks"]:
+        if not isinstance(blocks, tuple):
+            raise ResnetPathsError(
+                f"{argument}['blocks']", blocks, "tuples of positions, as in a frame of lesion_study",
+                "A CSV file keeps them as text.",
+            )  # fmt: skip
+    rows = rows[rows["blocks"].map(len) == num_blocks].drop_duplicates(["blocks", *effects])
+    twice = rows.loc[rows["blocks"].duplicated(), "blocks"].tolist()
+    if twice:
+        raise ResnetPathsError(
+            argument, f"different effects of deleting {', '.join(map(str, twice[0]))}", "the rows of one study",
+            "Take those of one network.",
+        )  # fmt: skip
+    return rows
+
+
+def pair_interactions(frame: pd.DataFrame) -> pd.DataFrame:
+    """What the deletion of two blocks costs beyond the sum of what each costs alone.
+
+    Args:
+        frame: From `lesion_study` with `pair_deletions`: single deletions and pairs. Rows of other lesions are left
+            out.
+
+    Returns:
+        A row a pair: ``first``, ``second`` (positions), ``error_increase``, ``additive`` (the sum of both single
+        increases), ``interaction`` (the difference): above 0 where the blocks stand in for one another.
+
+    Raises:
+        ResnetPathsError: If the frame is of another kind or of two studies, or a pair lacks one of its single
+            deletions.
+    """
+    single, pairs = (deletions_of("frame", frame, size, ["error_increase"]) for size in (1, 2))
+    alone = dict(zip(single["blocks"], single["error_increase"].astype(float), strict=True))
+    rows = []
+    for blocks, increase in zip(pairs["blocks"], pairs["error_increase"].astype(float), strict=True):
+        missing = [block for block in blocks if (block,) not in alone]
+        if missing:
+            raise ResnetPathsError(
+                "frame", f"no single deletion of block {missing[0]}", "single deletions of all blocks in pairs",
+                "Study pair_deletions(chain), which holds them.",
+            )  # fmt: skip
+        additive = sum(alone[block,] for block in blocks)
+        rows.append({
+            "first": blocks[0], "second": blocks[1], "error_increase": increase,
+            "additive": additive, "interaction": increase - additive,
+        })  # fmt: skip
+    return pd.DataFrame(rows, columns=["first", "second", "error_increase", "additive", "interaction"])
