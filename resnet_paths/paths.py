@@ -152,10 +152,14 @@ def path_histogram(chain: HasPathChoices | int, unit: str = "sublayer") -> pd.Da
         >>> int(frame.num_paths.sum()) == 2**54
         True
     """
-    if unit == "sublayer" or not hasattr(chain, "length_polynomial"):
-        counts = path_polynomial(chain)
-    else:
+    if hasattr(chain, "length_polynomial"):
         counts = chain.length_polynomial(unit)
+    else:
+        counts = path_polynomial(chain)
+        if unit != "sublayer":
+            raise ResnetPathsError(
+                "unit", unit, "'sublayer' for a number of blocks", "What blocks hold is known of a chain alone."
+            )
     total = sum(counts)
     return pd.DataFrame({
         "path_length": range(len(counts)),

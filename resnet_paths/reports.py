@@ -1,4 +1,4 @@
-"""What a block holds, for people and for counting: weight layers, operations by name, a table of a chain."""
+"""What a block holds, for people: operations by name, a table of a chain."""
 
 from __future__ import annotations
 
@@ -7,19 +7,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pandas as pd
-import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-__all__ = ["chain_table", "contents", "dimensions", "indented", "shape_of_x", "weight_layers"]
+from resnet_paths.layers import are_side_by_side, weight_layers
 
-_ATEN = torch.ops.aten
-_WEIGHT_LAYERS = {
-    _ATEN.conv1d.default, _ATEN.conv2d.default, _ATEN.conv3d.default, _ATEN.conv2d.padding, _ATEN.conv1d.padding,
-    _ATEN.convolution.default, _ATEN.conv_transpose2d.input, _ATEN.linear.default, _ATEN.addmm.default,
-    _ATEN.mm.default, _ATEN.matmul.default, _ATEN.bmm.default, _ATEN.einsum.default,
-}  # fmt: skip
-_LAYER_MODULES = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear)
+__all__ = ["chain_table", "contents", "dimensions", "indented", "shape_of_x"]
+
 _NAMES = {
     "batch_norm": "norm", "layer_norm": "norm", "group_norm": "norm", "instance_norm": "norm", "rms_norm": "norm",
     "scaled_dot_product_attention": "attention", "max_pool2d": "max pool", "avg_pool2d": "average pool",
@@ -32,37 +26,6 @@ _SHOWN = {
     "hardsigmoid", "elu", "leaky_relu", "softplus", "mish", "matmul", "bmm", "einsum", "cat", "upsample_bilinear2d",
     "upsample_nearest2d",
 }  # fmt: skip
-
-
-def weight_layers(module: nn.Module | None) -> int:
-    """Weight layers on the longest route through a module: convolutions and linear maps with parameters.
-
-    The unit in which the paper's abstract counts ("10-34 layers"). Products of two activations, as in attention, are
-    none.
-
-    Args:
-        module: A branch; None for a deleted one.
-
-    Returns:
-        Their number; of a module written by hand, of all such layers that it holds.
-    """
-    if module is None:
-        return 0
-    if isinstance(module, GraphModule):
-        return _longest_route(module)
-    inner = list(module.children())
-    if isinstance(module, nn.ModuleList):  # branches side by side
-        return max(map(weight_layers, inner), default=0)
-    return int(isinstance(module, _LAYER_MODULES)) + sum(map(weight_layers, inner))
-
-
-def _longest_route(module: GraphModule) -> int:
-    depth: dict[Node, int] = {}
-    for node in module.graph.nodes:
-        has_weight = any(arg.op == "get_attr" for arg in node.all_input_nodes)
-        own = int(node.target in _WEIGHT_LAYERS and has_weight)
-        depth[node] = own + max((depth[arg] for arg in node.all_input_nodes), default=0)
-    return max(depth.values(), default=0)
 
 
 def contents(module: nn.Module | None) -> str:
@@ -82,7 +45,7 @@ def contents(module: nn.Module | None) -> str:
 def _words(module: nn.Module) -> Iterable[str]:
     if isinstance(module, GraphModule):
         yield from filter(None, (_word(module, node) for node in module.graph.nodes))
-    elif isinstance(module, nn.ModuleList):
+    elif are_side_by_side(module):
         yield " | ".join(contents(branch) for branch in module)
     elif not list(module.children()):
         if isinstance(module, nn.modules.conv._ConvNd):
@@ -97,8 +60,10 @@ def _words(module: nn.Module) -> Iterable[str]:
 def _word(module: GraphModule, node: Node) -> str:
     name = str(getattr(node.target, "__name__", "")).split(".")[0]
     if name.startswith("conv"):
-        weight = operator.attrgetter(str(node.args[1].target))(module)  # type: ignore[union-attr]
-        return "conv " + "x".join(map(str, weight.shape[2:]))
+        weight: Any = node.args[1]
+        # One that is made of others in the graph is known by its shape alone.
+        value = operator.attrgetter(weight.target)(module) if weight.op == "get_attr" else weight.meta.get("val")
+        return "conv" if value is None else "conv " + "x".join(map(str, value.shape[2:]))
     return _NAMES.get(name, name.rstrip("_")) if name in _SHOWN else ""
 
 

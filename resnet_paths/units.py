@@ -20,12 +20,11 @@ figures and layers in its abstract.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
 from typing import Any
 
 from resnet_paths.errors import ResnetPathsError
-from resnet_paths.paths import multiplied
-from resnet_paths.reports import weight_layers
+from resnet_paths.layers import weight_layers
+from resnet_paths.paths import multiplied, path_polynomial
 
 __all__ = ["UNITS", "length_polynomial"]
 
@@ -33,11 +32,11 @@ UNITS = ("sublayer", "block", "layer")
 """Units of the length of a path."""
 
 
-def length_polynomial(blocks: Iterable[Any], unit: str) -> list[int]:
+def length_polynomial(chain: Any, unit: str) -> list[int]:
     """Number of paths by length, lengths counted in a unit.
 
     Args:
-        blocks: The blocks of a chain.
+        chain: The chain.
         unit: One of `UNITS`.
 
     Returns:
@@ -48,8 +47,10 @@ def length_polynomial(blocks: Iterable[Any], unit: str) -> list[int]:
     """
     if unit not in UNITS:
         raise ResnetPathsError("unit", unit, f"one of {', '.join(map(repr, UNITS))}")
-    blocks = list(blocks)
-    if unit != "sublayer" and any(isinstance(c, tuple) for block in blocks for c in block.path_choices):
+    if unit == "sublayer":
+        return path_polynomial(chain)
+    blocks = list(chain)
+    if any(isinstance(c, tuple) for block in blocks for c in block.path_choices):
         raise ResnetPathsError(
             "unit", unit, "'sublayer' for chains inside branches", "Unravel with max_depth=0 to take branches whole."
         )
@@ -63,7 +64,7 @@ def length_polynomial(blocks: Iterable[Any], unit: str) -> list[int]:
             total = multiplied(total, [inside[0], sum(inside[1:])])
     else:
         for block in blocks:
-            total = multiplied(total, _of_block(block, _lengths(block, unit)))
+            total = multiplied(total, _of_block(block, _lengths_in_layers(block)))
     while len(total) > 1 and not total[-1]:
         total.pop()
     return total
@@ -76,10 +77,10 @@ def _of_block(block: Any, lengths: list[int]) -> list[int]:
     return coefficients
 
 
-def _lengths(block: Any, unit: str) -> list[int]:
+def _lengths_in_layers(block: Any) -> list[int]:
     """How much each of a block's entries adds to a path's length."""
     branches = [block.branch] if sum(map(bool, block.path_choices)) < 2 else list(block.branch)
-    each = iter(weight_layers(branch) if unit == "layer" else 1 for branch in branches)
+    each = iter(map(weight_layers, branches))
     return [next(each) if choice else 0 for choice in block.path_choices]
 
 

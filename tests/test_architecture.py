@@ -24,11 +24,11 @@ FLOORS = [
         "fingerprint",
         "gates",
         "in_place",
+        "layers",
         "memory",
-        "reports",
         "tuple_states",
     },
-    {"units"},
+    {"units", "reports"},
     {"chain", "tracing", "folding", "zoo.weights", "zoo.places", "zoo.initialisation", "zoo.resnet"},
     {"zoo.drawn", "zoo.senet", "zoo.vgg", "zoo.densenet", "zoo.highway", "zoo.vit", "zoo.unet"},
     {

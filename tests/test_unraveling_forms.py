@@ -11,6 +11,7 @@ from torch import nn
 
 import resnet_paths as rp
 from resnet_paths.chain import Parallel, ResidualChain
+from resnet_paths.paths import path_length
 from tests.chains import assert_same, inputs, snapshot
 
 
@@ -327,8 +328,11 @@ def test_lengths_in_other_units():
     assert rp.path_histogram(parallel, "layer").num_paths.tolist() == [1, 3, 6, 7, 6, 3, 1]  # (1 + t + t^2)^3
     with pytest.raises(rp.ResnetPathsError, match=r"unit: got 'neuron'; allowed: one of 'sublayer', 'block', 'layer'"):
         rp.path_histogram(chain, "neuron")
+    nested = rp.unravel(build(UNet, "add"), x)
+    lengths = list(map(path_length, rp.enumerate_paths(nested)))
+    assert nested.length_polynomial() == [lengths.count(k) for k in range(max(lengths) + 1)]
     with pytest.raises(rp.ResnetPathsError, match=r"unit: got 'layer'; allowed: 'sublayer' for chains inside"):
-        rp.path_histogram(rp.unravel(build(UNet, "add"), x), "layer")
+        rp.path_histogram(nested, "layer")
 
 
 def test_the_summary_says_what_blocks_hold():

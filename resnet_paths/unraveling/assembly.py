@@ -11,11 +11,12 @@ from torch import nn
 from torch.fx import Node
 
 from resnet_paths.chain import Block, Parallel, Placed, ResidualChain
+from resnet_paths.layers import is_weighted
 from resnet_paths.tracing import FixedShape, Trace, common_module, module_path
 from resnet_paths.tuple_states import Carrying, OnParts, Take, WithEmptySum
 from resnet_paths.unraveling.calling import Signature
 from resnet_paths.unraveling.carrying import kind_of
-from resnet_paths.unraveling.concatenations import dimension, is_weighted
+from resnet_paths.unraveling.concatenations import dimension
 from resnet_paths.unraveling.parts import Part
 
 __all__ = ["assemble"]

@@ -18,6 +18,7 @@ import networkx as nx
 import torch
 from torch.fx import Node
 
+from resnet_paths.layers import is_weighted
 from resnet_paths.tracing import Trace
 
 __all__ = [
@@ -25,27 +26,16 @@ __all__ = [
     "concatenated",
     "dimension",
     "is_in_groups",
-    "is_weighted",
     "nest_concatenations",
     "write_partial_additions",
 ]
 
 _ATEN = torch.ops.aten
 _CAT = _ATEN.cat.default
-_WEIGHTED = {
-    _ATEN.conv1d.default, _ATEN.conv2d.default, _ATEN.conv3d.default, _ATEN.conv1d.padding, _ATEN.conv2d.padding,
-    _ATEN.convolution.default, _ATEN.conv_transpose2d.input, _ATEN.linear.default, _ATEN.matmul.default,
-    _ATEN.addmm.default, _ATEN.mm.default, _ATEN.bmm.default, _ATEN.einsum.default,
-}  # fmt: skip
 _SLICES = {
     _ATEN.slice.Tensor, _ATEN.select.int, _ATEN.narrow.default, _ATEN.split.Tensor, _ATEN.split_with_sizes.default,
     _ATEN.split.sizes, _ATEN.chunk.default, _ATEN.tensor_split.sections, _ATEN.unbind.int,
 }  # fmt: skip
-
-
-def is_weighted(node: Node) -> bool:
-    """Whether a node is a weight layer: a convolution, a linear map, a product of matrices."""
-    return node.target in _WEIGHTED
 
 
 def are_apart(regions: Sequence[set[Node]]) -> bool:

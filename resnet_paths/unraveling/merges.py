@@ -20,8 +20,9 @@ import torch
 from torch.fx import Node
 
 from resnet_paths.errors import ResnetPathsError
+from resnet_paths.layers import is_weighted
 from resnet_paths.tracing import Trace, describe
-from resnet_paths.unraveling.concatenations import are_apart, concatenated, is_in_groups, is_weighted
+from resnet_paths.unraveling.concatenations import are_apart, concatenated, is_in_groups
 from resnet_paths.unraveling.parts import Lane, Rung
 
 __all__ = ["Core", "core_of", "is_merge", "refuse_node", "refuse_other_merge", "trunk_between"]

@@ -6,8 +6,8 @@ import torch
 from torch.fx import Node
 
 from resnet_paths.errors import ResnetPathsError
+from resnet_paths.layers import is_weighted
 from resnet_paths.tracing import Trace, common_module, is_within, module_stack
-from resnet_paths.unraveling.concatenations import is_weighted
 from resnet_paths.unraveling.merges import refuse_node, trunk_between
 from resnet_paths.unraveling.parts import Part
 

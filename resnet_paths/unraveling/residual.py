@@ -15,9 +15,9 @@ import torch
 from torch.fx import Node
 
 from resnet_paths.errors import ResnetPathsError
+from resnet_paths.layers import is_weighted
 from resnet_paths.tracing import Trace, is_within, module_path
 from resnet_paths.unraveling.carrying import read_beside
-from resnet_paths.unraveling.concatenations import is_weighted
 from resnet_paths.unraveling.merges import Core, core_of, is_merge, refuse_other_merge, trunk_between
 from resnet_paths.unraveling.parts import Lane, Part
 
