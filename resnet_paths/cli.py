@@ -21,6 +21,7 @@ _PLANS = (
     "single-deletions", "random-deletions", "pair-deletions", "random-swaps", "duplications", "random-duplications",
     "layer-schedules",
 )  # fmt: skip
+_MOST_AT_ONCE = 20
 
 
 @app.command()
@@ -93,7 +94,10 @@ def reproduce(
 def lesion(
     network: Annotated[str, typer.Argument(help="Name of a network with shipped weights, or of any with --weights.")],
     plan: Annotated[str, typer.Option(help=f"One of {', '.join(_PLANS)}.")] = "single-deletions",
-    counts: Annotated[str, typer.Option(help="How many blocks at once for the random plans, as in '1-20'.")] = "1-20",
+    counts: Annotated[
+        str | None,
+        typer.Option(help="For the random plans, how many at once, as in '1-20', the default where there are so many."),
+    ] = None,
     repeats: Annotated[int, typer.Option(help="Lesions of each count for the random plans.")] = 20,
     seed: Annotated[int, typer.Option(help="Seed of the random plans.")] = 0,
     weights: Annotated[Path | None, typer.Option(help="A weights file that 'resnet-paths train' wrote.")] = None,
@@ -132,8 +136,12 @@ def lesion(
     chain = unravel(load_network(network, weights), images[0][0].unsqueeze(0))
     arguments: dict[str, Any] = {}
     if plan.startswith("random-"):
+        # Swaps may follow one another without end; of blocks no more can be changed at once than there are.
+        singles = {"random-deletions": "single_deletions", "random-duplications": "duplications"}.get(plan)
+        most = _MOST_AT_ONCE if singles is None else min(_MOST_AT_ONCE, len(getattr(lesion_plans, singles)(chain)))
         arguments = {
-            "counts": _range_of(counts), "repeats": repeats, "generator": torch.Generator().manual_seed(seed),
+            "counts": range(1, most + 1) if counts is None else _range_of(counts),
+            "repeats": repeats, "generator": torch.Generator().manual_seed(seed),
         }  # fmt: skip
     lesions = getattr(lesion_plans, plan.replace("-", "_"))(chain, **arguments)
     loader = DataLoader(Subset(images, range(count)), batch_size=batch_size)

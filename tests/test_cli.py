@@ -7,9 +7,10 @@ import sys
 
 import pandas as pd
 import pytest
+import torch
 from typer.testing import CliRunner
 
-from resnet_paths import cli, training
+from resnet_paths import cli, lesions, training, unraveling
 from resnet_paths.errors import ResnetPathsError
 from resnet_paths.zoo import NETWORKS, list_networks, load_network, networks_table
 
@@ -194,6 +195,24 @@ def test_lesion_deletes_each_block_and_writes_a_table(capsys, tmp_path, monkeypa
     assert "num_images: got 0; allowed: an int from 1 to 10000" in refuse(
         monkeypatch, capsys, "lesion", "plain-20", "--num-images", "0"
     )
+
+
+def test_random_lesions_of_a_small_network_need_no_counts(monkeypatch):
+    asked, chain = [], unraveling.unravel(load_network("preact-resnet-20"), torch.zeros(1, 1, 28, 28))
+
+    def study(chain, loader, plan, **options):
+        asked.append([len(lesion.blocks) for lesion in plan])
+        return pd.DataFrame()
+
+    monkeypatch.setattr(unraveling, "unravel", lambda *arguments: chain)
+    monkeypatch.setattr(lesions, "lesion_study", study)
+    for plan in ("random-deletions", "random-duplications", "random-swaps"):
+        arguments = ["lesion", "preact-resnet-20", "--plan", plan, "--repeats", "1", "--num-images", "1"]
+        assert CliRunner().invoke(cli.app, arguments).exit_code == 0
+    deletions, duplications, swaps = asked
+    assert deletions == list(range(1, 10))
+    assert duplications == list(range(1, 8))  # two blocks change the shape
+    assert len(swaps) == 20
 
 
 def test_paths_prints_exact_numbers():

@@ -134,6 +134,10 @@ def test_figures_draw_the_numbers_of_the_frame(frames):
     ("call", "message"),
     [
         (lambda: figures.plot_path_gradients(pd.DataFrame({"path_length": [0]})), r"frames: .*mean_path_gradient_norm"),
+        (
+            lambda: figures.plot_path_gradients(*[frame_of([1.0], rms_path_gradient_norm=[1.0])] * 2),
+            r"frames: got '2 frames with rms_path_gradient_norm'; allowed: each column of norms in one frame",
+        ),
         (lambda: figures.plot_effective_window(frame_of([1.0]), "x"), r"frame: .*Missing: x"),
         (lambda: figures.plot_coherence(frame_of([1.0])), r"frame: .*Missing: coherence"),
     ],

@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import lightning_fabric
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -394,6 +395,22 @@ def test_snapshots_survive_a_stop(run, tmp_path, monkeypatch):
     for epoch in (0, 2):
         one, other = (load_file(tmp_path / f / f"{NAME}.epoch{epoch}.safetensors") for f in ("whole", "stopped"))
         assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_snapshots_of_epochs_that_are_over_are_refused(run, uninterrupted, tmp_path, monkeypatch):
+    left = run(uninterrupted)
+    before = names_in(left.parent)
+    with pytest.raises(ResnetPathsError, match=rf"snapshots: got 0; allowed: epochs after 3, .*{NAME}.*another folder"):
+        run(uninterrupted, snapshots=(0, 1))
+    assert names_in(left.parent) == before
+    with monkeypatch.context() as patch:
+        stop_at(patch, "_write_log", 1)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, snapshots=(1,))
+    with pytest.raises(ResnetPathsError, match=r"snapshots: got 0; allowed: epochs after 1"):
+        run(tmp_path, snapshots=(0, 1, 2))
+    run(tmp_path, snapshots=(1, np.int64(2)))
+    assert {f"{NAME}.epoch{epoch}.safetensors" for epoch in (1, 2)} < set(names_in(tmp_path))
 
 
 @pytest.mark.parametrize("epoch", [-1, 4, "1"])

@@ -43,18 +43,21 @@ def plot_path_gradients(
         The axes.
 
     Raises:
-        ResnetPathsError: If no frame has a column of norms, or a length occurs twice.
+        ResnetPathsError: If no frame has a column of norms, two frames have the same one, or a length occurs twice.
     """
     names = ("mean_path_gradient_norm", "rms_path_gradient_norm", "summed_path_gradient_norm")
     columns = [(frame, name) for frame in frames for name in names if name in getattr(frame, "columns", ())]
     if not columns:
         raise ResnetPathsError("frames", len(frames), f"frames with one of the columns {', '.join(names)}")
+    found = [name for _, name in columns]
+    for name in set(found):
+        if found.count(name) > 1:
+            raise ResnetPathsError(
+                "frames", f"{found.count(name)} frames with {name}", "each column of norms in one frame",
+                "Draw the others on axes of their own, or leave the column out of them.",
+            )  # fmt: skip
     ax = plt.gca() if ax is None else ax
-    drawn: set[str] = set()
     for (frame, name), marker in zip(columns, cycle(MARKERS), strict=False):
-        if name in drawn:
-            continue
-        drawn.add(name)
         rows = checked("frames", frame, name, ["path_length"]).sort_values("path_length")
         rows = rows[rows[name] > 0]
         error = rows.get(f"{name}_se")

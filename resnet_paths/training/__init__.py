@@ -11,11 +11,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import operator
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, SupportsIndex
 
 import pandas as pd
 import torch
@@ -26,7 +27,12 @@ from resnet_paths.datasets import DATASETS, ImageDataset, load_dataset
 from resnet_paths.errors import ResnetPathsError
 from resnet_paths.files import write_then_rename
 from resnet_paths.training.batches import augmented_batches, generator_of
-from resnet_paths.training.checkpoints import refuse_other_settings, resume, write_checkpoint
+from resnet_paths.training.checkpoints import (
+    refuse_missed_snapshots,
+    refuse_other_settings,
+    resume,
+    write_checkpoint,
+)
 from resnet_paths.training.settings import TrainingSettings, learning_rate_at
 from resnet_paths.training.tasks import TASKS, Classification, evaluate, sum_losses
 from resnet_paths.zoo.catalog import build_network, find_network
@@ -70,15 +76,21 @@ def train(
 
     Raises:
         ResnetPathsError: If the loss stops being finite, `folder` cannot be made or holds a run of this name with other
-            settings, a snapshot is not of this run, the images are of another data set, or Fabric cannot work with the
-            devices asked for.
+            settings, a snapshot is not of this run, or of an epoch that an earlier start passed without keeping it, the
+            images are of another data set, or Fabric cannot work with the devices asked for.
     """
     for epoch in snapshots:
-        if not isinstance(epoch, int) or not 0 <= epoch <= settings.epochs:
+        if not isinstance(epoch, SupportsIndex) or not 0 <= operator.index(epoch) <= settings.epochs:
             raise ResnetPathsError("snapshots", epoch, f"numbers of epochs from 0 to {settings.epochs}")
     for argument, images in (("train_set", train_set), ("test_set", test_set)):
         if images is not None and images.name != settings.dataset:
             raise ResnetPathsError(argument, images.name, f"images of {settings.dataset!r}, as in the settings")
+    stem = Path(folder) / f"{settings.network}-seed{settings.seed}"
+    weights, checkpoint = stem.with_suffix(".safetensors"), stem.with_suffix(".checkpoint.safetensors")
+    left = weights if weights.is_file() else checkpoint
+    if left.is_file():
+        refuse_other_settings(left, settings)
+        refuse_missed_snapshots(left, weights, snapshots)
     fabric = _launch(
         find_network(settings.network).draws_blocks,
         accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy=strategy, precision=settings.precision,
@@ -87,10 +99,7 @@ def train(
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ResnetPathsError("folder", str(folder), "a folder that can be written to", f"{error}.") from error
-    stem = Path(folder) / f"{settings.network}-seed{settings.seed}"
-    weights, checkpoint = stem.with_suffix(".safetensors"), stem.with_suffix(".checkpoint.safetensors")
     if weights.is_file():
-        refuse_other_settings(weights, settings)
         if fabric.global_rank == 0:
             checkpoint.unlink(missing_ok=True)  # left there by a kill at the very last moment
         return weights
@@ -115,7 +124,6 @@ def train(
     task = _task(settings)
     log: list[dict[str, Any]] = []
     if checkpoint.is_file():
-        refuse_other_settings(checkpoint, settings)
         # After the set-up: what is read here must be on the device where the weights are now.
         log = resume(checkpoint, raw, bare, fabric.strategy.precision, settings)
     fabric.barrier()

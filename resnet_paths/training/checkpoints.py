@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from torch import nn
 
 from resnet_paths.errors import ResnetPathsError
 from resnet_paths.training.settings import TrainingSettings
+from resnet_paths.zoo.places import snapshot_file
 from resnet_paths.zoo.weights import read_metadata, read_tensors, write_tensors
 
-__all__ = ["refuse_other_settings", "resume", "write_checkpoint"]
+__all__ = ["refuse_missed_snapshots", "refuse_other_settings", "resume", "write_checkpoint"]
 
 # What an optimizer keeps of each parameter: the beginning of the tensor's name in a checkpoint, by the optimizer's key.
 _KEPT = {
@@ -107,4 +109,24 @@ def refuse_other_settings(path: Path, settings: TrainingSettings) -> None:
             raise ResnetPathsError(
                 key, value, f"{stored.get(key)!r}, as in {path}",
                 "Pass the same settings to go on, or another folder to start anew.",
+            )  # fmt: skip
+
+
+def refuse_missed_snapshots(path: Path, weights: Path, snapshots: Iterable[int]) -> None:
+    """Refuse snapshots of epochs that the run has passed without keeping them.
+
+    Args:
+        path: What the run left so far: its weights or its checkpoint.
+        weights: Its weights file, beside which snapshots lie.
+        snapshots: Epochs that are asked for.
+
+    Raises:
+        ResnetPathsError: If there is such an epoch.
+    """
+    done = len(read_metadata(path).get("log", ()))
+    for epoch in snapshots:
+        if epoch <= done and not snapshot_file(weights, epoch).is_file():
+            raise ResnetPathsError(
+                "snapshots", epoch, f"epochs after {done}, which {path} has reached, or those kept on the way",
+                "Pass another folder to start anew.",
             )  # fmt: skip
