@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from resnet_paths.errors import ResnetPathsError, nearest_names
+from resnet_paths.modes import depends_on_mode
 from resnet_paths.paths import Entry, check_path, choices_of, num_paths
 from resnet_paths.reports import chain_table, dimensions, indented, shape_of_x
 from resnet_paths.tuple_states import PassingOn, carries
@@ -128,7 +129,8 @@ class ResidualChain(nn.Module):
     """A network as a chain of residual blocks; ``chain(x)`` is ``head(block_n(... block_1(stem(x))))``.
 
     Chains made from one another, and the model they were read from, share their weights: moving or converting one
-    (``.to``, ``.double``) breaks the others. Move the model first and unravel it there, or move a `copy.deepcopy`.
+    (``.to``, ``.double``) breaks the others. Move the model first and unravel it there, or move a `copy.deepcopy` of
+    the chain.
 
     Args:
         stem: Everything before the first block; takes the model's inputs.
@@ -460,26 +462,26 @@ def refuse_other_than_chain(argument: str, value: object) -> None:
 
 
 def refuse_training_mode(argument: str, module: nn.Module) -> None:
-    """Refuse a module whose BatchNorm would move, or whose dropout would act, when it runs.
+    """Refuse a module that would compute something else than in eval mode: dropout would act, BatchNorm move.
 
     Args:
         argument: Its name, for the message.
         module: A model or a chain.
 
     Raises:
-        ResnetPathsError: If such a part is in training mode, or normalises by the batch even in eval mode; it is named.
+        ResnetPathsError: If a part whose code asks for the mode is in training mode, or BatchNorm normalises by the
+            batch even in eval mode; it is named.
     """
     for name, part in module.named_modules():
-        moving = isinstance(part, nn.modules.batchnorm._BatchNorm | nn.modules.dropout._DropoutNd)
-        if moving and part.training:
+        shown = f"{type(part).__name__} {name!r}" if name else type(part).__name__
+        if part.training and depends_on_mode(type(part)):
             raise ResnetPathsError(
-                argument, f"{type(part).__name__} {name!r} in training mode", f"a {argument} in eval mode",
-                f"Call {argument}.eval() first.",
-            )  # fmt: skip
+                argument, f"{shown} in training mode", f"a {argument} in eval mode", f"Call {argument}.eval() first."
+            )
         if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.running_mean is None:
             raise ResnetPathsError(
-                argument, f"{type(part).__name__} {name!r} without running statistics",
-                "normalisation that treats each example alone", "Make it with track_running_stats=True.",
+                argument, f"{shown} without running statistics", "normalisation that treats each example alone",
+                "Make it with track_running_stats=True.",
             )  # fmt: skip
 
 

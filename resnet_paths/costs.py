@@ -11,6 +11,7 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from resnet_paths.batches import checked_inputs, num_examples
+from resnet_paths.chain import refuse_training_mode
 from resnet_paths.errors import ResnetPathsError
 from resnet_paths.unraveling.calling import arguments_of
 
@@ -22,7 +23,7 @@ class ForwardCost:
     """What one forward pass costs.
 
     Attributes:
-        num_parameters: Numbers that are trained.
+        num_parameters: Numbers in its parameters, those that are frozen among them.
         num_multiply_adds: Multiply-adds of convolutions and matrix products, for one example.
         microseconds: Median time for one example, within a batch.
     """
@@ -46,12 +47,14 @@ def forward_cost(module: nn.Module, inputs: Any, *, min_seconds: float = 0.2) ->
         The cost, for one example of the batch.
 
     Raises:
-        ResnetPathsError: If the inputs are of no such form, or hold no example.
+        ResnetPathsError: If the inputs are of no such form, or hold no example; if the module is in training mode and
+            that matters, as to BatchNorm.
     """
     args, kwargs = arguments_of(checked_inputs(inputs))
     batch = num_examples((args, kwargs))
     if not batch:
         raise ResnetPathsError("inputs", "no examples", "at least one example")
+    refuse_training_mode("module", module)
     with FlopCounterMode(display=False) as counter:
         module(*args, **kwargs)
     called = {"module": module, "args": args, "kwargs": kwargs}

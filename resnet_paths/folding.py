@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from resnet_paths.device import wide
+
 __all__ = ["fold_batchnorm"]
 
 _CONVOLUTIONS = {
@@ -59,16 +61,16 @@ def _folded(module: GraphModule, norm: Node, name: str) -> bool:
         return False
     kernel, *numbers = (_tensor(module, part) for part in (*parts, *held))
     assert kernel is not None  # a convolution has weights
-    shift, scale, offset, mean, variance = (0 if number is None else number.double() for number in numbers)
+    shift, scale, offset, mean, variance = (0 if number is None else wide(number) for number in numbers)
     factor = (variance + norm.args[7]).rsqrt() * (1 if held[0] is None else scale)  # type: ignore[operator, union-attr]
     folded = {
-        "weight": kernel.double() * factor.view(-1, *[1] * (kernel.dim() - 1)),
+        "weight": wide(kernel) * factor.view(-1, *[1] * (kernel.dim() - 1)),
         "bias": offset + factor * (shift - mean),
     }
     graph, new_parts = module.graph, []
     with graph.inserting_before(norm):
         for kind, value in folded.items():
-            module.register_parameter(f"{name}_{kind}", nn.Parameter(value.to(kernel.dtype), requires_grad=False))
+            module.register_parameter(f"{name}_{kind}", nn.Parameter(value.to(kernel), requires_grad=False))
             new_parts.append(graph.get_attr(f"{name}_{kind}"))
         new = graph.call_function(convolution.target, (x, *new_parts, *others), convolution.kwargs)
     norm.replace_all_uses_with(new, propagate_meta=True)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
-from torch.fx import GraphModule, Node
-from torch.fx.node import map_aggregate, map_arg
+from torch.fx import GraphModule
 
 from resnet_paths.device import choose_device
 from resnet_paths.errors import ResnetPathsError
@@ -72,58 +70,19 @@ def place_modules(
     if not (moves or converts or channels_last or fold_batchnorm):
         return modules
     together = copy.deepcopy(together)
-    graphs = [module for module in together.modules() if isinstance(module, GraphModule)]
     if fold_batchnorm:
         # Once for each part, however many chains share it, and before precision is lost.
-        for graph in graphs:
-            fold(graph)
+        for module in together.modules():
+            if isinstance(module, GraphModule):
+                fold(module)
     together.to(device=there, dtype=dtype if converts else None)
     if channels_last:
-        together.to(memory_format=torch.channels_last)
-    if moves or converts:
-        for graph in graphs:
-            _make_constants(graph, there if moves else None, dtype if converts else None)
+        for tensor in itertools.chain(together.parameters(), together.buffers()):
+            if tensor.dim() == 4:  # images; volumes have five dimensions
+                tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
     return list(together)  # type: ignore[arg-type]
 
 
 def _lies_on(tensor: torch.Tensor, device: torch.device) -> bool:
     # "cuda" and "cuda:0" are one device, but not equal.
     return tensor.device.type == device.type and device.index in (None, tensor.device.index or 0)
-
-
-def _make_constants(module: GraphModule, device: torch.device | None, dtype: torch.dtype | None) -> None:
-    """Let the tensors that an exported graph makes as it runs be made on another device, or in another precision."""
-
-    def replaced(value: Any) -> Any:
-        if device is not None and isinstance(value, torch.device):
-            return device
-        is_precision = isinstance(value, torch.dtype) and value.is_floating_point
-        return dtype if dtype is not None and is_precision else value
-
-    changed = False
-    for node in module.graph.nodes:
-        args, kwargs = map_aggregate(node.args, replaced), map_aggregate(node.kwargs, replaced)
-        if dtype is not None and _makes_numbers_of_default_dtype(node):
-            kwargs = {**kwargs, "dtype": dtype}
-        if (args, kwargs) != (node.args, node.kwargs):
-            node.args, node.kwargs = args, kwargs
-            changed = True
-    if changed:
-        module.recompile()
-
-
-def _makes_numbers_of_default_dtype(node: Node) -> bool:
-    """Whether a node makes floating-point numbers out of nothing, as ``torch.zeros`` does, and names no dtype."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return False
-    arguments = node.target._schema.arguments
-    of_tensors = any("Tensor" in str(argument.type) for argument in arguments)
-    if of_tensors or not any(argument.name == "dtype" for argument in arguments):
-        return False
-    if node.kwargs.get("dtype") is not None:
-        return False
-    for size in (1, 10_000):  # for sizes that are known when it runs; a range must not end before it begins
-        args, kwargs = map_arg((node.args, dict(node.kwargs)), lambda _: size)  # noqa: B023 - used at once
-        with contextlib.suppress(RuntimeError):
-            return bool(node.target(*args, **kwargs | {"device": torch.device("meta")}).is_floating_point())
-    return False

@@ -14,6 +14,7 @@ import torch
 
 from resnet_paths.batches import batches_of, call, each_tensor, num_examples
 from resnet_paths.chain import ResidualChain, add_states, refuse_other_than_chain, refuse_training_mode
+from resnet_paths.device import wide
 from resnet_paths.errors import ResnetPathsError
 from resnet_paths.examples import mean_over_examples
 from resnet_paths.placement import device_of
@@ -96,7 +97,7 @@ def _copy(state: Any) -> Any:
 
 def _vectors(state: Any, chain: ResidualChain) -> Any:
     """X of a state, float64 [example, number]; None of none."""
-    return None if state is None else x_of(state, chain).double().flatten(1)
+    return None if state is None else wide(x_of(state, chain)).flatten(1)
 
 
 def _cosine(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

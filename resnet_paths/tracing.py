@@ -1,8 +1,8 @@
 """Any module as one flat functional graph that shares the module's parameters.
 
 `torch.export` traces the module with a dynamic batch; in-place operations are written as ordinary ones. What comes back
-is cut into single-input segments by `Trace.segment`; each is a `torch.fx.GraphModule` whose parameters and buffers are
-those of the module, under their own names.
+is cut into single-input segments by `Trace.segment`; each is a module whose parameters and buffers are those of the
+module that was traced, under their own names.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 
 from resnet_paths.errors import ResnetPathsError
 from resnet_paths.gates import write_gates_as_branches
 from resnet_paths.in_place import write_out_of_place
+from resnet_paths.segments import Segment
 
-__all__ = ["Segment", "Trace", "module_path", "trace"]
+__all__ = ["FixedShape", "Trace", "module_path", "trace"]
 
 _BATCH_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
 _RANDOM = {
@@ -35,10 +36,6 @@ _RANDOM = {
     torch.ops.aten.randn_like.default, torch.ops.aten._native_batch_norm_legit.default,
     torch.ops.aten._native_batch_norm_legit_functional.default,
 }  # fmt: skip
-
-
-class Segment(GraphModule):
-    """A piece of an exported graph as a module; it holds the operations of eval mode and knows no other."""
 
 
 class FixedShape(nn.Module):

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from resnet_paths.device import widest_float
 from resnet_paths.errors import ResnetPathsError
 
 __all__ = ["Carried", "Carrying", "OnParts", "PassingOn", "Take", "WithEmptySum", "carries", "with_x", "x_of"]
@@ -41,8 +42,8 @@ class Carried:
     def packed(self, tensor: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """The tensor as a part of the state, beside `x`."""
         if not tensor.is_floating_point():
-            # Every integer up to 2**53 is a number of float64.
-            tensor = tensor.to(x.dtype if tensor.dtype == torch.bool else torch.float64)
+            # Every integer up to 2**53 is a number of float64, up to 2**24 of float32.
+            tensor = tensor.to(x.dtype if tensor.dtype == torch.bool else widest_float(x.device))
         return tensor.expand(len(x), *tensor.shape[1:]) if self.is_row else tensor
 
     def unpacked(self, part: torch.Tensor) -> torch.Tensor:

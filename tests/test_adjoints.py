@@ -17,7 +17,8 @@ import resnet_paths as rp
 from resnet_paths.chain import Block, ResidualChain
 from resnet_paths.gradients.adjoints import linearize
 from resnet_paths.gradients.passes import Place
-from resnet_paths.tracing import Segment, trace
+from resnet_paths.segments import Segment
+from resnet_paths.tracing import trace
 from resnet_paths.zoo import build_network
 from tests.gradient_reference import (
     Elsewhere,

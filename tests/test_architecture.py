@@ -26,9 +26,10 @@ FLOORS = [
         "in_place",
         "layers",
         "memory",
-        "tuple_states",
+        "modes",
+        "segments",
     },
-    {"units", "reports"},
+    {"units", "reports", "tuple_states"},
     {"chain", "tracing", "folding", "zoo.weights", "zoo.places", "zoo.initialisation", "zoo.resnet"},
     {"zoo.drawn", "zoo.senet", "zoo.vgg", "zoo.densenet", "zoo.highway", "zoo.vit", "zoo.unet"},
     {
@@ -78,7 +79,6 @@ ALLOWED_SIDEWAYS = {
     ("paths", "errors"),
     ("device", "errors"),
     ("memory", "errors"),
-    ("tuple_states", "errors"),
 }
 FILES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path

@@ -12,8 +12,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
 import resnet_paths as rp
-from resnet_paths import placement
+from resnet_paths import placement, segments
 from resnet_paths.chain import Block, Constant, ResidualChain
+from resnet_paths.device import wide, widest_float
 from resnet_paths.lesions.trie import Trie
 from resnet_paths.placement import place_modules
 from tests.chains import Plan, assert_same, inputs, random_chain, snapshot
@@ -187,6 +188,28 @@ def test_images_with_their_channels_last(exported):
     assert vectors.num_examples.tolist() == [4]
 
 
+def test_volumes_stay_as_they_lie_beside_images_with_their_channels_last():
+    with seeded():
+        parts = [nn.Conv3d(2, 2, 3, padding=1), nn.Flatten(1, 2), nn.Conv2d(8, 8, 3, padding=1)]
+        chain = ResidualChain(nn.Identity(), [], nn.Sequential(*parts))
+    placed = place_modules([chain], channels_last=True)[0]
+    volumes, images = (part.weight for part in placed.head if hasattr(part, "weight"))
+    assert volumes.is_contiguous()
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    x = torch.randn(2, 2, 4, 5, 5, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(placed(x), chain(x), rtol=0, atol=1e-6)
+
+
+def test_a_copy_can_be_moved_and_converted_as_any_module(exported):
+    before = snapshot(exported)
+    x, _ = images(5)
+    converted = copy.deepcopy(exported).bfloat16()
+    assert torch.equal(converted(x.bfloat16()), place_modules([exported], precision="bfloat16")[0](x.bfloat16()))
+    assert copy.deepcopy(exported).to("meta")(x.to("meta")).shape == (5, 3)
+    assert_same(before, snapshot(exported))
+    assert exported(x).dtype == torch.float32
+
+
 # A GPU that is not there
 
 
@@ -196,10 +219,14 @@ class ImaginaryValues(FakeTensorMode):
     A value that the program asks for is made up: no element of any() is true, each of all() is, and numbers are 1.
     """
 
+    has_float64 = True  # the devices, but for the CPU
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default:
             return not getattr(args[0], "is_any", False) if args[0].dtype == torch.bool else 1
         result = super().__torch_dispatch__(func, types, args, kwargs)
+        if isinstance(result, torch.Tensor) and result.dtype == torch.float64 and result.device.type != "cpu":
+            assert self.has_float64
         if func in (torch.ops.aten.any.default, torch.ops.aten.any.dim):
             result.is_any = True
         return result
@@ -211,18 +238,24 @@ def imaginary(monkeypatch):
     # What is not imaginary is taken for one of its own device: an error if it meets one of another.
     mode = ImaginaryValues(allow_non_fake_inputs=True)
 
-    def to(self, device=None, dtype=None, memory_format=None):
+    def to(self, device=None, dtype=None):
         moved = {}
+
+        def there(tensor):
+            kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+            with mode:
+                return torch.empty(tensor.shape, device=device or tensor.device, dtype=kind)
+
         for module in self.modules():
             for held in (module._parameters, module._buffers):
                 for name, tensor in held.items():
                     if tensor is not None and tensor not in moved:
-                        kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-                        with mode:
-                            there = torch.empty(tensor.shape, device=device or tensor.device, dtype=kind)
-                        moved[tensor] = nn.Parameter(there) if isinstance(tensor, nn.Parameter) else there
+                        is_parameter = isinstance(tensor, nn.Parameter)
+                        moved[tensor] = nn.Parameter(there(tensor)) if is_parameter else there(tensor)
                     if tensor is not None:
                         held[name] = moved[tensor]
+            if isinstance(module, segments.Segment):
+                segments.move_constants(module, there)
         return self
 
     def deepcopy(value):
@@ -294,10 +327,13 @@ def test_studies_and_edits_leave_no_tensor_behind(exported, imaginary, device, p
         assert len(rp.lesion_study(placed, [(x, y)], replaced, progress=False)) == 2 * len(placed)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_gradients_leave_no_tensor_behind(exported, imaginary, monkeypatch, device):
+@pytest.mark.parametrize(("device", "has_float64"), [("cuda", True), ("cuda", False), ("meta", True)])
+def test_gradients_leave_no_tensor_behind(exported, imaginary, monkeypatch, device, has_float64):
     if device == "cuda":
         monkeypatch.setattr(torch.autograd, "grad", imaginary_grad)
+    if not has_float64:  # as on Apple's devices
+        monkeypatch.setattr("resnet_paths.device.widest_float", lambda d: widest_float(torch.device("mps")))
+    imaginary.has_float64 = has_float64
     with imaginary:
         chain = place_modules([exported], device=device)[0]
         x, y = torch.empty(5, 1, 6, 6), torch.zeros(5, dtype=torch.int64)  # on the CPU
@@ -310,13 +346,22 @@ def test_gradients_leave_no_tensor_behind(exported, imaginary, monkeypatch, devi
         assert len(rp.gradient_by_stage_lengths(chain, x, y))
         assert len(rp.predicted_effects(chain, [(x, y)], progress=False)) == len(chain)
         assert len(rp.predicted_effects(exported, [(x, y)], device=device, progress=False)) == len(chain)
+        assert len(rp.block_norms(chain, x)) == len(chain)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_constant_on_the_wrong_device_would_be_seen(exported, imaginary, monkeypatch, device):
-    monkeypatch.setattr(placement, "_make_constants", lambda *_: None)
+    monkeypatch.setattr(segments, "move_constants", lambda *_: None)
     with imaginary:
         chain = place_modules([exported], device=device)[0]
         x = torch.empty(5, 1, 6, 6, device=device)
         with pytest.raises(RuntimeError, match=r"at least two devices, .*cpu"):
             list(Trie([chain]).logits(x))
+
+
+def test_float64_where_a_device_has_it():
+    with FakeTensorMode():
+        found = [wide(torch.ones(3, device=device)) for device in ("cpu", "cuda", "mps")]
+    assert [(t.device.type, t.dtype) for t in found] == [
+        ("cpu", torch.float64), ("cuda", torch.float64), ("cpu", torch.float64),
+    ]  # fmt: skip

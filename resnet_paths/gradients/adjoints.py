@@ -25,7 +25,8 @@ from torch.fx import Node
 from torch.nn import functional as F
 
 from resnet_paths.chain import Placed, Scaled
-from resnet_paths.tracing import FixedShape, Segment
+from resnet_paths.segments import Segment
+from resnet_paths.tracing import FixedShape
 
 __all__ = ["Pullback", "each_part", "linearize", "unchanged"]
 

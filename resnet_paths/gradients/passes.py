@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from resnet_paths.batches import each_tensor, num_examples, split
 from resnet_paths.chain import ResidualChain, refuse_other_than_chain, refuse_training_mode
+from resnet_paths.device import wide
 from resnet_paths.errors import ResnetPathsError
 from resnet_paths.gradients.adjoints import each_part, linearize
 from resnet_paths.gradients.backward import (
@@ -265,10 +266,10 @@ class Point:
     @torch.no_grad()
     def norms(self, stack: Stack) -> tuple[np.ndarray, np.ndarray]:
         """Euclidean norms of a stack's rows, float64 [length, draw, batch], and where they are not 0 but stand so."""
-        squares = torch.zeros(stack.exponents.shape, dtype=torch.float64, device=self.device)
+        squares = wide(torch.zeros_like(stack.exponents))
         for part in parts_of(stack.values):
             for k, row in enumerate(part):  # row by row: a float64 copy of all would be twice the stack
-                squares[k] += row.flatten(2).double().square().sum(2) if row.dim() > 2 else row.double().square()
+                squares[k] += wide(row.flatten(2)).square().sum(2) if row.dim() > 2 else wide(row).square()
         mantissas = squares.sqrt().cpu().numpy()
         norms = np.ldexp(mantissas, stack.exponents.cpu().numpy())
         return norms, (mantissas > 0) & (norms == 0)
@@ -276,13 +277,13 @@ class Point:
     @torch.no_grad()
     def shares(self, stack: Stack, whole: Stack) -> np.ndarray:
         """<row, G> / <G, G> for the whole gradient G, of the first draw; float64 [length, batch], NaN where G is 0."""
-        dots = torch.zeros(stack.exponents[:, 0].shape, dtype=torch.float64, device=self.device)
-        squares = torch.zeros(self.num_examples, dtype=torch.float64, device=self.device)
+        dots = wide(torch.zeros_like(stack.exponents[:, 0]))
+        squares = dots.new_zeros(self.num_examples)
         for part, total in zip(parts_of(stack.values), parts_of(whole.values), strict=True):
-            direction = total[0, 0].double().reshape(self.num_examples, -1)
+            direction = wide(total[0, 0]).reshape(self.num_examples, -1)
             squares += direction.square().sum(1)
             for k, row in enumerate(part[:, 0]):
-                dots[k] += (row.reshape(self.num_examples, -1).double() * direction).sum(1)
+                dots[k] += (wide(row.reshape(self.num_examples, -1)) * direction).sum(1)
         powers = (stack.exponents[:, 0] - whole.exponents[0, 0]).cpu().numpy()
         with np.errstate(invalid="ignore", divide="ignore"):
             shares: np.ndarray = np.ldexp((dots / squares).cpu().numpy(), powers)

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from resnet_paths.batches import call, each_tensor, refuse_other_than_loader, unpack
 from resnet_paths.chain import Block, ResidualChain, refuse_other_than_chain, refuse_training_mode
+from resnet_paths.device import wide
 from resnet_paths.errors import ResnetPathsError
 from resnet_paths.lesions.frames import deletions_of
 from resnet_paths.lesions.pieces import refuse_labels
@@ -159,13 +160,13 @@ def _scores(chain: ResidualChain, inputs: Any, labels: torch.Tensor, dim: int | 
             if alone is None:
                 rows.append(torch.full((len(SCORES), len(labels)), math.nan, dtype=torch.float64))
                 continue
-            difference = (alone - x).double()
-            first_order = (gradient.double() * difference).flatten(1).sum(1)
+            difference = wide(alone - x)
+            first_order = (wide(gradient) * difference).flatten(1).sum(1)
             behind = (x_of(block.post(with_x(total, each.clone())), chain) for each in (alone, x))
-            one, other = (_vectors(each.double(), dim) for each in behind)
+            one, other = (_vectors(wide(each), dim) for each in behind)
             cosine = F.cosine_similarity(one, other, dim=-1).clamp(-1, 1)
             cosine[(one == 0).all(-1) & (other == 0).all(-1)] = 1  # nothing changed
-            changed, left = (_vectors(s, dim).norm(dim=-1) for s in (difference, alone.double()))
+            changed, left = (_vectors(s, dim).norm(dim=-1) for s in (difference, wide(alone)))
             norm = torch.where(changed == 0, 0.0, changed / left)
             per_example = [first_order, *((v.flatten(1).mean(1)) for v in (1 - cosine, cosine.acos() / math.pi, norm))]
             rows.append(torch.stack(per_example).cpu())

@@ -64,9 +64,9 @@ def unravel(
         inputs made from these, each flipped along its last dimension in turn, with noise on floating numbers.
 
     Raises:
-        ResnetPathsError: If the model holds BatchNorm or dropout in training mode, does not take the example, cannot be
-            exported (naming where), is not a chain (naming the node), or the chain does not return what the model
-            returns (naming the first block that differs).
+        ResnetPathsError: If the model is in training mode where that matters (naming the module), does not take the
+            example, cannot be exported (naming where), is not a chain (naming the node), or the chain does not return
+            what the model returns (naming the first block that differs).
 
     Example:
         >>> import torch, torchvision
