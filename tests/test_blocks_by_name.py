@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -182,6 +183,25 @@ def test_blocks_that_return_more_than_a_tensor(box, pick):
     model.layers = nn.ModuleList(build(Boxed, box) for _ in range(4))
     chain = rp.unravel(model, inputs(1), blocks=NAMES)
     assert torch.equal(chain(inputs(3)), model(inputs(3)))
+
+
+@dataclasses.dataclass
+class Result:
+    out: torch.Tensor
+
+
+def test_blocks_that_return_an_object_are_refused():
+    class Model(DataDependent):
+        def forward(self, x):
+            x = self.inp(x)
+            for layer in self.layers:
+                x = layer(x).out
+            return self.out(x)
+
+    model = build(Model)
+    model.layers = nn.ModuleList(build(Boxed, Result) for _ in range(2))
+    with pytest.raises(rp.ResnetPathsError, match=r"blocks: got 'one that returns a Result'; allowed: modules that"):
+        rp.unravel(model, inputs(1), blocks=NAMES[:2])
 
 
 def test_blocks_by_name_are_those_of_the_exported_network():

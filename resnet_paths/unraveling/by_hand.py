@@ -51,6 +51,11 @@ class _Give(nn.Module):
         super().__init__()
         output = chosen(returned, None)
         self.form = pytree.tree_map(lambda leaf: _State if leaf is output else leaf, returned)
+        if all(leaf is not _State for leaf in pytree.tree_leaves(self.form)):
+            raise ResnetPathsError(
+                "blocks", f"one that returns a {type(returned).__name__}",
+                "modules that return a tensor, or a tuple, list or mapping with it",
+            )  # fmt: skip
 
     def forward(self, *_: Any, **__: Any) -> Any:
         state = _GIVEN.get()
