@@ -223,7 +223,8 @@ def parallel_blocks(
 
     Where nothing follows the additions, the mean gives the average of the blocks' outputs, "parallel" in Sun et al.
     2024 (Layers as Painters), and the sum leaves all paths as they were but those through two of the branches, which
-    vanish. What follows the addition, `post`, is that of the last one.
+    vanish. What follows the addition, `post`, is that of the last one. A chain inside a branch is taken whole: the
+    paths through it count as one.
 
     Args:
         model: A chain, or a model together with `example_inputs`.
@@ -235,8 +236,7 @@ def parallel_blocks(
         A chain in which one block, named by joining the names with "|", stands for all of them.
 
     Raises:
-        ResnetPathsError: If the blocks do not stand side by side, have other than identity skips, are deleted, or a
-            branch holds a chain, whose paths would be lost.
+        ResnetPathsError: If the blocks do not stand side by side, have other than identity skips, or are deleted.
     """
     if combine not in ("mean", "sum"):
         raise ResnetPathsError("combine", combine, "'mean' or 'sum'")
@@ -248,11 +248,6 @@ def parallel_blocks(
     for member in members:
         if not (is_identity(member.skip) and is_identity(member.pre) and member.branch is not None):
             raise ResnetPathsError("blocks", member.name, "blocks with a branch and an identity skip")
-        if isinstance(member.branch, ResidualChain):
-            raise ResnetPathsError(
-                "blocks", member.name, "blocks whose branches hold no chain",
-                "Unravel with max_depth=0 to take branches whole.",
-            )  # fmt: skip
     branches: list[nn.Module] = []
     for member in members:
         branches += member.branch if isinstance(member.branch, Parallel) else [member.branch]  # type: ignore[list-item]

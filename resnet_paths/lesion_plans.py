@@ -288,8 +288,7 @@ def layer_schedules(
 
     Args:
         chain: The intact chain.
-        blocks: Neighbouring blocks with identity skips and no chains in their branches; if None, the longest run of
-            them without its first and last.
+        blocks: Neighbouring blocks with identity skips; if None, the longest run of them without its first and last.
         loops: Rounds of the looped parallel.
         generator: Source of the random order; None for a new one, seeded with 0.
 
@@ -305,7 +304,7 @@ def layer_schedules(
     if len(places) < 2 or not side_by_side or not all(_is_exchangeable(chain, i) for i in places):
         raise ResnetPathsError(
             "blocks", [chain[i].name for i in places],
-            "at least two neighbouring blocks with identity skips and branches that hold no chain",
+            "at least two neighbouring blocks with identity skips and branches",
         )  # fmt: skip
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     order = list(range(len(chain)))
@@ -403,8 +402,7 @@ def _deletable(chain: ResidualChain) -> list[int]:
 
 def _is_exchangeable(chain: ResidualChain, index: int) -> bool:
     block = chain[index]
-    is_plain = block.branch is not None and not isinstance(block.branch, ResidualChain)
-    return is_plain and is_identity(block.skip) and is_identity(block.pre) and block.keeps_shape
+    return block.branch is not None and is_identity(block.skip) and is_identity(block.pre) and block.keeps_shape
 
 
 def _exchangeable(chain: ResidualChain) -> list[tuple[int, int]]:

@@ -155,15 +155,17 @@ def test_parallel_blocks(combine):
         torch.testing.assert_close(edited[1](x), outputs)
 
 
-@pytest.mark.parametrize("combine", ["mean", "sum"])
-def test_a_branch_that_holds_a_chain_does_not_run_in_parallel(combine):
+def test_a_branch_that_holds_a_chain_runs_in_parallel_as_a_whole():
     chain = steady_chain(3)
     inner = ResidualChain(nn.Identity(), list(steady_chain(3)), nn.Identity()).eval()
     nested = chain.with_blocks([chain[0].replace(branch=inner), *list(chain)[1:]])
     assert nested.num_paths == 9 * 4
-    with pytest.raises(rp.ResnetPathsError, match=r"blocks: got 'layer1.0'; allowed: .*no chain. Unravel with"):
-        rp.parallel_blocks(nested, [0, 1], combine=combine)
-    assert rp.parallel_blocks(nested, [1, 2], combine=combine).num_paths == 9 * 3
+    edited = rp.parallel_blocks(nested, [0, 1])
+    x = chain.stem(inputs())
+    y = x + (inner(x) + chain[1].branch(x)) / 2
+    torch.testing.assert_close(edited(inputs()), chain.head(chain[2](y)))
+    assert edited.num_paths == 3 * 2
+    assert rp.path_histogram(edited).num_paths.tolist() == edited.length_polynomial("sublayer") == [1, 3, 2]
 
 
 def test_paths_through_parallel_blocks_run_alone():

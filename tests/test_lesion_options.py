@@ -345,7 +345,8 @@ def test_batchnorm_statistics_of_exported_chains():
     model, batches, loader = random_model(plan), statistics_batches(), labelled(60)
     chain = rp.unravel(model, inputs())
     before = snapshot(model)
-    frame = study(chain, loader, [*rp.single_deletions(chain), lambda c: c], reestimate_batchnorm=batches)
+    nothing = rp.Lesion("nothing", lambda c: c, ())
+    frame = study(chain, loader, [*rp.single_deletions(chain), nothing], reestimate_batchnorm=batches)
     assert_same(before, snapshot(model))
     for row in frame.itertuples():
         edited_by_hand = copy.deepcopy(model)
