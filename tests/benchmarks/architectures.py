@@ -296,7 +296,8 @@ def summary(frame: pd.DataFrame) -> str:
         other = stated[stated.blocks != stated.blocks_stated]
         agreeing = [f"{len(stated) - len(other)} of {len(stated)}"]
         agreeing += [f"`{row.architecture}` {row.blocks} for {row.blocks_stated}" for row in other.itertuples()]
-        places = rows.reason.str.extract(r"in ([^,(]+), File")[0].fillna("see the table").str.replace("\\'", "'")
+        reasons = rows.reason.fillna("").astype(str)
+        places = reasons.str.extract(r"in ([^,(]+), File")[0].fillna("see the table").str.replace("\\'", "'")
         refused = [f"`{name}` ({place})" for name, place in zip(rows.architecture, places, strict=True)]
         refused = [text for text, reason in zip(refused, rows.reason.notna(), strict=True) if reason]
         lines.append(
