@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
@@ -140,7 +140,7 @@ def save_figure(
     contents: dict[str, bytes] = {}
     # Also for figures that were not made in `paper_style`; its tight box would change the width of the page.
     export: Any = {**_EXPORT, "savefig.bbox": None}
-    with mpl.rc_context(export):
+    with mpl.rc_context(export), _laid_out(fig):
         for kind, metadata in _METADATA.items():
             buffer = io.BytesIO()
             fig.savefig(buffer, format=kind, dpi=300, metadata=metadata | ({_FACTS_KEY[kind]: facts} if facts else {}))
@@ -172,6 +172,25 @@ def weights_hash(network: nn.Module) -> str:
     """
     # A set: a chain may name a tensor twice that the model shares.
     return fingerprint(*sorted({fingerprint(parameter.detach()) for parameter in network.parameters()}))[:16]
+
+
+@contextlib.contextmanager
+def _laid_out(fig: Figure) -> Iterator[None]:
+    """Lay a figure out once for all formats, at positions free of the last digits that each layout moves anew."""
+    engine = fig.get_layout_engine()
+    if engine is None:
+        yield
+        return
+    fig.draw_without_rendering()
+    fig.set_layout_engine("none")
+    for ax in fig.axes:
+        in_layout = ax.get_in_layout()  # setting a position takes axes out
+        ax.set_position([round(number, 6) for number in ax.get_position(original=True).bounds])
+        ax.set_in_layout(in_layout)
+    try:
+        yield
+    finally:
+        fig.set_layout_engine(engine)
 
 
 def _facts(networks: nn.Module | Mapping[str, nn.Module] | None, seed: int | None) -> str:

@@ -108,7 +108,7 @@ def plot_single_deletions(
         ax.set_ylim(top=max(ax.get_ylim()[1], 100 * chance + 12))
     ax.set(xlabel="deleted block (index from 0)", ylabel="test error (%)")
     last = max(data["block_index"].max() for data in (frame, published) if data is not None)
-    ax.set(xlim=(-1, last + 1), ylim=(0, min(ax.get_ylim()[1], 102)))
+    ax.set(xlim=(-0.8, last + 0.8), ylim=(0, min(ax.get_ylim()[1], 102)))
     whole_numbers_from_zero(ax)
     if len(stage_starts):
         mark_stages(ax, sorted(stage_starts))
