@@ -350,8 +350,9 @@ def test_shipped_resnet_56_is_good_enough():
     assert row["test_error_rate"] <= 0.065
 
 
-# The run that is loaded by name alone; 'resnet-paths networks --check', a step of CI, takes all files.
-FIRST = {name: seed for name, seed, snapshot in reversed(FILES) if snapshot is None}
+# The run that is loaded by name alone, of the shallower networks; 'resnet-paths networks --check', a step of CI, takes
+# all files.
+FIRST = {n: seed for n, seed, snapshot in reversed(FILES) if snapshot is None and NETWORKS[n].num_blocks < 20}
 
 
 @pytest.mark.slow
