@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from torch import nn
 
 import resnet_paths as rp
 from resnet_paths.chain import Parallel, ResidualChain
+from resnet_paths.errors import ResnetPathsError
 from resnet_paths.paths import path_length
 from tests.chains import assert_same, inputs, snapshot
 
@@ -103,6 +105,17 @@ class Flat(nn.Module):
             flat = x.reshape(-1, 4)
             x = (flat + self.layers[i + 1](flat)).view(shape)
         return self.out(x.mean(1))
+
+
+@pytest.mark.parametrize(("split", "seen"), [(False, "meta"), (True, "cpu")])
+def test_examples_go_where_the_model_is_unless_it_is_in_several_places(split, seen):
+    model, places = nn.Linear(3, 3, device="meta"), set()
+    if split:
+        model.register_buffer("here", torch.zeros(1))
+    model.register_forward_pre_hook(lambda module, args: places.add(args[0].device.type))
+    with contextlib.suppress(ResnetPathsError):  # nothing can be compared there
+        rp.unravel(model.eval(), torch.zeros(2, 3))
+    assert places == {seen}
 
 
 def test_examples_stay_apart_between_blocks():

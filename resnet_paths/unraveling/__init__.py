@@ -9,6 +9,7 @@ breaks it: never guessed.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 from torch.fx import Interpreter, Node
 
+from resnet_paths.batches import each_tensor
 from resnet_paths.chain import ResidualChain, refuse_training_mode
 from resnet_paths.errors import ResnetPathsError
 from resnet_paths.tracing import Trace, name_of, trace
@@ -49,7 +51,8 @@ def unravel(
     Args:
         model: The network, in eval mode. A `ResidualChain` is returned as it is.
         example_inputs: A tensor, a tuple of positional arguments, or a mapping of keyword arguments, with the batch in
-            dimension 0 of every tensor, on the model's device and of its dtype. The chain is called in the same way.
+            dimension 0 of every tensor, of the model's dtype. They are taken to the model's device, if it lies on one
+            only. The chain is called in the same way.
         output: Which of the model's outputs the chain returns, by name or position; None for the only tensor, else
             ``logits``, ``last_hidden_state``, ``out``, or the first.
         max_depth: How many chains may stand inside one another, as in a U-Net, whose outermost block holds the network
@@ -114,6 +117,9 @@ def _check_arguments(model: nn.Module, example_inputs: object) -> tuple[tuple[An
             "Pass a batch such as torch.zeros(2, 3, 224, 224).",
         )  # fmt: skip
     refuse_training_mode("model", model)
+    devices = {tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())}
+    if len(devices) == 1:
+        args, kwargs = each_tensor(lambda tensor: tensor.to(*devices), (args, kwargs))
     return args, kwargs
 
 
