@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import networkx as nx
 import pytest
 
 import resnet_paths as rp
@@ -110,6 +111,15 @@ def test_imports_go_down(name):
     for imported in imports(FILES[name]):
         sideways = (name, imported) in ALLOWED_SIDEWAYS
         assert sideways or floor_of(imported) < floor_of(name), f"{name} imports {imported}"
+
+
+def test_any_file_can_be_imported_first():
+    """Who imports a part of a package runs all that the package imports; that must not need the importer."""
+    graph = nx.DiGraph((name, imported) for name, path in FILES.items() for imported in imports(path))
+    for name, imported in graph.edges:
+        package = imported.split(".")[0]
+        if package != imported and package != name.split(".")[0]:
+            assert name not in nx.descendants(graph, package), f"{name} imports {imported}, and {package} needs {name}"
 
 
 def test_the_walk_sees_imports():

@@ -17,7 +17,6 @@ import torch
 from torch import nn
 from torch.fx import Interpreter, Node
 
-from resnet_paths.batches import each_tensor
 from resnet_paths.chain import ResidualChain, refuse_training_mode
 from resnet_paths.errors import ResnetPathsError
 from resnet_paths.tracing import Trace, name_of, trace
@@ -110,7 +109,8 @@ def _check_arguments(model: nn.Module, example_inputs: object) -> tuple[tuple[An
     if not isinstance(model, nn.Module):
         raise ResnetPathsError("model", type(model).__name__, "a torch.nn.Module")
     args, kwargs = arguments_of(example_inputs)
-    if not Signature.of(args, kwargs)[1]:
+    signature, tensors = Signature.of(args, kwargs)
+    if not tensors:
         raise ResnetPathsError(
             "example_inputs", [type(x).__name__ for x in (*args, *kwargs.values())],
             "a tensor, a tuple of arguments or a mapping of keyword arguments with tensors among them",
@@ -118,9 +118,7 @@ def _check_arguments(model: nn.Module, example_inputs: object) -> tuple[tuple[An
         )  # fmt: skip
     refuse_training_mode("model", model)
     devices = {tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())}
-    if len(devices) == 1:
-        args, kwargs = each_tensor(lambda tensor: tensor.to(*devices), (args, kwargs))
-    return args, kwargs
+    return signature.arguments(tensor.to(*devices) if len(devices) == 1 else tensor for tensor in tensors)
 
 
 def _listed(blocks: Sequence[str]) -> list[str]:
