@@ -185,7 +185,8 @@ def _laid_out(fig: Figure) -> Iterator[None]:
     fig.set_layout_engine("none")
     for ax in fig.axes:
         in_layout = ax.get_in_layout()  # setting a position takes axes out
-        ax.set_position([round(number, 6) for number in ax.get_position(original=True).bounds])
+        left, bottom, width, height = (round(number, 6) for number in ax.get_position(original=True).bounds)
+        ax.set_position((left, bottom, width, height))
         ax.set_in_layout(in_layout)
     try:
         yield

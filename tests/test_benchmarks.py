@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 import types
@@ -79,38 +80,80 @@ def test_a_path_by_hand_has_the_gradient_of_that_path(chain):
         assert np.allclose(by_hand.numpy(), point.norms(point.of_paths([path]))[0][0, 0], rtol=1e-4)
 
 
-def test_draws_fall_with_the_square_of_the_error():
-    assert gradients.needed(np.array([0.0, 0.1, 0.4]), 5).tolist() == [2, 5, 80]
+def test_the_split_by_hand_is_the_exact_one(chain):
+    images, labels = lesions.fashion_images(0, 2)
+    by_hand = gradients.split_by_hand(chain, images, labels, {}, 0)
+    exact = gradients.exact(chain, images, labels, {}, 0)
+    assert np.allclose(by_hand["norms"], exact["norms"], rtol=1e-4)
+    assert (by_hand["vjps"], exact["vjps"]) == (45, 54)
+
+
+def test_weighted_paths_show_how_much_paths_differ():
+    """Against all paths of a chain whose norms are products of gains, in float64."""
+    gains = np.array([0.1, 0.5, 2.0, 1.0])
+
+    def norms(paths):
+        found = np.prod(np.where(np.array(paths), gains, 1.0), axis=1)
+        return np.stack([found, 3 * found], axis=1)[:, None], None
+
+    point = types.SimpleNamespace(of_paths=list, norms=norms)
+    generator = torch.Generator().manual_seed(0)
+    means, variances = gradients.variance_of_sampling(point, 4, 5_000, generator)
+    for k in range(5):
+        paths = [path for path in itertools.product([False, True], repeat=4) if sum(path) == k]
+        for row, of_images in enumerate((lambda x: x.mean(1), lambda x: (x**2).mean(1))):
+            found = of_images(norms(paths)[0][:, 0])
+            assert means[row, k] == pytest.approx(found.mean(), rel=0.1)
+            assert 1 + variances[row, k] == pytest.approx(1 + found.var() / found.mean() ** 2, rel=0.2)
 
 
 def test_gradients_are_compared_per_repeat():
-    answer = {"seconds": 2.0, "memory": 1.0, "vjps": 6, "draws": 8, "needed": [2, 4], "seconds_by_length": [1.0, 0.5]}
-    faster = answer | {"seconds": 1.0}
-    rows = gradients.rows_of({name: [answer, faster] for name in gradients.CONTENDERS}, "a network")
-    found = {(r["task"].split(",")[0], r["contender"]): r for r in rows}
-    sampled = found["mean norm over the paths of each length", "this project, sampled"]
-    by_hand = found["mean norm over the paths of each length", "the paper's protocol by autograd"]
-    assert (sampled["low"], sampled["high"]) == (6 / 16, 2 * 6 / 16)
-    assert (by_hand["value"], by_hand["ratio_low"], by_hand["ratio_high"]) == (4.0, 4 / 0.75, 4 / 0.375)
-    assert found["sum over all paths of each length", "as many block VJPs by autograd"]["ratio"] == 1
+    answer = {
+        "seconds": 2.0, "memory": 1.0, "vjps": 6, "draws": 8, "block_vjps": 9, "energies": [1.0, 2.0, 0.0],
+        "seconds_by_length": [1.0, 0.5, 0.5], "seconds_of_vjp": 0.25, "of_norm": [2, 4, 3], "of_energy": [0, 5, 0],
+    }  # fmt: skip
+    settings = {"images": 4, "images_of_split": 32}
+    faster = answer | {"seconds": 1.0, "of_norm": [2, 4, 0]}
+    answers = {name: [answer, faster] for name in gradients.CONTENDERS}
+    answers["energy"] = [answer | {"energies": [9.0, 1.8, 9.0]}, answer | {"energies": [9.0, 2.2, 9.0]}]
+    rows = gradients.rows_of(answers, "a network", settings)
+    found = {(r["task"].split(" of")[0].split(",")[0], r["contender"]): r for r in rows}
+    sampled = found["mean norm over the paths", "this project, sampled"]
+    by_hand = found["mean norm over the paths", "the paper's protocol by autograd"]
+    kept = found["mean norm over the paths", "the same, the forward pass kept for all paths"]
+    assert (sampled["low"], sampled["high"]) == (1 * 4 / 6, 2 * 10 / 6)
+    assert (by_hand["low"], by_hand["high"]) == (4, 5.5)
+    assert (by_hand["ratio_low"], by_hand["ratio_high"]) == pytest.approx((5.5 * 6 / 20, 6))
+    assert (kept["low"], kept["high"]) == (1, 2.5)
+    assert "4 to 10 block VJPs, extrapolated" in kept["note"]
+    energy = found["energy", "this project, energy"]
+    assert energy["note"] == "8 draws of signs, 9 block VJPs; 0.9 to 1.1 times what weighted paths give"
+    assert found["sum over all paths", "the same split by autograd"]["ratio"] == 1
 
 
 def test_exponents_are_slopes_of_logarithms():
     sizes = np.array([9, 27, 81, 243])
-    slope, error = scaling.exponent(sizes, 0.1 * sizes**2.0)
-    assert (round(slope, 12), error < 1e-9) == (2, True)
-    assert math.isnan(scaling.exponent(sizes, [1, 2, 0, 0])[0])
+    slope, error, num_points = scaling.exponent(sizes, 0.1 * sizes**2.0)
+    assert (round(slope, 12), error < 1e-9, num_points) == (2, True, 4)
+    slope, error, num_points = scaling.exponent(sizes, [1, 3, 0, 0])
+    assert (round(slope, 12), math.isnan(error), num_points) == (1, True, 2)
+    assert math.isnan(scaling.exponent(sizes, [1, 0, 0, 0])[0])
     rows = scaling.rows_of_curve("t", "blocks", {n: [(n**1.5, 3.0), (n**1.5, 3.0)] for n in (1, 2, 4)})
     fitted = {r["contender"]: r["value"] for r in rows if r["quantity"] == "exponent"}
     assert fitted == {"exponent of time": pytest.approx(1.5), "exponent of peak memory": pytest.approx(0)}
+    rows = scaling.rows_of_curve("t", "workers", {1: [(2.0, None)], 2: [(1.0, None)]})
+    assert [r["value"] for r in rows] == [2, 1, -1]
+    assert rows[0]["peak_memory_mib"] is None
 
 
 def test_the_projection_counts_operations():
     rows = {r["contender"]: r for r in scaling.projection(types.SimpleNamespace(quick=True))}
     assert rows["one image forward"]["value"] > 0.1
     images, blocks = 50_000, 5
-    most = rows["one image forward"]["value"] * 1e9 * (blocks + 1) * images / scaling.ASSUMED_RATE / 3600
-    assert 0 < rows["all single deletions"]["value"] < most
+    image = rows["one image forward"]["value"] * 1e9 * images / 3600
+    for precision, rate in scaling.ASSUMED_RATES.items():
+        assert 0 < rows[f"all single deletions, {precision}"]["value"] < (blocks + 1) * image / rate
+        assert 3 * image / rate < rows[f"exact gradient, {precision}"]["value"] < (blocks + 3) * image / rate
 
 
 def test_operations_and_their_kinds():

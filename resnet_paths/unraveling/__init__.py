@@ -118,7 +118,10 @@ def _check_arguments(model: nn.Module, example_inputs: object) -> tuple[tuple[An
         )  # fmt: skip
     refuse_training_mode("model", model)
     devices = {tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())}
-    return signature.arguments(tensor.to(*devices) if len(devices) == 1 else tensor for tensor in tensors)
+    if len(devices) == 1:
+        (device,) = devices
+        tensors = tuple(tensor.to(device) for tensor in tensors)
+    return signature.arguments(tensors)
 
 
 def _listed(blocks: Sequence[str]) -> list[str]:

@@ -43,7 +43,7 @@ def main() -> None:
     for name in options.only or PARTS:
         start = time.perf_counter()
         rows = importlib.import_module(f"tests.benchmarks.{name}").run(options)
-        frame = table.stamped(rows, versions(options), options.threads)
+        frame = table.stamped(rows, versions(options.peers and name == "lesions"), options.threads)
         print(table.text(frame))
         print(f"\n{name} took {time.perf_counter() - start:.0f} s; {frame['machine'].iloc[0]}", flush=True)
         if output is not None:  # after each part, so that nothing is lost if a later one fails
@@ -53,10 +53,10 @@ def main() -> None:
         draw(pd.read_csv(output))
 
 
-def versions(options: argparse.Namespace) -> dict[str, str]:
-    """Of Python, torch and the peers."""
+def versions(with_peers: bool) -> dict[str, str]:
+    """Of Python, torch and, where they were run, the peers."""
     found = {"Python": platform.python_version(), "torch": torch.__version__, "resnet_paths": rp.__version__}
-    return found | (peers.install()[0] if options.peers else {})
+    return found | (peers.install()[0] if with_peers else {})
 
 
 def draw(frame: pd.DataFrame) -> None:

@@ -1,12 +1,12 @@
-"""The gradient by path length: the paper's protocol as one writes it with autograd, and this project's three methods.
+"""The gradient by path length: what one writes with autograd, and this project's three methods.
 
-Two estimates are taken to one relative standard error (10 %) at every length. Where that would take hours, the number
-of paths that it needs is extrapolated from the error of fewer, which falls as one over the square root of their number:
-such rows say so. The exact split has no such error; it is compared with the block VJPs that it is made of.
+Two estimates are taken to one relative standard error (10 %) at every length. How many uniformly drawn paths that takes
+follows from how much paths differ, which is itself estimated in each repeat anew, so that the spread of a row holds it:
+rows that are extrapolated to that number say so. The exact split has no such error and is measured as a whole.
 
     mean norm over the paths of a length (the paper's)    this project, sampled | by hand, a path at a time
     energy of the paths of a length                       this project, energy  | by hand, sampled paths
-    sum over the paths of a length                        this project, exact   | as many block VJPs by autograd
+    sum over the paths of a length                        this project, exact   | the same split by hand
 """
 
 from __future__ import annotations
@@ -36,46 +36,69 @@ ERROR = 0.1
 """Relative standard error at which estimates are compared."""
 WORTH = 1e-3
 """Lengths that hold less than this share of the energy are left out where the energy is compared."""
+Answer = dict[str, Any]
+_LITTLE = {"paths": 2, "weighted_paths": 2, "error": 1.0}
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A function from (chain, images, labels, settings, repeat) to an answer, its seconds among it."""
+    """A function from (chain, images, labels, settings, repeat) to an answer, its seconds among it if they are its own.
 
-    measure: Callable[..., dict[str, Any]]
+    Attributes:
+        measure: The function.
+        images: Which of the settings says how many images it is given.
+    """
 
-    def prepare(self, settings: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    measure: Callable[..., Answer]
+    images: str = "images"
+
+    def prepare(self, settings: dict[str, Any]) -> Callable[[dict[str, Any]], Answer]:
         model = load_network(settings["network"]).eval()
         for parameter in model.parameters():
             parameter.requires_grad_(False)  # gradients of states alone, as in the paper
         chain = rp.unravel(model, torch.zeros(2, 1, 28, 28))
-        images, labels = fashion_images(0, settings["images"])
-        rp.gradient_by_path_length(chain, images[:2], labels[:2], max_length=1, progress=False)
+        images, labels = fashion_images(0, settings[self.images])
+        self.measure(chain, images[:1], labels[:1], settings | _LITTLE, 0)  # so that kernels are chosen already
 
-        def answer(request: dict[str, Any]) -> dict[str, Any]:
+        def answer(request: dict[str, Any]) -> Answer:
             seconds, memory, found = timed(lambda: self.measure(chain, images, labels, settings, request["repeat"]))
             return {"seconds": seconds, "memory": memory} | found
 
         return answer
 
 
-def sampled(chain: rp.ResidualChain, images: Any, labels: Any, settings: dict[str, Any], repeat: int) -> dict[str, Any]:
-    """Some paths of each length, and how many it would take."""
+def sampled(chain: rp.ResidualChain, images: Any, labels: Any, settings: dict[str, Any], repeat: int) -> Answer:
+    """Some paths of each length."""
     draws = settings["paths"]
-    frame = rp.gradient_by_path_length(
+    rp.gradient_by_path_length(
         chain, images, labels, method="sampled", num_draws=draws, with_respect_to="stem", progress=False,
         generator=torch.Generator().manual_seed(repeat),
     )  # fmt: skip
-    relative = (frame["mean_path_gradient_norm_se"] / frame["mean_path_gradient_norm"]).fillna(0).to_numpy()
-    return {"needed": needed(relative, draws).tolist(), "draws": draws}
+    return {"vjps": draws * sum(range(len(chain) + 1))}
 
 
-def needed(relative_error: np.ndarray, draws: int) -> np.ndarray:
-    """Draws of each length that bring relative errors seen with `draws` down to `ERROR`; at least 2."""
-    return np.maximum(2, np.ceil(draws * (relative_error / ERROR) ** 2))
+def energy(chain: rp.ResidualChain, images: Any, labels: Any, settings: dict[str, Any], repeat: int) -> Answer:
+    """To the relative standard error itself, nothing extrapolated; the sums over paths come with it."""
+    frame = rp.gradient_by_path_length(
+        chain, images, labels, method="energy", relative_error=settings["error"] / 2, with_respect_to="stem",
+        progress=False, generator=torch.Generator().manual_seed(repeat),
+    )  # fmt: skip
+    # The norm is the root of the energy: half the relative error.
+    energies = frame["rms_path_gradient_norm"] ** 2 * frame["num_paths"].astype(float)
+    return {key: int(frame.attrs[f"num_{key}"]) for key in ("draws", "block_vjps")} | {"energies": energies.tolist()}
 
 
-def by_hand(chain: rp.ResidualChain, images: Any, labels: Any, settings: dict[str, Any], repeat: int) -> dict[str, Any]:
+def exact(chain: rp.ResidualChain, images: Any, labels: Any, settings: dict[str, Any], repeat: int) -> Answer:
+    """All lengths."""
+    frame = rp.gradient_by_path_length(chain, images, labels, with_respect_to="stem", progress=False)
+    vjps = int(frame.attrs["num_block_vjps"]) + len(chain)  # the whole gradient, too
+    return {"vjps": vjps, "norms": frame["summed_path_gradient_norm"].tolist()}
+
+
+# What people write by hand
+
+
+def by_hand(chain: rp.ResidualChain, images: Any, labels: Any, settings: dict[str, Any], repeat: int) -> Answer:
     """Seconds of one path of each length, a forward and a backward pass for each."""
     generator, seconds = torch.Generator().manual_seed(repeat), []
     for length in range(len(chain) + 1):
@@ -99,76 +122,92 @@ def gradient_of_path(chain: rp.ResidualChain, images: torch.Tensor, labels: torc
     return gradient
 
 
-def energy(chain: rp.ResidualChain, images: Any, labels: Any, settings: dict[str, Any], repeat: int) -> dict[str, Any]:
-    """To the relative standard error itself, nothing extrapolated; the sums over paths come with it."""
-    frame = rp.gradient_by_path_length(
-        chain, images, labels, method="energy", relative_error=ERROR / 2, with_respect_to="stem", progress=False,
-        generator=torch.Generator().manual_seed(repeat),
-    )  # fmt: skip
-    # The norm is the root of the energy: half the relative error.
-    return {"draws": int(frame.attrs["num_draws"]), "vjps": int(frame.attrs["num_block_vjps"])}
-
-
-def exact(chain: rp.ResidualChain, images: Any, labels: Any, settings: dict[str, Any], repeat: int) -> dict[str, Any]:
-    """All lengths."""
-    frame = rp.gradient_by_path_length(chain, images, labels, with_respect_to="stem", progress=False)
-    return {"vjps": int(frame.attrs["num_block_vjps"])}
-
-
-def ordinary(
-    chain: rp.ResidualChain, images: Any, labels: Any, settings: dict[str, Any], repeat: int
-) -> dict[str, Any]:
-    """What n (n + 1) / 2 block VJPs take by autograd: that of block i is timed, and counted n - i times."""
-    n = len(chain)
+def states_and_cotangent(chain: rp.ResidualChain, images: Any, labels: Any) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """The state in front of each block and behind the last one, and the gradient of the loss there."""
     with torch.no_grad():
         states = list(itertools.accumulate(chain, lambda state, block: block(state), initial=chain.stem(images)))
     last = states[-1].requires_grad_()
     (cotangent,) = torch.autograd.grad(F.cross_entropy(chain.head(last), labels, reduction="sum"), last)
+    return states, cotangent
+
+
+def forward_kept(chain: rp.ResidualChain, images: Any, labels: Any, settings: dict[str, Any], repeat: int) -> Answer:
+    """Seconds of a branch's VJP, the mean over blocks, by someone who keeps the forward pass for all paths."""
+    states, cotangent = states_and_cotangent(chain, images, labels)
     total = 0.0
-    for index in reversed(range(n)):
-        state = states[index].detach().requires_grad_()
-        output, seconds = chain[index](state), []
-        for _ in range(2):
+    for block, state in zip(reversed(list(chain)), reversed(states[:-1]), strict=True):
+        state.requires_grad_()
+        output = block(state)
+        seconds = []
+        for _ in range(3):
             start = time.perf_counter()
             (below,) = torch.autograd.grad(output, state, cotangent, retain_graph=True)
             seconds.append(time.perf_counter() - start)
         cotangent = below
-        total += min(seconds) * (n - index)
-    return {"seconds": total, "vjps": n * (n + 1) // 2}
+        total += min(seconds)
+    return {"seconds_of_vjp": total / len(chain)}
 
 
-def spread(chain: rp.ResidualChain, images: Any, labels: Any, settings: dict[str, Any], repeat: int) -> dict[str, Any]:
-    """Paths that it takes to estimate the energy of each length by uniform sampling; its own time is not used."""
-    n, few = len(chain), slice(0, 4)
-    point = next(Place.of(chain, "stem").points(images[few], labels[few], None, 2**34, n + 1))
-    mean, variance = variance_of_sampling(point, n, settings["paths"], torch.Generator().manual_seed(0))
-    energies = mean * np.array([math.comb(n, k) for k in range(n + 1)], dtype=float)
+def split_by_hand(chain: rp.ResidualChain, images: Any, labels: Any, settings: dict[str, Any], repeat: int) -> Answer:
+    """The exact split by someone who knows how: at each block the rows of all lengths, stacked in the batch."""
+    states, cotangent = states_and_cotangent(chain, images, labels)
+    rows = cotangent[None]
+    for block, state in zip(reversed(list(chain)), reversed(states[:-1]), strict=True):
+        x = state.detach().repeat(len(rows), 1, 1, 1).requires_grad_()
+        shared = block.pre(x)
+        skip, branch = block.skip(shared), block.branch(shared)
+        merged = (skip + branch).detach().requires_grad_()
+        (above,) = torch.autograd.grad(block.post(merged), merged, rows.flatten(0, 1))
+        by_branch, by_skip = (
+            torch.autograd.grad(part, x, above, retain_graph=part is branch)[0].unflatten(0, (len(rows), -1))
+            for part in (branch, skip)
+        )
+        rows = torch.cat([by_skip, torch.zeros_like(by_skip[:1])])
+        rows[1:] += by_branch
+    return {"vjps": sum(range(1, len(chain) + 1)), "norms": rows.flatten(2).norm(dim=2).mean(1).tolist()}
+
+
+# How much paths of one length differ
+
+
+def spread(chain: rp.ResidualChain, images: Any, labels: Any, settings: dict[str, Any], repeat: int) -> Answer:
+    """Uniformly drawn paths that it takes to measure norm and energy of each length; its own time is not used."""
+    n = len(chain)
+    point = next(Place.of(chain, "stem").points(images, labels, None, 2**34, n + 1))
+    generator = torch.Generator().manual_seed(repeat)
+    means, variances = variance_of_sampling(point, n, settings["weighted_paths"], generator)
+    energies = means[1] * np.array([math.comb(n, k) for k in range(n + 1)], dtype=float)
     worth = energies >= WORTH * energies.sum()
-    return {"needed": np.where(worth, np.maximum(2, np.ceil(variance / ERROR**2)), 0).tolist()}
+    paths_of_norm, paths_of_energy = np.maximum(2, np.ceil(variances / ERROR**2))
+    return {
+        "of_norm": paths_of_norm.tolist(), "of_energy": np.where(worth, paths_of_energy, 0).tolist(),
+        "energies": energies.tolist(),
+    }  # fmt: skip
 
 
 def variance_of_sampling(
     point: Point, n: int, samples: int, generator: torch.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean, and relative variance under uniform sampling, of a path's energy, by length.
+    """Means, and relative variances under uniform sampling, of a path's norm and energy: [2, n + 1] each, by length.
 
     A few paths hold most of the energy: among uniformly drawn ones they are missing, and the variance with them. So
     paths are drawn in proportion to a fitted product of block gains (conditional Bernoulli sampling), then weighted.
     """
 
-    def energies(paths: list[tuple]) -> np.ndarray:
+    def of_paths(paths: list[tuple]) -> np.ndarray:
         chunks = [paths[first : first + 100] for first in range(0, len(paths), 100)]
-        return np.concatenate([(point.norms(point.of_paths(chunk))[0][:, 0] ** 2).mean(1) for chunk in chunks])
+        norms = np.concatenate([point.norms(point.of_paths(chunk))[0][:, 0] for chunk in chunks])
+        return np.stack([norms.mean(1), (norms**2).mean(1)])
 
-    pilot = [path for k in range(1, n) for path in sample_paths(n, k, 20, generator)]
-    logs = np.log(np.maximum(energies(pilot), 1e-250))
+    pilot = [path for k in range(1, n) for path in sample_paths(n, k, min(samples, 20), generator)]
+    logs = np.log(np.maximum(of_paths(pilot)[1], 1e-250))
     design = np.column_stack([np.array(pilot, dtype=float), np.ones(len(pilot))])
     gains = np.exp(1.5 * np.linalg.lstsq(design, logs, rcond=None)[0][:n])
     gains /= np.exp(np.log(gains).mean())
     sums = [np.eye(1, n + 1)[0]]  # sums[i][k]: elementary symmetric polynomial of the gains of blocks i, i + 1, ...
     for gain in gains[::-1]:
         sums.insert(0, sums[0] + gain * np.roll(sums[0], 1) * (np.arange(n + 1) > 0))
-    means, variances = np.zeros((2, n + 1))
+    means, variances = np.zeros((2, 2, n + 1))
     for k in range(n + 1):
         paths, weights = [], []
         for uniforms in torch.rand(samples, n, generator=generator, dtype=torch.float64).tolist():
@@ -179,15 +218,16 @@ def variance_of_sampling(
                 left -= taken
             paths.append(tuple(path))
             weights.append(sums[0][k] / math.comb(n, k) / np.prod(gains[np.array(path)]))
-        found = energies(paths)
-        means[k] = np.mean(found * weights)
-        variances[k] = np.mean(found**2 * weights) / means[k] ** 2 - 1
+        found = of_paths(paths)
+        means[:, k] = (found * weights).mean(1)
+        variances[:, k] = (found**2 * weights).mean(1) / means[:, k] ** 2 - 1
     return means, np.maximum(variances, 0)
 
 
 CONTENDERS = {
-    "sampled": Contender(sampled), "by hand": Contender(by_hand), "energy": Contender(energy),
-    "exact": Contender(exact), "block VJPs": Contender(ordinary), "spread": Contender(spread),
+    "sampled": Contender(sampled), "energy": Contender(energy), "exact": Contender(exact, "images_of_split"),
+    "by hand": Contender(by_hand), "forward kept": Contender(forward_kept),
+    "split by hand": Contender(split_by_hand, "images_of_split"), "spread": Contender(spread),
 }  # fmt: skip
 
 
@@ -195,74 +235,88 @@ def run(options: Any) -> list[dict[str, Any]]:
     """Rows of the three comparisons."""
     settings = {
         "network": options.network, "threads": options.threads, "images": 2 if options.quick else 4,
-        "paths": 4 if options.quick else 20,
+        "images_of_split": 2 if options.quick else 32, "paths": 4 if options.quick else 20,
+        "weighted_paths": 4 if options.quick else 60, "error": ERROR,
     }  # fmt: skip
     repeats = 2 if options.quick else 3
-    answers: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS}
+    answers: dict[str, list[Answer]] = {name: [] for name in CONTENDERS}
     with workers(PART, dict.fromkeys(CONTENDERS, Path(options.python)), settings) as running:
         for repeat in range(repeats):
             print(f"gradients: repeat {repeat + 1} of {repeats}", flush=True)
             for worker in running:
-                if worker.contender != "spread" or repeat == 0:
-                    answer = worker.ask(repeat=repeat)
-                    if answer is None:
-                        raise RuntimeError(f"{worker.contender}: {worker.reason}")
-                    answers[worker.contender].append(answer)
-    return rows_of(answers, f"{options.network}, {settings['images']} images")
+                answer = worker.ask(repeat=repeat)
+                if answer is None:
+                    raise RuntimeError(f"{worker.contender}: {worker.reason}")
+                answers[worker.contender].append(answer)
+    return rows_of(answers, options.network, settings)
 
 
-def rows_of(answers: dict[str, list[dict[str, Any]]], what: str) -> list[dict[str, Any]]:
+def rows_of(answers: dict[str, list[Answer]], network: str, settings: dict[str, Any]) -> list[dict[str, Any]]:
     """The table of what the contenders answered."""
     lengths = np.arange(len(answers["by hand"][0]["seconds_by_length"]))
-    by_hand_seconds = [np.array(a["seconds_by_length"]) for a in answers["by hand"]]
+    each = list(zip(*([dict(a, name=name) for a in found] for name, found in answers.items()), strict=True))
+    repeats = [{a["name"]: a for a in one} for one in each]
+    rows: list[dict[str, Any]] = []
 
-    def compared(task: str, ours: tuple[str, Any, str], theirs: tuple[str, Any, str], names: tuple[str, str]) -> Any:
-        """Two rows; each of `ours` and `theirs` is a name, seconds and a note."""
+    def compared(task: str, images: str, *found: tuple[str, str, list[float], str]) -> None:
+        """Rows of (what is shown, contender, seconds, note), the first of them this project's."""
+        for shown, name, seconds, note in found:
+            rows.append(row(
+                PART, f"{task}, {network}, {settings[images]} images", shown, "seconds", seconds,
+                np.array(seconds) / np.array(found[0][2]), memory=max(a["memory"] for a in answers[name]), note=note,
+            ))  # fmt: skip
+
+    def by_autograd(paths: str) -> list[tuple[str, str, list[float], str]]:
+        """The paper's protocol for as many paths of each length as repeat by repeat are needed."""
+        needed = [np.array(r["spread"][paths]) for r in repeats]
+        vjps = [float(p @ lengths) for p in needed]
+        with_forward = [float(r["by hand"]["seconds_by_length"] @ p) for r, p in zip(repeats, needed, strict=True)]
+        kept = [r["forward kept"]["seconds_of_vjp"] * count for r, count in zip(repeats, vjps, strict=True)]
+        note = f"{span(p.sum() for p in needed)} paths, {span(vjps)} block VJPs, extrapolated"
         return [
-            row(
-                PART, f"{task}, {what}", name, "seconds", seconds, np.array(seconds) / np.array(ours[1]), note=note,
-                memory=max(a["memory"] for a in answers[worker]),
-            )
-            for (name, seconds, note), worker in zip((ours, theirs), names, strict=True)
-        ]  # fmt: skip
+            ("the paper's protocol by autograd", "by hand", with_forward, note),
+            ("the same, the forward pass kept for all paths", "forward kept", kept, note),
+        ]
 
-    def seconds_of(name: str, times: float = 1) -> list[float]:
-        return [a["seconds"] * times for a in answers[name]]
-
-    autograd = "the paper's protocol by autograd"
-    paths = np.median([a["needed"] for a in answers["sampled"]], axis=0)
-    share = paths.sum() / (answers["sampled"][0]["draws"] * len(lengths))
-    note = f"{vjps(paths)} block VJPs; {paths.sum():.3g} paths for {ERROR:.0%} at each length, extrapolated from fewer"
-    rows = compared(
-        "mean norm over the paths of each length",
-        ("this project, sampled", seconds_of("sampled", share), note),
-        (autograd, [float(s @ paths) for s in by_hand_seconds], note),
-        ("sampled", "by hand"),
-    )
-    paths = np.array(answers["spread"][0]["needed"])
-    draws = " to ".join(map(str, sorted({a["draws"] for a in answers["energy"]})))
-    note = (
-        f"{vjps(paths)} block VJPs; {paths.sum():.3g} paths for {ERROR:.0%} at each length with a thousandth of the "
-        "energy, extrapolated from fewer"
-    )
-    rows += compared(
-        "energy of the paths of each length",
-        ("this project, energy", seconds_of("energy"), f"{answers['energy'][0]['vjps']} block VJPs; {draws} draws"),
-        (autograd, [float(s @ paths) for s in by_hand_seconds], note),
-        ("energy", "by hand"),
-    )
-    count = answers["exact"][0]["vjps"]
-    return rows + compared(
-        "sum over all paths of each length",
-        ("this project, exact", seconds_of("exact"), f"{count} block VJPs"),
+    of_norm = [np.array(r["spread"]["of_norm"]) @ lengths for r in repeats]
+    compared(
+        "mean norm over the paths of each length, to 10 %", "images",
         (
-            "as many block VJPs by autograd", seconds_of("block VJPs"),
-            f"{answers['block VJPs'][0]['vjps']} block VJPs, one by one, nothing added up: no peer splits exactly",
+            "this project, sampled", "sampled",
+            [float(r["sampled"]["seconds"] * v / r["sampled"]["vjps"]) for r, v in zip(repeats, of_norm, strict=True)],
+            "the same paths, a stack of them at a time, extrapolated from fewer",
         ),
-        ("exact", "block VJPs"),
+        *by_autograd("of_norm"),
     )  # fmt: skip
+    agreement = []
+    for r in repeats:
+        worth = np.array(r["spread"]["of_energy"]) > 0
+        agreement += list(np.array(r["energy"]["energies"])[worth] / np.array(r["spread"]["energies"])[worth])
+    drawn, vjps = (span(r["energy"][key] for r in repeats) for key in ("draws", "block_vjps"))
+    compared(
+        "energy of the paths of each length that holds a thousandth of it, to 10 %", "images",
+        (
+            "this project, energy", "energy", [r["energy"]["seconds"] for r in repeats],
+            f"{drawn} draws of signs, {vjps} block VJPs; {span(agreement)} times what weighted paths give",
+        ),
+        *by_autograd("of_energy"),
+    )  # fmt: skip
+    compared(
+        "sum over all paths of each length", "images_of_split",
+        (
+            "this project, exact", "exact", [r["exact"]["seconds"] for r in repeats],
+            f"{repeats[0]['exact']['vjps']} block VJPs, those of the whole gradient among them",
+        ),
+        (
+            "the same split by autograd", "split by hand", [r["split by hand"]["seconds"] for r in repeats],
+            f"{repeats[0]['split by hand']['vjps']} block VJPs; written for this network by one who knows the split",
+        ),
+    )  # fmt: skip
+    return rows
 
 
-def vjps(paths: np.ndarray) -> str:
-    """Block VJPs of so many paths of each length: one for each branch on a path."""
-    return f"{float(paths @ np.arange(len(paths))):.3g}"
+def span(numbers: Any) -> str:
+    """Lowest to highest, in three digits."""
+    found = [float(number) for number in numbers]
+    low, high = f"{min(found):.3g}", f"{max(found):.3g}"
+    return low if low == high else f"{low} to {high}"

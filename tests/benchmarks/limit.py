@@ -1,9 +1,11 @@
 """How far lesion studies are from what the machine can do, and what lies between.
 
 ceiling     the fastest matrix product on this machine, in float32 and bfloat16
-achieved    operations counted (`torch.utils.flop_counter`) over seconds, for a whole study and one forward pass
-profile     where the time of a study goes, by kinds of operation (`torch.profiler`)
+achieved    operations counted (`torch.utils.flop_counter`) over seconds, for all forward passes of a study
+profile     where the time of these passes goes, by kinds of operation (`torch.profiler`), and how much of it the
+            operations counted would take at the rate of the matrix product
 variants    what folding, memory format, smaller batches and compiling make of one forward pass, in turns
+stacked     a whole study in small batches, with the states of several lesions in one launch and without
 """
 
 from __future__ import annotations
@@ -61,9 +63,9 @@ def run(options: Any) -> list[dict[str, Any]]:
     rows += studies(options, chain, images, best)
     print("limit: profiles", flush=True)
     for name in ("float32", "float32, channels last, BatchNorm folded"):
-        rows += profiled(f"where the time of a study goes, {name}", chain, images, WAYS[name])
+        rows += profiled(f"where the time of a study's forward passes goes, {name}", chain, images, WAYS[name], best)
     print("limit: variants", flush=True)
-    return rows + variants(options, chain) + compiled(options)
+    return rows + variants(options, chain) + stacked(options, chain) + compiled(options)
 
 
 def ceiling(dtype: torch.dtype, quick: bool) -> tuple[float, int]:
@@ -90,11 +92,11 @@ def operations(work: Callable[[], Any]) -> int:
 
 
 def studies(options: Any, chain: rp.ResidualChain, images: torch.Tensor, best: dict[str, float]) -> list[Any]:
-    """Achieved rates of whole studies over the ceiling of their precision."""
+    """Achieved rates of a study's forward passes over the ceiling of their precision."""
     chains = [chain, *(lesion.edit(chain) for lesion in rp.single_deletions(chain))]
     with torch.no_grad():
         count = operations(lambda: list(Trie(chains).logits(images[:1]))) * len(images)
-    task = f"a study: single deletions of {options.network}, {len(images)} images"
+    task = f"all forward passes of a study: single deletions of {options.network}, {len(images)} images"
     rows = [row(PART, task, "operations", "GFLOP", count / 1e9, note="counted, shared steps once")]
     runs = {}
     for name, way in WAYS.items():
@@ -105,6 +107,7 @@ def studies(options: Any, chain: rp.ResidualChain, images: torch.Tensor, best: d
         rates = {key: count / made[key] / 1e9 for key in ("value", "low", "high")}
         share = rates["low"] / best[WAYS[made["contender"]].get("precision", "float32")]
         made |= rates | {"quantity": "GFLOP/s", "low": rates["high"], "high": rates["low"]}
+        made |= dict.fromkeys(("ratio", "ratio_low", "ratio_high"), float("nan"))  # of seconds; these are rates
         rows.append(made | {"note": f"at best {share:.0%} of the matrix product's rate"})
     return rows
 
@@ -120,25 +123,37 @@ def kind_of(operation: str) -> str:
     return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "other operations")
 
 
-def profiled(task: str, chain: rp.ResidualChain, images: torch.Tensor, way: dict[str, Any]) -> list[Any]:
-    """Shares of a study's time by kinds; what no operation accounts for is Python and the dispatch of operations."""
+def profiled(
+    task: str, chain: rp.ResidualChain, images: torch.Tensor, way: dict[str, Any], best: dict[str, float]
+) -> list[Any]:
+    """Shares of the time by kinds, some deletions of all; what no operation accounts for is Python between them."""
     chains = [chain, *(lesion.edit(chain) for lesion in rp.single_deletions(chain)[:: max(1, len(chain) // 18)])]
+    with torch.no_grad():
+        count = operations(lambda: list(Trie(chains).logits(images[:1]))) * len(images)
     trie = Trie(place_modules(chains, **way))
     x = images.contiguous(memory_format=layout_of(way))
     with torch.inference_mode():
-        list(trie.logits(x))
-        start = time.perf_counter()
-        list(trie.logits(x))
-        plain = time.perf_counter() - start
+        seconds = [seconds_of(lambda: list(trie.logits(x))) for _ in range(3)]
         with profile(activities=[ProfilerActivity.CPU]) as found:
-            list(trie.logits(x))
+            with_profiler = seconds_of(lambda: list(trie.logits(x)))
+    plain = min(seconds[1:])
     micros: dict[str, float] = {}
     for event in found.key_averages():
         micros[kind_of(event.key)] = micros.get(kind_of(event.key), 0) + event.self_cpu_time_total
-    shares = {kind: m / 1e6 / plain for kind, m in sorted(micros.items(), key=lambda item: -item[1])}
-    shares["Python between operations"] = max(0.0, 1 - sum(shares.values()))
-    note = "of the time without the profiler"
-    return [row(PART, task, kind, "of the time", share, note=note) for kind, share in shares.items()]
+    shares = {kind: m / 1e6 / with_profiler for kind, m in sorted(micros.items(), key=lambda item: -item[1])}
+    shares["Python between operations"] = 1 - sum(shares.values())
+    note = f"{len(chains) - 1} of the deletions; the profiler makes it {with_profiler / plain:.2f} times as long"
+    least = count / 1e9 / best["float32"] / plain
+    told = "convolutions and products, had they the matrix product's rate"
+    rows = [row(PART, task, kind, "of the time", share, note=note) for kind, share in shares.items()]
+    return [*rows, row(PART, task, told, "of the time", least, note="of the time without the profiler")]
+
+
+def seconds_of(work: Callable[[], Any]) -> float:
+    """Of one run."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
 
 
 def variants(options: Any, chain: rp.ResidualChain) -> list[Any]:
@@ -153,7 +168,20 @@ def variants(options: Any, chain: rp.ResidualChain) -> list[Any]:
         if name == "float32, channels last, BatchNorm folded":
             for size in (8, 16, 32, 64):
                 runs[f"{name}, {size} at a time"] = lambda p=placed, x=x, size=size: [p(part) for part in x.split(size)]
-    return in_turns(f"one forward pass of {count} images", runs, 2 if options.quick else 7)
+    task = f"one forward pass of {count} images, ratios to the first row"
+    return in_turns(task, runs, 2 if options.quick else 7)
+
+
+def stacked(options: Any, chain: rp.ResidualChain) -> list[Any]:
+    """A whole study in batches too small to fill a processor, with `batch_budget` and without."""
+    size, deletions = (2, rp.single_deletions(chain)[::3]) if options.quick else (4, rp.single_deletions(chain))
+    runs = {
+        name: lambda budget=budget: rp.lesion_study(
+            chain, [fashion_images(0, size)], deletions, batch_budget=budget, progress=False
+        )
+        for name, budget in (("one lesion at a time", None), ("stacks of 16", 16), ("stacks of 64", 64))
+    }
+    return in_turns(f"a study in a batch of {size} images, ratios to the first row", runs, 2 if options.quick else 5)
 
 
 def in_turns(task: str, runs: dict[str, Callable[[], Any]], repeats: int, notes: dict[str, str] | None = None) -> Any:
@@ -162,10 +190,9 @@ def in_turns(task: str, runs: dict[str, Callable[[], Any]], repeats: int, notes:
     with torch.inference_mode():
         for repeat in range(repeats + 1):
             for name, work in runs.items():
-                start = time.perf_counter()
-                work()
+                found = seconds_of(work)
                 if repeat:  # the first fills caches
-                    seconds[name].append(time.perf_counter() - start)
+                    seconds[name].append(found)
     first = next(iter(seconds.values()))
     return [
         row(PART, task, name, "seconds", found, [a / b for a, b in zip(found, first, strict=True)],
@@ -177,7 +204,7 @@ def in_turns(task: str, runs: dict[str, Callable[[], Any]], repeats: int, notes:
 def compiled(options: Any) -> list[Any]:
     """Branches compiled one by one (`torch.compile`), warm-up stated: why the library does not offer it."""
     chain = rp.unravel(load_network("preact-resnet-20").eval(), torch.zeros(2, 1, 28, 28))
-    task = "branches of preact-resnet-20 compiled, one forward pass"
+    task = "branches of preact-resnet-20 compiled, one forward pass, ratios to the first row"
     count = 32 if options.quick else 128
     x = fashion_images(0, count)[0].contiguous(memory_format=torch.channels_last)
     way = {"channels_last": True, "fold_batchnorm": True}
@@ -192,7 +219,8 @@ def compiled(options: Any) -> list[Any]:
         with torch.inference_mode():
             fast(x)
     except Exception as error:  # no compiler, or one that fails
-        return [row(PART, task, "compiled", "seconds", note=f"not to be had: {type(error).__name__}")]
+        reason = next(iter(str(error).strip().splitlines()), "")[:100]
+        return [row(PART, task, "compiled", "seconds", note=f"not to be had: {type(error).__name__}: {reason}")]
     warm_up = time.perf_counter() - start
     runs = {"channels last, BatchNorm folded": lambda: plain(x), "the same, compiled": lambda: fast(x)}
     rows = in_turns(task, runs, 2 if options.quick else 15)

@@ -1,7 +1,8 @@
 """How time and memory grow: with blocks, images at a time, lesions and workers; and what a large study would cost.
 
 Each point is measured in a process of its own, points of a curve in turns. Exponents are slopes of straight lines
-through the logarithms, with their standard errors.
+through the logarithms, with their standard errors: how far the points are from a line, which curves that begin with a
+constant are not.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from tests.benchmarks.table import row
 from tests.benchmarks.workers import timed, workers
 
 PART = "scaling"
-ASSUMED_RATE = 1e14
-"""Operations a second of the projection: a third of the bfloat16 peak of an A100 (NVIDIA's data sheet, 312e12)."""
+ASSUMED_RATES = {"bfloat16": 1e14, "float32": 6.5e12}
+"""Operations a second of the projection: a third of the peaks of an A100 (NVIDIA's data sheet, 312e12 and 19.5e12)."""
 
 
 class Narrow(nn.Module):
@@ -53,13 +54,13 @@ class Narrow(nn.Module):
         return self.fc(torch.relu(self.norm(self.blocks(self.conv(x)))).mean((2, 3)))
 
 
-def narrow(num_blocks: int) -> rp.ResidualChain:
+def narrow(num_blocks: int) -> nn.Module:
     """Untrained, with BatchNorm statistics of random images."""
     torch.manual_seed(0)
     model = Narrow(num_blocks).train()
     with torch.no_grad():
         model(torch.randn(64, 1, 28, 28))
-    return rp.unravel(model.eval(), torch.zeros(2, 1, 28, 28))
+    return model.eval()
 
 
 def timed_study(chain: rp.ResidualChain, batch: tuple[torch.Tensor, torch.Tensor], plan: list[Any]) -> Any:
@@ -70,11 +71,11 @@ def timed_study(chain: rp.ResidualChain, batch: tuple[torch.Tensor, torch.Tensor
 
 def of_blocks(settings: dict[str, Any]) -> dict[str, Any]:
     """All single deletions of a chain of `size` blocks, and the exact split of its gradient."""
-    found: list[Any] = []
-    unraveling = timed(lambda: found.append(narrow(settings["size"])))[:2]
-    chain, (images, labels) = found[0], fashion_images(0, settings["images"])
-    plan = rp.single_deletions(chain)
-    study = timed_study(chain, (images, labels), plan)
+    model, example = narrow(settings["size"]), torch.zeros(2, 1, 28, 28)
+    rp.gradient_by_path_length(rp.unravel(narrow(3), example), *fashion_images(0, 2), progress=False)
+    *unraveling, chain = timed(lambda: rp.unravel(model, example))
+    images, labels = fashion_images(0, settings["images"])
+    study = timed_study(chain, (images, labels), rp.single_deletions(chain))
     split = timed(lambda: rp.gradient_by_path_length(chain, images, labels, progress=False))[:2]
     return {"unraveling": unraveling, "single deletions": study, "exact gradient": split}
 
@@ -104,7 +105,7 @@ def of_workers(settings: dict[str, Any]) -> dict[str, Any]:
     ) as executor:
         study = functools.partial(rp.lesion_study, chain, progress=False, executor=executor)
         study(batches, plan)
-        return {"single deletions": timed(lambda: study(batches, plan))[:2]}
+        return {"single deletions": (timed(lambda: study(batches, plan))[0], None)}  # they hold the memory
 
 
 def network(name: str) -> rp.ResidualChain:
@@ -119,7 +120,6 @@ class Contender:
     sizes: tuple[int, ...]
     quick_sizes: tuple[int, ...]
     images: int
-    repeats: int = 2
 
     def prepare(self, settings: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
         return lambda request: self.measure(settings)
@@ -127,10 +127,10 @@ class Contender:
 
 WORKERS = tuple(2**i for i in range((os.cpu_count() or 1).bit_length()))
 CONTENDERS = {
-    "blocks": Contender(of_blocks, (9, 27, 81, 243, 500), (3, 9, 27), 4, repeats=1),
+    "blocks": Contender(of_blocks, (9, 27, 81, 243, 500), (3, 9, 27), 4),
     "images at a time": Contender(of_images, (16, 64, 256, 512), (8, 16, 32), 0),
-    "lesions": Contender(of_lesions, (10, 40, 160, 400), (10, 20, 40), 16, repeats=1),
-    "workers": Contender(of_workers, WORKERS, (1,), 100, repeats=1),
+    "lesions": Contender(of_lesions, (10, 40, 160, 400), (10, 20, 40), 16),
+    "workers": Contender(of_workers, WORKERS, (1,), 100),
 }
 
 
@@ -140,7 +140,7 @@ def run(options: Any) -> list[dict[str, Any]]:
     for name, curve in CONTENDERS.items():
         sizes = curve.quick_sizes if options.quick else curve.sizes
         points: dict[str, dict[int, list[Any]]] = {}
-        for repeat in range(1 if options.quick else curve.repeats):
+        for repeat in range(1 if options.quick else 2):
             print(f"scaling: {name}, repeat {repeat + 1}", flush=True)
             for size in sizes:
                 settings = {"threads": options.threads, "size": size, "images": 4 if options.quick else curve.images}
@@ -154,30 +154,34 @@ def run(options: Any) -> list[dict[str, Any]]:
     return rows + projection(options)
 
 
-def rows_of_curve(task: str, unit: str, by_size: dict[int, list[tuple[float, float]]]) -> list[dict[str, Any]]:
+def rows_of_curve(task: str, unit: str, by_size: dict[int, list[Any]]) -> list[dict[str, Any]]:
     """Points, and the exponents of time and memory."""
-    rows = [
-        row(PART, task, f"{size} {unit}", "seconds", [s for s, _ in found], memory=max(m for _, m in found))
-        for size, found in by_size.items()
-    ]
-    if len(by_size) > 2:
-        sizes = list(by_size)
-        for quantity, index in (("time", 0), ("peak memory", 1)):
-            values = [np.median([point[index] for point in by_size[size]]) for size in sizes]
-            slope, error = exponent(sizes, values)
-            made = row(PART, task, f"exponent of {quantity}", "exponent", slope, note="one standard error about it")
-            rows.append(made | {"low": slope - error, "high": slope + error})
+    rows = []
+    for size, found in by_size.items():
+        seconds, memories = zip(*found, strict=True)
+        memory = None if None in memories else max(memories)
+        rows.append(row(PART, task, f"{size} {unit}", "seconds", list(seconds), memory=memory))
+    sizes = list(by_size)
+    for quantity, index in (("time", 0), ("peak memory", 1)):
+        if len(sizes) < 2 or by_size[sizes[0]][0][index] is None:
+            continue
+        values = [np.median([point[index] for point in by_size[size]]) for size in sizes]
+        slope, error, num_points = exponent(sizes, values)
+        last = exponent(sizes[-2:], values[-2:])[0]
+        note = f"of {num_points} points, one standard error about it; between the last two {last:.2f}"
+        made = row(PART, task, f"exponent of {quantity}", "exponent", slope, note=note)
+        rows.append(made | {"low": slope - error, "high": slope + error})
     return rows
 
 
-def exponent(sizes: Any, values: Any) -> tuple[float, float]:
-    """Slope of the logarithms, and its standard error; NaN where fewer than three values are above 0."""
+def exponent(sizes: Any, values: Any) -> tuple[float, float, int]:
+    """Slope of the logarithms, its standard error (NaN of two points), and the number of points above 0."""
     sizes, values = np.asarray(sizes, dtype=float), np.asarray(values, dtype=float)
     known = values > 0
-    if known.sum() < 3:
-        return float("nan"), float("nan")
+    if known.sum() < 2:
+        return float("nan"), float("nan"), int(known.sum())
     line = stats.linregress(np.log(sizes[known]), np.log(values[known]))
-    return float(line.slope), float(line.stderr)
+    return float(line.slope), float(line.stderr) if known.sum() > 2 else float("nan"), int(known.sum())
 
 
 def projection(options: Any) -> list[dict[str, Any]]:
@@ -197,11 +201,17 @@ def projection(options: Any) -> list[dict[str, Any]]:
     blocks = counted[1:-1]
     # A deleted block leaves its projection, which is small; behind it every block and the head run again.
     again = sum(sum(blocks[i + 1 :]) + counted[-1] for i in range(len(blocks)))
-    split = sum((len(blocks) - i) * count for i, count in enumerate(blocks))  # a VJP costs what the block costs
+    # A VJP costs what the block costs. Besides, each block is run twice and passed by the whole gradient once, and the
+    # stem by the rows of all lengths.
+    split = sum((len(blocks) - i) * count for i, count in enumerate(blocks))
+    split += 2 * sum(counted) + (len(blocks) + 1) * counted[0]
     task = f"projection, not run: ResNet-200 ({len(blocks)} blocks), {images:,} images of {size} x {size} on one GPU"
-    note = f"at an assumed {ASSUMED_RATE:.0e} operations a second"
     rows = [row(PART, task, "one image forward", "GFLOP", sum(counted) / 1e9, note="counted")]
     for name, count in (("all single deletions", sum(counted) + again), ("exact gradient", sum(counted) + split)):
-        hours = count * images / ASSUMED_RATE / 3600
-        rows.append(row(PART, task, name, "hours", hours, note=f"{count * images:.2e} operations, {note}"))
+        for precision, rate in ASSUMED_RATES.items():
+            note = (
+                f"{count * images:.2e} operations at an assumed {rate:.1e} a second, a third of an A100's peak; "
+                "what is done element by element is not counted"
+            )
+            rows.append(row(PART, task, f"{name}, {precision}", "hours", count * images / rate / 3600, note=note))
     return rows
