@@ -77,12 +77,13 @@ def reproduce(
         str, typer.Option(help="'quick' (minutes on a laptop) or 'full' (the sizes that each notebook names).")
     ] = "quick",
     only: Annotated[list[str] | None, typer.Option(help="Beginning of a notebook's name, such as 02.")] = None,
+    device: Annotated[str, typer.Option(help="'auto', or a device of torch such as 'cuda:1'.")] = "auto",
     output: Annotated[Path, typer.Option(help="Folder for figures and executed notebooks.")] = Path("figures"),
 ) -> None:
     """Run all notebooks in order and write every figure as PDF, SVG, PNG and CSV, and a page that shows them all."""
     from resnet_paths.reproduce import reproduce
 
-    results = reproduce(output, profile=profile, only=only or ())
+    results = reproduce(output, profile=profile, only=only or (), device=device)
     for result in results:
         typer.echo(f"failed  {result.name}: {result.error}" if result.error else f"passed  {result.name}")
     typer.echo(f"figures in {output.resolve()}; to see them all, open {output.resolve() / 'index.html'}")

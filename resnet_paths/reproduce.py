@@ -17,6 +17,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from tqdm.auto import tqdm
 
+from resnet_paths.device import choose_device
 from resnet_paths.errors import ResnetPathsError
 from resnet_paths.files import shipped_folder, write_then_rename
 from resnet_paths.gallery import write_gallery
@@ -131,7 +132,13 @@ def _execute(
 
 
 def reproduce(
-    output: Path, *, profile: str = "quick", only: Sequence[str] = (), folder: Path | None = None, progress: bool = True
+    output: Path,
+    *,
+    profile: str = "quick",
+    only: Sequence[str] = (),
+    device: str = "auto",
+    folder: Path | None = None,
+    progress: bool = True,
 ) -> list[NotebookResult]:
     """Run the notebooks and write every figure as PDF, SVG, PNG and the CSV behind it, and the gallery.
 
@@ -140,6 +147,7 @@ def reproduce(
             before; executed notebooks go into its folder ``notebooks``.
         profile: ``"quick"`` (minutes on a laptop) or ``"full"`` (the sizes that each notebook names).
         only: Beginnings of the names of notebooks to run; all if empty.
+        device: Where their networks run: ``"auto"``, which is the accelerator if there is one, or a device of torch.
         folder: Where the notebooks lie; the shipped ones by default.
         progress: Whether to show a bar over cells.
 
@@ -147,13 +155,14 @@ def reproduce(
         How each notebook ended, in order.
 
     Raises:
-        ResnetPathsError: If the profile is unknown, or `only` fits no notebook.
+        ResnetPathsError: If the profile is unknown, `only` fits no notebook, or the device is none.
     """
     if profile not in PROFILES:
         raise ResnetPathsError("profile", profile, " or ".join(map(repr, PROFILES)))
     paths = find_notebooks(only, folder)
+    choose_device(device)
     output = output.resolve()
-    parameters = {"profile": profile, "figures_folder": str(output)}
+    parameters = {"profile": profile, "figures_folder": str(output), "device": device}
     num_cells = {path: path.read_text(encoding="utf-8").count('"cell_type": "code"') + 2 for path in paths}
     results = []
     with tqdm(total=sum(num_cells.values()), unit="cell", disable=not progress) as bar:

@@ -178,9 +178,17 @@ def test_rows_of_parts_that_were_not_run_are_kept(tmp_path):
     ]  # fmt: skip
     assert "**T**\n" in table.markdown(read)
     assert "| a | 1 (1 to 1) | - |  |" in table.markdown(read)
+    assert "| c | - | not to be had |" in table.markdown(read)
     assert "not to be had" in table.text(read)
     ax = table.plot_ratios(read)
     assert [label.get_text() for label in ax.get_yticklabels()] == ["a"]
+
+
+def test_the_readme_shows_exponents_of_curves_and_not_their_points():
+    rows = scaling.rows_of_curve("t", "blocks", {n: [(n**1.5, 3.0)] for n in (1, 2, 4)})
+    shown = table.markdown(table.stamped(rows, {}, 1))
+    assert "| t | 1.50 ± 0.00 (1.50) | 0.00 (0.00) |" in shown
+    assert "4 blocks" not in shown
 
 
 def test_a_worker_that_fails_says_why():

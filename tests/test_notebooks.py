@@ -78,6 +78,21 @@ def test_shipped_notebooks_are_stripped_ask_one_question_and_assert(name):
     assert len(nbformat.writes(notebook)) < 100_000
 
 
+@pytest.mark.parametrize("name", SHIPPED)
+def test_networks_run_where_the_parameters_say(name):
+    """`resnet-paths reproduce --device` reaches every network and every study."""
+    parameters, *others = code_of(SHIPPED[name])
+    calls = [node for source in others for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    named = [(ast.unparse(call.func), {k.arg: ast.unparse(k.value) for k in call.keywords}) for call in calls]
+    if any(function == "rp.unravel" for function, _ in named):
+        assert '\ndevice = "auto"' in parameters
+    for function, keywords in named:
+        if function in ("rp.load_network", "rp.lesion_study", "rp.predicted_effects"):
+            assert keywords.get("device") == "device", function
+        if function == "rp.load_dataset":
+            assert keywords["folder"] == "data_folder"
+
+
 def test_no_two_notebooks_write_the_same_figure():
     stems = [stem for notebook in SHIPPED.values() for stem in figures_of(notebook)]
     assert len(stems) == len(set(stems))

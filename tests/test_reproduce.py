@@ -23,21 +23,26 @@ def write(folder, name, *sources):
 def folder(tmp_path):
     folder = tmp_path / "notebooks"
     folder.mkdir()
-    write(folder, "01_good", "from pathlib import Path", "Path(figures_folder, 'one.txt').write_text(profile)")
+    write(
+        folder,
+        "01_good",
+        "from pathlib import Path",
+        "Path(figures_folder, 'one.txt').write_text(f'{profile} {device}')",
+    )
     write(folder, "02_bad", "x = 1", "raise ValueError('the claim does not hold')", "x = 3")
     write(folder, "03_good", "rates = [0.25, 0.5]", "assert max(rates) < 0.6, f'highest rate {max(rates)}'")
     return folder
 
 
 def test_a_failing_notebook_is_named_and_the_others_run(folder, tmp_path):
-    results = reproduce(tmp_path / "out", profile="full", folder=folder, progress=False)
+    results = reproduce(tmp_path / "out", profile="full", device="cpu", folder=folder, progress=False)
     assert [r.name for r in results] == ["01_good", "02_bad", "03_good"]
     assert [r.error is None for r in results] == [True, False, True]
     # Cells: title, parameters, injected, x = 1, raise.
     assert results[1].error.startswith(
         """cell 5 ("raise ValueError('the claim does not hold')"): ValueError: the claim"""
     )
-    assert (tmp_path / "out" / "one.txt").read_text() == "full"
+    assert (tmp_path / "out" / "one.txt").read_text() == "full cpu"
     executed = nbformat.read(tmp_path / "out" / "notebooks" / "02_bad.ipynb", as_version=4)
     assert executed.cells[3].execution_count is not None
     assert executed.cells[5].execution_count is None
@@ -88,6 +93,8 @@ def test_bad_input(folder, tmp_path):
         reproduce(tmp_path, only=["99"], folder=folder)
     with pytest.raises(rp.ResnetPathsError, match="profile: got 'fast'; allowed: 'quick' or 'full'"):
         reproduce(tmp_path, profile="fast", folder=folder)
+    with pytest.raises(rp.ResnetPathsError, match="device: got 'gpu'; allowed: 'auto' or a device of torch"):
+        reproduce(tmp_path, device="gpu", folder=folder)
 
 
 def test_a_notebook_without_parameters_is_reported(tmp_path):

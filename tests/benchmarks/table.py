@@ -94,20 +94,68 @@ def text(frame: pd.DataFrame) -> str:
 
 
 def markdown(frame: pd.DataFrame) -> str:
-    """The README's tables, one a task: rows of lesions and gradients that have a ratio, or say why they have none."""
-    shown = frame[frame["part"].isin(["lesions", "gradients"]) & (frame["ratio"].notna() | frame["value"].isna())]
+    """The README's tables: ratios of lesions and gradients, one a task, and folded below them all else."""
+    known = frame["ratio"].notna() | frame["value"].isna()
     lines = []
-    for task, rows in shown.groupby("task", sort=False):
-        lines += [f"**{str(task)[0].upper()}{str(task)[1:]}**", ""]
+    for task, rows in frame[frame["part"].isin(["lesions", "gradients"]) & known].groupby("task", sort=False):
+        lines += _heading(task)
         lines += ["| by | time over this project's | peak memory | notes |", "| --- | ---: | ---: | --- |"]
         for r in rows.itertuples():
             ratio = f"{r.ratio:.3g} ({r.ratio_low:.3g} to {r.ratio_high:.3g})" if pd.notna(r.ratio) else "-"
             memory = f"{r.peak_memory_mib:.0f} MiB" if pd.notna(r.peak_memory_mib) else "-"
-            note = "" if pd.isna(r.note) else str(r.note).replace("|", "\\|")
-            lines.append(f"| {r.contender} | {ratio} | {memory} | {note} |")
+            lines.append(f"| {r.contender} | {ratio} | {memory} | {_note(r)} |")
         lines.append("")
-    told = shown.iloc[0] if len(shown) else None
-    return "\n".join(lines if told is None else [*lines, f"{told.machine}; {told.versions}; {told.date}."])
+    rest = _exponents(frame[frame["quantity"] == "exponent"])
+    rest += _values(frame[frame["task"].isin(_shown_as_values(frame))])
+    if rest:
+        title = "How time and memory grow, how far it is to the limit of the machine, what starting costs"
+        lines += ["<details>", f"<summary>{title}</summary>", "", *rest, "</details>", ""]
+    told = frame.groupby(["machine", "versions", "date"], sort=False)["part"].unique()
+    lines += [f"{', '.join(parts)}: {'; '.join(where)}.  " for where, parts in told.items()]
+    return "\n".join(lines).rstrip()
+
+
+def _heading(task: object) -> list[str]:
+    return [f"**{str(task)[0].upper()}{str(task)[1:]}**", ""]
+
+
+def _note(r: Any) -> str:
+    return "" if pd.isna(r.note) else str(r.note).replace("|", "\\|")
+
+
+def _exponents(rows: pd.DataFrame) -> list[str]:
+    """One table of all curves."""
+    head = "| exponent, one standard error (between the last two points) | of time | of peak memory |"
+    lines = [head, "| --- | --- | --- |"]
+    for task, of_task in rows.groupby("task", sort=False):
+        told = {}
+        for r in of_task.itertuples():
+            spread = f" ± {r.high - r.value:.2f}" if pd.notna(r.high) else ""
+            told[r.contender] = f"{r.value:.2f}{spread} ({str(r.note).rpartition(' ')[2]})"
+        of_time, of_memory = (told.get(f"exponent of {quantity}", "-") for quantity in ("time", "peak memory"))
+        lines.append(f"| {task} | {of_time} | {of_memory} |")
+    return [*lines, ""] if len(rows) else []
+
+
+def _shown_as_values(frame: pd.DataFrame) -> list[str]:
+    """Tasks of which each row is shown with its value."""
+    tasks = frame.loc[frame["part"].isin(["scaling", "limit", "startup", "studies"]), "task"].unique()
+    curves = frame.loc[frame["part"].eq("scaling") & frame["quantity"].eq("seconds"), "task"].unique()
+    return [task for task in tasks if task not in curves]
+
+
+def _values(rows: pd.DataFrame) -> list[str]:
+    lines = []
+    for task, of_task in rows.groupby("task", sort=False):
+        lines += [*_heading(task), "| | | notes |", "| --- | ---: | --- |"]
+        for r in of_task.itertuples():
+            spread = f" ({r.low:.3g} to {r.high:.3g})" if r.low != r.high else ""
+            value = f"{r.value:.3g}{spread} {r.quantity}" if pd.notna(r.value) else "-"
+            note = [_note(r)] if _note(r) else []
+            note += [f"ratio {r.ratio:.3g} ({r.ratio_low:.3g} to {r.ratio_high:.3g})"] if pd.notna(r.ratio) else []
+            lines.append(f"| {r.contender} | {value} | {'; '.join(note)} |")
+        lines.append("")
+    return lines
 
 
 def plot_ratios(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
