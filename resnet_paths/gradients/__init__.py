@@ -106,10 +106,10 @@ def gradient_by_path_length(
         standard error ``..._se``. For exact quantities that is over examples (NaN for a single one); for estimates it
         is the error due to the draws, for these examples, and ``..._examples_se`` is the error due to both.
         ``underflown`` tells whether a norm that is not 0 was too small for a float64. ``attrs`` hold ``method``,
-        ``with_respect_to``, ``num_examples``, ``num_draws``, ``num_block_vjps`` (for an example), ``share_left_out``
-        (the share of the gradient on paths longer than `max_length`; None for ``"sampled"``) and
-        ``num_without_gradient`` (examples whose whole gradient is 0: they have no shares), and of all lengths
-        ``longest_path`` and ``num_paths_in_all``.
+        ``with_respect_to``, ``num_examples``, ``num_draws``, ``num_block_vjps`` (for an example; the whole gradient, to
+        which shares refer, takes one more a block), ``share_left_out`` (the share of the gradient on paths longer than
+        `max_length`; None for ``"sampled"``) and ``num_without_gradient`` (examples whose whole gradient is 0: they
+        have no shares), and of all lengths ``longest_path`` and ``num_paths_in_all``.
 
     Raises:
         ResnetPathsError: If the chain is in training mode, the method, place or length is unknown, the inputs are of
