@@ -177,7 +177,7 @@ def _plot_along_blocks(
     if highlight is not None:
         ax.axvspan(highlight - 0.5, highlight + 0.5, color="0.9", zorder=0)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    ax.set(xlabel="block (index from 0)", ylabel=ylabel, xlim=(x.min() - 1, x.max() + 1))
+    ax.set(xlabel="block (index from 0)", ylabel=ylabel, xlim=(x.min() - 0.8, x.max() + 0.8))
     if log:
         ax.set_yscale("log")
     starts = x[frame["stage"].diff() > 0].tolist()
