@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import urllib.request
 
 import pytest
@@ -22,6 +23,14 @@ def _no_network_and_own_cache(monkeypatch, tmp_path_factory):
 
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
     monkeypatch.setenv("RESNET_PATHS_CACHE", str(tmp_path_factory.getbasetemp() / "empty-cache"))
+
+
+@pytest.fixture(autouse=True)
+def _no_figure_of_another_test():
+    """What one test draws is no other's current axes."""
+    yield
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")
 
 
 @pytest.fixture
