@@ -46,7 +46,6 @@ KINDS = ("pdf", "svg", "png", "csv")
 def _style() -> Iterator[None]:
     with paper_style("single"):
         yield
-        plt.close("all")
 
 
 def deletions(network: str = "preact-resnet-56", num_blocks: int = 27, seed: int = 0) -> pd.DataFrame:

@@ -23,7 +23,6 @@ from tests.test_figures import legend_texts, texts
 def _style():
     with figures.paper_style("single"):
         yield
-        plt.close("all")
 
 
 def drawn(ax, label):

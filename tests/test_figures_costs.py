@@ -23,7 +23,6 @@ DEPTHS = pd.DataFrame({
 def _style():
     with paper_style("double", aspect=0.3):
         yield
-        plt.close("all")
 
 
 def test_bars_end_at_the_peak_which_stands_beside_them():

@@ -26,7 +26,6 @@ from tests.test_figures import boxes, legend_texts, routes, texts
 def _style() -> Iterator[None]:
     with paper_style("single"):
         yield
-        plt.close("all")
 
 
 def block(name: str, kind: str = "identity", **changes: Any) -> Block:

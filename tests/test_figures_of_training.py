@@ -20,7 +20,6 @@ from resnet_paths.figures import paper_style, plot_path_shares, plot_windows
 def _style():
     with paper_style("double", aspect=0.4):
         yield
-        plt.close("all")
 
 
 def splits() -> pd.DataFrame:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
@@ -23,7 +22,6 @@ BOTH = pd.concat([study("ViT", 0.9, 0.5, 0.2), study("LM", 0.6, 0.7, 0.3)])
 def _style():
     with paper_style("single", aspect=0.8):
         yield
-        plt.close("all")
 
 
 def test_marks_are_the_rows_and_networks_stand_side_by_side():
