@@ -181,17 +181,22 @@ def _laid_out(fig: Figure) -> Iterator[None]:
     if engine is None:
         yield
         return
-    fig.draw_without_rendering()
+    for _ in range(2):  # a colorbar takes its place in the second layout only
+        fig.draw_without_rendering()
     fig.set_layout_engine("none")
+    try:
+        _round_positions(fig)
+        yield
+    finally:
+        fig.set_layout_engine(engine)
+
+
+def _round_positions(fig: Figure) -> None:
     for ax in fig.axes:
         in_layout = ax.get_in_layout()  # setting a position takes axes out
         left, bottom, width, height = (round(number, 6) for number in ax.get_position(original=True).bounds)
         ax.set_position((left, bottom, width, height))
         ax.set_in_layout(in_layout)
-    try:
-        yield
-    finally:
-        fig.set_layout_engine(engine)
 
 
 def _facts(networks: nn.Module | Mapping[str, nn.Module] | None, seed: int | None) -> str:

@@ -138,7 +138,7 @@ def test_exponents_are_slopes_of_logarithms():
     slope, error, num_points = scaling.exponent(sizes, [1, 3, 0, 0])
     assert (round(slope, 12), math.isnan(error), num_points) == (1, True, 2)
     assert math.isnan(scaling.exponent(sizes, [1, 0, 0, 0])[0])
-    rows = scaling.rows_of_curve("t", "blocks", {n: [(n**1.5, 3.0), (n**1.5, 3.0)] for n in (1, 2, 4)})
+    rows = scaling.rows_of_curve("t", "blocks", {n: [(n**1.5, 3.0), (n**1.5, 1.0 + n / 4)] for n in (1, 2, 4)})
     fitted = {r["contender"]: r["value"] for r in rows if r["quantity"] == "exponent"}
     assert fitted == {"exponent of time": pytest.approx(1.5), "exponent of peak memory": pytest.approx(0)}
     rows = scaling.rows_of_curve("t", "workers", {1: [(2.0, None)], 2: [(1.0, None)]})

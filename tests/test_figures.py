@@ -189,6 +189,22 @@ def test_same_data_give_the_same_bytes(tmp_path: Path, name: str) -> None:
     assert saved[0] == saved[1] == saved[2]
 
 
+def test_a_colorbar_stays_where_it_is(tmp_path: Path) -> None:
+    fig, ax = plt.subplots()
+    fig.colorbar(ax.pcolormesh(np.arange(12.0).reshape(3, 4)), label="interaction")
+    saved = [[path.read_bytes() for path in save_figure(fig, tmp_path / name / "figure")] for name in ("one", "two")]
+    assert saved[0] == saved[1]
+
+
+def test_a_figure_keeps_its_layout_when_saving_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fig = plt.figure()
+    engine = fig.get_layout_engine()
+    monkeypatch.setattr(fig, "savefig", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        save_figure(fig, tmp_path / "figure")
+    assert fig.get_layout_engine() is engine
+
+
 def test_files_say_where_they_come_from_but_not_when(tmp_path: Path) -> None:
     PLOTS["histogram"]()
     net = torch.nn.Linear(2, 2)

@@ -51,7 +51,7 @@ def unravel(
         model: The network, in eval mode. A `ResidualChain` is returned as it is.
         example_inputs: A tensor, a tuple of positional arguments, or a mapping of keyword arguments, with the batch in
             dimension 0 of every tensor, of the model's dtype. They are taken to the model's device, if it lies on one
-            only. The chain is called in the same way.
+            only. The chain is called in the same way, with tensors on that device.
         output: Which of the model's outputs the chain returns, by name or position; None for the only tensor, else
             ``logits``, ``last_hidden_state``, ``out``, or the first.
         max_depth: How many chains may stand inside one another, as in a U-Net, whose outermost block holds the network

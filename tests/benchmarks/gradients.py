@@ -132,7 +132,7 @@ def states_and_cotangent(chain: rp.ResidualChain, images: Any, labels: Any) -> t
 
 
 def forward_kept(chain: rp.ResidualChain, images: Any, labels: Any, settings: dict[str, Any], repeat: int) -> Answer:
-    """Seconds of a branch's VJP, the mean over blocks, by someone who keeps the forward pass for all paths."""
+    """Seconds of a block's VJP, the mean over blocks, by someone who keeps the forward pass for all paths."""
     states, cotangent = states_and_cotangent(chain, images, labels)
     total = 0.0
     for block, state in zip(reversed(list(chain)), reversed(states[:-1]), strict=True):
