@@ -18,9 +18,14 @@ app = typer.Typer(
 )
 
 _PLANS = (
-    "single-deletions", "random-deletions", "pair-deletions", "random-swaps", "duplications", "random-duplications",
+    "single-deletions",
+    "random-deletions",
+    "pair-deletions",
+    "random-swaps",
+    "duplications",
+    "random-duplications",
     "layer-schedules",
-)  # fmt: skip
+)
 _MOST_AT_ONCE = 20
 
 
@@ -42,7 +47,7 @@ def train(
     folder: Annotated[Path, typer.Option(help="Where weights, log and checkpoint go.")] = Path("runs"),
 ) -> None:
     """Train a network by name; a run that was stopped goes on where it was."""
-    from resnet_paths.training import TrainingSettings, train
+    from resnet_paths.reproduce.training import TrainingSettings, train
 
     own: dict[str, Any] = {} if learning_rate is None else {"learning_rate": learning_rate}
     if num_drawn_blocks:
@@ -53,9 +58,14 @@ def train(
     )
     epochs_kept = _numbers("snapshots", snapshots, ",", "numbers of epochs with commas between, as in 0,1,4")
     path = train(
-        settings, folder, snapshots=epochs_kept, accelerator=accelerator, num_nodes=num_nodes, strategy=strategy,
+        settings,
+        folder,
+        snapshots=epochs_kept,
+        accelerator=accelerator,
+        num_nodes=num_nodes,
+        strategy=strategy,
         devices=int(devices) if devices.lstrip("-").isdigit() else devices,
-    )  # fmt: skip
+    )
     typer.echo(f"wrote {path}")
 
 
@@ -65,7 +75,7 @@ def publish(
     folder: Annotated[Path | None, typer.Option(help="Where to store them; data/networks by default.")] = None,
 ) -> None:
     """Store a finished run, its snapshots and its log to be loaded by name, in half precision if nothing is lost."""
-    from resnet_paths.training.publishing import publish
+    from resnet_paths.reproduce.training.publishing import publish
 
     for path in publish(weights, folder):
         typer.echo(f"wrote {path}")
@@ -81,7 +91,7 @@ def reproduce(
     output: Annotated[Path, typer.Option(help="Folder for figures and executed notebooks.")] = Path("figures"),
 ) -> None:
     """Run all notebooks in order and write every figure as PDF, SVG, PNG and CSV, and a page that shows them all."""
-    from resnet_paths.reproduce import reproduce
+    from resnet_paths.reproduce.runner import reproduce
 
     results = reproduce(output, profile=profile, only=only or (), device=device)
     for result in results:
@@ -117,11 +127,11 @@ def lesion(
     import torch
     from torch.utils.data import DataLoader, Subset
 
-    from resnet_paths import lesion_plans
-    from resnet_paths.datasets import load_dataset
-    from resnet_paths.errors import ResnetPathsError, StudyInterrupted
-    from resnet_paths.files import write_then_rename
+    from resnet_paths._utils.errors import ResnetPathsError, StudyInterrupted
+    from resnet_paths._utils.files import write_then_rename
     from resnet_paths.lesions import lesion_study
+    from resnet_paths.lesions import plans as lesion_plans
+    from resnet_paths.reproduce.datasets import load_dataset
     from resnet_paths.unraveling import unravel
     from resnet_paths.zoo import load_network
 
@@ -142,15 +152,23 @@ def lesion(
         most = _MOST_AT_ONCE if singles is None else min(_MOST_AT_ONCE, len(getattr(lesion_plans, singles)(chain)))
         arguments = {
             "counts": range(1, most + 1) if counts is None else _range_of(counts),
-            "repeats": repeats, "generator": torch.Generator().manual_seed(seed),
-        }  # fmt: skip
+            "repeats": repeats,
+            "generator": torch.Generator().manual_seed(seed),
+        }
     lesions = getattr(lesion_plans, plan.replace("-", "_"))(chain, **arguments)
     loader = DataLoader(Subset(images, range(count)), batch_size=batch_size)
     try:
         frame = lesion_study(
-            chain, loader, lesions, store=store, device=device, precision=precision, channels_last=channels_last,
-            batch_budget=batch_budget, fold_batchnorm=fold_batchnorm,
-        )  # fmt: skip
+            chain,
+            loader,
+            lesions,
+            store=store,
+            device=device,
+            precision=precision,
+            channels_last=channels_last,
+            batch_budget=batch_budget,
+            fold_batchnorm=fold_batchnorm,
+        )
     except StudyInterrupted as interrupt:
         kept = f"; run the same command again to go on from {store}" if store else ", which were not kept: no --store"
         typer.echo(f"resnet-paths: stopped after {interrupt.num_batches} batches{kept}", err=True)
@@ -164,7 +182,7 @@ def lesion(
 
 
 def _range_of(counts: str) -> list[int]:
-    from resnet_paths.errors import ResnetPathsError
+    from resnet_paths._utils.errors import ResnetPathsError
 
     first, _, last = counts.partition("-")
     if not (first.isdigit() and (last or first).isdigit()):
@@ -177,7 +195,7 @@ def paths(
     num_blocks: Annotated[int, typer.Argument(help="Number of residual blocks; 54 for ResNet-110.")],
 ) -> None:
     """Print the number and the fraction of paths of each length through n residual blocks."""
-    from resnet_paths.paths import path_histogram
+    from resnet_paths.core.paths import path_histogram
 
     typer.echo(path_histogram(num_blocks).to_string(index=False))
 
@@ -191,7 +209,7 @@ def networks(
     from resnet_paths.zoo import list_networks, networks_table
 
     if check:
-        from resnet_paths.training.publishing import published_errors
+        from resnet_paths.reproduce.training.publishing import published_errors
 
         found = published_errors()
         typer.echo(found.to_string(index=False))
@@ -202,7 +220,7 @@ def networks(
 
 
 def _numbers(argument: str, text: str, separator: str, allowed: str) -> list[int]:
-    from resnet_paths.errors import ResnetPathsError
+    from resnet_paths._utils.errors import ResnetPathsError
 
     try:
         return [int(number) for number in text.split(separator)] if text else []
@@ -212,7 +230,7 @@ def _numbers(argument: str, text: str, separator: str, allowed: str) -> list[int
 
 def main() -> None:
     """Entry point: a refusal is one line on standard error and exit status 2, never a traceback."""
-    from resnet_paths.errors import ResnetPathsError
+    from resnet_paths._utils.errors import ResnetPathsError
 
     try:
         app()

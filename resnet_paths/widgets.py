@@ -23,16 +23,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from resnet_paths import figures
-from resnet_paths.chain import ResidualChain
-from resnet_paths.edits import delete_blocks
-from resnet_paths.errors import ResnetPathsError
+from resnet_paths._utils.errors import ResnetPathsError
+from resnet_paths.core.block_norms import block_norms
+from resnet_paths.core.chain import ResidualChain
+from resnet_paths.core.edits import delete_blocks
+from resnet_paths.core.paths import path_histogram, path_length
+from resnet_paths.core.unraveled_graph import unraveled_graph
 from resnet_paths.gradients import scalar_gradients
 from resnet_paths.gradients.scalar import ACTIVATIONS
-from resnet_paths.graph import unraveled_graph
-from resnet_paths.lesion_plans import Lesion, scalings, single_deletions
 from resnet_paths.lesions import lesion_study
-from resnet_paths.paths import path_histogram, path_length
-from resnet_paths.states import block_norms
+from resnet_paths.lesions.plans import Lesion, scalings, single_deletions
 
 __all__ = ["explore_blocks", "explore_gradient_highway", "explore_lesions", "explore_paths"]
 

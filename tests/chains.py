@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 from torch import nn
 
-from resnet_paths.chain import Block, ResidualChain
+from resnet_paths.core.chain import Block, ResidualChain
 
 
 @dataclass(frozen=True)

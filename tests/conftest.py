@@ -38,7 +38,7 @@ def make_images():
     """Make random images whose brightness depends on their label, so that there is something to learn."""
     import torch
 
-    from resnet_paths.datasets import DATASETS, ImageDataset
+    from resnet_paths.reproduce.datasets import DATASETS, ImageDataset
 
     def make(num_images, seed=0, name="fashion-mnist"):
         generator = torch.Generator().manual_seed(seed)
@@ -52,7 +52,7 @@ def make_images():
 @pytest.fixture
 def run(make_images):
     """Train on 40 images, so that batches of 16 end with a smaller one, and measure on 21."""
-    from resnet_paths.training import train
+    from resnet_paths.reproduce.training import train
 
     splits = {"train_set": make_images(40), "test_set": make_images(21, seed=1)}
 

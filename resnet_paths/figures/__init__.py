@@ -19,7 +19,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 
-from resnet_paths.errors import ResnetPathsError
+from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.figures.blocks import (
     plot_block_directions,
     plot_block_norms,
@@ -46,21 +46,42 @@ from resnet_paths.figures.lesions import (
     plot_reorderings,
     plot_single_deletions,
 )
-from resnet_paths.paper import paper_style, save_figure, weights_hash
+from resnet_paths.figures.style import paper_style, save_figure, weights_hash
 
 __all__ = [
-    "paper_style", "plot_block_directions", "plot_block_norms", "plot_chain", "plot_coherence", "plot_cost_by_depth",
-    "plot_effective_window", "plot_gradient_by_depth", "plot_layer_schedules", "plot_lesion_counts",
-    "plot_pair_interactions", "plot_path_gradients", "plot_path_histogram", "plot_path_shares",
-    "plot_predicted_effects", "plot_reorderings", "plot_scalar_gradients", "plot_scalings", "plot_single_deletions",
-    "plot_training_curves", "plot_training_memory", "plot_unraveled_graph", "plot_windows", "save_figure",
+    "paper_style",
+    "plot_block_directions",
+    "plot_block_norms",
+    "plot_chain",
+    "plot_coherence",
+    "plot_cost_by_depth",
+    "plot_effective_window",
+    "plot_gradient_by_depth",
+    "plot_layer_schedules",
+    "plot_lesion_counts",
+    "plot_pair_interactions",
+    "plot_path_gradients",
+    "plot_path_histogram",
+    "plot_path_shares",
+    "plot_predicted_effects",
+    "plot_reorderings",
+    "plot_scalar_gradients",
+    "plot_scalings",
+    "plot_single_deletions",
+    "plot_training_curves",
+    "plot_training_memory",
+    "plot_unraveled_graph",
+    "plot_windows",
+    "save_figure",
     "weights_hash",
-]  # fmt: skip
+]
 
 _CURVE_LABELS = {
-    "train_loss": "training loss (nats)", "train_error_rate": "training error (%)",
-    "test_loss": "test loss (nats)", "test_error_rate": "test error (%)",
-}  # fmt: skip
+    "train_loss": "training loss (nats)",
+    "train_error_rate": "training error (%)",
+    "test_loss": "test loss (nats)",
+    "test_error_rate": "test error (%)",
+}
 
 
 def plot_path_histogram(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:

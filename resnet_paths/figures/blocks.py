@@ -10,12 +10,16 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from resnet_paths.errors import ResnetPathsError
+from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.figures.layout import INK, MARKERS, MUTED, checked, groups_of, legend_above, mark_stages
 
 __all__ = [
-    "plot_block_directions", "plot_block_norms", "plot_gradient_by_depth", "plot_scalar_gradients", "plot_scalings",
-]  # fmt: skip
+    "plot_block_directions",
+    "plot_block_norms",
+    "plot_gradient_by_depth",
+    "plot_scalar_gradients",
+    "plot_scalings",
+]
 
 _NORMS = {"skip_norm": "x, along the skip", "branch_norm": "F(x)", "sum_norm": "F(x) + x"}
 _DIRECTIONS = {"cosine": "cosine of x and F(x)", "kept_signal_share": "signal kept along the skips (share)"}
@@ -82,9 +86,15 @@ def plot_scalings(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
         percent = 100 * rows["error_rate"]
         error = (percent - 100 * rows["error_rate_low"], 100 * rows["error_rate_high"] - percent)
         ax.errorbar(
-            rows["factor"], percent, yerr=error, marker=marker, markersize=2.5, linewidth=0.8, elinewidth=0.5,
+            rows["factor"],
+            percent,
+            yerr=error,
+            marker=marker,
+            markersize=2.5,
+            linewidth=0.8,
+            elinewidth=0.5,
             label=str(block),
-        )  # fmt: skip
+        )
     ax.set(xlabel="factor on the branch", ylabel="test error (%)")
     ax.set_ylim(bottom=0)
     ax.set_xlim(left=min(0, ax.get_xlim()[0]))
@@ -120,9 +130,16 @@ def plot_gradient_by_depth(frame: pd.DataFrame, ax: Axes | None = None, networks
             raise ResnetPathsError("networks", order, f"names with {network!r} among them")
         index = order.index(network)
         ax.errorbar(
-            rows["depth"], rows["gradient_norm"], yerr=rows["gradient_norm_se"], label=network, color=f"C{index}",
-            marker=MARKERS[index % len(MARKERS)], markersize=2.5, linewidth=0.8, elinewidth=0.5,
-        )  # fmt: skip
+            rows["depth"],
+            rows["gradient_norm"],
+            yerr=rows["gradient_norm_se"],
+            label=network,
+            color=f"C{index}",
+            marker=MARKERS[index % len(MARKERS)],
+            markersize=2.5,
+            linewidth=0.8,
+            elinewidth=0.5,
+        )
     ax.set(yscale="log", xlabel="depth (blocks in front)", ylabel="gradient norm")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     if by:
@@ -151,9 +168,13 @@ def plot_scalar_gradients(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     for (network, rows), marker in zip(groups_of(frame, ["network"], "depth"), cycle(MARKERS), strict=False):
         size = rows["gradient"].abs()
         ax.plot(
-            rows["depth"], size.where(size > 0), marker=marker, markersize=2.5, linewidth=0.8,
+            rows["depth"],
+            size.where(size > 0),
+            marker=marker,
+            markersize=2.5,
+            linewidth=0.8,
             label=labels.get(str(network), str(network)),
-        )  # fmt: skip
+        )
     ax.axhline(1, color=MUTED, linewidth=0.7, zorder=0)
     ax.set(yscale="log", xlabel="depth (layers)", ylabel="|d state / d input|")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
@@ -171,9 +192,15 @@ def _plot_along_blocks(
     x = frame["block_index"]
     for (name, label), marker in zip(names.items(), cycle(MARKERS), strict=False):
         ax.errorbar(
-            x, frame[name], yerr=frame[f"{name}_se"], label=label, marker=marker, markersize=2.5, linewidth=0.8,
+            x,
+            frame[name],
+            yerr=frame[f"{name}_se"],
+            label=label,
+            marker=marker,
+            markersize=2.5,
+            linewidth=0.8,
             elinewidth=0.5,
-        )  # fmt: skip
+        )
     if highlight is not None:
         ax.axvspan(highlight - 0.5, highlight + 0.5, color="0.9", zorder=0)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))

@@ -16,9 +16,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.path import Path as Curve
 
-from resnet_paths.errors import ResnetPathsError
+from resnet_paths._utils.errors import ResnetPathsError
+from resnet_paths.core.paths import Choice, Entry, check_path
 from resnet_paths.figures.layout import INK, MUTED, draw_sum, legend_above
-from resnet_paths.paths import Choice, Entry, check_path
 
 __all__ = ["plot_chain"]
 
@@ -41,7 +41,7 @@ def plot_chain(frame: pd.DataFrame, ax: Axes | None = None, highlight: Sequence[
     is crossed out.
 
     Args:
-        frame: From `resnet_paths.chain.ResidualChain.to_frame`; of a lesioned chain, to show what was deleted.
+        frame: From `resnet_paths.core.chain.ResidualChain.to_frame`; of a lesioned chain, to show what was deleted.
         ax: Where to draw; the current axes if None.
         highlight: One path, an entry a block, to draw in a strong colour with all else muted.
 
@@ -202,9 +202,17 @@ class _Pen:
         return x
 
     def block(
-        self, block: _Drawn, last: _Drawn, inner: Sequence[_Run], x: float, end: float, base: float, *,
-        repeated: bool, on: bool,
-    ) -> None:  # fmt: skip
+        self,
+        block: _Drawn,
+        last: _Drawn,
+        inner: Sequence[_Run],
+        x: float,
+        end: float,
+        base: float,
+        *,
+        repeated: bool,
+        on: bool,
+    ) -> None:
         """Draw one block, or the first of a run, between two points of the trunk."""
         entry = block.entry if on else None
         if block.row["before"]:
@@ -241,9 +249,16 @@ class _Pen:
         self.line("skip", [(x, base), (x + 0.3 * bend, base - _ARC), (end - 0.3 * bend, base - _ARC), (end, base)], on)
         if kind == "projection":
             self.ax.plot(
-                (x + end) / 2, base - 0.75 * _ARC, marker="s", markersize=0.7 * self.mark_points, color="white",
-                markeredgecolor=self.colour(on), markeredgewidth=self.line_width, zorder=4, gid="projection",
-            )  # fmt: skip
+                (x + end) / 2,
+                base - 0.75 * _ARC,
+                marker="s",
+                markersize=0.7 * self.mark_points,
+                color="white",
+                markeredgecolor=self.colour(on),
+                markeredgewidth=self.line_width,
+                zorder=4,
+                gid="projection",
+            )
 
     def box(
         self,
@@ -261,12 +276,17 @@ class _Pen:
         for copy in (2, 1, 0) if repeated else (0,):
             self.ax.add_patch(
                 Rectangle(
-                    (left + copy * aside, middle - _BOX / 2 + copy * up), right - left, _BOX,
-                    facecolor="C0" if on else "white", edgecolor="white" if on and copy == 0 and repeated else edge,
-                    linewidth=self.line_width, linestyle="--" if deleted else "-", zorder=3,
+                    (left + copy * aside, middle - _BOX / 2 + copy * up),
+                    right - left,
+                    _BOX,
+                    facecolor="C0" if on else "white",
+                    edgecolor="white" if on and copy == 0 and repeated else edge,
+                    linewidth=self.line_width,
+                    linestyle="--" if deleted else "-",
+                    zorder=3,
                     gid="deleted-branch" if deleted else "copy" if copy else "branch-box",
                 )
-            )  # fmt: skip
+            )
         if deleted:
             for one, other in ((-1, 1), (1, -1)):
                 ends = [middle + one * _BOX / 2, middle + other * _BOX / 2]
@@ -340,10 +360,13 @@ class _Pen:
         """Draw the lines."""
         for (kind, on), curves in self.lines.items():
             lines = PathCollection(
-                curves, facecolors="none", edgecolors="0.55" if kind == "bracket" else self.colour(on),
-                linewidths=1.8 if on else 0.6 if kind == "bracket" else self.line_width, zorder=2 if on else 1,
+                curves,
+                facecolors="none",
+                edgecolors="0.55" if kind == "bracket" else self.colour(on),
+                linewidths=1.8 if on else 0.6 if kind == "bracket" else self.line_width,
+                zorder=2 if on else 1,
                 transform=self.ax.transData,
-            )  # fmt: skip
+            )
             lines.set_gid(f"highlighted-{kind}" if on else kind)
             self.ax.add_collection(lines, autolim=False)
 

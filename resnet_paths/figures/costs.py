@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator, ScalarFormatter
 
-from resnet_paths.errors import ResnetPathsError
+from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.figures.layout import MARKERS, checked, groups_of, legend_above
 
 __all__ = ["plot_cost_by_depth", "plot_training_memory"]
@@ -21,8 +21,11 @@ _COSTS = {
     "gradient_gain": "gradient at the input / at the output",
 }
 # Light to dark, so that the parts are told apart in grey too.
-_PARTS = {"parameters_megabytes": ("parameters", "0.2"), "saved_megabytes": ("kept for the backward pass", "C0"),
-          "rest_megabytes": ("the rest of the peak", "0.8")}  # fmt: skip
+_PARTS = {
+    "parameters_megabytes": ("parameters", "0.2"),
+    "saved_megabytes": ("kept for the backward pass", "C0"),
+    "rest_megabytes": ("the rest of the peak", "0.8"),
+}
 
 
 def plot_training_memory(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:

@@ -11,7 +11,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from resnet_paths.errors import ResnetPathsError
+from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.figures.layout import INK, MARKERS, MUTED, checked, groups_of, legend_above
 from resnet_paths.gradients import PAPER_WINDOW, GeometricDecay, effective_window
 
@@ -53,18 +53,26 @@ def plot_path_gradients(
     for name in set(found):
         if found.count(name) > 1:
             raise ResnetPathsError(
-                "frames", f"{found.count(name)} frames with {name}", "each column of norms in one frame",
+                "frames",
+                f"{found.count(name)} frames with {name}",
+                "each column of norms in one frame",
                 "Draw the others on axes of their own, or leave the column out of them.",
-            )  # fmt: skip
+            )
     ax = plt.gca() if ax is None else ax
     for (frame, name), marker in zip(columns, cycle(MARKERS), strict=False):
         rows = checked("frames", frame, name, ["path_length"]).sort_values("path_length")
         rows = rows[rows[name] > 0]
         error = rows.get(f"{name}_se")
         ax.errorbar(
-            rows["path_length"], rows[name], yerr=error, label=_NORMS[name], marker=marker, markersize=2.5,
-            linewidth=0.7, elinewidth=0.5,
-        )  # fmt: skip
+            rows["path_length"],
+            rows[name],
+            yerr=error,
+            label=_NORMS[name],
+            marker=marker,
+            markersize=2.5,
+            linewidth=0.7,
+            elinewidth=0.5,
+        )
     if decay is not None:
         frame, name = columns[0]
         rows = frame[frame[name] > 0]
@@ -108,21 +116,36 @@ def plot_effective_window(
     error = frame.get(f"{quantity}_se")
     if error is not None:
         ax.errorbar(
-            frame["path_length"], 100 * frame[quantity] / total, yerr=100 * error / total, linestyle="none",
-            color=INK, elinewidth=0.6, zorder=3,
-        )  # fmt: skip
+            frame["path_length"],
+            100 * frame[quantity] / total,
+            yerr=100 * error / total,
+            linestyle="none",
+            color=INK,
+            elinewidth=0.6,
+            zorder=3,
+        )
     if (frame[quantity] < 0).any():
         ax.axhline(0, color=INK, linewidth=0.5)
     if paper:
         ax.plot(PAPER_WINDOW, [1.02, 1.02], color=INK, linewidth=1, clip_on=False, transform=ax.get_xaxis_transform())
         ax.annotate(
-            "paper: 5 to 17", (sum(PAPER_WINDOW) / 2, 1.03), xycoords=ax.get_xaxis_transform(), ha="center",
-            va="bottom", fontsize="small", color=INK,
-        )  # fmt: skip
+            "paper: 5 to 17",
+            (sum(PAPER_WINDOW) / 2, 1.03),
+            xycoords=ax.get_xaxis_transform(),
+            ha="center",
+            va="bottom",
+            fontsize="small",
+            color=INK,
+        )
     ax.annotate(
-        f"{window.share:.0%} at {window.shortest} to {window.longest}", (0.98, 0.96), xycoords="axes fraction",
-        ha="right", va="top", fontsize="small", color=INK,
-    )  # fmt: skip
+        f"{window.share:.0%} at {window.shortest} to {window.longest}",
+        (0.98, 0.96),
+        xycoords="axes fraction",
+        ha="right",
+        va="top",
+        fontsize="small",
+        color=INK,
+    )
     ax.set(xlabel="path length (blocks)", ylabel=f"{_SHARES.get(quantity, quantity)} (%)")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     return ax
@@ -148,9 +171,15 @@ def plot_coherence(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     most = np.sqrt(frame["num_paths"].to_numpy(dtype=float))
     ax.plot(frame["path_length"], most, color=MUTED, linewidth=0.7, linestyle="dashed", label="all paths alike")
     ax.errorbar(
-        frame["path_length"], frame["coherence"], yerr=frame["coherence_se"], marker="o", markersize=2.5,
-        linewidth=0.7, elinewidth=0.5, label="measured",
-    )  # fmt: skip
+        frame["path_length"],
+        frame["coherence"],
+        yerr=frame["coherence_se"],
+        marker="o",
+        markersize=2.5,
+        linewidth=0.7,
+        elinewidth=0.5,
+        label="measured",
+    )
     ax.set(yscale="log", xlabel="path length (blocks)", ylabel="coherence (1: orthogonal)")
     ax.set_ylim(0.5, 4 * frame["coherence"].max())
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
@@ -188,9 +217,16 @@ def plot_path_shares(
         percent = 100 / rows[quantity].sum()
         error = rows.get(f"{quantity}_se")
         ax.errorbar(
-            rows["path_length"], percent * rows[quantity], yerr=None if error is None else percent * error,
-            label=str(name), color=colour, marker=marker, markersize=2.5, linewidth=0.7, elinewidth=0.5,
-        )  # fmt: skip
+            rows["path_length"],
+            percent * rows[quantity],
+            yerr=None if error is None else percent * error,
+            label=str(name),
+            color=colour,
+            marker=marker,
+            markersize=2.5,
+            linewidth=0.7,
+            elinewidth=0.5,
+        )
     if (frame[quantity] < 0).any():
         ax.axhline(0, color=INK, linewidth=0.5, zorder=0)
     ax.set(xlabel="path length (blocks)", ylabel=f"{_SHARES.get(quantity, quantity)} (%)")
@@ -223,9 +259,14 @@ def plot_windows(frame: pd.DataFrame, along: str, ax: Axes | None = None, *, num
     ax = plt.gca() if ax is None else ax
     places = range(len(frame))
     ax.bar(
-        places, frame["longest"] - frame["shortest"] + 1, bottom=frame["shortest"] - 0.5, width=0.55, color="C0",
-        alpha=0.35, label="effective window",
-    )  # fmt: skip
+        places,
+        frame["longest"] - frame["shortest"] + 1,
+        bottom=frame["shortest"] - 0.5,
+        width=0.55,
+        color="C0",
+        alpha=0.35,
+        label="effective window",
+    )
     label = "mean length, as the gradient weighs it" if dot == "mean_path_length" else "peak"
     ax.plot(places, frame[dot], marker="o", markersize=3.5, color="C0", linestyle="none", label=label)
     if num_blocks is not None:

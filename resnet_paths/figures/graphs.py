@@ -13,9 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
 from matplotlib.path import Path as Curve
 
-from resnet_paths.errors import ResnetPathsError
+from resnet_paths._utils.errors import ResnetPathsError
+from resnet_paths.core.paths import Entry
 from resnet_paths.figures.layout import INK, MUTED, draw_sum
-from resnet_paths.paths import Entry
 
 __all__ = ["plot_unraveled_graph"]
 
@@ -71,19 +71,26 @@ def plot_unraveled_graph(graph: nx.DiGraph, ax: Axes | None = None, highlight: S
         layers[on].append(_edge_curve(x, height[tail], height[head], fans_out=tail == "input"))
         if edge["choice"]:
             _draw_box(
-                ax, (x + 0.36, height[tail]), on, muted=bool(route),
+                ax,
+                (x + 0.36, height[tail]),
+                on,
+                muted=bool(route),
                 label=_branch_label(edge["block"], edge["choice"], offered) if labelled else None,
                 points=font_points if labelled else 4.0 if on else min(0.8 * row_points, 4.0),
-            )  # fmt: skip
+            )
     middle = height["input"]
     joined = num_blocks + 1
     layers[bool(route)] += [Curve([(x, middle), (x + stub, middle)]) for x in (-stub, joined)]
     for on, curves in layers.items():
         colour = "C0" if on else MUTED if route else INK
         lines = PathCollection(
-            curves, facecolors="none", edgecolors=colour, linewidths=1.8 if on else thin,
-            zorder=2 if on else 1, transform=ax.transData,
-        )  # fmt: skip
+            curves,
+            facecolors="none",
+            edgecolors=colour,
+            linewidths=1.8 if on else thin,
+            zorder=2 if on else 1,
+            transform=ax.transData,
+        )
         lines.set_gid("highlighted-route" if on else "routes")
         ax.add_collection(lines, autolim=False)
     ax.plot([0], [middle], marker="o", color="C0" if route else INK, markersize=3, zorder=4)

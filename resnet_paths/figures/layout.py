@@ -12,12 +12,19 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
-from resnet_paths.errors import ResnetPathsError
+from resnet_paths._utils.errors import ResnetPathsError
 
 __all__ = [
-    "INK", "MARKERS", "MUTED", "checked", "draw_sum", "groups_of", "legend_above", "mark_stages",
+    "INK",
+    "MARKERS",
+    "MUTED",
+    "checked",
+    "draw_sum",
+    "groups_of",
+    "legend_above",
+    "mark_stages",
     "whole_numbers_from_zero",
-]  # fmt: skip
+]
 
 MARKERS = "osD^vP"
 INK, MUTED = "0.2", "0.75"
@@ -50,9 +57,11 @@ def checked(
     missing = [name for name in needed if name not in frame]
     if missing:
         raise ResnetPathsError(
-            argument, f"columns {', '.join(map(str, frame.columns)) or '(none)'}", f"columns {', '.join(needed)}",
+            argument,
+            f"columns {', '.join(map(str, frame.columns)) or '(none)'}",
+            f"columns {', '.join(needed)}",
             f"Missing: {', '.join(missing)}.",
-        )  # fmt: skip
+        )
     for name in (value, *others):
         if not pd.api.types.is_numeric_dtype(frame[name]):
             raise ResnetPathsError(f"{argument}[{name!r}]", f"dtype {frame[name].dtype}", "a column of numbers")
@@ -67,10 +76,11 @@ def checked(
     twice = frame.loc[frame.duplicated(list(keys)), list(keys)]
     if len(twice):
         raise ResnetPathsError(
-            argument, f"{len(twice)} repeated rows, first {', '.join(f'{k} {v}' for k, v in twice.iloc[0].items())}",
+            argument,
+            f"{len(twice)} repeated rows, first {', '.join(f'{k} {v}' for k, v in twice.iloc[0].items())}",
             f"one row for each {', '.join(keys)}",
             "" if "network" in keys else "Name different networks in a column network.",
-        )  # fmt: skip
+        )
     for name in (value, *others) if rate else ():
         wrong = frame.loc[(frame[name] < 0) | (frame[name] > 1), name].tolist()
         if wrong:
@@ -122,9 +132,19 @@ def legend_above(ax: Axes, *groups: Sequence[Artist], gap_points: float = 3) -> 
         above = ax.transAxes + ScaledTranslation(0, raised, ax.figure.dpi_scale_trans)
         for columns in range(len(labels), 0, -1):
             legend = ax.legend(
-                handles, labels, loc="lower left", bbox_to_anchor=(0, 1), bbox_transform=above, ncols=columns,
-                borderaxespad=0, borderpad=0, labelspacing=0.3, handlelength=1.6, handletextpad=0.5, columnspacing=0.8,
-            )  # fmt: skip
+                handles,
+                labels,
+                loc="lower left",
+                bbox_to_anchor=(0, 1),
+                bbox_transform=above,
+                ncols=columns,
+                borderaxespad=0,
+                borderpad=0,
+                labelspacing=0.3,
+                handlelength=1.6,
+                handletextpad=0.5,
+                columnspacing=0.8,
+            )
             extent = legend.get_window_extent()
             if extent.width <= ax.bbox.width:
                 break
@@ -144,9 +164,15 @@ def mark_stages(ax: Axes, starts: Sequence[int]) -> None:
     ax.plot(starts, tops, linestyle="none", marker="v", markersize=3, color=INK, clip_on=False, transform=along)
     gaps = np.diff([*starts, ax.get_xlim()[1]])
     ax.annotate(
-        "stage starts", (starts[int(np.argmax(gaps))], 1), xycoords=along, xytext=(4, 0), textcoords="offset points",
-        va="bottom", fontsize="small", color=INK,
-    )  # fmt: skip
+        "stage starts",
+        (starts[int(np.argmax(gaps))], 1),
+        xycoords=along,
+        xytext=(4, 0),
+        textcoords="offset points",
+        va="bottom",
+        fontsize="small",
+        color=INK,
+    )
 
 
 def draw_sum(ax: Axes, at: tuple[float, float], on: bool, muted: bool, points: float, sign: str = "+") -> None:

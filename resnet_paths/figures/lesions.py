@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from resnet_paths.errors import ResnetPathsError
+from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.figures.layout import (
     INK,
     MARKERS,
@@ -27,9 +27,13 @@ from resnet_paths.figures.layout import (
 from resnet_paths.lesions.frames import deletions_of
 
 __all__ = [
-    "plot_layer_schedules", "plot_lesion_counts", "plot_pair_interactions", "plot_predicted_effects",
-    "plot_reorderings", "plot_single_deletions",
-]  # fmt: skip
+    "plot_layer_schedules",
+    "plot_lesion_counts",
+    "plot_pair_interactions",
+    "plot_predicted_effects",
+    "plot_reorderings",
+    "plot_single_deletions",
+]
 
 _SCORES = {
     "first_order_loss_increase": "loss increase to first order (nats)",
@@ -102,9 +106,16 @@ def plot_single_deletions(
         # No room above the line where chance is near 100 %: then below it.
         above = chance <= 0.9
         ax.annotate(
-            "chance", (1, 100 * chance), xycoords=("axes fraction", "data"), xytext=(0, 1 if above else -1),
-            textcoords="offset points", ha="right", va="bottom" if above else "top", fontsize="small", color=INK,
-        )  # fmt: skip
+            "chance",
+            (1, 100 * chance),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, 1 if above else -1),
+            textcoords="offset points",
+            ha="right",
+            va="bottom" if above else "top",
+            fontsize="small",
+            color=INK,
+        )
         ax.set_ylim(top=max(ax.get_ylim()[1], 100 * chance + 12))
     ax.set(xlabel="deleted block (index from 0)", ylabel="test error (%)")
     last = max(data["block_index"].max() for data in (frame, published) if data is not None)
@@ -272,9 +283,13 @@ def plot_predicted_effects(
 
 
 def _plot_quartiles(
-    frame: pd.DataFrame, along: str, ax: Axes | None, published: pd.DataFrame | None, published_along: str,
+    frame: pd.DataFrame,
+    along: str,
+    ax: Axes | None,
+    published: pd.DataFrame | None,
+    published_along: str,
     bin_width: float | None = None,
-) -> Axes:  # fmt: skip
+) -> Axes:
     """Dots, medians and quartiles of the error in percent, by place on the horizontal axis; the authors' behind."""
     by = ["network"] if isinstance(frame, pd.DataFrame) and "network" in frame else []
     columns = [*by, along, "error_rate"]

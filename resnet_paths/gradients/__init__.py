@@ -25,10 +25,11 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from resnet_paths.batches import batches_of, is_one_batch
-from resnet_paths.chain import ResidualChain
-from resnet_paths.errors import ResnetPathsError, nearest_names
-from resnet_paths.examples import mean_over_examples
+from resnet_paths._utils.errors import ResnetPathsError, nearest_names
+from resnet_paths._utils.statistics import mean_over_examples
+from resnet_paths.core.chain import ResidualChain
+from resnet_paths.core.inputs import batches_of, is_one_batch
+from resnet_paths.core.paths import path_polynomial, sample_paths
 from resnet_paths.gradients.effective import (
     PAPER_WINDOW,
     EffectiveWindow,
@@ -39,12 +40,19 @@ from resnet_paths.gradients.effective import (
 from resnet_paths.gradients.passes import Place, Point, num_block_vjps
 from resnet_paths.gradients.readings import Reading
 from resnet_paths.gradients.scalar import scalar_gradients
-from resnet_paths.paths import path_polynomial, sample_paths
 
 __all__ = [
-    "PAPER_WINDOW", "EffectiveWindow", "GeometricDecay", "effective_window", "fit_decay", "gradient_by_depth",
-    "gradient_by_path_length", "gradient_by_stage_lengths", "gradient_through_block", "scalar_gradients",
-]  # fmt: skip
+    "PAPER_WINDOW",
+    "EffectiveWindow",
+    "GeometricDecay",
+    "effective_window",
+    "fit_decay",
+    "gradient_by_depth",
+    "gradient_by_path_length",
+    "gradient_by_stage_lengths",
+    "gradient_through_block",
+    "scalar_gradients",
+]
 
 _METHODS = ("exact", "energy", "sampled")
 _MOST_DRAWS = 1000
@@ -117,7 +125,7 @@ def gradient_by_path_length(
             example, or an activation is not finite (naming the first block).
 
     Example:
-        >>> from resnet_paths.chain import Block
+        >>> from resnet_paths.core.chain import Block
         >>> layers = [torch.nn.Linear(3, 3, bias=False) for _ in range(4)]
         >>> for layer in layers:
         ...     _ = torch.nn.init.constant_(layer.weight, 0.1)
@@ -151,17 +159,22 @@ def gradient_by_path_length(
     frame = pd.DataFrame({
         "path_length": lengths,
         "num_paths": pd.Series([counts[k] for k in lengths], dtype=object),
-    })  # fmt: skip
+    })
     for name, column in whole.columns([counts[k] for k in lengths], average).items():
         frame[name] = column
     vjps = sum(lengths) if method == "sampled" else num_block_vjps(place.path_choices, lengths[-1])
     frame.attrs |= {
-        "method": method, "with_respect_to": with_respect_to, "per_example": per_example,
-        "num_examples": whole.num_examples, "num_draws": whole.num_draws,
+        "method": method,
+        "with_respect_to": with_respect_to,
+        "per_example": per_example,
+        "num_examples": whole.num_examples,
+        "num_draws": whole.num_draws,
         "num_block_vjps": vjps * (whole.num_draws if method == "sampled" else 1 + whole.num_draws),
-        "longest_path": len(counts) - 1, "num_paths_in_all": sum(counts),
-        "share_left_out": whole.share_left_out, "num_without_gradient": whole.num_without_gradient,
-    }  # fmt: skip
+        "longest_path": len(counts) - 1,
+        "num_paths_in_all": sum(counts),
+        "share_left_out": whole.share_left_out,
+        "num_without_gradient": whole.num_without_gradient,
+    }
     return frame
 
 
@@ -272,7 +285,7 @@ def gradient_through_block(
         "block_index": indices,
         "block": [chain[i].name for i in indices],
         "stage": [chain[i].stage for i in indices],
-    })  # fmt: skip
+    })
     for name, values in (("gradient_share", shares), ("path_gradient_norm", norms)):
         mean, error = mean_over_examples(np.concatenate(values, 1))
         frame[f"{name}_through_branch"], frame[f"{name}_through_branch_se"] = mean, error
@@ -331,9 +344,11 @@ def gradient_by_depth(
 def _with_bar(what: str, inputs: Any, targets: Any, progress: bool) -> Iterable[tuple[Any, Any]]:
     """The batches, with a bar where they come from a loader."""
     bar = tqdm(
-        batches_of(inputs, targets), desc=what, unit="batch",
+        batches_of(inputs, targets),
+        desc=what,
+        unit="batch",
         disable=not progress or is_one_batch(inputs),
-    )  # fmt: skip
+    )
     return cast("Iterable[tuple[Any, Any]]", bar)
 
 
@@ -382,9 +397,12 @@ def _read_exact(point: Point, lengths: Sequence[int], draws: Draws | None) -> Re
     norms, lost = point.norms(stack)
     rows = [k - stack.shortest for k in lengths]
     reading = Reading(
-        point.num_examples, np.asarray(lost[rows].any((1, 2))), norms[rows, 0], point.shares(stack, point.whole)[rows],
+        point.num_examples,
+        np.asarray(lost[rows].any((1, 2))),
+        norms[rows, 0],
+        point.shares(stack, point.whole)[rows],
         point.norms(point.whole)[0][0, 0],
-    )  # fmt: skip
+    )
     del stack
     if draws is None:
         return reading
@@ -419,7 +437,7 @@ def _is_settled(reading: Reading, relative_error: float) -> bool:
 
 def _read_sampled(
     place: Place, points: Callable[[int], Any], lengths: Sequence[int], num_draws: int, generator: torch.Generator
-) -> Reading:  # fmt: skip
+) -> Reading:
     """Norms of single paths; all examples of a batch take the same paths, as in the paper."""
     paths = [path for k in lengths for path in sample_paths(place, k, num_draws, generator)]
     found, lost, num_examples = [], np.zeros(len(lengths), dtype=bool), 0

@@ -24,9 +24,9 @@ from torch import nn
 from torch.fx import Node
 from torch.nn import functional as F
 
-from resnet_paths.chain import Placed, Scaled
-from resnet_paths.segments import Segment
-from resnet_paths.tracing import FixedShape
+from resnet_paths.core.chain import Placed, Scaled
+from resnet_paths.core.segments import Segment
+from resnet_paths.unraveling.tracing import FixedShape
 
 __all__ = ["Pullback", "each_part", "linearize", "unchanged"]
 
@@ -141,9 +141,11 @@ def _vjp_of_each(
     def vjp(cotangents: list[torch.Tensor], *, batched: bool) -> list[torch.Tensor | None]:
         if not outputs:
             return [None] * len(inputs)
-        return list(torch.autograd.grad(
-            outputs, inputs, cotangents, retain_graph=True, allow_unused=True, is_grads_batched=batched
-        ))  # fmt: skip
+        return list(
+            torch.autograd.grad(
+                outputs, inputs, cotangents, retain_graph=True, allow_unused=True, is_grads_batched=batched
+            )
+        )
 
     try:
         with _without_vmap_warnings():
@@ -363,9 +365,15 @@ class _without_vmap_warnings(warnings.catch_warnings):  # noqa: N801 - reads as 
 
 
 def _transposed_convolution(
-    x: torch.Tensor, _: Any, weight: torch.Tensor, bias: Any = None, stride: Any = (1,), padding: Any = (0,),
-    dilation: Any = (1,), groups: int = 1,
-) -> Callable[[torch.Tensor], torch.Tensor] | None:  # fmt: skip
+    x: torch.Tensor,
+    _: Any,
+    weight: torch.Tensor,
+    bias: Any = None,
+    stride: Any = (1,),
+    padding: Any = (0,),
+    dilation: Any = (1,),
+    groups: int = 1,
+) -> Callable[[torch.Tensor], torch.Tensor] | None:
     """The transpose of a convolution, for the whole stack as one batch."""
     dims = weight.dim() - 2
     if x.dim() != weight.dim() or isinstance(padding, str):
@@ -384,9 +392,18 @@ def _transposed_convolution(
             # CPUs have no fast kernel for these; the plain backward is the best there is.
             shape = (len(folded), *x.shape[1:])
             images: torch.Tensor = aten.convolution_backward(
-                folded.contiguous(), x.new_empty(1).expand(shape), weight, None, stride, padding, dilation,
-                False, [0] * dims, groups, [True, False, False],
-            )[0]  # fmt: skip
+                folded.contiguous(),
+                x.new_empty(1).expand(shape),
+                weight,
+                None,
+                stride,
+                padding,
+                dilation,
+                False,
+                [0] * dims,
+                groups,
+                [True, False, False],
+            )[0]
             return images.view(*cotangents.shape[:2], *images.shape[1:])
         if dims == 2:
             # Several times faster than the other layout on CPUs, and what tensor cores want.

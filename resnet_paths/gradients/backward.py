@@ -19,16 +19,22 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from resnet_paths.batches import call, each_tensor
-from resnet_paths.chain import Block, Parallel, ResidualChain, add_states
-from resnet_paths.errors import ResnetPathsError
+from resnet_paths._utils.errors import ResnetPathsError
+from resnet_paths.core.chain import Block, Parallel, ResidualChain, add_states
+from resnet_paths.core.inputs import call, each_tensor
+from resnet_paths.core.paths import Path
 from resnet_paths.gradients.adjoints import Pullback, each_part, linearize, unchanged
 from resnet_paths.gradients.cotangents import Stack, combined, joined, parts_of, rows_of
-from resnet_paths.paths import Path
 
 __all__ = [
-    "Rules", "head_cotangent", "parameter_cotangents", "parts_through_blocks", "pull_back", "pull_paths", "states_of",
-]  # fmt: skip
+    "Rules",
+    "head_cotangent",
+    "parameter_cotangents",
+    "parts_through_blocks",
+    "pull_back",
+    "pull_paths",
+    "states_of",
+]
 
 
 def states_of(chain: ResidualChain, inputs: Any) -> list[Any]:
@@ -70,9 +76,11 @@ def _check_finite(place: str, state: Any) -> None:
     for part in parts_of(state):
         if part.is_floating_point() and not bool(torch.isfinite(part).all()):
             raise ResnetPathsError(
-                "inputs", f"NaN or infinity in the output of {place}", "inputs whose activations are all finite",
+                "inputs",
+                f"NaN or infinity in the output of {place}",
+                "inputs whose activations are all finite",
                 "In half precision, large activations overflow: try float32.",
-            )  # fmt: skip
+            )
 
 
 def head_cotangent(chain: ResidualChain, state: Any, losses_of: Callable[[Any], torch.Tensor]) -> Any:
@@ -97,9 +105,11 @@ def head_cotangent(chain: ResidualChain, state: Any, losses_of: Callable[[Any], 
     if not isinstance(losses, torch.Tensor) or losses.shape != (size,):
         found = list(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__
         raise ResnetPathsError(
-            "loss", found, f"one number an example, a tensor of shape [{size}]",
+            "loss",
+            found,
+            f"one number an example, a tensor of shape [{size}]",
             "Pass loss=lambda logits, targets: ... with reduction='none'.",
-        )  # fmt: skip
+        )
     if not bool(torch.isfinite(losses).all()):
         raise ResnetPathsError("loss", "NaN or infinity", "a finite loss for every example")
     # A loss that does not depend on the state at all has the gradient 0.
@@ -127,9 +137,14 @@ class Rules:
 
 @torch.no_grad()
 def pull_back(
-    chain: ResidualChain, states: Sequence[Any], stack: Stack, rules: Rules, *,
-    down_to: int = 0, up_from: int | None = None,
-) -> Stack:  # fmt: skip
+    chain: ResidualChain,
+    states: Sequence[Any],
+    stack: Stack,
+    rules: Rules,
+    *,
+    down_to: int = 0,
+    up_from: int | None = None,
+) -> Stack:
     """A stack of cotangents pulled back through blocks.
 
     Args:

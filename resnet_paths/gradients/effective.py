@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from resnet_paths.errors import ResnetPathsError, nearest_names
+from resnet_paths._utils.errors import ResnetPathsError, nearest_names
 
 __all__ = ["PAPER_WINDOW", "EffectiveWindow", "GeometricDecay", "effective_window", "fit_decay"]
 
@@ -82,9 +82,13 @@ def effective_window(frame: pd.DataFrame, quantity: str, share: float = 0.95) ->
     in_window = sum(paths[first : first + width])
     # Frames that end at max_length do not show all paths; they say how many there are.
     return EffectiveWindow(
-        quantity, int(lengths[first]), int(lengths[first + width - 1]), float(held.max()),
-        int(lengths[int(np.argmax(values))]), in_window / int(frame.attrs.get("num_paths_in_all", sum(paths))),
-    )  # fmt: skip
+        quantity,
+        int(lengths[first]),
+        int(lengths[first + width - 1]),
+        float(held.max()),
+        int(lengths[int(np.argmax(values))]),
+        in_window / int(frame.attrs.get("num_paths_in_all", sum(paths))),
+    )
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from resnet_paths.batches import each_tensor, num_examples, split
-from resnet_paths.chain import ResidualChain, refuse_other_than_chain, refuse_training_mode
-from resnet_paths.device import wide
-from resnet_paths.errors import ResnetPathsError
+from resnet_paths._utils.devices import wide
+from resnet_paths._utils.errors import ResnetPathsError
+from resnet_paths.core.chain import ResidualChain, refuse_other_than_chain, refuse_training_mode
+from resnet_paths.core.inputs import each_tensor, num_examples, split
+from resnet_paths.core.paths import Choices, Path
+from resnet_paths.core.placement import device_of
+from resnet_paths.core.signature import Signature, arguments_of
 from resnet_paths.gradients.adjoints import each_part, linearize
 from resnet_paths.gradients.backward import (
     Rules,
@@ -31,9 +34,6 @@ from resnet_paths.gradients.backward import (
     states_of,
 )
 from resnet_paths.gradients.cotangents import Stack, parts_of
-from resnet_paths.paths import Choices, Path
-from resnet_paths.placement import device_of
-from resnet_paths.unraveling.calling import Signature, arguments_of
 
 __all__ = ["Place", "Point", "num_block_vjps"]
 
@@ -89,7 +89,7 @@ class Place:
 
     @property
     def path_choices(self) -> Choices:
-        """What the blocks above the place offer to a path; see `resnet_paths.paths`."""
+        """What the blocks above the place offer to a path; see `resnet_paths.core.paths`."""
         return self.chain.path_choices[self.down_to :]
 
     def points(
@@ -143,9 +143,11 @@ def _refuse_without_gradient(inputs: Any) -> None:
             why = why or "an input that all examples share has no gradient of theirs"
         if why:
             raise ResnetPathsError(
-                "with_respect_to", "'input'", f"another place: {why}",
+                "with_respect_to",
+                "'input'",
+                f"another place: {why}",
                 "Take with_respect_to='stem', which is the output of the embedding.",
-            )  # fmt: skip
+            )
 
 
 def _ordinary(tensor: torch.Tensor) -> torch.Tensor:
@@ -163,16 +165,20 @@ def _laid_out(inputs: torch.Tensor) -> torch.Tensor:
 def _cross_entropy(logits: Any, targets: Any) -> torch.Tensor:
     if not isinstance(targets, torch.Tensor):
         raise ResnetPathsError(
-            "targets", type(targets).__name__, "class indices [batch], or another loss",
+            "targets",
+            type(targets).__name__,
+            "class indices [batch], or another loss",
             "Pass targets, or loss=lambda logits, targets: ... that needs none.",
-        )  # fmt: skip
+        )
     try:
         return F.cross_entropy(logits, targets, reduction="none")
     except (RuntimeError, IndexError, ValueError, TypeError) as error:
         raise ResnetPathsError(
-            "targets", f"{targets.dtype} {list(targets.shape)}", "what cross-entropy takes with the network's logits",
+            "targets",
+            f"{targets.dtype} {list(targets.shape)}",
+            "what cross-entropy takes with the network's logits",
             f"It answered: {error}",
-        ) from error  # fmt: skip
+        ) from error
 
 
 class Point:
@@ -237,9 +243,7 @@ class Point:
         for start in range(0, len(lengths), at_once):
             some = slice(start, start + at_once)
             group = Stack(each_part(lambda t: t[:, some], stack.values), stack.exponents[:, some])  # noqa: B023
-            pulled = pull_back(
-                self.place.chain, self.states, group, Rules(), down_to=stage.start, up_from=stage.stop
-            )  # fmt: skip
+            pulled = pull_back(self.place.chain, self.states, group, Rules(), down_to=stage.start, up_from=stage.stop)
             keys = [(pulled.shortest + k, *key) for k in range(len(pulled)) for key in lengths[some]]
             flat = each_part(lambda t: t.flatten(0, 1)[None], pulled.values)
             yield from self._down_stages(

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from resnet_paths.examples import mean_over_examples
+from resnet_paths._utils.statistics import mean_over_examples
 
 __all__ = ["Reading"]
 
@@ -51,10 +51,12 @@ class Reading:
         names = ("norms", "shares", "whole", "energies", "energy_variances")
         by_draw = [array for r in readings for array in r.by_draw or []]
         return cls(
-            sum(r.num_examples for r in readings), np.any([r.underflown for r in readings], axis=0),
-            **{name: all_of(name) for name in names}, by_draw=by_draw or None,
+            sum(r.num_examples for r in readings),
+            np.any([r.underflown for r in readings], axis=0),
+            **{name: all_of(name) for name in names},
+            by_draw=by_draw or None,
             num_draws=max(r.num_draws for r in readings),
-        )  # fmt: skip
+        )
 
     def of_batch(self) -> Reading:
         """One measurement of the whole batch: the gradient of the mean loss, all examples' inputs side by side."""

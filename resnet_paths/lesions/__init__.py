@@ -28,19 +28,19 @@ import torch
 from torch.utils import data
 from tqdm.auto import tqdm
 
-from resnet_paths.batches import inputs_of, refuse_other_than_loader
-from resnet_paths.chain import ResidualChain, refuse_other_than_chain, refuse_training_mode
-from resnet_paths.errors import ResnetPathsError, StudyInterrupted
-from resnet_paths.fingerprint import fingerprint
-from resnet_paths.lesion_plans import Lesion
+from resnet_paths._utils.errors import ResnetPathsError, StudyInterrupted
+from resnet_paths._utils.fingerprint import fingerprint
+from resnet_paths.core.chain import ResidualChain, refuse_other_than_chain, refuse_training_mode
+from resnet_paths.core.inputs import inputs_of, refuse_other_than_loader
+from resnet_paths.core.placement import PRECISIONS
 from resnet_paths.lesions.frames import pair_interactions
 from resnet_paths.lesions.pieces import Workshop
+from resnet_paths.lesions.plans import Lesion
 from resnet_paths.lesions.predicted import predicted_effects, score_correlations
 from resnet_paths.lesions.store import Store
 from resnet_paths.lesions.tally import Tally
 from resnet_paths.lesions.trie import Trie, chain_key
 from resnet_paths.lesions.work import Shelf, Work
-from resnet_paths.placement import PRECISIONS
 
 __all__ = ["lesion_study", "pair_interactions", "predicted_effects", "score_correlations"]
 
@@ -132,15 +132,15 @@ def lesion_study(
         )
     keys: list[str] | None = None if store is None else []
     trie = Trie(_edits(chain, named, keys))
-    workshop = Workshop(
-        trie, device, precision, channels_last, batch_budget, fold_batchnorm, statistics_batches
-    )  # fmt: skip
+    workshop = Workshop(trie, device, precision, channels_last, batch_budget, fold_batchnorm, statistics_batches)
     shelf = None
     if store is not None and keys is not None:
         settings = {
-            "precision": precision, "channels_last": channels_last, "fold_batchnorm": fold_batchnorm,
+            "precision": precision,
+            "channels_last": channels_last,
+            "fold_batchnorm": fold_batchnorm,
             "batchnorm": fingerprint(statistics_batches) if statistics_batches else "intact",
-        }  # fmt: skip
+        }
         shelf = Shelf(Store(store, settings), keys)
     tally = Tally(trie.num_chains, per_class=per_class)
     work = Work(workshop, shelf, executor)
@@ -148,14 +148,17 @@ def lesion_study(
     def frame() -> pd.DataFrame:
         rows = [
             {
-                "lesion": lesion.name, "kind": lesion.kind, "blocks": lesion.blocks,
+                "lesion": lesion.name,
+                "kind": lesion.kind,
+                "blocks": lesion.blocks,
                 "num_lesions": math.nan if lesion.blocks is None else len(lesion.blocks),
                 "kendall_tau": lesion.kendall_tau,
-                "seed": lesion.seed, **row,
+                "seed": lesion.seed,
+                **row,
                 "batchnorm_statistics": "re-estimated" if statistics_batches else "intact",
             }
             for lesion, row in zip([_INTACT, *named], tally.rows(), strict=True)
-        ]  # fmt: skip
+        ]
         # The intact chain's row gives the columns where there is no other.
         made = pd.DataFrame(rows)[1:].reset_index(drop=True)
         # As generators count them, and exactly: beside missing values pandas would take them for floats.
@@ -197,9 +200,11 @@ def _inputs_of(batches: Iterable[Any] | None) -> tuple[Any, ...]:
         return ()
     if not hasattr(batches, "__iter__"):
         raise ResnetPathsError(
-            "reestimate_batchnorm", batches, "batches of inputs to take the statistics from, or None",
+            "reestimate_batchnorm",
+            batches,
+            "batches of inputs to take the statistics from, or None",
             "Pass a list of a few batches of training images.",
-        )  # fmt: skip
+        )
     inputs = tuple(map(inputs_of, batches))
     if not inputs or not all(isinstance(x, torch.Tensor | tuple | dict) for x in inputs):
         raise ResnetPathsError("reestimate_batchnorm", "no tensors", "at least one batch of inputs")
@@ -221,9 +226,11 @@ def _named(lesions: Iterable[Any]) -> list[Lesion]:
     for lesion in lesions:
         if not isinstance(lesion, Lesion) and not callable(lesion):
             raise ResnetPathsError(
-                "lesions", lesion, "a Lesion, or a function from chain to chain",
+                "lesions",
+                lesion,
+                "a Lesion, or a function from chain to chain",
                 "Make a plan, such as single_deletions(chain), or write lambda chain: delete_block(chain, ...).",
-            )  # fmt: skip
+            )
         if not isinstance(lesion, Lesion):
             lesion = Lesion(getattr(lesion, "__name__", repr(lesion)), lesion, None, math.nan)
         named.append(lesion)
@@ -238,10 +245,11 @@ def _look_at_loader(loader: Any, store: str | Path | None) -> None:
     random = data.RandomSampler | data.SubsetRandomSampler | data.WeightedRandomSampler
     if store is not None and isinstance(sampler, random):
         raise ResnetPathsError(
-            "loader", f"a loader with a {type(sampler).__name__} (shuffle=True)",
+            "loader",
+            f"a loader with a {type(sampler).__name__} (shuffle=True)",
             "a loader that gives the same batches each time",
             "The store finds batches again by their content: pass shuffle=False.",
-        )  # fmt: skip
+        )
     batch_size = getattr(batches, "batch_size", None)
     if getattr(batches, "drop_last", False) and batch_size:
         left_out: str | None = f"up to {batch_size - 1}"

@@ -16,9 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 __all__ = ["Statistics"]
 
 _NORMS = {
-    "aten::batch_norm", "aten::native_batch_norm", "aten::cudnn_batch_norm", "aten::miopen_batch_norm",
+    "aten::batch_norm",
+    "aten::native_batch_norm",
+    "aten::cudnn_batch_norm",
+    "aten::miopen_batch_norm",
     "aten::_native_batch_norm_legit_no_training",
-}  # fmt: skip
+}
 
 
 class Statistics:

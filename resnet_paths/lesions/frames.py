@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from resnet_paths.errors import ResnetPathsError
+from resnet_paths._utils.errors import ResnetPathsError
 
 __all__ = ["deletions_of", "pair_interactions"]
 
@@ -31,23 +31,29 @@ def deletions_of(argument: str, frame: pd.DataFrame, num_blocks: int, effects: S
     missing = [name for name in needed if name not in columns]
     if missing:
         raise ResnetPathsError(
-            argument, f"columns {', '.join(map(str, columns))}" if columns else type(frame).__name__,
-            f"a frame of lesion_study, with columns {', '.join(needed)}", f"Missing: {', '.join(missing)}.",
-        )  # fmt: skip
+            argument,
+            f"columns {', '.join(map(str, columns))}" if columns else type(frame).__name__,
+            f"a frame of lesion_study, with columns {', '.join(needed)}",
+            f"Missing: {', '.join(missing)}.",
+        )
     rows = frame[frame["kind"] == "delete"]
     for blocks in rows["blocks"]:
         if not isinstance(blocks, tuple):
             raise ResnetPathsError(
-                f"{argument}['blocks']", blocks, "tuples of positions, as in a frame of lesion_study",
+                f"{argument}['blocks']",
+                blocks,
+                "tuples of positions, as in a frame of lesion_study",
                 "A CSV file keeps them as text.",
-            )  # fmt: skip
+            )
     rows = rows[rows["blocks"].map(len) == num_blocks].drop_duplicates(["blocks", *effects])
     twice = rows.loc[rows["blocks"].duplicated(), "blocks"].tolist()
     if twice:
         raise ResnetPathsError(
-            argument, f"different effects of deleting {', '.join(map(str, twice[0]))}", "the rows of one study",
+            argument,
+            f"different effects of deleting {', '.join(map(str, twice[0]))}",
+            "the rows of one study",
             "Take those of one network.",
-        )  # fmt: skip
+        )
     return rows
 
 
@@ -73,12 +79,17 @@ def pair_interactions(frame: pd.DataFrame) -> pd.DataFrame:
         missing = [block for block in blocks if (block,) not in alone]
         if missing:
             raise ResnetPathsError(
-                "frame", f"no single deletion of block {missing[0]}", "single deletions of all blocks in pairs",
+                "frame",
+                f"no single deletion of block {missing[0]}",
+                "single deletions of all blocks in pairs",
                 "Study pair_deletions(chain), which holds them.",
-            )  # fmt: skip
+            )
         additive = sum(alone[block,] for block in blocks)
         rows.append({
-            "first": blocks[0], "second": blocks[1], "error_increase": increase,
-            "additive": additive, "interaction": increase - additive,
-        })  # fmt: skip
+            "first": blocks[0],
+            "second": blocks[1],
+            "error_increase": increase,
+            "additive": additive,
+            "interaction": increase - additive,
+        })
     return pd.DataFrame(rows, columns=["first", "second", "error_increase", "additive", "interaction"])

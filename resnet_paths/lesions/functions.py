@@ -18,7 +18,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import CodeGen
 
-from resnet_paths.chain import Block, Parallel, ResidualChain, add_states, is_identity
+from resnet_paths.core.chain import Block, Parallel, ResidualChain, add_states, is_identity
 
 __all__ = ["Functions"]
 

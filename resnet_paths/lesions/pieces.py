@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from resnet_paths.batches import each_tensor, num_examples, split
-from resnet_paths.errors import ResnetPathsError
+from resnet_paths._utils.errors import ResnetPathsError
+from resnet_paths.core.inputs import each_tensor, num_examples, split
+from resnet_paths.core.placement import PRECISIONS, device_of
 from resnet_paths.lesions.trie import Trie
-from resnet_paths.placement import PRECISIONS, device_of
 
 __all__ = ["Piece", "Workshop", "hand_out", "num_workers", "refuse_labels", "run_piece"]
 
@@ -143,9 +143,11 @@ class Workshop:
         """The trie on its device; made at the first piece, where the piece runs."""
         if self._placed is None:
             trie = self.trie.placed(
-                device=self.device, precision=self.precision, channels_last=self.channels_last,
+                device=self.device,
+                precision=self.precision,
+                channels_last=self.channels_last,
                 fold_batchnorm=self.fold_batchnorm,
-            )  # fmt: skip
+            )
             device, dtype = device_of(*trie.steps), PRECISIONS.get(self.precision or "")
             try:
                 with torch.no_grad():
@@ -154,9 +156,11 @@ class Workshop:
             except torch.OutOfMemoryError as error:
                 sizes = [num_examples(inputs) for inputs in self.statistics_batches]
                 raise ResnetPathsError(
-                    "reestimate_batchnorm", f"batches of up to {max(sizes)} inputs",
-                    "batches that fit into memory whole", "Pass more, and smaller ones.",
-                ) from error  # fmt: skip
+                    "reestimate_batchnorm",
+                    f"batches of up to {max(sizes)} inputs",
+                    "batches that fit into memory whole",
+                    "Pass more, and smaller ones.",
+                ) from error
             self._placed = trie, device, dtype
         return self._placed
 
@@ -164,9 +168,10 @@ class Workshop:
         def wanted(tensor: torch.Tensor) -> torch.Tensor:
             images = self.channels_last and tensor.dim() == 4
             return tensor.to(
-                device=device, dtype=dtype if tensor.is_floating_point() else None,
+                device=device,
+                dtype=dtype if tensor.is_floating_point() else None,
                 memory_format=torch.channels_last if images else torch.preserve_format,
-            )  # fmt: skip
+            )
 
         return each_tensor(wanted, inputs)
 
@@ -175,9 +180,11 @@ class Workshop:
         smaller = (failed or batch) // 2
         if smaller < 1:
             raise ResnetPathsError(
-                "batch_budget", 1, "a network that fits into memory with one example",
+                "batch_budget",
+                1,
+                "a network that fits into memory with one example",
                 "Use a device with more memory, or precision='bfloat16'.",
-            ) from error  # fmt: skip
+            ) from error
         with self._lock:
             self.batch_budget = min(smaller, self.batch_budget or smaller)
         if torch.accelerator.is_available():
@@ -187,9 +194,15 @@ class Workshop:
         """Pickled once, and unpickled once in each process, however many pieces are sent there."""
         if self._pickled is None:
             settings = (
-                self.trie, self.device, self.precision, self.channels_last, self.batch_budget,
-                self.fold_batchnorm, self.statistics_batches, self._token,
-            )  # fmt: skip
+                self.trie,
+                self.device,
+                self.precision,
+                self.channels_last,
+                self.batch_budget,
+                self.fold_batchnorm,
+                self.statistics_batches,
+                self._token,
+            )
             self._pickled = pickle.dumps(settings, protocol=pickle.HIGHEST_PROTOCOL)
         return _unpickled_once, (self._token, self._pickled)
 
@@ -254,9 +267,11 @@ def _refusing_mixed_precision(precision: str | None) -> Iterator[None]:
         if precision is None or "dtype" not in str(error):
             raise
         raise ResnetPathsError(
-            "precision", precision, "a precision that every operation of the network can run in",
+            "precision",
+            precision,
+            "a precision that every operation of the network can run in",
             f"One answered: {error}",
-        ) from error  # fmt: skip
+        ) from error
 
 
 def refuse_labels(logits: Any, labels: torch.Tensor) -> None:

@@ -17,14 +17,14 @@ from scipy import stats
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from resnet_paths.batches import call, each_tensor, refuse_other_than_loader, unpack
-from resnet_paths.chain import Block, ResidualChain, refuse_other_than_chain, refuse_training_mode
-from resnet_paths.device import wide
-from resnet_paths.errors import ResnetPathsError
+from resnet_paths._utils.devices import wide
+from resnet_paths._utils.errors import ResnetPathsError
+from resnet_paths.core.chain import Block, ResidualChain, refuse_other_than_chain, refuse_training_mode
+from resnet_paths.core.inputs import call, each_tensor, refuse_other_than_loader, unpack
+from resnet_paths.core.placement import device_of, place_modules
+from resnet_paths.core.tuple_states import with_x, x_of
 from resnet_paths.lesions.frames import deletions_of
 from resnet_paths.lesions.pieces import refuse_labels
-from resnet_paths.placement import device_of, place_modules
-from resnet_paths.tuple_states import with_x, x_of
 
 __all__ = ["SCORES", "predicted_effects", "score_correlations"]
 
@@ -121,18 +121,24 @@ def score_correlations(predicted: pd.DataFrame, study: pd.DataFrame) -> pd.DataF
     both = predicted.dropna(subset=list(SCORES)).merge(single, on="block_index", validate="one_to_one")
     if len(both) < 3:
         raise ResnetPathsError(
-            "study", f"single deletions of {len(both)} of the blocks", "single deletions of at least three",
+            "study",
+            f"single deletions of {len(both)} of the blocks",
+            "single deletions of at least three",
             "Study single_deletions(chain).",
-        )  # fmt: skip
+        )
     rows = []
     for score in SCORES:
         for effect in effects:
             spearman, kendall = stats.spearmanr(both[score], both[effect]), stats.kendalltau(both[score], both[effect])
             rows.append({
-                "score": score, "effect": effect,
-                "spearman": float(spearman.statistic), "spearman_p": float(spearman.pvalue),
-                "kendall": float(kendall.statistic), "kendall_p": float(kendall.pvalue), "num_blocks": len(both),
-            })  # fmt: skip
+                "score": score,
+                "effect": effect,
+                "spearman": float(spearman.statistic),
+                "spearman_p": float(spearman.pvalue),
+                "kendall": float(kendall.statistic),
+                "kendall_p": float(kendall.pvalue),
+                "num_blocks": len(both),
+            })
     return pd.DataFrame(rows)
 
 

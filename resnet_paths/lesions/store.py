@@ -24,9 +24,9 @@ import numpy as np
 import torch
 
 import resnet_paths
-from resnet_paths.errors import ResnetPathsError
-from resnet_paths.files import write_then_rename
-from resnet_paths.fingerprint import fingerprint
+from resnet_paths._utils.errors import ResnetPathsError
+from resnet_paths._utils.files import write_then_rename
+from resnet_paths._utils.fingerprint import fingerprint
 from resnet_paths.lesions.pieces import Piece
 from resnet_paths.zoo.weights import read_metadata, read_tensors, write_tensors
 
@@ -50,9 +50,11 @@ class Store:
 
     def __init__(self, folder: str | Path, settings: Mapping[str, Any]) -> None:
         about = {
-            "format": _FORMAT, "resnet_paths": resnet_paths.__version__, "torch": torch.__version__.split("+")[0],
+            "format": _FORMAT,
+            "resnet_paths": resnet_paths.__version__,
+            "torch": torch.__version__.split("+")[0],
             **settings,
-        }  # fmt: skip
+        }
         self.folder = Path(folder) / fingerprint(json.dumps(about, sort_keys=True))[:_DIGITS]
         try:
             self._write_description(about)
@@ -130,9 +132,11 @@ class Store:
             write_tensors(path, tensors, {"lesions": names, "checksum": _checksum(names, tensors)})
         except Exception as error:  # safetensors wraps a full disk in an error of its own
             raise ResnetPathsError(
-                "store", str(path), "a folder with space left that can be written to",
+                "store",
+                str(path),
+                "a folder with space left that can be written to",
                 f"{error}. Finished pieces are kept: make room and run the study again.",
-            ) from error  # fmt: skip
+            ) from error
         self._parts.setdefault(batch, []).append(path)
 
     def _write_description(self, about: Mapping[str, Any]) -> None:

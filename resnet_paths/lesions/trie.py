@@ -23,11 +23,11 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from resnet_paths.batches import call, each_tensor, num_examples
-from resnet_paths.chain import Block, Constant, Parallel, Placed, ResidualChain, Scaled, is_identity
+from resnet_paths.core.chain import Block, Constant, Parallel, Placed, ResidualChain, Scaled, is_identity
+from resnet_paths.core.inputs import call, each_tensor, num_examples
+from resnet_paths.core.placement import place_modules
 from resnet_paths.lesions.batchnorm import Statistics
 from resnet_paths.lesions.functions import Functions
-from resnet_paths.placement import place_modules
 
 __all__ = ["Trie", "chain_key", "steps_of"]
 
@@ -110,7 +110,7 @@ class Trie:
         """The same tree with its steps in another place, precision or form.
 
         Args:
-            **placement: As for `resnet_paths.placement.place_modules`.
+            **placement: As for `resnet_paths.core.placement.place_modules`.
 
         Returns:
             A tree of the same nodes.

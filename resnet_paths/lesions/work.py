@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from resnet_paths.batches import unpack
-from resnet_paths.errors import ResnetPathsError
+from resnet_paths._utils.errors import ResnetPathsError
+from resnet_paths.core.inputs import unpack
 from resnet_paths.lesions.pieces import Piece, Workshop, hand_out, num_workers, run_piece
 from resnet_paths.lesions.store import Store
 
@@ -131,9 +131,11 @@ def _refusing_broken_executor() -> Iterator[None]:
         if not of_executor and type(error).__module__.split(".")[0] != "distributed":
             raise
         raise ResnetPathsError(
-            "executor", f"{type(error).__name__}: {error}", "an executor whose workers live",
+            "executor",
+            f"{type(error).__name__}: {error}",
+            "an executor whose workers live",
             "Finished pieces are kept where there is a store: make a new executor and run the study again.",
-        ) from error  # fmt: skip
+        ) from error
 
 
 @contextlib.contextmanager
@@ -144,9 +146,11 @@ def _refusing_what_cannot_be_sent() -> Iterator[None]:
         if "pickle" not in str(error) and "Can't get" not in str(error):
             raise
         raise ResnetPathsError(
-            "executor", str(error), "a chain that can be sent to another process",
+            "executor",
+            str(error),
+            "a chain that can be sent to another process",
             "Define its modules at the top of a file, not inside a function, or use a ThreadPoolExecutor.",
-        ) from error  # fmt: skip
+        ) from error
 
 
 def _failed(future: Future[Piece]) -> bool:

@@ -1,10 +1,10 @@
 """Any trained residual network as a chain of its blocks: `unravel(model, example_inputs)`.
 
-The model is called in one way, tensors in and one tensor out (`calling`), and exported to one flat graph
-(`resnet_paths.tracing`). Its forks and merges are found there (`merges`), and with them the blocks (`residual`, or
-`plain` where there are no skips), for given values of inputs that all blocks read (`given`). What stands between forks
-and merges becomes the parts of blocks (`assembly`). What is not a chain is refused with the name of the node that
-breaks it: never guessed.
+The model is called in one way, tensors in and one tensor out (`core.signature`), and exported to one flat graph
+(`tracing`). Its forks and merges are found there (`merges`), and with them the blocks (`residual`, or `plain` where
+there are no skips), for given values of inputs that all blocks read (`given`). What stands between forks and merges
+becomes the parts of blocks (`assembly`). What is not a chain is refused with the name of the node that breaks it: never
+guessed.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import torch
 from torch import nn
 from torch.fx import Interpreter, Node
 
-from resnet_paths.chain import ResidualChain, refuse_training_mode
-from resnet_paths.errors import ResnetPathsError
-from resnet_paths.tracing import Trace, name_of, trace
+from resnet_paths._utils.errors import ResnetPathsError
+from resnet_paths.core.chain import ResidualChain, refuse_training_mode
+from resnet_paths.core.signature import Call, Signature, arguments_of, chosen
 from resnet_paths.unraveling.assembly import assemble
 from resnet_paths.unraveling.by_hand import chain_of_named_blocks, unlike
-from resnet_paths.unraveling.calling import Call, Signature, arguments_of, chosen
 from resnet_paths.unraveling.concatenations import nest_concatenations, write_partial_additions
 from resnet_paths.unraveling.given import find_parts
 from resnet_paths.unraveling.parts import Part
+from resnet_paths.unraveling.tracing import Trace, name_of, trace
 
 __all__ = ["unravel"]
 
@@ -112,10 +112,11 @@ def _check_arguments(model: nn.Module, example_inputs: object) -> tuple[tuple[An
     signature, tensors = Signature.of(args, kwargs)
     if not tensors:
         raise ResnetPathsError(
-            "example_inputs", [type(x).__name__ for x in (*args, *kwargs.values())],
+            "example_inputs",
+            [type(x).__name__ for x in (*args, *kwargs.values())],
             "a tensor, a tuple of arguments or a mapping of keyword arguments with tensors among them",
             "Pass a batch such as torch.zeros(2, 3, 224, 224).",
-        )  # fmt: skip
+        )
     refuse_training_mode("model", model)
     devices = {tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())}
     if len(devices) == 1:
@@ -140,9 +141,11 @@ def _run(model: nn.Module, signature: Signature, tensors: Sequence[torch.Tensor]
     except Exception as error:
         shapes = ", ".join(f"{x.dtype} {list(x.shape)} on {x.device}" for x in tensors)
         raise ResnetPathsError(
-            "example_inputs", shapes, f"inputs that {type(model).__name__} takes",
+            "example_inputs",
+            shapes,
+            f"inputs that {type(model).__name__} takes",
             f"It answered: {type(error).__name__}: {error}",
-        ) from error  # fmt: skip
+        ) from error
 
 
 def _unlike_in_one(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
@@ -154,22 +157,32 @@ def _unlike_in_one(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tenso
 
 @torch.no_grad()
 def _check_named(
-    chain: ResidualChain, names: list[str], signature: Signature, tensors: Sequence[torch.Tensor],
+    chain: ResidualChain,
+    names: list[str],
+    signature: Signature,
+    tensors: Sequence[torch.Tensor],
     expected: torch.Tensor,
-) -> None:  # fmt: skip
+) -> None:
     """Raise unless a chain of named blocks returns what the model returns."""
     args, kwargs = signature.arguments(tensor.clone() for tensor in tensors)
     if not _agree(chain(*args, **kwargs), expected):
         raise ResnetPathsError(
-            "blocks", names, "modules between which and behind which nothing else reads the input",
+            "blocks",
+            names,
+            "modules between which and behind which nothing else reads the input",
             "The chain does not return what the model returns, on the example or on one made from it.",
-        )  # fmt: skip
+        )
 
 
 def _check_chain(
-    chain: ResidualChain, model: nn.Module, traced: Trace, parts: Sequence[Part],
-    inputs: tuple[torch.Tensor, ...], found: torch.Tensor, expected: torch.Tensor,
-) -> None:  # fmt: skip
+    chain: ResidualChain,
+    model: nn.Module,
+    traced: Trace,
+    parts: Sequence[Part],
+    inputs: tuple[torch.Tensor, ...],
+    found: torch.Tensor,
+    expected: torch.Tensor,
+) -> None:
     """Raise, naming the first block that differs, unless the chain returns what the model returns."""
     if _agree(found, expected):
         return
@@ -186,10 +199,11 @@ def _check_chain(
         else:
             place = "the head, or the export itself"
     raise ResnetPathsError(
-        "model", f"{name_of(model)}: the chain's output differs from the model's",
+        "model",
+        f"{name_of(model)}: the chain's output differs from the model's",
         "a model that unravels exactly",
         f"The first difference is in {place}. Please report the model.",
-    )  # fmt: skip
+    )
 
 
 def _value(state: Any) -> torch.Tensor:

@@ -10,14 +10,14 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from resnet_paths.chain import Block, Parallel, Placed, ResidualChain
-from resnet_paths.layers import is_weighted
-from resnet_paths.tracing import FixedShape, Trace, common_module, module_path
-from resnet_paths.tuple_states import Carrying, OnParts, Take, WithEmptySum
-from resnet_paths.unraveling.calling import Signature
+from resnet_paths.core.chain import Block, Parallel, Placed, ResidualChain
+from resnet_paths.core.signature import Signature
+from resnet_paths.core.tuple_states import Carrying, OnParts, Take, WithEmptySum
+from resnet_paths.core.weight_layers import is_weighted
 from resnet_paths.unraveling.carrying import kind_of
 from resnet_paths.unraveling.concatenations import dimension
 from resnet_paths.unraveling.parts import Part
+from resnet_paths.unraveling.tracing import FixedShape, Trace, common_module, module_path
 
 __all__ = ["assemble"]
 
@@ -115,13 +115,16 @@ def _chain(cutter: _Cutter, stem: nn.Module, parts: Sequence[Part], head: nn.Mod
             skip, branches = _placed(cutter, part, skip, branches)
         post = cutter.part(part.merge, part.end)
         block = Block(
-            branches[0] if len(branches) == 1 else Parallel(branches, onto_skip=part.onto_skip), skip,
+            branches[0] if len(branches) == 1 else Parallel(branches, onto_skip=part.onto_skip),
+            skip,
             pre=cutter.enter(part.start, part.fork) if enters else cutter.part(part.start, part.fork),
             post=_in_series(post, Take(0)) if leaves else post,
-            name=name, skip_kind="concat" if is_joined and skip is not None else None, stage=stage,
+            name=name,
+            skip_kind="concat" if is_joined and skip is not None else None,
+            stage=stage,
             in_shape=(outer if enters else cutter).shape(part.start),
             out_shape=(outer if leaves else cutter).shape(part.end),
-        )  # fmt: skip
+        )
         block.training = False
         blocks.append(block)
     # Between blocks of a plain net there may be trunk nodes that belong to neither: they go before the later block.
@@ -149,11 +152,15 @@ def _ladder(traced: Trace, part: Part, stage: int) -> list[Block]:
         else:
             after = OnParts(traced.segment([rung.merge], later))
         block = Block(
-            OnParts(traced.segment([rung.fork], *added.values()), list(added), adds=True), nn.Identity(),
-            pre=before, post=after, name=name if names.count(name) == 1 and name else f"block{index}", stage=stage,
+            OnParts(traced.segment([rung.fork], *added.values()), list(added), adds=True),
+            nn.Identity(),
+            pre=before,
+            post=after,
+            name=name if names.count(name) == 1 and name else f"block{index}",
+            stage=stage,
             in_shape=_shape(part.start) if index == 0 else (_shape(rung.fork), summed),
             out_shape=_shape(part.end) if later is None else (_shape(later), summed),
-        )  # fmt: skip
+        )
         blocks.append(block.train(False))
     return blocks
 

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from resnet_paths.chain import Block, ResidualChain
-from resnet_paths.errors import ResnetPathsError, nearest_names
-from resnet_paths.reports import shape_of_x
-from resnet_paths.unraveling.calling import Signature, chosen
+from resnet_paths._utils.errors import ResnetPathsError, nearest_names
+from resnet_paths.core.chain import Block, ResidualChain
+from resnet_paths.core.signature import Signature, chosen
+from resnet_paths.core.summary import shape_of_x
 
 __all__ = ["chain_of_named_blocks", "unlike"]
 
@@ -53,9 +53,10 @@ class _Give(nn.Module):
         self.form = pytree.tree_map(lambda leaf: _State if leaf is output else leaf, returned)
         if all(leaf is not _State for leaf in pytree.tree_leaves(self.form)):
             raise ResnetPathsError(
-                "blocks", f"one that returns a {type(returned).__name__}",
+                "blocks",
+                f"one that returns a {type(returned).__name__}",
                 "modules that return a tensor, or a tuple, list or mapping with it",
-            )  # fmt: skip
+            )
 
     def forward(self, *_: Any, **__: Any) -> Any:
         state = _GIVEN.get()
@@ -107,9 +108,13 @@ def _first_row(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def chain_of_named_blocks(
-    model: nn.Module, names: Sequence[str], signature: Signature, tensors: Sequence[torch.Tensor],
-    output: str | int | None, unravel: Callable[..., ResidualChain],
-) -> ResidualChain:  # fmt: skip
+    model: nn.Module,
+    names: Sequence[str],
+    signature: Signature,
+    tensors: Sequence[torch.Tensor],
+    output: str | int | None,
+    unravel: Callable[..., ResidualChain],
+) -> ResidualChain:
     """The chain whose blocks are those of some modules of a model.
 
     Args:
@@ -138,9 +143,11 @@ def chain_of_named_blocks(
         state, returned = calls[name]
         if previous is not None and state is not previous and not torch.equal(state, previous):
             raise ResnetPathsError(
-                "blocks", name, "modules that run right after one another",
+                "blocks",
+                name,
+                "modules that run right after one another",
                 f"Something runs between it and the one before: name that as well, or leave {name!r} out.",
-            )  # fmt: skip
+            )
         previous = chosen(returned, None)
         blocks += _named_after(name, unravel(modules[name], state), state, previous)
     stage = 0
@@ -188,9 +195,12 @@ def _named_after(name: str, chain: ResidualChain, state: torch.Tensor, returned:
 
 
 def _calls(
-    model: nn.Module, modules: Mapping[str, nn.Module], names: Sequence[str], signature: Signature,
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    names: Sequence[str],
+    signature: Signature,
     tensors: Sequence[torch.Tensor],
-) -> dict[str, tuple[torch.Tensor, Any]]:  # fmt: skip
+) -> dict[str, tuple[torch.Tensor, Any]]:
     """First input and output of each named module on the example."""
     found: dict[str, list[tuple[torch.Tensor, Any]]] = {name: [] for name in names}
     with contextlib.ExitStack() as hooks:
@@ -200,10 +210,12 @@ def _calls(
                 given = Signature.of(args, kwargs)[1]
                 if len(given) != 1:
                     raise ResnetPathsError(
-                        "blocks", name, "modules that are given one tensor",
+                        "blocks",
+                        name,
+                        "modules that are given one tensor",
                         f"This one is given {len(given)}. Unravel the whole model, if it can be exported: what all "
                         "blocks read, such as a mask, is carried along then.",
-                    )  # fmt: skip
+                    )
                 found[name].append((given[0].clone(), returned))
 
             handle = modules[name].register_forward_hook(keep, with_kwargs=True)

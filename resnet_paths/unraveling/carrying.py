@@ -8,8 +8,8 @@ import networkx as nx
 import torch
 from torch.fx import Node
 
-from resnet_paths.tracing import Trace
-from resnet_paths.tuple_states import Carried
+from resnet_paths.core.tuple_states import Carried
+from resnet_paths.unraveling.tracing import Trace
 
 __all__ = ["kind_of", "read_beside"]
 

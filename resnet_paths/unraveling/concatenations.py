@@ -18,8 +18,8 @@ import networkx as nx
 import torch
 from torch.fx import Node
 
-from resnet_paths.layers import is_weighted
-from resnet_paths.tracing import Trace
+from resnet_paths.core.weight_layers import is_weighted
+from resnet_paths.unraveling.tracing import Trace
 
 __all__ = [
     "are_apart",
@@ -33,9 +33,16 @@ __all__ = [
 _ATEN = torch.ops.aten
 _CAT = _ATEN.cat.default
 _SLICES = {
-    _ATEN.slice.Tensor, _ATEN.select.int, _ATEN.narrow.default, _ATEN.split.Tensor, _ATEN.split_with_sizes.default,
-    _ATEN.split.sizes, _ATEN.chunk.default, _ATEN.tensor_split.sections, _ATEN.unbind.int,
-}  # fmt: skip
+    _ATEN.slice.Tensor,
+    _ATEN.select.int,
+    _ATEN.narrow.default,
+    _ATEN.split.Tensor,
+    _ATEN.split_with_sizes.default,
+    _ATEN.split.sizes,
+    _ATEN.chunk.default,
+    _ATEN.tensor_split.sections,
+    _ATEN.unbind.int,
+}
 
 
 def are_apart(regions: Sequence[set[Node]]) -> bool:
@@ -58,7 +65,7 @@ def dimension(cat: Node) -> int:
 
 def concatenated(
     traced: Trace, fork: Node, node: Node, *, parts_too: bool
-) -> tuple[Node | None, tuple[Node, ...]] | None:  # fmt: skip
+) -> tuple[Node | None, tuple[Node, ...]] | None:
     """Skip and branches of a concatenation on the trunk.
 
     Args:

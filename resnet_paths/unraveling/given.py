@@ -11,12 +11,12 @@ from collections.abc import Iterator, Sequence
 
 from torch.fx import Node
 
-from resnet_paths.errors import ResnetPathsError
-from resnet_paths.tracing import Trace
+from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.unraveling.carrying import read_beside
 from resnet_paths.unraveling.parts import Part
 from resnet_paths.unraveling.plain import plain_parts
 from resnet_paths.unraveling.residual import residual_parts
+from resnet_paths.unraveling.tracing import Trace
 
 __all__ = ["find_parts"]
 
@@ -59,10 +59,11 @@ def find_parts(
     best = max(found, key=lambda each: _number(each[1]), default=(traced, [], []))
     if max(unfit.values(), default=0) > _number(best[1]):
         raise ResnetPathsError(
-            "example_inputs", max(unfit, key=unfit.__getitem__),
+            "example_inputs",
+            max(unfit, key=unfit.__getitem__),
             "inputs that only the stem reads, or that have the batch, or one row for all, in dimension 0",
             "Blocks read this one. Leave it out, or wrap the model in a module that fixes it.",
-        )  # fmt: skip
+        )
     if best[1]:
         return best
     if refusal is not None:

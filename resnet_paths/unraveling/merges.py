@@ -19,20 +19,25 @@ import networkx as nx
 import torch
 from torch.fx import Node
 
-from resnet_paths.errors import ResnetPathsError
-from resnet_paths.layers import is_weighted
-from resnet_paths.tracing import Trace, describe
+from resnet_paths._utils.errors import ResnetPathsError
+from resnet_paths.core.weight_layers import is_weighted
 from resnet_paths.unraveling.concatenations import are_apart, concatenated, is_in_groups
 from resnet_paths.unraveling.parts import Lane, Rung
+from resnet_paths.unraveling.tracing import Trace, describe
 
 __all__ = ["Core", "core_of", "is_merge", "refuse_node", "refuse_other_merge", "trunk_between"]
 
 _ADD = torch.ops.aten.add.Tensor
 _CAT = torch.ops.aten.cat.default
 _PRODUCTS = {
-    torch.ops.aten.mul.Tensor, torch.ops.aten.div.Tensor, torch.ops.aten.matmul.default, torch.ops.aten.bmm.default,
-    torch.ops.aten.mm.default, torch.ops.aten.einsum.default, torch.ops.aten.scaled_dot_product_attention.default,
-}  # fmt: skip
+    torch.ops.aten.mul.Tensor,
+    torch.ops.aten.div.Tensor,
+    torch.ops.aten.matmul.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten.mm.default,
+    torch.ops.aten.einsum.default,
+    torch.ops.aten.scaled_dot_product_attention.default,
+}
 
 
 def trunk_between(traced: Trace, source: Node | None, target: Node) -> list[Node]:
@@ -232,6 +237,8 @@ def refuse_node(node: Node, allowed: str) -> NoReturn:
         ResnetPathsError: Always.
     """
     raise ResnetPathsError(
-        "model", f"{node.name} ({describe(node)})", allowed,
+        "model",
+        f"{node.name} ({describe(node)})",
+        allowed,
         "Only networks whose blocks stand in series can be unraveled.",
-    )  # fmt: skip
+    )

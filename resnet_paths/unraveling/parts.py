@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from resnet_paths.tracing import Trace
+from resnet_paths.unraveling.tracing import Trace
 
 __all__ = ["Lane", "Part", "Rung"]
 

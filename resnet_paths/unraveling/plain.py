@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from resnet_paths.errors import ResnetPathsError
-from resnet_paths.layers import is_weighted
-from resnet_paths.tracing import Trace, common_module, is_within, module_stack
+from resnet_paths._utils.errors import ResnetPathsError
+from resnet_paths.core.weight_layers import is_weighted
 from resnet_paths.unraveling.merges import refuse_node, trunk_between
 from resnet_paths.unraveling.parts import Part
+from resnet_paths.unraveling.tracing import Trace, common_module, is_within, module_stack
 
 __all__ = ["plain_parts"]
 

@@ -14,12 +14,12 @@ from dataclasses import replace
 import torch
 from torch.fx import Node
 
-from resnet_paths.errors import ResnetPathsError
-from resnet_paths.layers import is_weighted
-from resnet_paths.tracing import Trace, is_within, module_path
+from resnet_paths._utils.errors import ResnetPathsError
+from resnet_paths.core.weight_layers import is_weighted
 from resnet_paths.unraveling.carrying import read_beside
 from resnet_paths.unraveling.merges import Core, core_of, is_merge, refuse_other_merge, trunk_between
 from resnet_paths.unraveling.parts import Lane, Part
+from resnet_paths.unraveling.tracing import Trace, is_within, module_path
 
 __all__ = ["residual_parts"]
 
@@ -68,14 +68,22 @@ def _parts(traced: Trace, trunk: list[Node], depth: int | None, *, strict: bool 
     starts = [line.start_of_first(), *ends[:-1]]
     return [
         Part(
-            module_path(core.merge), start, core.fork, core.merge, end, core.skip, core.branches,
+            module_path(core.merge),
+            start,
+            core.fork,
+            core.merge,
+            end,
+            core.skip,
+            core.branches,
             tuple(
                 _inside(core.lane.traced if core.lane else traced, core.fork, branch, depth) for branch in core.branches
             ),
-            core.onto_skip, core.rungs, core.lane,
+            core.onto_skip,
+            core.rungs,
+            core.lane,
         )
         for start, core, end in zip(starts, cores, ends, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def _inside(traced: Trace, fork: Node, branch: Node, depth: int | None) -> tuple[Part, ...]:

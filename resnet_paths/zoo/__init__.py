@@ -15,17 +15,24 @@ import pandas as pd
 import torch
 from torch import nn
 
-from resnet_paths.device import choose_device
-from resnet_paths.errors import ResnetPathsError
-from resnet_paths.files import shipped_folder
+from resnet_paths._utils.devices import choose_device
+from resnet_paths._utils.errors import ResnetPathsError
+from resnet_paths._utils.files import shipped_folder
 from resnet_paths.zoo.catalog import NETWORKS, NetworkFacts, Recipe, build_network, find_network
 from resnet_paths.zoo.places import choose_weights, weights_in
 from resnet_paths.zoo.weights import read_metadata, read_weights
 
 __all__ = [
-    "NETWORKS", "NetworkFacts", "Recipe", "build_network", "find_network", "list_networks", "load_network",
-    "networks_table", "training_logs",
-]  # fmt: skip
+    "NETWORKS",
+    "NetworkFacts",
+    "Recipe",
+    "build_network",
+    "find_network",
+    "list_networks",
+    "load_network",
+    "networks_table",
+    "training_logs",
+]
 
 
 def load_network(
@@ -62,9 +69,11 @@ def load_network(
     if weights is None and not weights_in(_shipped(), name):
         trained = [n for n in NETWORKS if weights_in(_shipped(), n)]
         raise ResnetPathsError(
-            "name", name, f"a network with shipped weights ({', '.join(trained)}) or an existing weights file",
+            "name",
+            name,
+            f"a network with shipped weights ({', '.join(trained)}) or an existing weights file",
             f"Train it with 'resnet-paths train {name}' and pass the file as weights=.",
-        )  # fmt: skip
+        )
     path = choose_weights(name, _shipped() if weights is None else Path(weights), seed, snapshot)
     metadata = read_metadata(path)
     shape = {"in_channels": 1, "num_classes": 10}
@@ -161,10 +170,14 @@ def networks_table() -> str:
         for metadata in _runs(name):
             minutes = round(sum(row["seconds"] for row in metadata["log"]) / 60)
             cells = [
-                f"`{name}`", facts.description, f"{metadata['num_parameters']:,}", _judgement(metadata),
-                str(metadata["seed"]), str(metadata["epochs"]),
+                f"`{name}`",
+                facts.description,
+                f"{metadata['num_parameters']:,}",
+                _judgement(metadata),
+                str(metadata["seed"]),
+                str(metadata["epochs"]),
                 f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min",
-            ]  # fmt: skip
+            ]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from resnet_paths.errors import ResnetPathsError, nearest_names
+from resnet_paths._utils.errors import ResnetPathsError, nearest_names
 from resnet_paths.zoo.densenet import DenseNet
 from resnet_paths.zoo.drawn import EffectiveResNet, StochasticDepthResNet
 from resnet_paths.zoo.highway import HighwayNet
@@ -182,9 +182,10 @@ def check_num_drawn_blocks(name: str, number: object) -> tuple[int, int] | None:
     is_pair = len(pair) == 2 and all(type(n) is int for n in pair)
     if not is_pair or not 1 <= pair[0] <= pair[1] <= facts.num_blocks:
         raise ResnetPathsError(
-            "num_drawn_blocks", number,
+            "num_drawn_blocks",
+            number,
             f"an int from 1 to {facts.num_blocks}, or a lowest and a highest one, for {name!r}",
-        )  # fmt: skip
+        )
     return pair[0], pair[1]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from resnet_paths.errors import ResnetPathsError
+from resnet_paths._utils.errors import ResnetPathsError
 
 __all__ = ["choose_weights", "snapshot_file", "weights_in"]
 
@@ -59,9 +59,11 @@ def choose_weights(network: str, place: Path, seed: int | None, snapshot: int | 
         found = weights_in(place, network)
         if not found:
             raise ResnetPathsError(
-                "weights", str(place), f"an existing weights file of {network!r} or a folder that holds one",
+                "weights",
+                str(place),
+                f"an existing weights file of {network!r} or a folder that holds one",
                 f"Train it with 'resnet-paths train {network}' and pass the file as weights=.",
-            )  # fmt: skip
+            )
         seeds = sorted({s for s, _ in found})
         seed = seeds[0] if seed is None else seed
         if seed not in seeds:
@@ -70,9 +72,11 @@ def choose_weights(network: str, place: Path, seed: int | None, snapshot: int | 
     if snapshot not in kept:
         epochs = sorted(e for e in kept if e is not None)
         raise ResnetPathsError(
-            "snapshot", snapshot, f"None for the end of training, or the epoch of a snapshot: {_listed(epochs)}",
+            "snapshot",
+            snapshot,
+            f"None for the end of training, or the epoch of a snapshot: {_listed(epochs)}",
             f"Those are kept of {network!r} in {place}.",
-        )  # fmt: skip
+        )
     return kept[snapshot]
 
 

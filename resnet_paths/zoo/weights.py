@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from resnet_paths.errors import ResnetPathsError
-from resnet_paths.files import write_then_rename
+from resnet_paths._utils.errors import ResnetPathsError
+from resnet_paths._utils.files import write_then_rename
 
 __all__ = ["read_metadata", "read_tensors", "read_weights", "write_tensors"]
 

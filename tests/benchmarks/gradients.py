@@ -24,8 +24,8 @@ import torch
 from torch.nn import functional as F
 
 import resnet_paths as rp
+from resnet_paths.core.paths import sample_paths
 from resnet_paths.gradients.passes import Place, Point
-from resnet_paths.paths import sample_paths
 from resnet_paths.zoo import load_network
 from tests.benchmarks.lesions import fashion_images
 from tests.benchmarks.table import row
@@ -71,18 +71,30 @@ def sampled(chain: rp.ResidualChain, images: Any, labels: Any, settings: dict[st
     """Some paths of each length."""
     draws = settings["paths"]
     rp.gradient_by_path_length(
-        chain, images, labels, method="sampled", num_draws=draws, with_respect_to="stem", progress=False,
+        chain,
+        images,
+        labels,
+        method="sampled",
+        num_draws=draws,
+        with_respect_to="stem",
+        progress=False,
         generator=torch.Generator().manual_seed(repeat),
-    )  # fmt: skip
+    )
     return {"vjps": draws * sum(range(len(chain) + 1))}
 
 
 def energy(chain: rp.ResidualChain, images: Any, labels: Any, settings: dict[str, Any], repeat: int) -> Answer:
     """To the relative standard error itself, nothing extrapolated; the sums over paths come with it."""
     frame = rp.gradient_by_path_length(
-        chain, images, labels, method="energy", relative_error=settings["error"] / 2, with_respect_to="stem",
-        progress=False, generator=torch.Generator().manual_seed(repeat),
-    )  # fmt: skip
+        chain,
+        images,
+        labels,
+        method="energy",
+        relative_error=settings["error"] / 2,
+        with_respect_to="stem",
+        progress=False,
+        generator=torch.Generator().manual_seed(repeat),
+    )
     # The norm is the root of the energy: half the relative error.
     energies = frame["rms_path_gradient_norm"] ** 2 * frame["num_paths"].astype(float)
     return {key: int(frame.attrs[f"num_{key}"]) for key in ("draws", "block_vjps")} | {"energies": energies.tolist()}
@@ -180,9 +192,10 @@ def spread(chain: rp.ResidualChain, images: Any, labels: Any, settings: dict[str
     worth = energies >= WORTH * energies.sum()
     paths_of_norm, paths_of_energy = np.maximum(2, np.ceil(variances / ERROR**2))
     return {
-        "of_norm": paths_of_norm.tolist(), "of_energy": np.where(worth, paths_of_energy, 0).tolist(),
+        "of_norm": paths_of_norm.tolist(),
+        "of_energy": np.where(worth, paths_of_energy, 0).tolist(),
         "energies": energies.tolist(),
-    }  # fmt: skip
+    }
 
 
 def variance_of_sampling(
@@ -225,19 +238,27 @@ def variance_of_sampling(
 
 
 CONTENDERS = {
-    "sampled": Contender(sampled), "energy": Contender(energy), "exact": Contender(exact, "images_of_split"),
-    "by hand": Contender(by_hand), "forward kept": Contender(forward_kept),
-    "split by hand": Contender(split_by_hand, "images_of_split"), "spread": Contender(spread),
-}  # fmt: skip
+    "sampled": Contender(sampled),
+    "energy": Contender(energy),
+    "exact": Contender(exact, "images_of_split"),
+    "by hand": Contender(by_hand),
+    "forward kept": Contender(forward_kept),
+    "split by hand": Contender(split_by_hand, "images_of_split"),
+    "spread": Contender(spread),
+}
 
 
 def run(options: Any) -> list[dict[str, Any]]:
     """Rows of the three comparisons."""
     settings = {
-        "network": options.network, "threads": options.threads, "images": 2 if options.quick else 4,
-        "images_of_split": 2 if options.quick else 32, "paths": 4 if options.quick else 20,
-        "weighted_paths": 4 if options.quick else 60, "error": ERROR,
-    }  # fmt: skip
+        "network": options.network,
+        "threads": options.threads,
+        "images": 2 if options.quick else 4,
+        "images_of_split": 2 if options.quick else 32,
+        "paths": 4 if options.quick else 20,
+        "weighted_paths": 4 if options.quick else 60,
+        "error": ERROR,
+    }
     repeats = 2 if options.quick else 3
     answers: dict[str, list[Answer]] = {name: [] for name in CONTENDERS}
     with workers(PART, dict.fromkeys(CONTENDERS, Path(options.python)), settings) as running:
@@ -261,10 +282,18 @@ def rows_of(answers: dict[str, list[Answer]], network: str, settings: dict[str, 
     def compared(task: str, images: str, *found: tuple[str, str, list[float], str]) -> None:
         """Rows of (what is shown, contender, seconds, note), the first of them this project's."""
         for shown, name, seconds, note in found:
-            rows.append(row(
-                PART, f"{task}, {network}, {settings[images]} images", shown, "seconds", seconds,
-                np.array(seconds) / np.array(found[0][2]), memory=max(a["memory"] for a in answers[name]), note=note,
-            ))  # fmt: skip
+            rows.append(
+                row(
+                    PART,
+                    f"{task}, {network}, {settings[images]} images",
+                    shown,
+                    "seconds",
+                    seconds,
+                    np.array(seconds) / np.array(found[0][2]),
+                    memory=max(a["memory"] for a in answers[name]),
+                    note=note,
+                )
+            )
 
     def by_autograd(paths: str) -> list[tuple[str, str, list[float], str]]:
         """The paper's protocol for as many paths of each length as repeat by repeat are needed."""
@@ -280,38 +309,48 @@ def rows_of(answers: dict[str, list[Answer]], network: str, settings: dict[str, 
 
     of_norm = [np.array(r["spread"]["of_norm"]) @ lengths for r in repeats]
     compared(
-        "mean norm over the paths of each length, to 10 %", "images",
+        "mean norm over the paths of each length, to 10 %",
+        "images",
         (
-            "this project, sampled", "sampled",
+            "this project, sampled",
+            "sampled",
             [float(r["sampled"]["seconds"] * v / r["sampled"]["vjps"]) for r, v in zip(repeats, of_norm, strict=True)],
             "the same paths, a stack of them at a time, extrapolated from fewer",
         ),
         *by_autograd("of_norm"),
-    )  # fmt: skip
+    )
     agreement = []
     for r in repeats:
         worth = np.array(r["spread"]["of_energy"]) > 0
         agreement += list(np.array(r["energy"]["energies"])[worth] / np.array(r["spread"]["energies"])[worth])
     drawn, vjps = (span(r["energy"][key] for r in repeats) for key in ("draws", "block_vjps"))
     compared(
-        "energy of the paths of each length that holds a thousandth of it, to 10 %", "images",
+        "energy of the paths of each length that holds a thousandth of it, to 10 %",
+        "images",
         (
-            "this project, energy", "energy", [r["energy"]["seconds"] for r in repeats],
+            "this project, energy",
+            "energy",
+            [r["energy"]["seconds"] for r in repeats],
             f"{drawn} draws of signs, {vjps} block VJPs; {span(agreement)} times what weighted paths give",
         ),
         *by_autograd("of_energy"),
-    )  # fmt: skip
+    )
     compared(
-        "sum over all paths of each length", "images_of_split",
+        "sum over all paths of each length",
+        "images_of_split",
         (
-            "this project, exact", "exact", [r["exact"]["seconds"] for r in repeats],
+            "this project, exact",
+            "exact",
+            [r["exact"]["seconds"] for r in repeats],
             f"{repeats[0]['exact']['vjps']} block VJPs, those of the whole gradient among them",
         ),
         (
-            "the same split by autograd", "split by hand", [r["split by hand"]["seconds"] for r in repeats],
+            "the same split by autograd",
+            "split by hand",
+            [r["split by hand"]["seconds"] for r in repeats],
             f"{repeats[0]['split by hand']['vjps']} block VJPs; written for this network by one who knows the split",
         ),
-    )  # fmt: skip
+    )
     return rows
 
 

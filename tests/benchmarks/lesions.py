@@ -21,8 +21,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import resnet_paths as rp
+from resnet_paths.core.placement import PRECISIONS, place_modules
 from resnet_paths.lesions.trie import Trie
-from resnet_paths.placement import PRECISIONS, place_modules
 from resnet_paths.zoo import load_network
 from tests.benchmarks import peers
 from tests.benchmarks.table import row
@@ -351,9 +351,12 @@ def run(options: Any) -> list[dict[str, Any]]:
         if not contender.peer or contender.peer in versions
     }
     settings = {
-        "network": options.network, "threads": options.threads, "batch": 10 if options.quick else 50,
-        "batches": 1 if options.quick else 5, "most_every": 4 if options.quick else 1000,
-    }  # fmt: skip
+        "network": options.network,
+        "threads": options.threads,
+        "batch": 10 if options.quick else 50,
+        "batches": 1 if options.quick else 5,
+        "most_every": 4 if options.quick else 1000,
+    }
     repeats = 2 if options.quick else 4
     task = f"each block of {options.network} deleted in turn, 1,000 images in batches of {settings['batch']}"
     answers: dict[str, list[dict[str, Any]]] = {name: [] for name in given}
@@ -378,10 +381,18 @@ def run(options: Any) -> list[dict[str, Any]]:
         notes = [f"{sum(a['images'] for a in found)} images", agreement[name]]
         if contender.every > 1:
             notes[0] += f", {found[0]['lesions']} of the deletions"
-        rows.append(row(
-            PART, task, name, "seconds", seconds, [a / b for a, b in zip(seconds, ours, strict=False)],
-            memory=memory[name], note="; ".join([*notes, *filter(None, [contender.note])]),
-        ))  # fmt: skip
+        rows.append(
+            row(
+                PART,
+                task,
+                name,
+                "seconds",
+                seconds,
+                [a / b for a, b in zip(seconds, ours, strict=False)],
+                memory=memory[name],
+                note="; ".join([*notes, *filter(None, [contender.note])]),
+            )
+        )
     return rows
 
 

@@ -20,8 +20,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import resnet_paths as rp
+from resnet_paths.core.placement import PRECISIONS, place_modules
 from resnet_paths.lesions.trie import Trie
-from resnet_paths.placement import PRECISIONS, place_modules
 from resnet_paths.zoo import load_network
 from tests.benchmarks.lesions import fashion_images
 from tests.benchmarks.table import row
@@ -34,9 +34,11 @@ WAYS: dict[str, dict[str, Any]] = {
     "float32, channels last, BatchNorm folded": {"channels_last": True, "fold_batchnorm": True},
     "bfloat16, channels last": {"channels_last": True, "precision": "bfloat16"},
     "bfloat16, channels last, BatchNorm folded": {
-        "channels_last": True, "fold_batchnorm": True, "precision": "bfloat16",
+        "channels_last": True,
+        "fold_batchnorm": True,
+        "precision": "bfloat16",
     },
-}  # fmt: skip
+}
 KINDS = {
     "convolution": ("convolution", "conv2d"),
     "matrix product": ("addmm", "linear", "mm"),
@@ -195,10 +197,17 @@ def in_turns(task: str, runs: dict[str, Callable[[], Any]], repeats: int, notes:
                     seconds[name].append(found)
     first = next(iter(seconds.values()))
     return [
-        row(PART, task, name, "seconds", found, [a / b for a, b in zip(found, first, strict=True)],
-            note=(notes or {}).get(name, ""))
+        row(
+            PART,
+            task,
+            name,
+            "seconds",
+            found,
+            [a / b for a, b in zip(found, first, strict=True)],
+            note=(notes or {}).get(name, ""),
+        )
         for name, found in seconds.items()
-    ]  # fmt: skip
+    ]
 
 
 def compiled(options: Any) -> list[Any]:

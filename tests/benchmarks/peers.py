@@ -31,8 +31,10 @@ def python() -> Path:
         venv.create(FOLDER, with_pip=True)
         own = subprocess.run(
             [str(found), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
-            capture_output=True, text=True, check=True,
-        ).stdout.strip()  # fmt: skip
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
         folders = dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
         Path(own, "running.pth").write_text("\n".join(folders) + "\n")
     return found
@@ -50,8 +52,10 @@ def install(names: tuple[str, ...] = PEERS) -> tuple[dict[str, str], dict[str, s
             continue
         done = subprocess.run(
             [str(interpreter), "-m", "pip", "install", "--quiet", "--constraint", str(constraints), name],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
             reasons[name] = reason_of(errors[-1] if errors else "pip failed")

@@ -13,30 +13,59 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from resnet_paths.files import write_then_rename
+from resnet_paths._utils.files import write_then_rename
 
 ROOT = Path(__file__).parents[2]
 CSV = ROOT / "data" / "benchmarks.csv"
 COLUMNS = [
-    "part", "task", "contender", "quantity", "value", "low", "high", "ratio", "ratio_low", "ratio_high",
-    "peak_memory_mib", "note", "machine", "versions", "date",
-]  # fmt: skip
+    "part",
+    "task",
+    "contender",
+    "quantity",
+    "value",
+    "low",
+    "high",
+    "ratio",
+    "ratio_low",
+    "ratio_high",
+    "peak_memory_mib",
+    "note",
+    "machine",
+    "versions",
+    "date",
+]
 """`value` is a median, `low` and `high` the extremes of the repeats, or one standard error about a fit; `ratio` is the
 median over repeats of the contender's time over this project's in the same repeat."""
 
 
 def row(
-    part: str, task: str, contender: str, quantity: str, values: Sequence[float] | float = (),
-    ratios: Sequence[float] = (), *, note: str = "", memory: float | None = None,
-) -> dict[str, Any]:  # fmt: skip
+    part: str,
+    task: str,
+    contender: str,
+    quantity: str,
+    values: Sequence[float] | float = (),
+    ratios: Sequence[float] = (),
+    *,
+    note: str = "",
+    memory: float | None = None,
+) -> dict[str, Any]:
     """One row; without values it says in `note` why there are none."""
     value, low, high = middle(np.atleast_1d(values))
     ratio, ratio_low, ratio_high = middle(ratios)
     return {
-        "part": part, "task": task, "contender": contender, "quantity": quantity, "value": value, "low": low,
-        "high": high, "ratio": ratio, "ratio_low": ratio_low, "ratio_high": ratio_high, "peak_memory_mib": memory,
+        "part": part,
+        "task": task,
+        "contender": contender,
+        "quantity": quantity,
+        "value": value,
+        "low": low,
+        "high": high,
+        "ratio": ratio,
+        "ratio_low": ratio_low,
+        "ratio_high": ratio_high,
+        "peak_memory_mib": memory,
         "note": note,
-    }  # fmt: skip
+    }
 
 
 def middle(values: Sequence[float] | np.ndarray) -> tuple[float, float, float]:

@@ -42,9 +42,13 @@ class Worker:
         self.reason = ""
         self._process = subprocess.Popen(
             [str(python), "-m", "tests.benchmarks.workers", part, contender, json.dumps(settings)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            cwd=ROOT,
             env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(settings["threads"])},
-        )  # fmt: skip
+        )
         self._read()
 
     def ask(self, **request: Any) -> dict[str, Any] | None:

@@ -1,0 +1,138 @@
+# The public names and where each is defined; `__init__.py` loads them from here on first use.
+
+from . import figures as figures
+from . import widgets as widgets
+from ._utils.errors import (
+    ResnetPathsError as ResnetPathsError,
+)
+from ._utils.errors import (
+    StudyInterrupted as StudyInterrupted,
+)
+from .core.block_norms import block_norms as block_norms
+from .core.chain import (
+    Block as Block,
+)
+from .core.chain import (
+    ResidualChain as ResidualChain,
+)
+from .core.chain import (
+    path_network as path_network,
+)
+from .core.costs import forward_cost as forward_cost
+from .core.edits import (
+    duplicate_block as duplicate_block,
+)
+from .core.edits import (
+    parallel_blocks as parallel_blocks,
+)
+from .core.edits import (
+    permute_blocks as permute_blocks,
+)
+from .core.edits import (
+    reverse_blocks as reverse_blocks,
+)
+from .core.edits import (
+    scale_block as scale_block,
+)
+from .core.edits import (
+    swap_blocks as swap_blocks,
+)
+from .core.memory import training_memory as training_memory
+from .core.paths import (
+    enumerate_paths as enumerate_paths,
+)
+from .core.paths import (
+    path_histogram as path_histogram,
+)
+from .core.paths import (
+    sample_paths as sample_paths,
+)
+from .core.unraveled_graph import unraveled_graph as unraveled_graph
+from .gradients import (
+    EffectiveWindow as EffectiveWindow,
+)
+from .gradients import (
+    effective_window as effective_window,
+)
+from .gradients import (
+    fit_decay as fit_decay,
+)
+from .gradients import (
+    gradient_by_depth as gradient_by_depth,
+)
+from .gradients import (
+    gradient_by_path_length as gradient_by_path_length,
+)
+from .gradients import (
+    gradient_by_stage_lengths as gradient_by_stage_lengths,
+)
+from .gradients import (
+    gradient_through_block as gradient_through_block,
+)
+from .gradients import (
+    scalar_gradients as scalar_gradients,
+)
+from .lesions import (
+    lesion_study as lesion_study,
+)
+from .lesions import (
+    pair_interactions as pair_interactions,
+)
+from .lesions import (
+    predicted_effects as predicted_effects,
+)
+from .lesions import (
+    score_correlations as score_correlations,
+)
+from .lesions.plans import (
+    Lesion as Lesion,
+)
+from .lesions.plans import (
+    branch_replacements as branch_replacements,
+)
+from .lesions.plans import (
+    duplications as duplications,
+)
+from .lesions.plans import (
+    layer_schedules as layer_schedules,
+)
+from .lesions.plans import (
+    mean_replacements as mean_replacements,
+)
+from .lesions.plans import (
+    pair_deletions as pair_deletions,
+)
+from .lesions.plans import (
+    random_deletions as random_deletions,
+)
+from .lesions.plans import (
+    random_duplications as random_duplications,
+)
+from .lesions.plans import (
+    random_swaps as random_swaps,
+)
+from .lesions.plans import (
+    scalings as scalings,
+)
+from .lesions.plans import (
+    single_deletions as single_deletions,
+)
+from .reproduce.datasets import load_dataset as load_dataset
+from .unraveling import unravel as unravel
+from .unraveling.edits import (
+    delete_block as delete_block,
+)
+from .unraveling.edits import (
+    delete_blocks as delete_blocks,
+)
+from .zoo import (
+    list_networks as list_networks,
+)
+from .zoo import (
+    load_network as load_network,
+)
+from .zoo import (
+    training_logs as training_logs,
+)
+
+__version__: str

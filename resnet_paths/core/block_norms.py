@@ -1,0 +1,106 @@
+"""What every block reads, adds and passes on: the sizes and directions of the states of a real network.
+
+The forward pass only. What the sizes predict about a deletion is in `resnet_paths.lesions.predicted`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from resnet_paths._utils.devices import wide
+from resnet_paths._utils.errors import ResnetPathsError
+from resnet_paths._utils.statistics import mean_over_examples
+from resnet_paths.core.chain import ResidualChain, add_states, refuse_other_than_chain, refuse_training_mode
+from resnet_paths.core.inputs import batches_of, call, each_tensor, num_examples
+from resnet_paths.core.placement import device_of
+from resnet_paths.core.tuple_states import x_of
+
+__all__ = ["block_norms"]
+
+_COLUMNS = ("input_norm", "skip_norm", "branch_norm", "sum_norm", "cosine", "kept_signal_share")
+
+
+@torch.no_grad()
+def block_norms(chain: ResidualChain, inputs: Any) -> pd.DataFrame:
+    """How large x, F(x) and F(x) + x are in every block, and which way F(x) points.
+
+    Norms are Euclidean, of an example's whole x; what is carried beside it, such as an attention mask, is left out.
+    The signal kept along the skip is what the path of skips alone, which takes no branch at all, brings to a block's
+    output: with s that path's x and y the output, the share is <s, y> / <y, y>, 1 where the branches have added
+    nothing.
+
+    Args:
+        chain: The chain, in eval mode.
+        inputs: A batch or a loader, as for `resnet_paths.gradient_by_path_length`; targets are not read.
+
+    Returns:
+        A row a block: ``block_index``, ``block`` (name), ``stage``, ``skip_kind``; means over examples, each with its
+        standard error ``..._se``: ``input_norm`` of x, ``skip_norm`` of what the skip makes of it (x itself for an
+        identity), ``branch_norm`` of F(x), ``sum_norm`` of their sum, ahead of what may follow the addition; ``cosine``
+        of the angle between skip and branch; ``kept_signal_share``, NaN behind a block without skip; ``num_examples``.
+
+    Raises:
+        ResnetPathsError: If the chain is in training mode, there is no example, or blocks work on several tensors.
+    """
+    refuse_other_than_chain("chain", chain)
+    refuse_training_mode("chain", chain)
+    device = device_of(chain)
+    found = []
+    for batch, _ in batches_of(inputs):
+        if num_examples(batch):
+            found.append(_of_batch(chain, each_tensor(lambda t: t.to(device), batch)))
+    if not found:
+        raise ResnetPathsError("inputs", "no examples", "at least one example")
+    values = np.concatenate(found, 2)  # [block, column, example]
+    mean, error = mean_over_examples(values)
+    frame = pd.DataFrame({
+        "block_index": range(len(chain)),
+        "block": [block.name for block in chain],
+        "stage": [block.stage for block in chain],
+        "skip_kind": [block.skip_kind for block in chain],
+    })
+    for number, name in enumerate(_COLUMNS):
+        frame[name], frame[f"{name}_se"] = mean[:, number], error[:, number]
+    frame["num_examples"] = values.shape[2]
+    return frame
+
+
+def _of_batch(chain: ResidualChain, inputs: Any) -> np.ndarray:
+    """[block, column, example] in float64."""
+    state = call(chain.stem, each_tensor(torch.clone, inputs))
+    kept = state
+    rows = []
+    for block in chain:
+        # Copies: parts written by hand may work in place.
+        skip = None if block.skip is None else block.skip(block.pre(_copy(state)))
+        branch = None if block.branch is None else block.branch(block.pre(_copy(state)))
+        total = skip if branch is None else branch if skip is None else add_states(skip, branch)
+        read, state = state, block.post(_copy(total))
+        kept = None if kept is None or block.skip is None else block.replace(branch=None)(_copy(kept))
+        x, one, other, whole, after, left = (_vectors(part, chain) for part in (read, skip, branch, total, state, kept))
+        missing = torch.full((len(after),), math.nan, dtype=torch.float64, device=after.device)
+        norms = [missing if part is None else part.norm(dim=1) for part in (x, one, other, whole)]
+        cosine = missing if one is None or other is None else _cosine(one, other)
+        share = missing if left is None else (left * after).sum(1) / (after * after).sum(1)
+        rows.append(torch.stack([*norms, cosine, share]).cpu().numpy())
+    return np.stack(rows)
+
+
+def _copy(state: Any) -> Any:
+    return each_tensor(torch.clone, state)
+
+
+def _vectors(state: Any, chain: ResidualChain) -> Any:
+    """X of a state, float64 [example, number]; None of none."""
+    return None if state is None else wide(x_of(state, chain)).flatten(1)
+
+
+def _cosine(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """NaN where one of them is 0: it has no direction."""
+    cosine: torch.Tensor = (one * other).sum(1) / (one.norm(dim=1) * other.norm(dim=1))
+    return cosine

@@ -1,0 +1,496 @@
+"""The one abstraction: stem, then blocks in series, then head; a block is a skip and a branch in parallel.
+
+    ResidualChain = stem -> Block -> Block -> ... -> head
+    Block         : y = post(skip(h) + branch(h)) with h = pre(x)
+
+Chains are values: nothing here changes one in place. `resnet_paths.core.edits` makes new chains from old ones, sharing
+every weight. `resnet_paths.unravel` makes a chain from any model.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, cast
+
+import pandas as pd
+import torch
+from torch import nn
+
+from resnet_paths._utils.errors import ResnetPathsError, nearest_names
+from resnet_paths.core.modes import depends_on_mode
+from resnet_paths.core.paths import Entry, check_path, choices_of, num_paths
+from resnet_paths.core.summary import chain_table, dimensions, indented, shape_of_x
+from resnet_paths.core.tuple_states import PassingOn, carries
+from resnet_paths.core.units import length_polynomial
+
+__all__ = ["Block", "Constant", "Parallel", "Placed", "ResidualChain", "Scaled", "path_network"]
+
+
+class Block(nn.Module):
+    """One residual block: ``y = post(skip(h) + branch(h))`` with ``h = pre(x)``.
+
+    Args:
+        branch: The residual function f; None once deleted. It may be a `ResidualChain`, whose own paths then count.
+        skip: Identity, or the projection at a change of shape; None in a plain net.
+        pre: What skip and branch share: the pre-activation at a change of stage (He et al. 2016b), a downsampling
+            layer that stands between two stages.
+        post: What follows the addition: nothing in a pre-activation network, ReLU in a post-activation ResNet.
+        name: Where the block stands in the model it was read from, such as ``"layer2.0"``.
+        skip_kind: ``"identity"``, ``"projection"`` or ``"concat"``; None where there is no skip. Told from `skip` if
+            not given.
+        stage: Number of the run of blocks with outputs of one shape, counted from 0.
+        in_shape: Shape of an input without its batch dimension, or of each of its tensors; None if not known.
+        out_shape: Shape of an output, likewise.
+
+    Raises:
+        ResnetPathsError: If there is neither a skip nor a branch.
+    """
+
+    def __init__(
+        self,
+        branch: nn.Module | None,
+        skip: nn.Module | None,
+        *,
+        pre: nn.Module | None = None,
+        post: nn.Module | None = None,
+        name: str = "",
+        skip_kind: str | None = None,
+        stage: int = 0,
+        in_shape: Sequence[Any] | None = None,
+        out_shape: Sequence[Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if branch is None and skip is None:
+            raise ResnetPathsError(
+                "skip", None, "a module where branch is None", f"Block {name!r} would cut the chain."
+            )
+        self.pre = pre if pre is not None else nn.Identity()
+        self.skip = skip
+        self.branch = branch
+        self.post = post if post is not None else nn.Identity()
+        self.name = name
+        if skip_kind is None and skip is not None:
+            kinds = {nn.Identity: "identity", Placed: "concat"}
+            skip_kind = kinds.get(type(skip), "projection")
+        self.skip_kind = skip_kind
+        self.stage = stage
+        self.in_shape = None if in_shape is None else tuple(in_shape)
+        self.out_shape = None if out_shape is None else tuple(out_shape)
+
+    def forward(self, x: Any) -> Any:
+        """``post(skip(h) + branch(h))`` with ``h = pre(x)``, [batch, *in_shape] to [batch, *out_shape]."""
+        x = self.pre(x)
+        if self.branch is None:
+            assert self.skip is not None  # held by __init__
+            return self.post(self.skip(x))
+        if self.skip is None:
+            return self.post(self.branch(x))
+        if isinstance(self.branch, Parallel) and self.branch.onto_skip:
+            total = self.skip(x)
+            for branch in self.branch:
+                total = add_states(total, branch(x))
+            return self.post(total)
+        return self.post(add_states(self.skip(x), self.branch(x)))
+
+    @property
+    def path_choices(self) -> tuple[Any, ...]:
+        """The entries it offers to a path: False for the skip, 1, 2... for its branches (`resnet_paths.core.paths`)."""
+        if isinstance(self.branch, ResidualChain) and len(self.branch):
+            return (*((False,) if self.skip is not None else ()), self.branch.path_choices)
+        branches = len(self.branch) if isinstance(self.branch, Parallel) else int(self.branch is not None)
+        skips = (False,) if self.skip is not None else ()
+        return (*skips, *((True, *range(2, branches + 1)) if branches else ()))
+
+    @property
+    def keeps_shape(self) -> bool:
+        """Whether outputs have the shape of inputs, as far as known: such blocks of a stage may trade places."""
+        return self.in_shape == self.out_shape
+
+    def replace(self, **changes: Any) -> Block:
+        """A block that shares all parts with this one but those in `changes`, named as in `Block`."""
+        fields = ("branch", "skip", "pre", "post", "name", "skip_kind", "stage", "in_shape", "out_shape")
+        block = Block(**({field: getattr(self, field) for field in fields} | changes))
+        block.training = self.training  # not block.train(): the parts are shared
+        return block
+
+    def summary(self) -> str:
+        """One line: name, stage, skip, what is left of the branch, shapes."""
+        skip = f"{self.skip_kind} skip" if self.skip is not None else "no skip"
+        branch = (
+            "branch deleted" if self.branch is None else f"{_count_parameters(self.branch):,} parameters in the branch"
+        )
+        shapes = " -> ".join(dimensions(shape_of_x(shape)) for shape in (self.in_shape, self.out_shape))
+        said = [f"stage {self.stage}", skip, branch, *([] if self.in_shape is None else [shapes])]
+        return f"{self.name or '(unnamed)'}: {', '.join(said)}"
+
+
+class ResidualChain(nn.Module):
+    """A network as a chain of residual blocks; ``chain(x)`` is ``head(block_n(... block_1(stem(x))))``.
+
+    Chains made from one another, and the model they were read from, share their weights: moving or converting one
+    (``.to``, ``.double``) breaks the others. Move the model first and unravel it there, or move a `copy.deepcopy` of
+    the chain.
+
+    Args:
+        stem: Everything before the first block; takes the model's inputs.
+        blocks: The blocks, first to last; their names must differ.
+        head: Everything after the last block.
+
+    Raises:
+        ResnetPathsError: If two blocks have one name, or an output shape does not fit the next block's input.
+
+    Example:
+        >>> blocks = [Block(nn.Linear(4, 4), nn.Identity(), name=f"block{i}") for i in range(3)]
+        >>> chain = ResidualChain(nn.Linear(2, 4), blocks, nn.Linear(4, 5))
+        >>> len(chain), chain.num_paths, chain.blocks[2].name
+        (3, 8, 'block2')
+    """
+
+    def __init__(self, stem: nn.Module, blocks: Iterable[Block], head: nn.Module) -> None:
+        super().__init__()
+        blocks = list(blocks)
+        seen: set[str] = set()
+        for block in blocks:
+            if block.name and block.name in seen:
+                raise ResnetPathsError("blocks", block.name, "blocks with different names")
+            seen.add(block.name)
+        for left, right in itertools.pairwise(blocks):
+            if None not in (left.out_shape, right.in_shape) and left.out_shape != right.in_shape:
+                raise ResnetPathsError(
+                    "blocks",
+                    f"{right.name!r} after {left.name!r}",
+                    f"a block that takes {dimensions(left.out_shape)}, not {dimensions(right.in_shape)}",
+                    "Only blocks of one stage that keep the shape may trade places.",
+                )
+        self.stem = stem
+        self.blocks = nn.ModuleList(blocks)
+        self.head = head
+        self.eval_only = False  # set for a chain that was read from a model in eval mode
+
+    def forward(self, *inputs: Any, **keywords: Any) -> Any:
+        """What the network returns."""
+        x = self.stem(*inputs, **keywords)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+    def train(self, mode: bool = True) -> ResidualChain:
+        """Set the mode of all parts; a chain that was read from a model stays as it was read.
+
+        Args:
+            mode: True for training mode.
+
+        Returns:
+            The chain itself.
+
+        Raises:
+            ResnetPathsError: If `mode` is True and a part was exported in eval mode.
+        """
+        if mode and self.eval_only:
+            raise ResnetPathsError(
+                "mode",
+                mode,
+                "False: the chain was read from a model in eval mode",
+                "Train the model itself, which shares its weights with the chain.",
+            )
+        super().train(mode)
+        return self
+
+    def __len__(self) -> int:
+        """Number of blocks, deleted ones included: positions never shift."""
+        return len(self.blocks)
+
+    @property
+    def path_choices(self) -> tuple[tuple[Any, ...], ...]:
+        """The entries that each block offers to a path; see `resnet_paths.core.paths`."""
+        return tuple(block.path_choices for block in self)
+
+    @property
+    def num_paths(self) -> int:
+        """Number of paths from input to output, exact: 2^n for n residual blocks (Veit et al. 2016, section 3)."""
+        return num_paths(self.path_choices)
+
+    def __iter__(self) -> Iterator[Block]:
+        """The blocks, first to last."""
+        return iter(cast("Iterable[Block]", self.blocks))
+
+    def __getitem__(self, block: int | str) -> Block:
+        """A block by position or name."""
+        return cast("Block", self.blocks[self.block_index(block)])
+
+    def block_index(self, block: int | str) -> int:
+        """Position of a block, counted from 0.
+
+        Args:
+            block: Position (negative counts from the end) or name.
+
+        Returns:
+            Its position.
+
+        Raises:
+            ResnetPathsError: If there is no such block; the nearest names are given.
+        """
+        if isinstance(block, str):
+            names = [b.name for b in self]
+            if block not in names:
+                raise ResnetPathsError("block", block, f"the name of a block, nearest {nearest_names(block, names)}")
+            return names.index(block)
+        if isinstance(block, bool) or not hasattr(block, "__index__"):
+            raise ResnetPathsError("block", block, "the position or the name of a block")
+        index = block.__index__()
+        if not -len(self) <= index < len(self):
+            raise ResnetPathsError("block", index, f"a position from {-len(self)} to {len(self) - 1}")
+        return index % len(self)
+
+    def with_blocks(self, blocks: Iterable[Block]) -> ResidualChain:
+        """A chain of other blocks between the same stem and head."""
+        return self._in_my_mode(ResidualChain(self.stem, blocks, self.head))
+
+    def with_head(self, head: nn.Module) -> ResidualChain:
+        """A chain of the same blocks with another head."""
+        return self._in_my_mode(ResidualChain(self.stem, self, head))
+
+    def _in_my_mode(self, chain: ResidualChain) -> ResidualChain:
+        chain.training = chain.blocks.training = self.training  # not chain.train(): the parts are shared
+        chain.eval_only = self.eval_only
+        return chain
+
+    def __repr__(self) -> str:
+        """A line for the whole and a line a block."""
+        lines = [f"ResidualChain of {len(self)} blocks, {self.num_paths:,} paths"]
+        lines += [f"  {index:>3} {block.summary()}" for index, block in enumerate(self)]
+        return "\n".join(lines)
+
+    def summary(self) -> str:
+        """A table for people: what every block holds, those inside branches indented.
+
+        Returns:
+            Lines of text: name, stage, skip, what stands before skip and branch, in the branch and after the addition,
+            weight layers on the longest route through the branch, parameters, shapes without the batch.
+        """
+        first = f"ResidualChain of {len(self)} blocks, {self.num_paths:,} paths, {_count_parameters(self):,} parameters"
+        if not len(self):
+            return first
+        return "\n".join([first, indented(self.to_frame()).to_string(index=False, justify="left")])
+
+    def _repr_html_(self) -> str:
+        """The same as a table in a notebook."""
+        left: Any = [{"selector": "th, td", "props": "text-align: left; white-space: pre"}]
+        first = f"<p>ResidualChain of {len(self)} blocks, {self.num_paths:,} paths</p>"
+        if not len(self):
+            return first
+        return first + indented(self.to_frame()).style.hide(axis="index").set_table_styles(left).to_html()
+
+    def to_frame(self) -> pd.DataFrame:
+        """What every block holds, one row each; the rows of a chain inside a branch follow that of its block.
+
+        Returns:
+            ``index``, the position in its own chain; ``block``, its name; ``depth``, in how many branches it stands;
+            ``stage``; ``skip``, ``"identity"``, ``"projection"``, ``"concat"`` or ``"none"``; ``before``, ``branch``
+            and ``after``, what stands before skip and branch, in the branch and behind the addition;
+            ``num_branches``, how many a path may choose from, 0 where the branch is deleted; ``weight_layers`` on the
+            longest route through the branch; ``parameters`` of all parts; ``shape`` without the batch, in and out.
+        """
+        return chain_table(self)
+
+    def length_polynomial(self, unit: str = "sublayer") -> list[int]:
+        """Number of paths by length, lengths counted in a unit; see `resnet_paths.path_histogram`.
+
+        Args:
+            unit: ``"sublayer"``, ``"block"`` or ``"layer"``.
+
+        Returns:
+            Exact ints; entry k is the number of paths of length k.
+
+        Raises:
+            ResnetPathsError: If it is another unit, or branches hold chains and the unit is not the sublayer.
+        """
+        return length_polynomial(self, unit)
+
+
+def add_states(one: Any, other: Any) -> Any:
+    """The sum of two states.
+
+    Args:
+        one: A tensor, or a tuple of tensors, such as the pair that WaveNet carries.
+        other: Another.
+
+    Returns:
+        Their sum, part by part where they are tuples.
+    """
+    if isinstance(one, tuple):
+        return tuple(a + b for a, b in zip(one, other, strict=True))
+    return one + other
+
+
+class Scaled(nn.Module):
+    """A branch times a number: ``factor * branch(x)``."""
+
+    def __init__(self, branch: nn.Module, factor: float) -> None:
+        super().__init__()
+        self.branch = branch
+        self.factor = factor
+        self.training = branch.training
+
+    def forward(self, x: Any) -> Any:
+        """``factor * branch(x)``."""
+        y = self.branch(x)
+        return tuple(self.factor * part for part in y) if isinstance(y, tuple) else self.factor * y
+
+    def extra_repr(self) -> str:
+        """The factor."""
+        return f"factor={self.factor}"
+
+
+class Constant(nn.Module):
+    """A branch that returns the same for every example.
+
+    Args:
+        value: What it returns, without the batch dimension.
+    """
+
+    value: torch.Tensor
+
+    def __init__(self, value: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("value", value)
+        self.training = False
+
+    def forward(self, x: Any) -> torch.Tensor:
+        """[batch, *value.shape] for an `x` of this batch."""
+        batch = len(x[0] if isinstance(x, tuple) else x)
+        return self.value.expand(batch, *self.value.shape)
+
+
+class Placed(nn.Module):
+    """A tensor placed into a wider space, zeros around it: concatenation is addition of two that are placed so.
+
+    Args:
+        dim: The dimension that grows, batch counted; at least 1.
+        before: Zeros in front.
+        after: Zeros behind.
+    """
+
+    def __init__(self, dim: int, before: int, after: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.before = before
+        self.after = after
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., size, ...] to [..., before + size + after, ...]."""
+        zeros = [x.new_zeros(*x.shape[: self.dim], n, *x.shape[self.dim + 1 :]) for n in (self.before, self.after)]
+        return torch.cat([zeros[0], x, zeros[1]], self.dim)
+
+    def extra_repr(self) -> str:
+        """The dimension and the zeros."""
+        return f"dim={self.dim}, before={self.before}, after={self.after}"
+
+
+class Parallel(nn.ModuleList):
+    """Branches side by side, added up: ``sum(branch(x) for branch in branches)``; a path takes one of them.
+
+    Args:
+        branches: The branches.
+        onto_skip: Whether a block adds them to its skip one after the other, as some models do, not their sum at once.
+            The two differ by rounding alone.
+    """
+
+    def __init__(self, branches: Iterable[nn.Module], *, onto_skip: bool = False) -> None:
+        super().__init__(branches)
+        self.training = any(branch.training for branch in self)
+        self.onto_skip = onto_skip
+
+    def forward(self, x: Any) -> Any:
+        """The sum of all branches at `x`."""
+        first, *others = self
+        total = first(x)
+        for branch in others:
+            total = add_states(total, branch(x))
+        return total
+
+
+def path_network(chain: ResidualChain, path: Sequence[Entry]) -> ResidualChain:
+    """One path run alone, forward: each block reduced to its skip or to its branch.
+
+    The forward pass does not split into a sum over paths, since branches are not linear; this is the network that Dong
+    et al. (2021, section 2.2) run for each path of a transformer.
+
+    Args:
+        chain: The chain.
+        path: An entry a block: False = skip, True = branch; a path where the branch is a chain.
+
+    Returns:
+        A chain of one path that shares all weights with `chain`.
+
+    Raises:
+        ResnetPathsError: If the path does not fit the chain.
+    """
+    path = check_path(choices_of(chain), path)
+    return chain.with_blocks(_take(block, entry) for block, entry in zip(chain, path, strict=True))
+
+
+def _take(block: Block, entry: Entry) -> Block:
+    if not isinstance(entry, tuple) and not entry:
+        return block.replace(branch=None)
+    if isinstance(entry, tuple):
+        branch: nn.Module = path_network(cast("ResidualChain", block.branch), entry)
+    else:
+        assert block.branch is not None  # held by check_path
+        branch = block.branch[entry - 1] if isinstance(block.branch, Parallel) else block.branch
+    return block.replace(branch=PassingOn(branch) if carries(branch) else branch, skip=None, skip_kind=None)
+
+
+def _count_parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def refuse_other_than_chain(argument: str, value: object) -> None:
+    """Refuse what is no chain, such as a model that was not unraveled.
+
+    Args:
+        argument: Its name, for the message.
+        value: What was given.
+
+    Raises:
+        ResnetPathsError: If it is no `ResidualChain`.
+    """
+    if not isinstance(value, ResidualChain):
+        raise ResnetPathsError(
+            argument,
+            type(value).__name__,
+            "a ResidualChain",
+            "Make one with resnet_paths.unravel(model, example_inputs).",
+        )
+
+
+def refuse_training_mode(argument: str, module: nn.Module) -> None:
+    """Refuse a module that would compute something else than in eval mode: dropout would act, BatchNorm move.
+
+    Args:
+        argument: Its name, for the message.
+        module: A model or a chain.
+
+    Raises:
+        ResnetPathsError: If a part whose code asks for the mode is in training mode, or BatchNorm normalises by the
+            batch even in eval mode; it is named.
+    """
+    for name, part in module.named_modules():
+        shown = f"{type(part).__name__} {name!r}" if name else type(part).__name__
+        if part.training and depends_on_mode(type(part)):
+            raise ResnetPathsError(
+                argument, f"{shown} in training mode", f"a {argument} in eval mode", f"Call {argument}.eval() first."
+            )
+        if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.running_mean is None:
+            raise ResnetPathsError(
+                argument,
+                f"{shown} without running statistics",
+                "normalisation that treats each example alone",
+                "Make it with track_running_stats=True.",
+            )
+
+
+def is_identity(module: nn.Module | None) -> bool:
+    """Whether a part does nothing."""
+    return isinstance(module, nn.Identity)

@@ -1,0 +1,310 @@
+"""Edits of a chain, each a pure function: a new chain that shares every weight, the old one untouched.
+
+No hooks, no context managers, nothing to restore. A block is named by its position (negative counts from the end) or
+its name; a block of a chain inside a branch by its name.
+
+Positions never shift when a block is deleted: it stays in its place with its skip alone. So deletions commute, and
+``delete_blocks(chain, [3, 7])`` is ``delete_block(delete_block(chain, 3), 7)``.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
+
+from torch import nn
+
+from resnet_paths._utils.errors import ResnetPathsError
+from resnet_paths.core.chain import Block, Parallel, ResidualChain, Scaled, is_identity, refuse_other_than_chain
+
+__all__ = [
+    "delete_block",
+    "delete_blocks",
+    "duplicate_block",
+    "parallel_blocks",
+    "permute_blocks",
+    "reverse_blocks",
+    "scale_block",
+    "swap_blocks",
+]
+
+
+def delete_block(chain: ResidualChain, block: int | str) -> ResidualChain:
+    """The network without a block's branch; its skip, projection included, and what follows the addition stay.
+
+    The lesion of Veit et al. 2016, section 4.1. Nothing is retrained, and BatchNorm keeps the statistics of the intact
+    network. A block without skip is replaced by the identity where input and output have one shape.
+
+    Args:
+        chain: The chain.
+        block: Position or name.
+
+    Returns:
+        A chain of the same length; with half the paths if the block had one skip and one branch.
+
+    Raises:
+        ResnetPathsError: If there is no such block, or it has no skip and changes the shape.
+
+    Example:
+        >>> from resnet_paths import load_network, unravel
+        >>> import torch
+        >>> chain = unravel(load_network("preact-resnet-20"), torch.zeros(2, 1, 28, 28))
+        >>> chain.num_paths, delete_block(chain, "layer1.2").num_paths
+        (512, 256)
+    """
+    return delete_blocks(chain, [block])
+
+
+def delete_blocks(chain: ResidualChain, blocks: Iterable[int | str]) -> ResidualChain:
+    """The network without several blocks' branches; see `delete_block`.
+
+    Args:
+        chain: The chain.
+        blocks: Positions or names, in any order.
+
+    Returns:
+        A chain; deleting nothing gives an equal chain.
+
+    Raises:
+        ResnetPathsError: As `delete_block`.
+    """
+    refuse_other_than_chain("chain", chain)
+    for block in _listed(blocks):
+        chain = _with_changed(chain, block, _without_branch)
+    return chain
+
+
+def permute_blocks(chain: ResidualChain, order: Sequence[int | str]) -> ResidualChain:
+    """The blocks in another order (Veit et al. 2016, section 4.2).
+
+    Args:
+        chain: The chain.
+        order: For each place the block that comes to stand there; each block once.
+
+    Returns:
+        A chain whose block i is the old block ``order[i]``.
+
+    Raises:
+        ResnetPathsError: If `order` is not a permutation, or shapes do not fit.
+    """
+    refuse_other_than_chain("chain", chain)
+    positions = [chain.block_index(block) for block in _listed(order)]
+    if sorted(positions) != list(range(len(chain))):
+        raise ResnetPathsError("order", list(order), f"a permutation of the {len(chain)} blocks")
+    ends = [(positions[0], 0, "in_shape"), (positions[-1], len(chain) - 1, "out_shape")] if positions else []
+    for new, old, shape in ends:
+        if getattr(chain[new], shape) != getattr(chain[old], shape):
+            raise ResnetPathsError(
+                "order",
+                chain[new].name,
+                f"a block with {shape} {getattr(chain[old], shape)} in place of {chain[old].name!r}",
+                "Only blocks of one stage that keep the shape may trade places.",
+            )
+    return chain.with_blocks(chain[i] for i in positions)
+
+
+def swap_blocks(chain: ResidualChain, first: int | str, second: int | str) -> ResidualChain:
+    """Two blocks in each other's place.
+
+    Args:
+        chain: The chain.
+        first: Position or name.
+        second: Position or name.
+
+    Returns:
+        A chain.
+
+    Raises:
+        ResnetPathsError: If there is no such block, or shapes do not fit.
+    """
+
+    def swap(chain: ResidualChain) -> ResidualChain:
+        order = list(range(len(chain)))
+        i, j = chain.block_index(first), chain.block_index(second)
+        order[i], order[j] = order[j], order[i]
+        return permute_blocks(chain, order)
+
+    return _at_depth_of(chain, first, swap)
+
+
+def duplicate_block(chain: ResidualChain, block: int | str) -> ResidualChain:
+    """A block run twice in a row; the copy shares its weights and is named ``NAME#2``.
+
+    Args:
+        chain: The chain.
+        block: Position or name.
+
+    Returns:
+        A chain of one block more.
+
+    Raises:
+        ResnetPathsError: If there is no such block, or it changes the shape.
+    """
+
+    def duplicate(chain: ResidualChain) -> ResidualChain:
+        index = chain.block_index(block)
+        names = {b.name for b in chain}
+        original = chain[index]
+        stem = original.name.split("#")[0]
+        name = next(f"{stem}#{k}" for k in range(2, len(chain) + 3) if f"{stem}#{k}" not in names)
+        blocks = list(chain)
+        blocks.insert(index + 1, original.replace(name=name))
+        return chain.with_blocks(blocks)
+
+    return _at_depth_of(chain, block, duplicate)
+
+
+def scale_block(chain: ResidualChain, block: int | str, factor: float) -> ResidualChain:
+    """A block's branch times a number: ``y = post(skip(x) + factor * branch(x))``.
+
+    Args:
+        chain: The chain.
+        block: Position or name.
+        factor: Any finite number; 1 changes nothing. 0 gives what deletion gives where the block has a skip, on the
+            same paths.
+
+    Returns:
+        A chain.
+
+    Raises:
+        ResnetPathsError: If there is no such block, its branch is deleted, or the factor is not finite.
+    """
+    factor = _finite(factor)
+
+    def scaled(original: Block) -> Block:
+        branch = original.branch
+        if branch is None:
+            raise ResnetPathsError("block", block, "a block with a branch", "This one's branch is deleted.")
+        if isinstance(branch, Parallel):
+            return original.replace(branch=Parallel([Scaled(b, factor) for b in branch], onto_skip=branch.onto_skip))
+        if isinstance(branch, ResidualChain):  # its paths still count
+            return original.replace(branch=branch.with_head(Scaled(branch.head, factor)))
+        return original.replace(branch=Scaled(branch, factor))
+
+    return _with_changed(chain, block, scaled)
+
+
+def reverse_blocks(chain: ResidualChain, stage: int) -> ResidualChain:
+    """A stage's blocks in reverse order; the block that opens the stage by changing the shape stays first.
+
+    Args:
+        chain: The chain.
+        stage: Number of the stage, counted from 0.
+
+    Returns:
+        A chain.
+
+    Raises:
+        ResnetPathsError: If there is no such stage.
+    """
+    refuse_other_than_chain("chain", chain)
+    stages = sorted({b.stage for b in chain})
+    if stage not in stages:
+        raise ResnetPathsError("stage", stage, f"one of {stages}")
+    places = [i for i, b in enumerate(chain) if b.stage == stage and b.keeps_shape]
+    order = list(range(len(chain)))
+    for place, block in zip(places, reversed(places), strict=True):
+        order[place] = block
+    return permute_blocks(chain, order)
+
+
+def parallel_blocks(
+    chain: ResidualChain,
+    blocks: Sequence[int | str],
+    *,
+    combine: Literal["mean", "sum"] = "mean",
+) -> ResidualChain:
+    """Neighbouring blocks run side by side on one input: ``y = post(x + mean_i branch_i(x))``.
+
+    Where nothing follows the additions, the mean gives the average of the blocks' outputs, "parallel" in Sun et al.
+    2024 (Layers as Painters), and the sum leaves all paths as they were but those through two of the branches, which
+    vanish. What follows the addition, `post`, is that of the last one. A chain inside a branch is taken whole: the
+    paths through it count as one.
+
+    Args:
+        chain: The chain.
+        blocks: Positions or names of at least two blocks that stand side by side, all with identity skips.
+        combine: ``"mean"`` or ``"sum"`` of the branches.
+
+    Returns:
+        A chain in which one block, named by joining the names with "|", stands for all of them.
+
+    Raises:
+        ResnetPathsError: If the blocks do not stand side by side, have other than identity skips, or are deleted.
+    """
+    if combine not in ("mean", "sum"):
+        raise ResnetPathsError("combine", combine, "'mean' or 'sum'")
+    refuse_other_than_chain("chain", chain)
+    places = sorted(chain.block_index(block) for block in _listed(blocks))
+    if len(places) < 2 or places != list(range(places[0], places[-1] + 1)):
+        raise ResnetPathsError("blocks", list(blocks), "at least two blocks that stand side by side")
+    members = [chain[i] for i in places]
+    for member in members:
+        if not (is_identity(member.skip) and is_identity(member.pre) and member.branch is not None):
+            raise ResnetPathsError("blocks", member.name, "blocks with a branch and an identity skip")
+    branches: list[nn.Module] = []
+    for member in members:
+        branches += member.branch if isinstance(member.branch, Parallel) else [member.branch]  # type: ignore[list-item]
+    if combine == "mean":
+        branches = [Scaled(branch, 1 / len(members)) for branch in branches]
+    joined = members[-1].replace(branch=Parallel(branches), name="|".join(m.name for m in members))
+    rest = list(chain)
+    rest[places[0] : places[-1] + 1] = [joined]
+    return chain.with_blocks(rest)
+
+
+def _with_changed(chain: ResidualChain, block: int | str, change: Callable[[Block], Block]) -> ResidualChain:
+    """The chain with one block changed, at whatever depth it stands."""
+
+    def edit(chain: ResidualChain) -> ResidualChain:
+        index = chain.block_index(block)
+        return chain.with_blocks(change(b) if i == index else b for i, b in enumerate(chain))
+
+    return _at_depth_of(chain, block, edit)
+
+
+def _at_depth_of(
+    chain: ResidualChain, block: int | str, edit: Callable[[ResidualChain], ResidualChain]
+) -> ResidualChain:
+    """The chain with an edit made to the chain that holds a block: itself, or one inside a branch."""
+    refuse_other_than_chain("chain", chain)
+    if isinstance(block, str) and block not in (b.name for b in chain):
+        for index, outer in enumerate(chain):
+            if isinstance(outer.branch, ResidualChain) and _holds(outer.branch, block):
+                inside = outer.replace(branch=_at_depth_of(outer.branch, block, edit))
+                return chain.with_blocks(inside if i == index else b for i, b in enumerate(chain))
+    return edit(chain)
+
+
+def _holds(chain: ResidualChain, name: str) -> bool:
+    return any(b.name == name or (isinstance(b.branch, ResidualChain) and _holds(b.branch, name)) for b in chain)
+
+
+def _listed(blocks: Iterable[int | str]) -> list[int | str]:
+    if isinstance(blocks, str) or not isinstance(blocks, Iterable):
+        raise ResnetPathsError("blocks", blocks, "a list of positions or names", f"Write [{blocks!r}].")
+    return list(blocks)
+
+
+def _finite(factor: object) -> float:
+    """The number as Python's own, be it NumPy's."""
+    if isinstance(factor, int | float) and math.isfinite(factor):
+        return factor
+    if isinstance(factor, numbers.Real) and math.isfinite(factor):
+        return float(factor)
+    raise ResnetPathsError("factor", factor, "a finite number")
+
+
+def _without_branch(block: Block) -> Block:
+    if block.skip is not None:
+        return block.replace(branch=None)
+    if not block.keeps_shape or block.in_shape is None:
+        raise ResnetPathsError(
+            "block",
+            block.name,
+            "a block with a skip, or one that keeps the shape",
+            f"Without its branch nothing would lead from {block.in_shape} to {block.out_shape}.",
+        )
+    return block.replace(branch=None, skip=nn.Identity().train(block.training), skip_kind="identity")

@@ -1,0 +1,220 @@
+"""Batches: inputs in any form that a model is called with, and what they are to be held against.
+
+Inputs are a tensor, a tuple of positional arguments or a mapping of keyword arguments, as for `resnet_paths.unravel`. A
+batch is a pair (inputs, labels), or one mapping that holds the labels too, as those of Hugging Face do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from resnet_paths._utils.errors import ResnetPathsError
+from resnet_paths.core.signature import arguments_of
+
+__all__ = [
+    "batches_of",
+    "call",
+    "checked_inputs",
+    "each_tensor",
+    "inputs_of",
+    "is_one_batch",
+    "num_examples",
+    "refuse_other_than_loader",
+    "split",
+    "unpack",
+]
+
+_LABELS = "labels"
+_FORMS = "a tensor, a tuple of positional arguments or a mapping of keyword arguments with tensors among them"
+
+
+def refuse_other_than_loader(loader: object) -> None:
+    """Refuse what cannot be read batch by batch.
+
+    Args:
+        loader: What a caller gave.
+
+    Raises:
+        ResnetPathsError: If it is no loader.
+    """
+    if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
+        raise ResnetPathsError(
+            "loader",
+            type(loader).__name__,
+            "batches of (inputs, labels)",
+            "Wrap a data set in torch.utils.data.DataLoader.",
+        )
+
+
+def unpack(batch: Any) -> tuple[Any, torch.Tensor]:
+    """Inputs and labels of a batch, whole labels as int64.
+
+    Args:
+        batch: What a loader gave: a pair, or a mapping with the key ``"labels"`` and keyword arguments.
+
+    Returns:
+        Inputs, a tensor, tuple or dictionary, and labels [batch, ...].
+
+    Raises:
+        ResnetPathsError: If it is none, or its tensors are not of one length.
+    """
+    is_pair = isinstance(batch, tuple | list) and len(batch) == 2
+    labels = batch.get(_LABELS) if isinstance(batch, Mapping) else batch[1] if is_pair else None
+    if not isinstance(labels, torch.Tensor):
+        keys = f" of {', '.join(map(repr, batch))}" if isinstance(batch, Mapping) else ""
+        raise ResnetPathsError(
+            "loader",
+            type(batch).__name__ + keys,
+            f"batches of (inputs, labels), or mappings with {_LABELS!r} among their keys; labels are a tensor",
+            "Wrap a data set in torch.utils.data.DataLoader.",
+        )
+    inputs = inputs_of(batch)
+    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
+    # One row for all examples, such as positions, belongs to every example.
+    lengths = set(_lengths(inputs))
+    if not labels.dim() or not lengths or max(lengths) != len(labels) or not lengths <= {1, len(labels)}:
+        shapes = [list(tensor.shape) for tensor in tensors]
+        raise ResnetPathsError(
+            "loader",
+            f"labels {list(labels.shape)} for inputs {shapes[0] if len(shapes) == 1 else shapes}",
+            "one label for each input",
+        )
+    whole = not labels.is_floating_point() and not labels.is_complex()
+    return inputs, labels.long() if whole else labels
+
+
+def is_one_batch(inputs: Any) -> bool:
+    """Whether a caller gave the inputs of one batch, and no loader: those hold no tensor outside of their batches.
+
+    Args:
+        inputs: What a caller gave.
+
+    Returns:
+        Whether it is a tensor, a mapping, or a tuple or list with a tensor in it.
+    """
+    if isinstance(inputs, tuple | list):
+        return any(isinstance(value, torch.Tensor) for value in inputs)
+    return isinstance(inputs, torch.Tensor | Mapping)
+
+
+def batches_of(inputs: Any, targets: Any = None) -> Iterator[tuple[Any, Any]]:
+    """Batches of (inputs, targets), from a single one or a loader.
+
+    Args:
+        inputs: A tensor, a tuple of positional arguments, a mapping of keyword arguments; or an iterable of
+            (inputs, targets), or of mappings. Labels in a mapping are its targets, unless others are given.
+        targets: What belongs to a single batch, of any kind; None with a loader.
+
+    Yields:
+        Inputs, a tensor, tuple or dictionary, and targets of each batch; None where there are none.
+
+    Raises:
+        ResnetPathsError: If there is no batch, or one is no such inputs.
+    """
+    if is_one_batch(inputs):
+        yield _inputs_and_targets(inputs if targets is None and isinstance(inputs, Mapping) else (inputs, targets))
+        return
+    if targets is not None:
+        raise ResnetPathsError("targets", type(targets).__name__, "None where inputs is a loader of (inputs, targets)")
+    empty = True
+    for batch in inputs if isinstance(inputs, Iterable) else []:
+        empty = False
+        if not isinstance(batch, Mapping) and not (isinstance(batch, tuple | list) and len(batch) == 2):
+            raise ResnetPathsError("inputs", type(batch).__name__, "batches of (inputs, targets), or mappings")
+        yield _inputs_and_targets(batch)
+    if empty:
+        raise ResnetPathsError("inputs", type(inputs).__name__, f"{_FORMS}; or a loader with a batch")
+
+
+def _inputs_and_targets(batch: Any) -> tuple[Any, Any]:
+    targets = batch.get(_LABELS) if isinstance(batch, Mapping) else batch[1]
+    return checked_inputs(inputs_of(batch)), dict(targets) if isinstance(targets, Mapping) else targets
+
+
+def inputs_of(batch: Any) -> Any:
+    """The inputs of a batch, its labels left out.
+
+    Args:
+        batch: A pair (inputs, labels), a mapping, or inputs alone.
+
+    Returns:
+        A tensor, a tuple of positional arguments or a dictionary of keyword arguments.
+    """
+    inputs = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    if isinstance(inputs, Mapping):
+        return {name: value for name, value in inputs.items() if name != _LABELS or inputs is not batch}
+    return tuple(inputs) if isinstance(inputs, list) else inputs
+
+
+def checked_inputs(inputs: Any) -> Any:
+    """Inputs of one batch.
+
+    Args:
+        inputs: What a caller gave.
+
+    Returns:
+        A tensor, a tuple of positional arguments or a dictionary of keyword arguments.
+
+    Raises:
+        ResnetPathsError: If they are none of these, hold no tensor, or their tensors are not of one length.
+    """
+    if isinstance(inputs, Mapping | list):
+        inputs = dict(inputs) if isinstance(inputs, Mapping) else tuple(inputs)
+    lengths = set(_lengths(inputs))
+    if not isinstance(inputs, torch.Tensor | tuple | dict) or not lengths:
+        raise ResnetPathsError("inputs", type(inputs).__name__, f"{_FORMS}, with the batch in dimension 0")
+    if not lengths <= {1, max(lengths)}:
+        shapes = [list(leaf.shape) for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
+        raise ResnetPathsError("inputs", shapes, "tensors with a row for each example, or one row for all")
+    return inputs
+
+
+def call(module: nn.Module, inputs: Any) -> Any:
+    """What a model, a chain or a stem returns for the inputs of a batch.
+
+    Args:
+        module: The module.
+        inputs: A tensor, a tuple of positional arguments or a mapping of keyword arguments.
+
+    Returns:
+        Its output.
+    """
+    args, kwargs = arguments_of(inputs)
+    return module(*args, **kwargs)
+
+
+def each_tensor(function: Callable[[torch.Tensor], torch.Tensor], inputs: Any) -> Any:
+    """Inputs with a function taken of every tensor among them."""
+    return pytree.tree_map_only(torch.Tensor, function, inputs)
+
+
+def num_examples(inputs: Any) -> int:
+    """Length of the longest tensor among the inputs: others hold one row for all examples, or none."""
+    return max(_lengths(inputs), default=0)
+
+
+def _lengths(inputs: Any) -> list[int]:
+    """Of every tensor that has one."""
+    return [len(leaf) for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor) and leaf.dim()]
+
+
+def split(inputs: Any, targets: Any, size: int) -> Iterator[tuple[Any, Any]]:
+    """Parts of a batch.
+
+    Args:
+        inputs: From `unpack` or `batches_of`.
+        targets: Likewise: labels [batch, ...], or a collection of such.
+        size: Most examples of a part.
+
+    Yields:
+        Inputs and targets of each part, in order; what has no row for each example is in every part.
+    """
+    batch = num_examples(inputs)
+    for start in range(0, batch, size):
+        part = slice(start, start + size)
+        yield each_tensor(lambda t: t[part] if t.dim() and len(t) == batch else t, (inputs, targets))  # noqa: B023 - used at once

@@ -1,0 +1,411 @@
+"""Paths through residual blocks: counting, listing and drawing them, in exact integers at any depth.
+
+A path takes one entry a block: False for the skip, True for the branch (Veit et al. 2016, section 3). Where several
+branches run in parallel the entry is the number of the branch, counted from 1; True is 1. Where a branch holds a chain
+of its own the entry is the path through that chain, a tuple. The length of a path is the number of blocks whose branch
+it takes, at every depth.
+
+Everything here works on `path_choices`, the entries that each block offers: ``(False, True)`` for a residual block,
+``(True,)`` for one without skip, ``(False,)`` for a deleted one, ``(False, inner)`` where the branch is a chain whose
+own choices are `inner`. A plain int n stands for n residual blocks.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
+from typing import Protocol, SupportsIndex, TypeAlias
+
+import pandas as pd
+import torch
+
+from resnet_paths._utils.errors import ResnetPathsError
+
+__all__ = [
+    "Choices",
+    "Entry",
+    "Path",
+    "check_path",
+    "enumerate_paths",
+    "path_histogram",
+    "path_length",
+    "path_polynomial",
+    "sample_paths",
+]
+
+Entry: TypeAlias = "int | tuple[Entry, ...]"
+"""What a path takes at one block: False (0) = skip, True (1) = branch, 2, 3... = further parallel branches; a path
+through the chain inside the branch, where the branch holds one."""
+
+Path: TypeAlias = tuple[Entry, ...]
+"""One entry a block."""
+
+Choice: TypeAlias = "int | tuple[tuple[Choice, ...], ...]"
+"""What a block offers: an entry, or the choices of the chain inside its branch, for all paths through it."""
+
+Choices: TypeAlias = Sequence[Sequence[Choice]]
+"""What each block of a chain offers."""
+
+
+class HasPathChoices(Protocol):
+    """Anything made of blocks, such as a `ResidualChain`."""
+
+    @property
+    def path_choices(self) -> Choices:
+        """The entries that each block offers to a path."""
+
+
+def choices_of(chain: HasPathChoices | int) -> Choices:
+    """The entries that each block offers: of a chain, or of n residual blocks.
+
+    Args:
+        chain: A chain, or the number n >= 0 of residual blocks.
+
+    Returns:
+        One tuple of entries a block.
+
+    Raises:
+        ResnetPathsError: If `chain` is neither.
+
+    Example:
+        >>> choices_of(2)
+        ((False, True), (False, True))
+    """
+    if isinstance(chain, SupportsIndex):
+        if chain.__index__() < 0 or isinstance(chain, bool):
+            raise ResnetPathsError("chain", chain, "a chain, or a number of blocks of at least 0")
+        return ((False, True),) * chain.__index__()
+    if not hasattr(chain, "path_choices"):
+        raise ResnetPathsError(
+            "chain",
+            type(chain).__name__,
+            "a ResidualChain, or a number of blocks",
+            "Make one with resnet_paths.unravel(model, example_inputs).",
+        )
+    return chain.path_choices
+
+
+def path_polynomial(chain: HasPathChoices | int) -> list[int]:
+    """Number of paths by length: the coefficients of the product over blocks of (skips + branches * t).
+
+    A branch that holds a chain of its own contributes t times the polynomial of that chain.
+
+    Args:
+        chain: A chain, or a number of residual blocks.
+
+    Returns:
+        Exact ints; entry k is the number of paths of length k, and the list ends at the longest path.
+
+    Example:
+        >>> path_polynomial(3)
+        [1, 3, 3, 1]
+    """
+    return _polynomial(choices_of(chain))
+
+
+def _polynomial(choices: Choices) -> list[int]:
+    coefficients = [1]
+    for offered in choices:
+        coefficients = multiplied(coefficients, _polynomial_of_block(offered))
+    return coefficients
+
+
+def _polynomial_of_block(offered: Sequence[Choice]) -> list[int]:
+    total = [0]
+    for choice in offered:
+        inner = [0, *_polynomial(choice)] if isinstance(choice, tuple) else [0, 1] if choice else [1]
+        total = [a + b for a, b in itertools.zip_longest(total, inner, fillvalue=0)]
+    return total
+
+
+def multiplied(one: list[int], other: list[int]) -> list[int]:
+    """The product of two polynomials, lowest coefficient first.
+
+    Args:
+        one: Coefficients.
+        other: Coefficients.
+
+    Returns:
+        Coefficients of the product, exact ints.
+    """
+    result = [0] * (len(one) + len(other) - 1)
+    for shift, factor in enumerate(other):
+        if factor:
+            for k, coefficient in enumerate(one):
+                result[k + shift] += factor * coefficient
+    return result
+
+
+def path_histogram(chain: HasPathChoices | int, unit: str = "sublayer") -> pd.DataFrame:
+    """Number and fraction of paths by length: the binomial of Veit et al. 2016, figure 6a.
+
+    Args:
+        chain: A chain, or a number of residual blocks.
+        unit: What lengths count: ``"sublayer"``, the additions of the chain, one for each of its blocks; ``"block"``,
+            which takes a transformer's attention and MLP together; ``"layer"``, weight layers.
+            `resnet_paths.core.units` says which is which for every family. A number of blocks has the one unit only.
+
+    Returns:
+        A row a length from 0 to the longest path: ``path_length``; ``num_paths``, an exact Python int at any depth;
+        ``fraction`` of all paths, the float nearest to the exact ratio.
+
+    Raises:
+        ResnetPathsError: If the unit is another, or not defined for the chain.
+
+    Example:
+        >>> frame = path_histogram(54)
+        >>> print(f"{frame.fraction[5:18].sum():.5%} at 5 to 17 blocks, {frame.fraction[19:36].sum():.4%} at 19 to 35")
+        0.45367% at 5 to 17 blocks, 98.0166% at 19 to 35
+        >>> int(frame.num_paths.sum()) == 2**54
+        True
+    """
+    if hasattr(chain, "length_polynomial"):
+        counts = chain.length_polynomial(unit)
+    else:
+        counts = path_polynomial(chain)
+        if unit != "sublayer":
+            raise ResnetPathsError(
+                "unit", unit, "'sublayer' for a number of blocks", "What blocks hold is known of a chain alone."
+            )
+    total = sum(counts)
+    return pd.DataFrame({
+        "path_length": range(len(counts)),
+        "num_paths": pd.Series(counts, dtype=object),
+        # Division of Python ints rounds correctly, whatever their size.
+        "fraction": [count / total for count in counts],
+    })
+
+
+def enumerate_paths(chain: HasPathChoices | int, length: int | None = None) -> Iterator[Path]:
+    """All paths, or all of one length, one by one; nothing is stored.
+
+    Args:
+        chain: A chain, or a number of residual blocks.
+        length: Number of branches taken; None for every length.
+
+    Returns:
+        An iterator over tuples with an entry a block, skips before branches.
+
+    Raises:
+        ResnetPathsError: If no path has that length.
+
+    Example:
+        >>> list(enumerate_paths(2))
+        [(False, False), (False, True), (True, False), (True, True)]
+        >>> list(enumerate_paths(3, length=1))
+        [(False, False, True), (False, True, False), (True, False, False)]
+    """
+    choices = choices_of(chain)
+    return _paths(choices, _ANY_LENGTH if length is None else 1 << _check_length(choices, length))
+
+
+_ANY_LENGTH = -1
+
+
+def _paths(choices: Choices, allowed: int) -> Iterator[Path]:
+    """Paths of the lengths k whose bit k is set in `allowed`."""
+    if not choices:
+        if allowed & 1:
+            yield ()
+        return
+    # lengths_from[i]: bit k is set if blocks i, i + 1, ... can make a path of length k.
+    lengths_from = [1]
+    for offered in reversed(choices):
+        lengths_from.insert(0, sum(1 << k for k, n in enumerate(_product_of_sets(lengths_from[0], offered)) if n))
+    path: list[Entry] = []
+    left = [allowed]
+    walkers = [_entries(choices[0], allowed, lengths_from[1])]
+    while walkers:
+        entry = next(walkers[-1], None)
+        if entry is None:
+            walkers.pop()
+            left.pop()
+            if path:
+                path.pop()
+        elif len(path) + 1 == len(choices):
+            yield (*path, entry)
+        else:
+            path.append(entry)
+            left.append(left[-1] >> _length_of_entry(entry))
+            walkers.append(_entries(choices[len(path)], left[-1], lengths_from[len(path) + 1]))
+
+
+def _product_of_sets(lengths: int, offered: Sequence[Choice]) -> list[int]:
+    return multiplied([lengths >> k & 1 for k in range(lengths.bit_length())], _polynomial_of_block(offered))
+
+
+def _entries(offered: Sequence[Choice], allowed: int, lengths_after: int) -> Iterator[Entry]:
+    """Entries of one block after which the later blocks can still make one of the lengths allowed."""
+    for choice in offered:
+        if isinstance(choice, tuple):
+            possible = [k for k, count in enumerate(_polynomial(choice)) if count]
+            yield from _paths(choice, sum(1 << k for k in possible if allowed >> (k + 1) & lengths_after))
+        elif allowed >> bool(choice) & lengths_after:
+            yield choice
+
+
+def entries_of(offered: Sequence[Choice]) -> Iterator[Entry]:
+    """All entries that one block offers, those of paths through a chain inside its branch included.
+
+    Args:
+        offered: The block's choices.
+
+    Returns:
+        An iterator over them, each once.
+    """
+    return _entries(offered, _ANY_LENGTH, _ANY_LENGTH)
+
+
+def path_length(path: Path) -> int:
+    """Number of blocks whose branch a path takes, those inside branches included.
+
+    Args:
+        path: The path.
+
+    Returns:
+        Its length.
+
+    Example:
+        >>> path_length((True, False, True)), path_length((False, (True, False)))
+        (2, 2)
+    """
+    return sum(map(_length_of_entry, path))
+
+
+def _length_of_entry(entry: Entry) -> int:
+    return 1 + path_length(entry) if isinstance(entry, tuple) else int(bool(entry))
+
+
+def sample_paths(chain: HasPathChoices | int, length: int, num_samples: int, generator: torch.Generator) -> list[Path]:
+    """Paths drawn uniformly, with replacement, from all paths of one length.
+
+    The protocol of Veit et al. 2016, section 4.3, draws blocks in the same way.
+
+    Args:
+        chain: A chain, or a number of residual blocks.
+        length: Number of branches taken.
+        num_samples: How many to draw.
+        generator: Source of the random numbers.
+
+    Returns:
+        `num_samples` paths, an entry a block.
+
+    Raises:
+        ResnetPathsError: If no path has that length, or `num_samples` is negative.
+
+    Example:
+        >>> paths = sample_paths(54, length=10, num_samples=3, generator=torch.Generator().manual_seed(0))
+        >>> [sum(path) for path in paths]
+        [10, 10, 10]
+    """
+    choices = choices_of(chain)
+    length = _check_length(choices, length)
+    if num_samples < 0:
+        raise ResnetPathsError("num_samples", num_samples, "an int of at least 0")
+    uniforms = _uniforms(generator)
+    draw = _sampler(choices, length)
+    return [draw(length, uniforms) for _ in range(num_samples)]
+
+
+def _sampler(choices: Choices, longest: int) -> Callable[[int, Iterator[float]], Path]:
+    """A function that draws a path of a length up to `longest`, uniformly."""
+    polynomials = [_polynomial_of_block(offered)[: longest + 1] for offered in choices]
+    # completions[i][k]: ways to go on from block i with k branches still to take.
+    completions = [[1]]
+    for polynomial in reversed(polynomials):
+        completions.insert(0, multiplied(completions[0], polynomial)[: longest + 1])
+    inner = [[_sampler(c, longest) if isinstance(c, tuple) else None for c in offered] for offered in choices]
+
+    def draw(left: int, uniforms: Iterator[float]) -> Path:
+        path: list[Entry] = []
+        for i, (offered, samplers) in enumerate(zip(choices, inner, strict=True)):
+            after = completions[i + 1]
+            weights = [n * after[left - k] if 0 <= left - k < len(after) else 0 for k, n in enumerate(polynomials[i])]
+            taken = _pick(weights, next(uniforms))
+            left -= taken
+            numbers = [_number_of_entries(choice, taken) for choice in offered]
+            which = _pick(numbers, next(uniforms)) if sum(map(bool, numbers)) > 1 else numbers.index(max(numbers))
+            sampler, choice = samplers[which], offered[which]
+            path.append(choice if sampler is None else sampler(taken - 1, uniforms))
+        return tuple(path)
+
+    return draw
+
+
+def _number_of_entries(choice: Choice, length: int) -> int:
+    """How many entries of one length an alternative stands for."""
+    if not isinstance(choice, tuple):
+        return int(bool(choice) == length) if length < 2 else 0
+    inner = _polynomial(choice)
+    return inner[length - 1] if 0 < length <= len(inner) else 0
+
+
+def _pick(weights: Sequence[int], uniform: float) -> int:
+    """An index with a probability proportional to its exact integer weight."""
+    left = uniform * sum(weights) if sum(weights) < 2**53 else int(Fraction(uniform) * sum(weights))
+    for index, weight in enumerate(weights):
+        left -= weight
+        if left < 0:
+            return index
+    return max(i for i, weight in enumerate(weights) if weight)  # rounding brought us to the very end
+
+
+def _uniforms(generator: torch.Generator) -> Iterator[float]:
+    while True:
+        yield from torch.rand(1024, generator=generator, dtype=torch.float64, device=generator.device).tolist()
+
+
+def check_path(choices: Choices, path: Sequence[Entry]) -> Path:
+    """`path` as a tuple, once it is known to be one of the paths that `choices` allow.
+
+    Args:
+        choices: The entries that each block offers.
+        path: The path.
+
+    Returns:
+        The path.
+
+    Raises:
+        ResnetPathsError: If its number of entries is wrong, or a block does not offer its entry.
+    """
+    path = tuple(path)
+    if len(path) != len(choices):
+        raise ResnetPathsError("path", path, f"{len(choices)} entries, one a block")
+    for index, (entry, offered) in enumerate(zip(path, choices, strict=True)):
+        inner = [choice for choice in offered if isinstance(choice, tuple)]
+        if isinstance(entry, tuple) and inner:
+            check_path(inner[0], entry)
+        elif entry not in offered or isinstance(entry, tuple):
+            raise ResnetPathsError(
+                f"path[{index}]",
+                entry,
+                f"one of {offered}",
+                "False takes the skip, True the branch.",
+            )
+    return path
+
+
+def _check_length(choices: Choices, length: int) -> int:
+    counts = _polynomial(choices)
+    possible = [k for k, count in enumerate(counts) if count]
+    if not isinstance(length, SupportsIndex) or length.__index__() not in possible:
+        raise ResnetPathsError("length", length, f"an int from {possible[0]} to {possible[-1]}")
+    return length.__index__()
+
+
+def num_paths(choices: Choices) -> int:
+    """Number of paths that `choices` allow, exactly.
+
+    Args:
+        choices: The entries that each block offers.
+
+    Returns:
+        The product of their numbers.
+    """
+    return (
+        sum(_polynomial(choices))
+        if any(isinstance(c, tuple) for o in choices for c in o)
+        else math.prod(len(c) for c in choices)
+    )

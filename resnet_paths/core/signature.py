@@ -1,0 +1,183 @@
+"""One way to call a model: tensors in a row go in, one tensor comes out.
+
+Models take tensors, tuples, keyword arguments and dictionaries, and return tensors, tuples, dictionaries and data
+classes. What is exported is the call, which has the model's own parameters under their own names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from resnet_paths._utils.errors import ResnetPathsError
+
+__all__ = ["Call", "Signature", "arguments_of"]
+
+_MAIN_OUTPUTS = ("logits", "last_hidden_state", "out")
+
+
+def arguments_of(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments that an example stands for.
+
+    Args:
+        example_inputs: A tensor, a tuple or list of positional arguments, or a mapping of keyword arguments.
+
+    Returns:
+        The arguments.
+    """
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    return tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,), {}
+
+
+class _Place:
+    """Stands where a tensor stands."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Signature:
+    """The tensors among a model's arguments, and what stands around them.
+
+    Attributes:
+        spec: Nesting of all arguments.
+        constants: A value for each leaf that is no tensor, None for those that are.
+        is_tensor: Which leaves are tensors.
+    """
+
+    spec: Any
+    constants: tuple[Any, ...]
+    is_tensor: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Signature, tuple[torch.Tensor, ...]]:
+        """The signature of a call, and its tensors."""
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        is_tensor = tuple(isinstance(leaf, torch.Tensor) for leaf in leaves)
+        constants = tuple(None if tensor else leaf for leaf, tensor in zip(leaves, is_tensor, strict=True))
+        tensors = tuple(leaf for leaf, tensor in zip(leaves, is_tensor, strict=True) if tensor)
+        return cls(spec, constants, is_tensor), tensors
+
+    @property
+    def names(self) -> list[str]:
+        """A name for each tensor: its keyword, or its position."""
+        args, kwargs = self.arguments([_Place() for _ in range(sum(self.is_tensor))])
+        named = [(f"argument {index}", value) for index, value in enumerate(args)] + list(kwargs.items())
+        return [name for name, value in named for leaf in pytree.tree_leaves(value) if type(leaf) is _Place]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the arguments are tensors in a row already."""
+        args, kwargs = self.arguments([None] * sum(self.is_tensor))
+        return not kwargs and all(self.is_tensor) and len(args) == len(self.is_tensor)
+
+    def arguments(self, tensors: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Tensors put back among the other arguments."""
+        waiting = iter(tensors)
+        each = zip(self.constants, self.is_tensor, strict=True)
+        args, kwargs = pytree.tree_unflatten([next(waiting) if tensor else c for c, tensor in each], self.spec)
+        return args, kwargs
+
+    def tensors(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+        """The tensors of another call of the same kind.
+
+        Args:
+            args: Positional arguments.
+            kwargs: Keyword arguments, in any order.
+
+        Returns:
+            Its tensors, in the order of the first call's.
+
+        Raises:
+            ResnetPathsError: If it is not of the same kind.
+        """
+        known = self.arguments([None] * sum(self.is_tensor))[1]
+        if set(kwargs) == set(known):
+            kwargs = {name: kwargs[name] for name in known}
+        other, tensors = Signature.of(args, kwargs)
+        if other.spec != self.spec or other.is_tensor != self.is_tensor or other.constants != self.constants:
+            raise ResnetPathsError(
+                "inputs",
+                f"{len(args)} positional arguments and {sorted(kwargs)}",
+                f"arguments as in the example that was unraveled, with {sorted(known)}",
+                "Unravel the model again with an example of this kind.",
+            )
+        return tensors
+
+
+class Call(nn.Module):
+    """A model called in one way. It has the model's own parameters, buffers and modules, under their own names.
+
+    Args:
+        model: The model.
+        signature: What its tensors stand among.
+        output: Which of its outputs to return: a name, a position, or None for the main one.
+    """
+
+    def __init__(self, model: nn.Module, signature: Signature, output: str | int | None) -> None:
+        super().__init__()
+        self._modules, self._parameters, self._buffers = model._modules, model._parameters, model._buffers
+        self._non_persistent_buffers_set = model._non_persistent_buffers_set
+        self.training = model.training
+        self._called = (model,)  # in a tuple: not a module of this one's, whose names would begin with it
+        self._signature = signature
+        self._output = output
+
+    @property
+    def called_name(self) -> str:
+        """The class of the model, for messages."""
+        return type(self._called[0]).__name__
+
+    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+        """The chosen output."""
+        args, kwargs = self._signature.arguments(tensors)
+        return chosen(self._called[0](*args, **kwargs), self._output)
+
+
+def chosen(returned: Any, output: str | int | None) -> torch.Tensor:
+    """One tensor of what a model returns.
+
+    Args:
+        returned: A tensor, or a tuple, list, mapping or data class.
+        output: A name or a position; None for the only tensor, ``logits``, ``last_hidden_state``, ``out``, or the first
+            tensor.
+
+    Returns:
+        The tensor.
+
+    Raises:
+        ResnetPathsError: If there is no such output, or it is no tensor.
+    """
+    if isinstance(returned, torch.Tensor) and output is None:
+        return returned
+    named = _named(returned)
+    if output is None:
+        tensors = [name for name, value in named.items() if isinstance(value, torch.Tensor)]
+        output = next((name for name in (*_MAIN_OUTPUTS, *tensors) if name in tensors), None)
+    if isinstance(output, int) and -len(named) <= output < len(named):
+        output = list(named)[output]
+    if not isinstance(named.get(output), torch.Tensor):
+        raise ResnetPathsError(
+            "output",
+            output,
+            f"one of {[name for name, v in named.items() if isinstance(v, torch.Tensor)]}",
+            f"The model returns a {type(returned).__name__}.",
+        )
+    tensor: torch.Tensor = named[output]
+    return tensor
+
+
+def _named(returned: Any) -> dict[Any, Any]:
+    if isinstance(returned, Mapping):
+        return dict(returned)
+    if dataclasses.is_dataclass(returned) and not isinstance(returned, type):
+        return {f.name: getattr(returned, f.name) for f in dataclasses.fields(returned)}
+    if isinstance(returned, tuple) and hasattr(returned, "_fields"):
+        return dict(zip(returned._fields, returned, strict=True))
+    if isinstance(returned, tuple | list):
+        return dict(enumerate(returned))
+    return {0: returned}

@@ -1,0 +1,191 @@
+"""What a block holds, for people: operations by name, a table of a chain."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pandas as pd
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from resnet_paths.core.weight_layers import are_side_by_side, weight_layers
+
+__all__ = ["chain_table", "contents", "dimensions", "indented", "shape_of_x"]
+
+_NAMES = {
+    "batch_norm": "norm",
+    "layer_norm": "norm",
+    "group_norm": "norm",
+    "instance_norm": "norm",
+    "rms_norm": "norm",
+    "scaled_dot_product_attention": "attention",
+    "max_pool2d": "max pool",
+    "avg_pool2d": "average pool",
+    "adaptive_avg_pool2d": "average pool",
+    "addmm": "linear",
+    "softmax": "softmax",
+}
+# They compute nothing; what concatenation is made of is said by the kind of the skip.
+_SILENT = ("Identity", "Placed", "Take", "WithEmptySum")
+_SHOWN = {
+    *_NAMES,
+    "linear",
+    "relu",
+    "relu_",
+    "gelu",
+    "silu",
+    "silu_",
+    "sigmoid",
+    "tanh",
+    "hardswish",
+    "hardswish_",
+    "hardsigmoid",
+    "elu",
+    "leaky_relu",
+    "softplus",
+    "mish",
+    "matmul",
+    "bmm",
+    "einsum",
+    "cat",
+    "upsample_bilinear2d",
+    "upsample_nearest2d",
+}
+
+
+def contents(module: nn.Module | None) -> str:
+    """What a module holds, in order, repeats folded, such as ``"2 x (norm, relu, conv 3x3)"``.
+
+    Args:
+        module: A branch; None for a deleted one.
+
+    Returns:
+        Words with commas between.
+    """
+    if module is None:
+        return "deleted"
+    return ", ".join(_folded(list(_words(module)))) or type(module).__name__
+
+
+def _words(module: nn.Module) -> Iterable[str]:
+    if isinstance(module, GraphModule):
+        yield from filter(None, (_word(module, node) for node in module.graph.nodes))
+    elif are_side_by_side(module):
+        yield " | ".join(contents(branch) for branch in module)
+    elif not list(module.children()):
+        if isinstance(module, nn.modules.conv._ConvNd):
+            yield "conv " + "x".join(map(str, module.kernel_size))
+        elif type(module).__name__ not in _SILENT:
+            yield type(module).__name__
+    else:
+        for child in module.children():
+            yield from _words(child)
+
+
+def _word(module: GraphModule, node: Node) -> str:
+    name = str(getattr(node.target, "__name__", "")).split(".")[0]
+    if name.startswith("conv"):
+        weight: Any = node.args[1]
+        # One that is made of others in the graph is known by its shape alone.
+        value = operator.attrgetter(weight.target)(module) if weight.op == "get_attr" else weight.meta.get("val")
+        return "conv" if value is None else "conv " + "x".join(map(str, value.shape[2:]))
+    return _NAMES.get(name, name.rstrip("_")) if name in _SHOWN else ""
+
+
+def _folded(words: Sequence[str]) -> list[str]:
+    """Runs of equal words, or of equal groups of words, written once with their number."""
+    folded: list[str] = []
+    start = 0
+    while start < len(words):
+        size, times = max(_repeats(words, start), key=lambda found: found[0] * found[1] if found[1] > 1 else 0)
+        if times > 1:
+            group = ", ".join(words[start : start + size])
+            folded.append(f"{times} x ({group})" if size > 1 else f"{times} x {group}")
+            start += size * times
+        else:
+            folded.append(words[start])
+            start += 1
+    return folded
+
+
+def _repeats(words: Sequence[str], start: int) -> Iterable[tuple[int, int]]:
+    """(Size, times) of every group that begins at `start` and repeats."""
+    for size in range(1, max((len(words) - start) // 2, 1) + 1):
+        group = list(words[start : start + size])
+        times = 1
+        while list(words[start + times * size : start + (times + 1) * size]) == group:
+            times += 1
+        yield size, times
+
+
+def chain_table(blocks: Iterable[Any], depth: int = 0) -> pd.DataFrame:
+    """A table of a chain, those inside its branches included.
+
+    Args:
+        blocks: The blocks of a chain.
+        depth: How deep the chain stands inside others.
+
+    Returns:
+        A row a block; see `resnet_paths.core.chain.ResidualChain.to_frame`.
+    """
+    rows: list[dict[Any, Any]] = []
+    for index, block in enumerate(blocks):
+        # A graph names its weights as the model does, "blocks" among others.
+        inner = None if isinstance(block.branch, GraphModule) else getattr(block.branch, "blocks", None)
+        shapes = [dimensions(shape_of_x(shape)) for shape in (block.in_shape, block.out_shape)]
+        rows.append({
+            "index": index,
+            "block": block.name or "(unnamed)",
+            "depth": depth,
+            "stage": block.stage,
+            "skip": block.skip_kind or "none",
+            "before": contents(block.pre) if _does(block.pre) else "",
+            "branch": f"chain of {len(inner)} blocks" if inner is not None else contents(block.branch),
+            "after": contents(block.post) if _does(block.post) else "",
+            "num_branches": sum(map(bool, block.path_choices)),
+            "weight_layers": weight_layers(block.branch),
+            "parameters": sum(p.numel() for p in block.parameters()),
+            "shape": shapes[0] if shapes[0] == shapes[1] else " -> ".join(shapes),
+        })
+        if inner is not None:
+            rows += chain_table(inner, depth + 1).to_dict("records")
+    return pd.DataFrame(rows)
+
+
+def shape_of_x(shape: Any) -> Any:
+    """Shape of what branches work on: of the first tensor where a state is several.
+
+    Args:
+        shape: Shape of a state, without the batch; None if not known.
+
+    Returns:
+        Sizes, or None.
+    """
+    return shape[0] if shape and isinstance(shape[0], tuple) else shape
+
+
+def dimensions(shape: Any) -> str:
+    """A shape for people.
+
+    Args:
+        shape: Shape of a state, without the batch: sizes, or a tuple of sizes for each of its tensors; None if not
+            known.
+
+    Returns:
+        Such as ``"16x8x8"`` or ``"(4, 4x2)"``.
+    """
+    if shape_of_x(shape) is not shape:
+        return f"({', '.join(map(dimensions, shape))})"
+    return "?" if shape is None else "x".join(map(str, shape)) or "scalar"
+
+
+def indented(table: pd.DataFrame) -> pd.DataFrame:
+    """A table of a chain for people: the names of blocks inside branches indented, without columns for programs."""
+    names = ["  " * depth + name for depth, name in zip(table["depth"], table["block"], strict=True)]
+    return table.assign(block=names).drop(columns=["depth", "num_branches"])
+
+
+def _does(part: nn.Module) -> bool:
+    return not isinstance(part, nn.Identity)

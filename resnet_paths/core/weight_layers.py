@@ -1,0 +1,92 @@
+"""Weight layers: which operations are some, and how many of them stand on the longest route through a module."""
+
+from __future__ import annotations
+
+from typing import Any, TypeGuard
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+
+__all__ = ["are_side_by_side", "is_weighted", "weight_layers"]
+
+_ATEN = torch.ops.aten
+_CONVOLUTIONS = {
+    _ATEN.conv1d.default,
+    _ATEN.conv2d.default,
+    _ATEN.conv3d.default,
+    _ATEN.conv1d.padding,
+    _ATEN.conv2d.padding,
+    _ATEN.conv3d.padding,
+    _ATEN.conv_transpose1d.default,
+    _ATEN.conv_transpose2d.input,
+    _ATEN.conv_transpose3d.input,
+    _ATEN.convolution.default,
+}
+_PRODUCTS = {
+    _ATEN.linear.default,
+    _ATEN.addmm.default,
+    _ATEN.mm.default,
+    _ATEN.matmul.default,
+    _ATEN.bmm.default,
+    _ATEN.einsum.default,
+}
+_MODULES = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear)
+
+
+def is_weighted(node: Node) -> bool:
+    """Whether a node is a convolution, a linear map or a product of matrices, be it of two activations."""
+    return node.target in _CONVOLUTIONS or node.target in _PRODUCTS
+
+
+def weight_layers(module: nn.Module | None) -> int:
+    """Weight layers on the longest route through a module: convolutions and linear maps with parameters.
+
+    The unit in which the paper's abstract counts ("10-34 layers"). Products of two activations, as in attention, are
+    none; what makes a weight out of others, as in weight standardisation, is none either.
+
+    Args:
+        module: A branch; None for a deleted one.
+
+    Returns:
+        Their number; of a module written by hand, of all such layers that it holds, but for branches side by side.
+    """
+    if module is None:
+        return 0
+    if isinstance(module, GraphModule):
+        return _longest_route(module)
+    inner = list(map(weight_layers, module.children()))
+    if are_side_by_side(module):
+        return max(inner, default=0)
+    if hasattr(module, "skip_kind"):  # a block of a chain: its skip and its branch are side by side
+        before, skip, branch, after = (
+            weight_layers(getattr(module, name)) for name in ("pre", "skip", "branch", "post")
+        )
+        return before + max(skip, branch) + after
+    return int(isinstance(module, _MODULES)) + sum(inner)
+
+
+def are_side_by_side(module: nn.Module) -> TypeGuard[nn.ModuleList]:
+    """Whether a module's children are branches that read one input: a `resnet_paths.core.chain.Parallel`."""
+    return isinstance(module, nn.ModuleList) and hasattr(module, "onto_skip")
+
+
+def _longest_route(module: GraphModule) -> int:
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    depth: dict[Node, int] = {}  # of what varies with the inputs
+    learned: set[Node] = set()  # parameters, and what is made of them alone
+    for node in module.graph.nodes:
+        sources = node.all_input_nodes
+        varying = [depth[source] for source in sources if source in depth]
+        if node.op == "placeholder" or (varying and node.target is not _ATEN.sym_size.int):
+            depth[node] = max(varying, default=0) + (is_weighted(node) and _has_weight(node, learned))
+        elif str(node.target) in parameters or any(source in learned for source in sources):
+            learned.add(node)
+    return max(depth.values(), default=0)
+
+
+def _has_weight(node: Node, learned: set[Node]) -> bool:
+    """Whether an operand of a convolution or product is learned; a bias is none."""
+    operands: Any = node.args[1] if node.target is _ATEN.einsum.default else node.args
+    operands = operands[1:] if node.target is _ATEN.addmm.default else operands[:2]
+    return any(operand in learned for operand in operands)

@@ -1,0 +1,449 @@
+"""Which lesions to study: every single deletion, random deletions, swaps, pairs, schedules of layers.
+
+A plan is a list of `Lesion`s for `resnet_paths.lesion_study`; making one runs nothing. Any function from chain to chain
+may stand among them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, SupportsIndex
+
+import torch
+from scipy import stats
+
+from resnet_paths._utils.errors import ResnetPathsError
+from resnet_paths.core.chain import Constant, ResidualChain, is_identity, refuse_other_than_chain, refuse_training_mode
+from resnet_paths.core.edits import (
+    delete_block,
+    delete_blocks,
+    duplicate_block,
+    parallel_blocks,
+    permute_blocks,
+    scale_block,
+)
+from resnet_paths.core.inputs import call, checked_inputs, each_tensor, num_examples
+from resnet_paths.core.placement import device_of
+from resnet_paths.core.tuple_states import OnParts, x_of
+
+__all__ = [
+    "Lesion",
+    "branch_replacements",
+    "duplications",
+    "layer_schedules",
+    "mean_replacements",
+    "pair_deletions",
+    "random_deletions",
+    "random_duplications",
+    "random_swaps",
+    "scalings",
+    "single_deletions",
+]
+
+
+@dataclass(frozen=True)
+class Lesion:
+    """An edit with a name.
+
+    Attributes:
+        name: What people read, such as ``"delete layer2.0"``.
+        edit: From the intact chain to the lesioned one.
+        blocks: Positions of the blocks that it touches; None where that is not known.
+        kendall_tau: Kendall's rank correlation of the blocks' order with the intact one; 1 where none moved, NaN where
+            that is not known.
+        seed: Seed that the generator which drew the lesion started from; None if none did.
+        kind: What is done to `blocks`, and nothing else: ``"delete"``, ``"duplicate"``, ``"scale"``, ``"swap"``,
+            ``"permute"``, ``"replace"``, ``"repeat"`` or ``"parallel"``; empty where it is none of these. What reads a
+            study's frame goes by it.
+    """
+
+    name: str
+    edit: Callable[[ResidualChain], ResidualChain]
+    blocks: tuple[int, ...] | None
+    kendall_tau: float = 1.0
+    seed: int | None = None
+    kind: str = ""
+
+
+def single_deletions(chain: ResidualChain) -> list[Lesion]:
+    """The deletion of each block in turn (Veit et al. 2016, section 4.1, figure 3).
+
+    Args:
+        chain: The intact chain.
+
+    Returns:
+        A lesion a block, first to last. Blocks without skip that change the shape cannot be deleted and are left out.
+    """
+    return [_deletion(chain, (index,)) for index in _deletable(chain)]
+
+
+def pair_deletions(chain: ResidualChain, blocks: Sequence[int | str] | None = None) -> list[Lesion]:
+    """The deletion of every pair of blocks, after that of every block alone.
+
+    Whether two blocks depend on each other shows in what is left when both single increases are taken from the pair's:
+    `resnet_paths.pair_interactions` of the study's frame.
+
+    Args:
+        chain: The intact chain.
+        blocks: Positions or names of the blocks to pair; all that can be deleted if None.
+
+    Returns:
+        n single deletions, then n (n - 1) / 2 pairs.
+
+    Raises:
+        ResnetPathsError: If a block does not exist or cannot be deleted.
+    """
+    possible = _deletable(chain)
+    chosen = possible if blocks is None else sorted({chain.block_index(block) for block in blocks})
+    for index in chosen:
+        if index not in possible:
+            raise ResnetPathsError("blocks", chain[index].name, "blocks that can be deleted")
+    return [_deletion(chain, each) for size in (1, 2) for each in itertools.combinations(chosen, size)]
+
+
+def random_deletions(
+    chain: ResidualChain, counts: Iterable[int], repeats: int, generator: torch.Generator
+) -> list[Lesion]:
+    """Random sets of blocks, deleted together (Veit et al. 2016, section 4.2, figure 5a).
+
+    Args:
+        chain: The intact chain.
+        counts: How many blocks to delete, such as ``range(1, 21)``.
+        repeats: Sets of each size, each drawn uniformly without replacement within the set.
+        generator: Source of the random numbers.
+
+    Returns:
+        `repeats` lesions of each count, in the order of `counts`.
+
+    Raises:
+        ResnetPathsError: If more blocks are to be deleted than can be, or `repeats` is negative.
+    """
+    sets = _random_sets(_deletable(chain), counts, repeats, generator, "blocks that can be deleted")
+    return [replace(_deletion(chain, blocks), seed=generator.initial_seed()) for blocks in sets]
+
+
+def random_swaps(chain: ResidualChain, counts: Iterable[int], repeats: int, generator: torch.Generator) -> list[Lesion]:
+    """Pairs of blocks of one stage in each other's place, at random (Veit et al. 2016, section 4.2, figure 5b).
+
+    Blocks that change the shape stay where they are. Swaps follow one another, so that one may undo another: the
+    disorder is measured by Kendall's tau of the order that results.
+
+    Args:
+        chain: The intact chain.
+        counts: How many swaps to make, such as ``range(1, 25)``.
+        repeats: Lesions of each count.
+        generator: Source of the random numbers.
+
+    Returns:
+        `repeats` lesions of each count, in the order of `counts`.
+
+    Raises:
+        ResnetPathsError: If no two blocks may trade places, or `repeats` is negative.
+    """
+    pairs = _exchangeable(chain)
+    if not pairs:
+        raise ResnetPathsError(
+            "chain", f"{len(chain)} blocks", "a chain with two blocks of one stage that keep the shape"
+        )
+    lesions = []
+    for count in _checked_counts(counts, repeats, None, "swaps"):
+        for _ in range(repeats):
+            order = list(range(len(chain)))
+            chosen = torch.randint(len(pairs), (count,), generator=generator, device=generator.device).tolist()
+            for first, second in (pairs[i] for i in chosen):
+                order[first], order[second] = order[second], order[first]
+            swaps = _reordering("swap", f"{count} random swaps", order)
+            lesions.append(replace(swaps, seed=generator.initial_seed()))
+    return lesions
+
+
+def duplications(chain: ResidualChain) -> list[Lesion]:
+    """Each block that keeps the shape, run twice in a row.
+
+    Args:
+        chain: The intact chain.
+
+    Returns:
+        A lesion a block.
+    """
+    refuse_other_than_chain("chain", chain)
+    return [_duplication(chain, (index,)) for index, block in enumerate(chain) if block.keeps_shape]
+
+
+def random_duplications(
+    chain: ResidualChain, counts: Iterable[int], repeats: int, generator: torch.Generator
+) -> list[Lesion]:
+    """Random sets of blocks that keep the shape, each run twice in a row.
+
+    Args:
+        chain: The intact chain.
+        counts: How many blocks to duplicate, such as ``range(1, 11)``.
+        repeats: Sets of each size, each drawn uniformly without replacement within the set.
+        generator: Source of the random numbers.
+
+    Returns:
+        `repeats` lesions of each count, in the order of `counts`.
+
+    Raises:
+        ResnetPathsError: If more blocks are to be duplicated than can be, or `repeats` is negative.
+    """
+    refuse_other_than_chain("chain", chain)
+    possible = [index for index, block in enumerate(chain) if block.keeps_shape]
+    sets = _random_sets(possible, counts, repeats, generator, "blocks that can be duplicated")
+    return [replace(_duplication(chain, blocks), seed=generator.initial_seed()) for blocks in sets]
+
+
+def scalings(chain: ResidualChain, factors: Iterable[float]) -> list[Lesion]:
+    """Each block's branch times each factor.
+
+    Args:
+        chain: The intact chain.
+        factors: Finite numbers; 0 is as deletion where a block has a skip.
+
+    Returns:
+        A lesion a block and factor, block by block.
+    """
+    refuse_other_than_chain("chain", chain)
+    factors = list(factors)
+    return [
+        _scaling(chain, index, factor)
+        for index, block in enumerate(chain)
+        if block.branch is not None
+        for factor in factors
+    ]
+
+
+def branch_replacements(chain: ResidualChain, source: ResidualChain, name: str = "replace") -> list[Lesion]:
+    """Each block's branch in turn taken from another chain of the same architecture.
+
+    With `source` the network at its initialisation this is re-initialisation, with `source` a network of another seed
+    re-randomisation (Zhang, Bengio and Singer 2019, Are all layers created equal, section 3). BatchNorm statistics
+    inside a branch come with it.
+
+    Args:
+        chain: The intact chain.
+        source: Where the branches come from; as many blocks, with the same shapes.
+        name: First word of the lesions' names, such as ``"re-initialise"``.
+
+    Returns:
+        A lesion a block that has a branch in both.
+
+    Raises:
+        ResnetPathsError: If the chains' blocks do not have the same shapes.
+    """
+    for each in (chain, source):
+        refuse_other_than_chain("chain", each)
+    shapes, others = ([(block.in_shape, block.out_shape) for block in each] for each in (chain, source))
+    if shapes != others:
+        raise ResnetPathsError(
+            "source", f"{len(source)} blocks", f"a chain of {len(chain)} blocks with the shapes of those of `chain`"
+        )
+    return [
+        _replacement(f"{name} {_name(chain, index)}", index, other.branch)
+        for index, (block, other) in enumerate(zip(chain, source, strict=True))
+        if block.branch is not None and other.branch is not None
+    ]
+
+
+def mean_replacements(chain: ResidualChain, inputs: Any) -> list[Lesion]:
+    """Each block's branch in turn replaced by its mean output, so that only what it says of the single example is lost.
+
+    Args:
+        chain: The intact chain, in eval mode; runs once on `inputs`.
+        inputs: Examples to take the means over, training images as a rule: a tensor [batch, ...], a tuple of
+            positional arguments or a mapping of keyword arguments.
+
+    Returns:
+        A lesion a block that has a branch.
+
+    Raises:
+        ResnetPathsError: If the chain is in training mode, there is no example, or blocks work on several tensors.
+    """
+    refuse_other_than_chain("chain", chain)
+    refuse_training_mode("chain", chain)
+    inputs = checked_inputs(inputs)
+    if not num_examples(inputs):
+        raise ResnetPathsError("inputs", "0 examples", "at least one example")
+    lesions, device = [], device_of(chain)
+    with torch.no_grad():  # on copies: parts written by hand may work in place
+        state = call(chain.stem, each_tensor(lambda t: t.to(device, copy=True), inputs))
+        for index, block in enumerate(chain):
+            if block.branch is not None:
+                output = block.branch(block.pre(each_tensor(torch.clone, state)))
+                mean: torch.nn.Module = Constant(x_of(output, chain).mean(0))
+                if isinstance(output, tuple):  # what is carried beside x stays as it is
+                    mean = OnParts(mean, adds=block.skip is not None)
+                lesions.append(_replacement(f"mean of {_name(chain, index)}", index, mean))
+            state = block(state)
+    return lesions
+
+
+def layer_schedules(
+    chain: ResidualChain,
+    blocks: Sequence[int | str] | None = None,
+    *,
+    loops: int = 3,
+    generator: torch.Generator | None = None,
+) -> list[Lesion]:
+    """Six ways to run the middle blocks (Sun et al. 2024, Layers as Painters, section 3).
+
+    Skip them; run the one in the middle again and again; in reverse order; in random order; side by side on one input,
+    their outputs averaged ("parallel"); and that several times over ("looped parallel").
+
+    Args:
+        chain: The intact chain.
+        blocks: Neighbouring blocks with identity skips; if None, the longest run of them without its first and last.
+        loops: Rounds of the looped parallel.
+        generator: Source of the random order; None for a new one, seeded with 0.
+
+    Returns:
+        The six lesions.
+
+    Raises:
+        ResnetPathsError: If there are fewer than two such blocks, or they do not stand side by side.
+    """
+    refuse_other_than_chain("chain", chain)
+    places = _middle(chain) if blocks is None else sorted(chain.block_index(block) for block in blocks)
+    side_by_side = places == list(range(places[0], places[-1] + 1)) if places else False
+    if len(places) < 2 or not side_by_side or not all(_is_exchangeable(chain, i) for i in places):
+        raise ResnetPathsError(
+            "blocks",
+            [chain[i].name for i in places],
+            "at least two neighbouring blocks with identity skips and branches",
+        )
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    order = list(range(len(chain)))
+    backwards, shuffled = list(order), list(order)
+    backwards[places[0] : places[-1] + 1] = places[::-1]
+    draw = torch.randperm(len(places), generator=generator, device=generator.device).tolist()
+    shuffled[places[0] : places[-1] + 1] = [places[i] for i in draw]
+    touched = tuple(places)
+    return [
+        Lesion("skip", partial(delete_blocks, blocks=places), touched, kind="delete"),
+        Lesion("middle repeat", partial(_repeat_the_middle, places=places), touched, kind="repeat"),
+        _reordering("permute", "reverse", backwards, touched),
+        replace(_reordering("permute", "random order", shuffled, touched), seed=generator.initial_seed()),
+        Lesion("parallel", partial(parallel_blocks, blocks=places), touched, kind="parallel"),
+        Lesion("looped parallel", partial(_loop_parallel, places=places, loops=loops), touched, kind="parallel"),
+    ]
+
+
+def _replacement(name: str, index: int, branch: torch.nn.Module) -> Lesion:
+    return Lesion(name, partial(_replace_branch, index=index, branch=branch), (index,), kind="replace")
+
+
+def _replace_branch(chain: ResidualChain, index: int, branch: torch.nn.Module) -> ResidualChain:
+    return chain.with_blocks(b.replace(branch=branch) if i == index else b for i, b in enumerate(chain))
+
+
+def _repeat_the_middle(chain: ResidualChain, places: Sequence[int]) -> ResidualChain:
+    middle = chain[places[len(places) // 2]]
+    return chain.with_blocks(
+        middle.replace(name=f"{middle.name}@{index}") if index in places else block for index, block in enumerate(chain)
+    )
+
+
+def _loop_parallel(chain: ResidualChain, places: Sequence[int], loops: int) -> ResidualChain:
+    together = parallel_blocks(chain, list(places))
+    for _ in range(loops - 1):
+        together = duplicate_block(together, places[0])
+    return together
+
+
+def _deletion(chain: ResidualChain, blocks: tuple[int, ...]) -> Lesion:
+    name = "delete " + ", ".join(_name(chain, index) for index in blocks)
+    edit = partial(delete_block, block=blocks[0]) if len(blocks) == 1 else partial(delete_blocks, blocks=list(blocks))
+    return Lesion(name, edit, blocks, kind="delete")
+
+
+def _scaling(chain: ResidualChain, index: int, factor: float) -> Lesion:
+    name = f"{factor:g} x {_name(chain, index)}"
+    return Lesion(name, partial(scale_block, block=index, factor=factor), (index,), kind="scale")
+
+
+def _duplication(chain: ResidualChain, blocks: tuple[int, ...]) -> Lesion:
+    name = "duplicate " + ", ".join(_name(chain, index) for index in blocks)
+    return Lesion(name, partial(_duplicate_blocks, blocks=blocks), blocks, kind="duplicate")
+
+
+def _duplicate_blocks(chain: ResidualChain, blocks: tuple[int, ...]) -> ResidualChain:
+    # From the last to the first: a copy shifts those behind it.
+    for index in sorted(blocks, reverse=True):
+        chain = duplicate_block(chain, index)
+    return chain
+
+
+def _random_sets(
+    possible: list[int], counts: Iterable[int], repeats: int, generator: torch.Generator, what: str
+) -> list[tuple[int, ...]]:
+    """`repeats` sets of each count, each drawn uniformly without replacement."""
+    sets = []
+    for count in _checked_counts(counts, repeats, len(possible), what):
+        for _ in range(repeats):
+            order = torch.randperm(len(possible), generator=generator, device=generator.device)[:count].tolist()
+            sets.append(tuple(sorted(possible[i] for i in order)))
+    return sets
+
+
+def _reordering(kind: str, name: str, order: list[int], touched: tuple[int, ...] | None = None) -> Lesion:
+    if touched is None:
+        touched = tuple(place for place, block in enumerate(order) if place != block)
+    tau = float(stats.kendalltau(range(len(order)), order).statistic) if len(order) > 1 else 1.0
+    return Lesion(name, partial(permute_blocks, order=order), touched, tau, kind=kind)
+
+
+def _name(chain: ResidualChain, index: int) -> str:
+    return chain[index].name or str(index)
+
+
+def _deletable(chain: ResidualChain) -> list[int]:
+    refuse_other_than_chain("chain", chain)
+    return [
+        index
+        for index, block in enumerate(chain)
+        if block.skip is not None or (block.keeps_shape and block.in_shape is not None)
+    ]
+
+
+def _is_exchangeable(chain: ResidualChain, index: int) -> bool:
+    block = chain[index]
+    return block.branch is not None and is_identity(block.skip) and is_identity(block.pre) and block.keeps_shape
+
+
+def _exchangeable(chain: ResidualChain) -> list[tuple[int, int]]:
+    """Pairs of blocks that may trade places."""
+    refuse_other_than_chain("chain", chain)
+    keep = [index for index, block in enumerate(chain) if block.keeps_shape]
+    return [
+        (i, j)
+        for i, j in itertools.combinations(keep, 2)
+        if (chain[i].stage, chain[i].in_shape) == (chain[j].stage, chain[j].in_shape)
+    ]
+
+
+def _middle(chain: ResidualChain) -> list[int]:
+    """The longest run of exchangeable blocks of one stage, without its first and last."""
+    runs = [
+        list(run)
+        for (exchangeable, _), run in itertools.groupby(
+            range(len(chain)), key=lambda i: (_is_exchangeable(chain, i), chain[i].stage)
+        )
+        if exchangeable
+    ]
+    return max(runs, key=len, default=[])[1:-1]
+
+
+def _checked_counts(counts: Iterable[int], repeats: int, most: int | None, what: str) -> list[int]:
+    if not isinstance(repeats, SupportsIndex) or operator.index(repeats) < 0:
+        raise ResnetPathsError("repeats", repeats, "an int of at least 0")
+    counts, highest = list(counts), math.inf if most is None else most
+    for count in counts:
+        if not isinstance(count, SupportsIndex) or not 1 <= operator.index(count) <= highest:
+            allowed = f"numbers of at least 1 ({what})" if most is None else f"numbers from 1 to {most} ({what})"
+            raise ResnetPathsError("counts", count, allowed)
+    return [operator.index(count) for count in counts]

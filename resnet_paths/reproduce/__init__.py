@@ -1,0 +1,1 @@
+"""Running the notebooks and training the networks that the project ships."""

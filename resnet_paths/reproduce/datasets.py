@@ -1,0 +1,314 @@
+"""Labelled images: Fashion-MNIST (test split shipped) and CIFAR-10, normalised as the shipped networks expect.
+
+`load_dataset` is the way in. Images are kept as bytes and turned into float32 one by one, so that the
+60,000 images of a training split take 47 MB (Fashion-MNIST) or 154 MB (CIFAR-10).
+"""
+
+from __future__ import annotations
+
+import gzip
+import http.client
+import math
+import shutil
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from resnet_paths._utils.errors import ResnetPathsError, nearest_names
+from resnet_paths._utils.files import cache_folder, check_sha256, shipped_folder, write_then_rename
+
+__all__ = ["DATASETS", "ImageDataset", "load_dataset"]
+
+_DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+_FASHION_MNIST_SHA256 = {
+    "train-images-idx3-ubyte.gz": "b0564c3eedabfbf835052cff8503ea422014ce006caf5b757f851416ee8300c7",
+    "train-labels-idx1-ubyte.gz": "0ae29f65d86684f32d1b9c85147786c547b9c6aebcaf235f0400a0cce308b056",
+    "t10k-images-idx3-ubyte.gz": "cc1d090a38ace84dfa1aa66e3ada7c336ef481a96936906477e6dd344da56eaa",
+    "t10k-labels-idx1-ubyte.gz": "8d3605d196f4be44669e46906da9733c8131fef761fdbfec72c424d5222f1a05",
+}
+_CIFAR_10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+_CIFAR_10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
+_CIFAR_10_RECORD = 1 + 3 * 32 * 32  # one label byte, then the red, green and blue planes
+
+
+@dataclass(frozen=True)
+class DatasetFacts:
+    """What a network and a figure need to know of a data set."""
+
+    shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    classes: tuple[str, ...]
+
+
+DATASETS = {
+    "fashion-mnist": DatasetFacts(
+        shape=(1, 28, 28),
+        mean=(0.2860,),
+        std=(0.3530,),
+        classes=(
+            "T-shirt/top",
+            "trouser",
+            "pullover",
+            "dress",
+            "coat",
+            "sandal",
+            "shirt",
+            "sneaker",
+            "bag",
+            "ankle boot",
+        ),
+    ),
+    "cifar-10": DatasetFacts(
+        shape=(3, 32, 32),
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2470, 0.2435, 0.2616),
+        classes=(
+            "airplane",
+            "automobile",
+            "bird",
+            "cat",
+            "deer",
+            "dog",
+            "frog",
+            "horse",
+            "ship",
+            "truck",
+        ),
+    ),
+}
+"""Facts by name: image shape [C, H, W], per-channel mean and standard deviation of pixels in [0, 1], class names."""
+
+
+class ImageDataset(Dataset[tuple[torch.Tensor, int]]):
+    """Images with integer labels; item `i` is (float32 [C, H, W] normalised, int).
+
+    Args:
+        name: Key of `DATASETS`.
+        images: uint8, [N, C, H, W], at least one.
+        labels: integers in [0, number of classes), [N].
+
+    Raises:
+        ResnetPathsError: If the name is unknown, or shapes, dtypes or labels are not as stated.
+    """
+
+    def __init__(self, name: str, images: torch.Tensor, labels: torch.Tensor) -> None:
+        if name not in DATASETS:
+            raise ResnetPathsError("name", name, f"one of {nearest_names(name, DATASETS, cutoff=0)}")
+        facts = DATASETS[name]
+        if images.dtype != torch.uint8 or tuple(images.shape[1:]) != facts.shape or not len(images):
+            raise ResnetPathsError(
+                "images",
+                f"{images.dtype} {list(images.shape)}",
+                f"torch.uint8 [N, {', '.join(map(str, facts.shape))}] with N of at least 1 for {name}",
+            )
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise ResnetPathsError("labels", str(labels.dtype), "integers")
+        if labels.shape != images.shape[:1]:
+            raise ResnetPathsError("labels", list(labels.shape), f"[{len(images)}], one an image")
+        outside = (labels < 0) | (labels >= len(facts.classes))
+        if bool(outside.any()):
+            raise ResnetPathsError("labels", int(labels[outside][0]), f"0 to {len(facts.classes) - 1}")
+        self.name = name
+        self.classes = facts.classes
+        self.images = images
+        self.labels: list[int] = labels.tolist()
+        self._mean = torch.tensor(facts.mean).view(-1, 1, 1)
+        self._std = torch.tensor(facts.std).view(-1, 1, 1)
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        """Image `index` as float32 [C, H, W], normalised, and its label."""
+        return self.normalise(self.images[index]), self.labels[index]
+
+    def normalise(self, images: torch.Tensor) -> torch.Tensor:
+        """Bytes [..., C, H, W] as float32 of about zero mean and unit variance a channel."""
+        return images.to(torch.float32).div_(255.0).sub_(self._mean).div_(self._std)
+
+
+def load_dataset(
+    name: str = "fashion-mnist",
+    split: str = "test",
+    folder: str | Path | None = None,
+    download: bool = True,
+) -> ImageDataset:
+    """A data set's split, from disk if it is there, else downloaded once.
+
+    Fashion-MNIST's test split is shipped with the project. Its training split is read from Debian's
+    package ``dataset-fashion-mnist`` where that is installed. Everything else is downloaded by
+    torchvision, checked, and kept in the cache folder (``$RESNET_PATHS_CACHE`` or ``~/.cache/resnet_paths``).
+    CIFAR-10 is read in its binary form: the Python form is a pickle, which can run code when it is read.
+
+    Args:
+        name: ``"fashion-mnist"`` (60,000 + 10,000 grey 28x28 images; Xiao, Rasul, Vollgraf 2017) or
+            ``"cifar-10"`` (50,000 + 10,000 colour 32x32 images; Krizhevsky 2009).
+        split: ``"train"`` or ``"test"``.
+        folder: Where to look and to download to, instead of the places above: the four ``*.gz`` files of
+            Fashion-MNIST, or CIFAR-10's folder ``cifar-10-batches-bin``.
+        download: Whether a missing split may be downloaded.
+
+    Returns:
+        A torch `Dataset` of (float32 tensor [C, H, W], normalised as the shipped networks expect; int label).
+
+    Raises:
+        ResnetPathsError: If the name or split is unknown, or a file is missing, corrupt or cut short.
+
+    Example:
+        >>> images = load_dataset("fashion-mnist", split="test")
+        >>> image, label = images[0]
+        >>> len(images), tuple(image.shape), images.classes[label]
+        (10000, (1, 28, 28), 'ankle boot')
+    """
+    if name not in DATASETS:
+        raise ResnetPathsError("name", name, f"one of {nearest_names(name, DATASETS, cutoff=0)}")
+    if split not in ("train", "test"):
+        raise ResnetPathsError("split", split, "'train' or 'test'")
+    place = None if folder is None else Path(folder).expanduser()
+    if name == "fashion-mnist":
+        images, labels = _read_fashion_mnist(split, place, download)
+    else:
+        images, labels = _read_cifar_10(split, place, download)
+    return ImageDataset(name, images, labels)
+
+
+def _read_fashion_mnist(split: str, folder: Path | None, download: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    stem = "train" if split == "train" else "t10k"
+    names = (f"{stem}-images-idx3-ubyte.gz", f"{stem}-labels-idx1-ubyte.gz")
+    cache = folder or cache_folder() / "fashion-mnist"
+    places: Sequence[Path]
+    if folder is not None:
+        places = (folder,)
+    elif split == "test":
+        places = (shipped_folder("data") / "fashion-mnist",)
+    else:
+        places = (_DEBIAN_FASHION_MNIST, cache)
+    found = next((p for p in places if all((p / n).is_file() for n in names)), None)
+    if found is None and download and (folder is not None or split == "train"):
+        _download_fashion_mnist(cache, names)
+        found = cache
+    if found is None:
+        raise ResnetPathsError(
+            "data file",
+            str(places[0] / names[0]),
+            "an existing file",
+            "Restore it from the repository, install the package dataset-fashion-mnist, or pass download=True.",
+        )
+    advice = {
+        _DEBIAN_FASHION_MNIST: "Install the package dataset-fashion-mnist again.",
+        cache: "Delete it, and it is downloaded again.",
+    }.get(found, "Restore it from the repository.")
+    for name in names:
+        check_sha256(found / name, _FASHION_MNIST_SHA256[name], advice)
+    return read_idx(found / names[0]).unsqueeze(1), read_idx(found / names[1]).long()
+
+
+def _download_fashion_mnist(folder: Path, names: Sequence[str]) -> None:
+    from torchvision.datasets import FashionMNIST
+    from torchvision.datasets.utils import download_url
+
+    def download(unfinished: Path) -> None:
+        for name in missing:
+            download_url(FashionMNIST.mirrors[0] + name, unfinished)
+            check_sha256(unfinished / name, _FASHION_MNIST_SHA256[name], "Try again.")
+
+    missing = [name for name in names if not (folder / name).is_file()]
+    _download_then_move(download, folder, missing, "fashion-mnist")
+
+
+def _download_then_move(download: Callable[[Path], None], folder: Path, files: Sequence[str], name: str) -> None:
+    """Call `download` with a temporary folder inside `folder`, then move the `files` that it left there to `folder`.
+
+    A file is in `folder` only once it is whole, however the download ends.
+
+    Raises:
+        ResnetPathsError: If the download fails.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as unfinished:
+            download(Path(unfinished))
+            for file in files:
+                with write_then_rename(folder / file) as temporary:
+                    shutil.copyfile(Path(unfinished) / file, temporary)
+    except (OSError, EOFError, RuntimeError, http.client.HTTPException, tarfile.TarError, zlib.error) as error:
+        raise ResnetPathsError(
+            f"download of {name}",
+            str(error),
+            "a reachable server and an intact file",
+            "Try again, or fetch the files by hand and pass their folder.",
+        ) from error
+
+
+def read_idx(path: Path) -> torch.Tensor:
+    """The tensor in a gzip-compressed IDX file of bytes (the format of MNIST; LeCun, Cortes, Burges 1998).
+
+    Args:
+        path: The ``.gz`` file.
+
+    Returns:
+        uint8 tensor of the shape that the header states.
+
+    Raises:
+        ResnetPathsError: If the file is not gzip, not IDX of unsigned bytes, or has fewer or more bytes than stated.
+    """
+    try:
+        content = gzip.decompress(path.read_bytes())
+    except (OSError, EOFError, zlib.error) as error:
+        raise ResnetPathsError(f"data file {path}", str(error), "a whole gzip file") from error
+    if len(content) < 4 or content[:3] != b"\x00\x00\x08" or len(content) < 4 + 4 * content[3]:
+        raise ResnetPathsError(f"data file {path}", content[:4], "an IDX file of unsigned bytes")
+    dims = content[3]
+    shape = np.frombuffer(content, dtype=">u4", count=dims, offset=4).tolist()
+    values = np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * dims)
+    if values.size != math.prod(shape):
+        raise ResnetPathsError(
+            f"data file {path}", f"{values.size} bytes", f"{math.prod(shape)} bytes, as its header says"
+        )
+    return torch.from_numpy(values.reshape(shape).copy())
+
+
+def _read_cifar_10(split: str, folder: Path | None, download: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    root = folder or cache_folder() / "cifar-10"
+    batches = root / "cifar-10-batches-bin"
+    numbers = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
+    if download and not all((batches / n).is_file() for n in numbers):
+        _download_cifar_10(root)
+    records = torch.cat([_read_cifar_batch(batches / n) for n in numbers])
+    return records[:, 1:].reshape(-1, 3, 32, 32).contiguous(), records[:, 0].long()
+
+
+def _download_cifar_10(root: Path) -> None:
+    from torchvision.datasets.utils import download_and_extract_archive
+
+    def download(unfinished: Path) -> None:
+        # The archive stays in root: torchvision holds it against the MD5 before it is used again.
+        download_and_extract_archive(_CIFAR_10_URL, root, unfinished, md5=_CIFAR_10_MD5)
+
+    numbers = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+    files = [f"cifar-10-batches-bin/{number}.bin" for number in numbers]
+    missing = [file for file in files if not (root / file).is_file()]
+    _download_then_move(download, root, missing, "cifar-10")
+
+
+def _read_cifar_batch(path: Path) -> torch.Tensor:
+    if not path.is_file():
+        raise ResnetPathsError("data file", str(path), "an existing file", "Pass download=True.")
+    content = np.fromfile(path, dtype=np.uint8)
+    if content.size == 0 or content.size % _CIFAR_10_RECORD:
+        raise ResnetPathsError(
+            f"data file {path}",
+            f"{content.size} bytes",
+            f"a positive multiple of {_CIFAR_10_RECORD} bytes",
+            "The file is cut short: delete it and download it again.",
+        )
+    return torch.from_numpy(content.reshape(-1, _CIFAR_10_RECORD))

@@ -1,0 +1,200 @@
+"""The gallery: one page of HTML with every figure in a folder, what it shows, and the numbers behind it.
+
+All that it says is read from the folder: captions are the notebooks' own words above each figure, claims and their
+numbers those that the executed notebooks hold, and where a figure comes from stands in its metadata.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import html
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import mistune
+import nbformat
+import pandas as pd
+from matplotlib.font_manager import FontProperties
+from matplotlib.mathtext import math_to_image
+from PIL import Image
+
+from resnet_paths._utils.files import write_then_rename
+from resnet_paths.reproduce.claims import claims_of
+
+__all__ = ["figures_of", "write_gallery"]
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.3rem; margin-top: 3rem; border-top: 1px solid #ccc; padding-top: 1rem; }
+h3 { font-size: 1.05rem; margin: 0 0 .3rem; }
+figure { margin: 2rem 0; } figure img.plot { max-width: 100%; height: auto; background: white; }
+table { border-collapse: collapse; font-size: .85rem; display: block; overflow-x: auto; }
+th, td { text-align: left; padding: .15rem .6rem .15rem 0; border-bottom: 1px solid #ddd; vertical-align: top; }
+code { font-size: .85em; background: #f4f4f4; padding: 0 .2em; }
+.files a { margin-right: .8rem; } .source { color: #555; font-size: .8rem; }
+.failed { color: #a00000; font-weight: bold; } .failure { background: #fbeaea; padding: .5rem .8rem; }
+"""
+_ROWS_SHOWN = 12
+_MATH_POINTS = 12.0  # 16 px, the size of the text
+
+
+def write_gallery(folder: Path) -> Path:
+    """Write ``index.html`` anew from the figures and the executed notebooks of a folder.
+
+    Args:
+        folder: Where `resnet-paths reproduce` put its figures; executed notebooks lie in its folder ``notebooks``.
+
+    Returns:
+        The page: plain HTML with its style inside, and relative links to the files beside it.
+    """
+    notebooks = {
+        path.stem: nbformat.read(path, as_version=4) for path in sorted((folder / "notebooks").glob("*.ipynb"))
+    }
+    there = sorted(path.stem for path in folder.glob("*.png"))
+    placed: set[str] = set()
+    contents, sections = [], []
+    for name, notebook in notebooks.items():
+        captions = {stem: caption for stem, caption in figures_of(notebook).items() if stem in there}
+        placed |= set(captions)
+        contents.append(_entry(name, notebook, len(captions)))
+        sections.append(_section(folder, name, notebook, captions))
+    others = [stem for stem in there if stem not in placed]
+    if others:
+        sections.append("<h2>Other figures in this folder</h2>" + "".join(_figure(folder, stem, "") for stem in others))
+    page = (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Figures of resnet_paths</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head><body>\n'
+        "<h1>Residual networks as ensembles of paths: the figures</h1>\n"
+        f"<ul>\n{''.join(contents)}</ul>\n{''.join(sections)}</body></html>\n"
+    )
+    path = folder / "index.html"
+    with write_then_rename(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return path
+
+
+def figures_of(notebook: Any) -> dict[str, str]:
+    """The figures that a notebook saves into its figures folder, and the Markdown cell above each.
+
+    Args:
+        notebook: A notebook, executed or not.
+
+    Returns:
+        From stems of files to Markdown.
+    """
+    captions: dict[str, str] = {}
+    above = ""
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            above = cell.source
+        else:
+            captions |= dict.fromkeys(re.findall(r"\{figures_folder\}/([^\"'{}]+)[\"']", cell.source), above)
+    return captions
+
+
+def _entry(name: str, notebook: Any, num_figures: int) -> str:
+    """A line of the table of contents."""
+    run = notebook.metadata.get("resnet_paths", {})
+    state = '<span class="failed">failed</span>' if run.get("error") else f"{len(claims_of(notebook))} claims hold"
+    facts = f"{num_figures} figures, {state}, profile {html.escape(str(run.get('profile', 'unknown')))}"
+    return f'<li><a href="#{name}">{name[:2]} {html.escape(_title(name, notebook))}</a> ({facts})</li>\n'
+
+
+def _title(name: str, notebook: Any) -> str:
+    first = notebook.cells[0].source.splitlines() if notebook.cells else []
+    return first[0].lstrip("# ") if first else name
+
+
+def _section(folder: Path, name: str, notebook: Any, captions: dict[str, str]) -> str:
+    """A notebook: its first cell, its failure if it has one, its figures, its claims."""
+    link = f'<p class="files"><a href="notebooks/{name}.ipynb">executed notebook</a></p>\n'
+    first = notebook.cells[0].source if notebook.cells else f"# {name}"
+    parts = [f'<h2 id="{name}">{html.escape(name[:2])} {html.escape(_title(name, notebook))}</h2>\n']
+    error = notebook.metadata.get("resnet_paths", {}).get("error")
+    if error:
+        old = " Figures below may be of an earlier run." if captions else ""
+        parts.append(f'<p class="failure"><b>Failed:</b> {html.escape(name)}, {html.escape(error)}.{old}</p>\n')
+    parts += [_markdown("\n".join(first.splitlines()[1:])), link]
+    parts += [_figure(folder, stem, caption) for stem, caption in captions.items()]
+    claims = claims_of(notebook)
+    if claims:
+        rows = "".join(
+            f"<tr><td>{html.escape(claim['numbers'])}</td><td><code>{html.escape(claim['claim'])}</code></td></tr>\n"
+            for claim in claims
+        )
+        head = "<tr><th>measured in this run</th><th>asserted, and it holds</th></tr>\n"
+        parts.append(f"<h3>Claims</h3>\n<table>{head}{rows}</table>\n")
+    return "".join(parts)
+
+
+def _figure(folder: Path, stem: str, caption: str) -> str:
+    """A figure at one and a half times its size in print, with its words, files, numbers and source."""
+    with Image.open(folder / f"{stem}.png") as image:
+        facts, width = image.info, round(image.width / 300 * 96 * 1.5)
+    links = "".join(
+        f'<a href="{stem}.{kind}">{kind.upper()}</a>'
+        for kind in ("pdf", "svg", "png", "csv")
+        if (folder / f"{stem}.{kind}").is_file()
+    )
+    source = "; ".join(facts[key] for key in ("Description", "Software") if facts.get(key))
+    return (
+        f'<figure id="{stem}">\n<figcaption>{_markdown(caption)}</figcaption>\n'
+        f'<img class="plot" src="{stem}.png" width="{width}" alt="{html.escape(_heading(caption) or stem)}">\n'
+        f'<p class="files"><b>{html.escape(stem)}</b> {links}</p>\n{_numbers(folder / f"{stem}.csv")}'
+        f'<p class="source">{html.escape(source)}</p>\n</figure>\n'
+    )
+
+
+def _heading(caption: str) -> str:
+    return next((line.lstrip("# ") for line in caption.splitlines() if line.startswith("#")), "")
+
+
+def _numbers(path: Path) -> str:
+    """The first rows behind a figure, folded away."""
+    if not path.is_file():
+        return ""
+    try:
+        frame = pd.read_csv(path)
+    except pd.errors.EmptyDataError:
+        return ""
+    first = f", the first {_ROWS_SHOWN} shown" if len(frame) > _ROWS_SHOWN else ""
+    table = frame.head(_ROWS_SHOWN).to_html(index=False, border=0, float_format="{:.4g}".format, na_rep="")
+    return f"<details><summary>numbers ({len(frame)} rows{first})</summary>{table}</details>\n"
+
+
+class _Renderer(mistune.HTMLRenderer):
+    """Headings one level below those of the page, formulas as pictures."""
+
+    def heading(self, text: str, level: int, **attrs: Any) -> str:
+        return f"<h3>{text}</h3>\n"
+
+    def inline_math(self, text: str) -> str:
+        return _formula(text)
+
+    def block_math(self, text: str) -> str:
+        return f"<p>{_formula(text)}</p>\n"
+
+
+_TO_HTML = mistune.create_markdown(renderer=_Renderer(), plugins=["math", "table"])
+
+
+def _markdown(text: str) -> str:
+    return str(_TO_HTML(text))
+
+
+@functools.cache
+def _formula(text: str) -> str:
+    """A formula as a picture inside the page, which needs no script and no network; as written where that fails."""
+    picture = io.BytesIO()
+    try:
+        depth = math_to_image(f"${text.strip()}$", picture, prop=FontProperties(size=_MATH_POINTS), format="svg")
+    except (ValueError, RuntimeError):
+        return f"<code>{html.escape(text)}</code>"
+    data = base64.b64encode(picture.getvalue()).decode()
+    return (
+        f'<img alt="{html.escape(text)}" src="data:image/svg+xml;base64,{data}" '
+        f'style="vertical-align: -{depth * 96 / 72:.1f}px">'
+    )

@@ -1,0 +1,187 @@
+"""Run the notebooks in order, top to bottom, and collect their figures: the main job.
+
+Each notebook has a cell tagged ``parameters``; a cell with other values is put behind it, as papermill does. Behind the
+last cell, which asserts, comes one that records the claims with their numbers. A notebook that fails is named with its
+cell and error, and the others still run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+from tqdm.auto import tqdm
+
+from resnet_paths._utils.devices import choose_device
+from resnet_paths._utils.errors import ResnetPathsError
+from resnet_paths._utils.files import shipped_folder, write_then_rename
+from resnet_paths.reproduce.gallery import write_gallery
+
+__all__ = ["NotebookResult", "find_notebooks", "reproduce", "run_notebook"]
+
+PROFILES = ("quick", "full")
+
+_RECORD = """\
+# Added by resnet-paths reproduce: the claims above and their numbers, for the gallery and the tests
+from resnet_paths.reproduce.claims import show_claims
+
+show_claims(In[-2], globals())"""
+
+
+@dataclass(frozen=True)
+class NotebookResult:
+    """How a notebook ended.
+
+    Attributes:
+        name: Its file name without suffix.
+        error: None if it ran to its end, else the cell and what went wrong, for people.
+    """
+
+    name: str
+    error: str | None
+
+
+def find_notebooks(only: Sequence[str] = (), folder: Path | None = None) -> list[Path]:
+    """The notebooks, in order.
+
+    Args:
+        only: Beginnings of their names, such as ``"02"``; all notebooks if empty.
+        folder: Where they lie; the shipped ones by default.
+
+    Returns:
+        Paths in the order of their names.
+
+    Raises:
+        ResnetPathsError: If a beginning fits no notebook.
+    """
+    folder = folder or shipped_folder("notebooks")
+    paths = sorted(folder.glob("*.ipynb"))
+    for start in only:
+        if not any(path.stem.startswith(start) for path in paths):
+            names = ", ".join(path.stem for path in paths)
+            raise ResnetPathsError("only", start, f"the beginning of one of {names or f'no notebooks in {folder}'}")
+    return [path for path in paths if not only or path.stem.startswith(tuple(only))]
+
+
+def run_notebook(
+    path: Path,
+    parameters: Mapping[str, Any],
+    output: Path,
+    *,
+    on_cell: Callable[[], None] = lambda: None,
+    timeout: float = 3600,
+) -> NotebookResult:
+    """Run one notebook in a fresh kernel and keep the executed copy, also when it fails.
+
+    Args:
+        path: The notebook.
+        parameters: Values that replace those of its cell tagged ``parameters``.
+        output: Where the executed copy goes.
+        on_cell: Called after each code cell.
+        timeout: Seconds that one cell may take.
+
+    Returns:
+        How it ended; the executed copy says so too, with the parameters, in its metadata under ``resnet_paths``.
+    """
+    try:
+        notebook = nbformat.read(path, as_version=4)
+    except (ValueError, KeyError, AttributeError, OSError) as failure:
+        notebook = nbformat.v4.new_notebook()
+        error: str | None = f"not a notebook: {type(failure).__name__}: {failure}"
+    else:
+        error = _execute(notebook, parameters, output.parent, on_cell, timeout)
+    notebook.metadata["resnet_paths"] = {**parameters, "error": error}
+    with write_then_rename(output) as temporary:
+        nbformat.write(notebook, temporary)
+    return NotebookResult(path.stem, error)
+
+
+def _execute(
+    notebook: Any, parameters: Mapping[str, Any], folder: Path, on_cell: Callable[[], None], timeout: float
+) -> str | None:
+    """Run a notebook in place, from `folder`; None, or the cell that failed and why."""
+    tagged = [i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", [])]
+    if not tagged:
+        return "no cell tagged 'parameters'"
+    lines = "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
+    notebook.cells.insert(tagged[0] + 1, nbformat.v4.new_code_cell(f"# Set by resnet-paths reproduce\n{lines}"))
+    notebook.cells.append(nbformat.v4.new_code_cell(_RECORD))
+    started = [0]
+    client = NotebookClient(
+        notebook,
+        timeout=timeout,
+        kernel_name="python3",
+        extra_arguments=["--IPKernelApp.log_level=ERROR"],  # its warnings would break up the progress bar
+        resources={"metadata": {"path": str(folder)}},
+        on_cell_start=lambda cell_index, **_: started.append(cell_index + 1),
+        on_cell_executed=lambda **_: on_cell(),
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        client.execute()
+    except CellExecutionError as failure:
+        return f"cell {_failed_cell(notebook)}: {failure.ename}: {failure.evalue}"
+    except (CellTimeoutError, DeadKernelError) as failure:
+        return f"cell {started[-1]}: {type(failure).__name__}: {str(failure).strip().splitlines()[0]}"
+    return None
+
+
+def reproduce(
+    output: Path,
+    *,
+    profile: str = "quick",
+    only: Sequence[str] = (),
+    device: str = "auto",
+    folder: Path | None = None,
+    progress: bool = True,
+) -> list[NotebookResult]:
+    """Run the notebooks and write every figure as PDF, SVG, PNG and the CSV behind it, and the gallery.
+
+    Args:
+        output: Folder for the figures and the gallery, ``index.html``, which also shows what other notebooks left there
+            before; executed notebooks go into its folder ``notebooks``.
+        profile: ``"quick"`` (minutes on a laptop) or ``"full"`` (the sizes that each notebook names).
+        only: Beginnings of the names of notebooks to run; all if empty.
+        device: Where their networks run: ``"auto"``, which is the accelerator if there is one, or a device of torch.
+        folder: Where the notebooks lie; the shipped ones by default.
+        progress: Whether to show a bar over cells.
+
+    Returns:
+        How each notebook ended, in order.
+
+    Raises:
+        ResnetPathsError: If the profile is unknown, `only` fits no notebook, or the device is none.
+    """
+    if profile not in PROFILES:
+        raise ResnetPathsError("profile", profile, " or ".join(map(repr, PROFILES)))
+    paths = find_notebooks(only, folder)
+    choose_device(device)
+    output = output.resolve()
+    parameters = {"profile": profile, "figures_folder": str(output), "device": device}
+    num_cells = {path: path.read_text(encoding="utf-8").count('"cell_type": "code"') + 2 for path in paths}
+    results = []
+    with tqdm(total=sum(num_cells.values()), unit="cell", disable=not progress) as bar:
+        done = 0
+        for path in paths:
+            bar.set_description(path.stem)
+            results.append(
+                run_notebook(path, parameters, output / "notebooks" / path.name, on_cell=lambda: bar.update() and None)
+            )
+            write_gallery(output)
+            done += num_cells[path]
+            bar.update(done - bar.n)
+    return results
+
+
+def _failed_cell(notebook: Any) -> str:
+    """Number among the cells, counted from 1, and first line of the cell that raised."""
+    for number, cell in enumerate(notebook.cells, start=1):
+        if any(output.output_type == "error" for output in cell.get("outputs", [])):
+            first = next((line for line in cell.source.splitlines() if line.strip()), "")
+            return f"{number} ({first!r})"
+    return "unknown"

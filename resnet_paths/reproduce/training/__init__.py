@@ -1,0 +1,331 @@
+"""Training by name: ``resnet-paths train NAME``.
+
+On the CPU the same seed gives the same weights, stopped and resumed or not. All randomness of epoch `e` comes from a
+generator seeded by (seed, e), and a checkpoint is written at each epoch's end; a killed run starts again at the last
+finished epoch and repeats the unfinished one exactly. Devices, precision and several machines are Lightning Fabric's
+business (Fabric's `accelerator`, `devices`, `num_nodes`, `precision`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import operator
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NoReturn, SupportsIndex
+
+import pandas as pd
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from resnet_paths._utils.errors import ResnetPathsError
+from resnet_paths._utils.files import write_then_rename
+from resnet_paths.reproduce.datasets import DATASETS, ImageDataset, load_dataset
+from resnet_paths.reproduce.training.batches import augmented_batches, generator_of
+from resnet_paths.reproduce.training.checkpoints import (
+    refuse_missed_snapshots,
+    refuse_other_settings,
+    resume,
+    write_checkpoint,
+)
+from resnet_paths.reproduce.training.settings import TrainingSettings, learning_rate_at
+from resnet_paths.reproduce.training.tasks import TASKS, Classification, evaluate, sum_losses
+from resnet_paths.zoo.catalog import build_network, find_network
+from resnet_paths.zoo.places import snapshot_file
+from resnet_paths.zoo.weights import write_tensors
+
+__all__ = ["TrainingSettings", "evaluate", "train"]
+
+
+def train(
+    settings: TrainingSettings,
+    folder: str | Path = "runs",
+    *,
+    accelerator: str = "auto",
+    devices: int | str = 1,
+    num_nodes: int = 1,
+    strategy: str = "auto",
+    snapshots: Sequence[int] = (),
+    train_set: ImageDataset | None = None,
+    test_set: ImageDataset | None = None,
+    progress: bool = True,
+) -> Path:
+    """Train a network, or go on where a stopped run left off.
+
+    Args:
+        settings: What to train and how.
+        folder: Where to write ``NAME-seedS.safetensors`` (weights, settings inside) and ``NAME-seedS.csv`` (the log, a
+            row an epoch); while the run lasts also ``NAME-seedS.checkpoint.safetensors``.
+        accelerator: Fabric's: ``"auto"``, ``"cpu"``, ``"gpu"``...
+        devices: Fabric's: how many processes a machine.
+        num_nodes: Fabric's: how many machines.
+        strategy: Fabric's: ``"auto"`` or ``"ddp"``.
+        snapshots: Numbers of epochs after which to keep the weights too, as ``NAME-seedS.epochE.safetensors``; 0 is
+            the initialisation, with BatchNorm statistics measured on training images.
+        train_set: Training images instead of the data set's own training split.
+        test_set: Test images instead of its own test split; only measured, never selected on.
+        progress: Whether to show a bar.
+
+    Returns:
+        Path of the weights file.
+
+    Raises:
+        ResnetPathsError: If the loss stops being finite, `folder` cannot be made or holds a run of this name with other
+            settings, a snapshot is not of this run, or of an epoch that an earlier start passed without keeping it, the
+            images are of another data set, or Fabric cannot work with the devices asked for.
+    """
+    for epoch in snapshots:
+        if not isinstance(epoch, SupportsIndex) or not 0 <= operator.index(epoch) <= settings.epochs:
+            raise ResnetPathsError("snapshots", epoch, f"numbers of epochs from 0 to {settings.epochs}")
+    for argument, images in (("train_set", train_set), ("test_set", test_set)):
+        if images is not None and images.name != settings.dataset:
+            raise ResnetPathsError(argument, images.name, f"images of {settings.dataset!r}, as in the settings")
+    stem = Path(folder) / f"{settings.network}-seed{settings.seed}"
+    weights, checkpoint = stem.with_suffix(".safetensors"), stem.with_suffix(".checkpoint.safetensors")
+    left = weights if weights.is_file() else checkpoint
+    if left.is_file():
+        refuse_other_settings(left, settings)
+        refuse_missed_snapshots(left, weights, snapshots)
+    fabric = _launch(
+        find_network(settings.network).draws_blocks,
+        accelerator=accelerator,
+        devices=devices,
+        num_nodes=num_nodes,
+        strategy=strategy,
+        precision=settings.precision,
+    )
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ResnetPathsError("folder", str(folder), "a folder that can be written to", f"{error}.") from error
+    if weights.is_file():
+        if fabric.global_rank == 0:
+            checkpoint.unlink(missing_ok=True)  # left there by a kill at the very last moment
+        return weights
+    if train_set is None:
+        train_set = load_dataset(settings.dataset, "train")
+    if test_set is None:
+        test_set = load_dataset(settings.dataset, "test")
+    last_batch = len(train_set) % settings.batch_size or settings.batch_size
+    if last_batch < fabric.world_size:
+        raise ResnetPathsError(
+            "batch_size",
+            settings.batch_size,
+            f"a size that leaves at least one image of each batch to each of {fabric.world_size} processes",
+            f"The last batch of {len(train_set)} images would hold {last_batch}.",
+        )
+    raw = build_network(
+        settings.network,
+        torch.Generator().manual_seed(settings.seed),
+        num_drawn_blocks=settings.num_drawn_blocks,
+        **_shape_of_network(settings.dataset),
+    )
+    raw = raw.to(memory_format=torch.channels_last)
+    bare = _optimizer(raw, settings)
+    model, optimizer = fabric.setup(raw, bare)
+    task = _task(settings)
+    log: list[dict[str, Any]] = []
+    if checkpoint.is_file():
+        # After the set-up: what is read here must be on the device where the weights are now.
+        log = resume(checkpoint, raw, bare, fabric.strategy.precision, settings)
+    fabric.barrier()
+    if 0 in snapshots and not log and fabric.global_rank == 0:
+        with _measured_batchnorm(fabric, model, raw, train_set, settings):
+            _write_finished(snapshot_file(weights, 0), raw, settings, log, test_set)
+    steps = -(-len(train_set) // settings.batch_size)
+    with tqdm(
+        total=settings.epochs * steps,
+        initial=len(log) * steps,
+        desc=settings.network,
+        unit="batch",
+        disable=not progress or fabric.global_rank > 0,
+        mininterval=1.0,
+    ) as bar:
+        for epoch in range(len(log), settings.epochs):
+            started = time.perf_counter()
+            row = _train_one_epoch(fabric, model, optimizer, train_set, settings, epoch, bar)
+            row |= _measure(fabric, model, test_set, settings)
+            if not math.isfinite(row["test_loss"]):
+                _refuse_diverged(settings, epoch)
+            row["seconds"] = round(time.perf_counter() - started, 1)
+            log.append({"network": settings.network, "seed": settings.seed, **row})
+            bar.set_postfix({task.measure: f"{task.judge(row['test_loss'], row['test_error_rate']):.4f}"})
+            if fabric.global_rank == 0:
+                # Before the checkpoint: a run killed between the two writes the same snapshot again.
+                if epoch + 1 in snapshots:
+                    _write_finished(snapshot_file(weights, epoch + 1), raw, settings, log, test_set)
+                write_checkpoint(checkpoint, raw, bare, fabric.strategy.precision, settings, log)
+                _write_log(stem.with_suffix(".csv"), log)
+    if fabric.global_rank == 0:
+        _write_log(stem.with_suffix(".csv"), log)  # again: the last kill may have come just before it
+        _write_finished(weights, raw, settings, log, test_set)
+        checkpoint.unlink(missing_ok=True)
+    fabric.barrier()
+    return weights
+
+
+def _optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(
+            model.parameters(), settings.learning_rate, (settings.momentum, 0.999), weight_decay=settings.weight_decay
+        )
+    return torch.optim.SGD(
+        model.parameters(),
+        settings.learning_rate,
+        settings.momentum,
+        weight_decay=settings.weight_decay,
+        nesterov=True,
+    )
+
+
+def _train_one_epoch(
+    fabric: Any,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    dataset: ImageDataset,
+    settings: TrainingSettings,
+    epoch: int,
+    bar: tqdm[Any],
+) -> dict[str, Any]:
+    model.train()
+    loss_sum, num_wrong, num_seen = (torch.zeros((), device=fabric.device) for _ in range(3))
+    num_steps = -(-len(dataset) // settings.batch_size)
+    batches = augmented_batches(dataset, settings, epoch, fabric.global_rank, fabric.world_size)
+    rate = 0.0
+    task = _task(settings)
+    draw_blocks = getattr(model.module, "draw_blocks", None)
+    generator = generator_of(settings, epoch, "blocks")  # the same on every process
+    for step, (inputs, targets) in enumerate(batches):
+        if draw_blocks is not None:
+            draw_blocks(generator)
+        rate = learning_rate_at(settings, epoch + (step + 1) / num_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        targets = targets.to(fabric.device)
+        outputs = model(inputs.to(fabric.device, memory_format=torch.channels_last)).float()
+        loss = task.loss(outputs, targets)
+        optimizer.zero_grad()
+        fabric.backward(loss)
+        optimizer.step()
+        loss_sum += loss.detach() * len(targets)
+        num_wrong += task.num_wrong(outputs.detach(), targets)
+        num_seen += len(targets)
+        bar.update()
+        # Looked at now and then: each look waits for the device.
+        if step % 50 == 49 or step == num_steps - 1:
+            # Over all processes, so that they stop together and none waits for another.
+            loss_of_all = fabric.all_reduce(loss_sum.clone(), reduce_op="sum").item()
+            if not math.isfinite(loss_of_all):
+                _refuse_diverged(settings, epoch)
+    loss_sum, num_wrong, num_seen = fabric.all_reduce(torch.stack([loss_sum, num_wrong, num_seen]), reduce_op="sum")
+    return {
+        "epoch": epoch + 1,
+        "learning_rate": rate,
+        "train_loss": (loss_sum / num_seen).item(),
+        "train_error_rate": task.error_rate(num_wrong.item(), int(num_seen)),
+    }
+
+
+def _launch(draws_blocks: bool, **options: Any) -> Any:
+    """Fabric with its processes started; what it cannot work with is refused."""
+    from lightning_fabric import Fabric
+    from lightning_fabric.strategies.ddp import DDPStrategy
+    from lightning_fabric.utilities.exceptions import MisconfigurationException
+
+    try:
+        fabric = Fabric(**options)
+        if draws_blocks and isinstance(fabric.strategy, DDPStrategy):
+            # Parameters of blocks that are not drawn get no gradient, for which its processes would wait.
+            fabric = Fabric(**options | {"strategy": "ddp_find_unused_parameters_true"})
+    except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
+        names = "accelerator, devices, num_nodes, strategy, precision"
+        values = ", ".join(str(options[name]) for name in names.split(", "))
+        raise ResnetPathsError(
+            names, values, "what Lightning Fabric can work with on this machine", " ".join(str(error).split())
+        ) from error
+    fabric.launch()
+    return fabric
+
+
+def _refuse_diverged(settings: TrainingSettings, epoch: int) -> NoReturn:
+    raise ResnetPathsError(
+        "learning_rate",
+        settings.learning_rate,
+        f"a rate at which the loss stays finite; it did not in epoch {epoch + 1}",
+        "Nothing was written for this epoch. Try a third of the rate.",
+    )
+
+
+def _task(settings: TrainingSettings) -> Classification:
+    return TASKS[find_network(settings.network).task]
+
+
+def _measure(fabric: Any, model: nn.Module, dataset: ImageDataset, settings: TrainingSettings) -> dict[str, Any]:
+    """Test loss and error in the training precision, each process measuring its share."""
+    model.eval()
+    task = _task(settings)
+    mine = torch.arange(fabric.global_rank, len(dataset), fabric.world_size)
+    with torch.inference_mode():
+        sums = torch.tensor(sum_losses(model, dataset, task, mine, settings.batch_size * 4, fabric.device))
+    loss_sum, num_wrong = fabric.all_reduce(sums.to(fabric.device), reduce_op="sum").tolist()
+    return {"test_loss": loss_sum / len(dataset), "test_error_rate": task.error_rate(num_wrong, len(dataset))}
+
+
+def _shape_of_network(dataset: str) -> dict[str, int]:
+    facts = DATASETS[dataset]
+    return {"in_channels": facts.shape[0], "num_classes": len(facts.classes)}
+
+
+def _write_finished(
+    path: Path, model: nn.Module, settings: TrainingSettings, log: list[dict[str, Any]], test_set: ImageDataset
+) -> None:
+    """Weights that can be loaded by name: with settings, log and test error in float32 inside."""
+    task = find_network(settings.network).task
+    loss, judged = evaluate(model, test_set, task=task)
+    metadata = {
+        **asdict(settings),
+        **_shape_of_network(settings.dataset),
+        "log": log,
+        "epochs_done": len(log),
+        TASKS[task].measure: judged,
+        "test_loss": loss,
+        "num_parameters": sum(p.numel() for p in model.parameters()),
+        "torch": torch.__version__,
+    }
+    write_tensors(path, model.state_dict(), metadata)
+
+
+@contextlib.contextmanager
+def _measured_batchnorm(
+    fabric: Any, model: nn.Module, raw: nn.Module, dataset: ImageDataset, settings: TrainingSettings
+) -> Iterator[None]:
+    """BatchNorm statistics measured on ten batches, for as long as the context lasts.
+
+    An untrained network's own are 0 and 1: in eval mode it would not be the network that training starts from.
+    """
+    norms = [module for module in raw.modules() if isinstance(module, nn.BatchNorm2d)]
+    kept = [(norm.momentum, {name: buffer.clone() for name, buffer in norm.named_buffers()}) for norm in norms]
+    for norm in norms:
+        norm.momentum = None  # the plain average over batches
+    model.train()
+    with torch.no_grad():
+        batches = augmented_batches(dataset, settings, 0)
+        for images, _ in itertools.islice(batches, 10):
+            model(images.to(fabric.device, memory_format=torch.channels_last))
+    try:
+        yield
+    finally:
+        for norm, (momentum, buffers) in zip(norms, kept, strict=True):
+            norm.momentum = momentum
+            for name, buffer in norm.named_buffers():
+                buffer.copy_(buffers[name])
+
+
+def _write_log(path: Path, log: list[dict[str, Any]]) -> None:
+    with write_then_rename(path) as temporary:
+        pd.DataFrame(log).to_csv(temporary, index=False, float_format="%.6g")

@@ -1,0 +1,71 @@
+"""Augmented mini-batches in an order that the seed and the epoch determine, however many processes share them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.nn import functional as F
+
+from resnet_paths.reproduce.datasets import ImageDataset
+from resnet_paths.reproduce.training.settings import TrainingSettings
+from resnet_paths.reproduce.training.tasks import TASKS
+from resnet_paths.zoo.catalog import find_network
+
+__all__ = ["augmented_batches", "generator_of"]
+
+
+# Streams of random numbers that have nothing in common; torch's generator knows seeds below 2**32 apart.
+_STREAMS = {"images": 0, "blocks": 2**30, "noise": 2**31}
+
+
+def generator_of(settings: TrainingSettings, epoch: int, stream: str = "images") -> torch.Generator:
+    """The generator that all random numbers of one kind come from in one epoch, on every process alike.
+
+    Args:
+        settings: The run's settings.
+        epoch: Number of the epoch, counted from 0.
+        stream: ``"images"`` for order and augmentation, ``"blocks"`` for the blocks drawn, ``"noise"``.
+
+    Returns:
+        A CPU generator.
+    """
+    return torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch + 1 + _STREAMS[stream])
+
+
+def augmented_batches(
+    dataset: ImageDataset, settings: TrainingSettings, epoch: int, rank: int = 0, world_size: int = 1
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """One process's share of an epoch, in an order and with crops, flips and noise that (seed, epoch) determine.
+
+    Args:
+        dataset: The images.
+        settings: The run's settings.
+        epoch: Number of the epoch, counted from 0.
+        rank: Number of the process.
+        world_size: How many processes share each batch.
+
+    Yields:
+        Inputs, made from normalised images [share of the batch, C, H, W], and targets, as the network's task has them.
+    """
+    task = TASKS[find_network(settings.network).task]
+    generator = generator_of(settings, epoch)
+    noise_generator = generator_of(settings, epoch, "noise")
+    order = torch.randperm(len(dataset), generator=generator)
+    labels = torch.tensor(dataset.labels)
+    padding = settings.crop_padding
+    height, width = dataset.images.shape[-2:]
+    for batch in torch.split(order, settings.batch_size):
+        # Drawn for the whole batch on every process, so that the draws do not depend on their number.
+        rows = torch.randint(2 * padding + 1, (len(batch), 1), generator=generator)
+        columns = torch.randint(2 * padding + 1, (len(batch), 1), generator=generator)
+        flipped = torch.rand(len(batch), 1, generator=generator) < 0.5
+        rows = rows + torch.arange(height)
+        columns = columns + torch.where(flipped, torch.arange(width - 1, -1, -1), torch.arange(width))
+        mine = slice(rank, None, world_size)
+        padded = F.pad(dataset.images[batch[mine]], [padding] * 4)
+        number = torch.arange(len(padded))[:, None, None]
+        cropped = padded[number, :, rows[mine, :, None], columns[mine, None, :]]
+        images = dataset.normalise(cropped.permute(0, 3, 1, 2))
+        noise = task.noise((len(batch), *images.shape[1:]), noise_generator)
+        yield task.example(images, labels[batch[mine]], None if noise is None else noise[mine])

@@ -1,0 +1,151 @@
+"""Finished runs stored where `resnet_paths.load_network` finds them by name, in half the space if nothing is lost.
+
+What is stored can be measured again at any time: each file states the error that it must have.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from resnet_paths._utils.errors import ResnetPathsError
+from resnet_paths._utils.files import shipped_folder, write_then_rename
+from resnet_paths.reproduce.datasets import ImageDataset, load_dataset
+from resnet_paths.reproduce.training.tasks import TASKS, evaluate
+from resnet_paths.zoo import NETWORKS, find_network, load_network
+from resnet_paths.zoo.places import snapshot_file, weights_in
+from resnet_paths.zoo.weights import read_metadata, write_tensors
+
+__all__ = ["publish", "published_errors"]
+
+# 0.01 points: one image of 10,000, rounding of the difference aside.
+_MOST = 1.000001e-4
+# Parameters whose rounding changes the error are halved part by part, down to this share of them: each try takes a
+# whole evaluation.
+_PARTS = 8
+
+
+def publish(
+    weights: str | Path, folder: str | Path | None = None, *, test_set: ImageDataset | None = None
+) -> list[Path]:
+    """Store a finished run's weights, its snapshots and its log for `resnet_paths.load_network`.
+
+    Parameters are stored in float16 where that leaves the test error in float32 within 0.01 points: all of them, or
+    else those parts that do. The others, and those with a value too large for it, stay float32, as BatchNorm
+    statistics always do. The file says which
+    (``stored_as``), what the test error was before (``trained_test_error_rate``) and what it is now
+    (``test_error_rate``).
+
+    Args:
+        weights: ``NAME-seedS.safetensors`` as `train` left it, its log and snapshots beside it.
+        folder: Where to store it: as ``NAME.safetensors`` for seed 0, under its old name for others. By default
+            ``data/networks`` of the checkout, whose files are loaded by name alone.
+        test_set: Images to measure on instead of the data set's test split.
+
+    Returns:
+        The weights files written, that of the end of training first.
+
+    Raises:
+        ResnetPathsError: If the file is not whole, or not that of a finished run.
+    """
+    source = Path(weights)
+    metadata, log = read_metadata(source), source.with_suffix(".csv")
+    is_finished = "epochs_done" in metadata and metadata["epochs_done"] == metadata["epochs"]
+    if not is_finished or not log.is_file():
+        raise ResnetPathsError(
+            "weights",
+            str(source),
+            "the weights of a finished run, as 'resnet-paths train' writes them beside the log",
+            "Snapshots are stored together with them.",
+        )
+    network, seed = metadata["network"], metadata["seed"]
+    stem = network if seed == 0 else f"{network}-seed{seed}"
+    place = shipped_folder("data") / "networks" if folder is None else Path(folder)
+    target = place / f"{stem}.safetensors"
+    if test_set is None:
+        test_set = load_dataset(metadata["dataset"], "test")
+    pairs = {source: target}
+    for (other, epoch), path in weights_in(source.parent, network).items():
+        if other == seed and epoch is not None:
+            pairs[path] = snapshot_file(target, epoch)
+    for path, stored in pairs.items():
+        _store(path, stored, network, test_set)
+    with write_then_rename(target.with_suffix(".csv")) as temporary:
+        shutil.copyfile(log, temporary)
+    return list(pairs.values())
+
+
+def published_errors(
+    folder: str | Path | None = None, *, test_set: ImageDataset | None = None, progress: bool = True
+) -> pd.DataFrame:
+    """Every stored file measured again, beside what it states.
+
+    Args:
+        folder: Where the files lie; ``data/networks`` of the checkout by default.
+        test_set: Images to measure on instead of the data set's test split.
+        progress: Whether to show a bar over files.
+
+    Returns:
+        A row a file: ``network``, ``seed``, ``epoch`` (of a snapshot; the last one of the run otherwise), ``measure``
+        (``test_error_rate``, or ``test_rmse`` of a denoiser), ``stated``, ``measured``, and ``as_stated``, whether the
+        two are within 0.01 points.
+    """
+    place = shipped_folder("data") / "networks" if folder is None else Path(folder)
+    files = [(name, seed, path) for name in NETWORKS for (seed, _), path in weights_in(place, name).items()]
+    rows = []
+    for name, seed, path in tqdm(files, desc="stored networks", unit="file", disable=not progress):
+        metadata, task = read_metadata(path), find_network(name).task
+        images = load_dataset(metadata["dataset"], "test") if test_set is None else test_set
+        measured = evaluate(load_network(name, path), images, task=task)[1]
+        measure = TASKS[task].measure
+        rows.append({
+            "network": name,
+            "seed": seed,
+            "epoch": metadata.get("epochs_done", metadata["epochs"]),
+            "measure": measure,
+            "stated": metadata[measure],
+            "measured": measured,
+            "as_stated": abs(measured - metadata[measure]) <= _MOST,
+        })
+    return pd.DataFrame(rows)
+
+
+def _store(source: Path, target: Path, network: str, test_set: ImageDataset) -> None:
+    task = find_network(network).task
+    model = load_network(network, source)
+    tensors = {key: value.clone() for key, value in model.state_dict().items()}
+    halves = _halves(model)
+    before = after = evaluate(model, test_set, task=task)
+    num_halved, untried = 0, [list(halves)]
+    while untried:
+        names = untried.pop()
+        rounded = tensors | {name: halves[name] for name in names}
+        model.load_state_dict(rounded)
+        measured = evaluate(model, test_set, task=task)
+        if abs(measured[1] - before[1]) <= _MOST:
+            tensors, after, num_halved = rounded, measured, num_halved + len(names)
+        elif len(names) > max(1, len(halves) / _PARTS):
+            middle = len(names) // 2
+            untried += [names[middle:], names[:middle]]
+    num_parameters = len(list(model.parameters()))
+    kinds = [kind for kind, some in (("float16", num_halved), ("float32", num_parameters - num_halved)) if some]
+    metadata: dict[str, Any] = read_metadata(source)
+    metadata |= {
+        "stored_as": " and ".join(kinds),
+        f"trained_{TASKS[task].measure}": before[1],
+        TASKS[task].measure: after[1],
+        "test_loss": after[0],
+    }
+    write_tensors(target, tensors, metadata)
+
+
+def _halves(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters in float16, of those in its range; BatchNorm statistics may lie below it, and are few."""
+    halves = {name: parameter.detach().to(torch.float16) for name, parameter in model.named_parameters()}
+    return {name: half for name, half in halves.items() if bool(half.isfinite().all())}

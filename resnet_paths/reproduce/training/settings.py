@@ -1,0 +1,95 @@
+"""Everything that the trained weights depend on, and the learning rate that follows from it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from resnet_paths._utils.errors import ResnetPathsError, nearest_names
+from resnet_paths.reproduce.datasets import DATASETS
+from resnet_paths.zoo.catalog import check_num_drawn_blocks, find_network
+
+__all__ = ["TrainingSettings", "learning_rate_at"]
+
+# Those of Fabric's that keep the weights in float32.
+_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+_OPTIMIZERS = ("sgd", "adamw")
+_LARGEST_SEED = 2**32 - 1
+# Replaced by the value of the network's recipe before anyone sees it, hence no part of the field's type.
+_FROM_RECIPE: Any = None
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """Everything that the trained weights depend on.
+
+    Defaults are those of the shipped networks, but for `epochs` and `seed`, which the README's table gives of each.
+    `learning_rate`, `weight_decay` and `optimizer` are by default those of the network's recipe
+    (`resnet_paths.zoo.Recipe`). The optimizer is SGD with Nesterov momentum, or AdamW, whose first decay rate is
+    `momentum`; the learning rate rises linearly over the first `warmup_epochs` and falls to zero on a cosine. Images
+    are padded by `crop_padding` pixels, cropped at random and flipped at random (He et al. 2016a, section 4.2).
+    `precision` is Fabric's, ``"32-true"``, ``"bf16-mixed"`` or ``"16-mixed"``: ``"bf16-mixed"`` is the one for GPUs
+    and for processors with bfloat16 matrix units; on others it is slower than ``"32-true"``. `num_drawn_blocks` is how
+    many blocks of ``"effective-..."`` each mini-batch trains, or the lowest and the highest number, by default the
+    network's own (Veit et al. 2016, section 4.3).
+    """
+
+    network: str
+    dataset: str = "fashion-mnist"
+    epochs: int = 12
+    seed: int = 0
+    batch_size: int = 128
+    learning_rate: float = _FROM_RECIPE
+    warmup_epochs: float = 1.0
+    momentum: float = 0.9
+    weight_decay: float = _FROM_RECIPE
+    crop_padding: int = 2
+    precision: str = "32-true"
+    optimizer: str = _FROM_RECIPE
+    num_drawn_blocks: int | tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        """Fill in the recipe and refuse settings that cannot be trained with."""
+        recipe = find_network(self.network).recipe
+        for name in ("learning_rate", "weight_decay", "optimizer"):
+            if getattr(self, name) is _FROM_RECIPE:
+                object.__setattr__(self, name, getattr(recipe, name))
+        drawn = check_num_drawn_blocks(self.network, self.num_drawn_blocks)
+        object.__setattr__(self, "num_drawn_blocks", drawn)
+        if self.dataset not in DATASETS:
+            raise ResnetPathsError("dataset", self.dataset, f"one of {nearest_names(self.dataset, DATASETS, cutoff=0)}")
+        for name, least in (("epochs", 1), ("batch_size", 2), ("crop_padding", 0), ("seed", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ResnetPathsError(name, value, f"an int of at least {least}")
+        if self.seed > _LARGEST_SEED:
+            raise ResnetPathsError("seed", self.seed, f"an int from 0 to {_LARGEST_SEED}")
+        for name in ("learning_rate", "warmup_epochs", "momentum", "weight_decay"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+                raise ResnetPathsError(name, value, "a finite number of at least 0")
+        if not self.learning_rate > 0:
+            raise ResnetPathsError("learning_rate", self.learning_rate, "a positive number")
+        if not 0 < self.momentum < 1:
+            raise ResnetPathsError("momentum", self.momentum, "a number between 0 and 1, both excluded")
+        for name, known in (("precision", _PRECISIONS), ("optimizer", _OPTIMIZERS)):
+            if getattr(self, name) not in known:
+                raise ResnetPathsError(name, getattr(self, name), f"one of {', '.join(map(repr, known))}")
+
+
+def learning_rate_at(settings: TrainingSettings, epoch: float) -> float:
+    """The learning rate at a moment of training, counted in epochs.
+
+    Args:
+        settings: The run's settings.
+        epoch: Epochs done, in [0, settings.epochs].
+
+    Returns:
+        Linear from 0 to the peak over the warm-up, then a half cosine to 0.
+    """
+    warmup = min(settings.warmup_epochs, settings.epochs / 2)
+    if epoch < warmup:
+        return settings.learning_rate * epoch / warmup
+    done = (epoch - warmup) / (settings.epochs - warmup)
+    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * done))

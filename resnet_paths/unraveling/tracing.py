@@ -1,0 +1,454 @@
+"""Any module as one flat functional graph that shares the module's parameters.
+
+`torch.export` traces the module with a dynamic batch; in-place operations are written as ordinary ones. What comes back
+is cut into single-input segments by `Trace.segment`; each is a module whose parameters and buffers are those of the
+module that was traced, under their own names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import itertools
+import logging
+import operator
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Graph, Node
+
+from resnet_paths._utils.errors import ResnetPathsError
+from resnet_paths.core.segments import Segment
+from resnet_paths.unraveling.gates import write_gates_as_branches
+from resnet_paths.unraveling.in_place import write_out_of_place
+
+__all__ = ["FixedShape", "Trace", "module_path", "trace"]
+
+_BATCH_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
+_RANDOM = {
+    torch.ops.aten.dropout.default,
+    torch.ops.aten.native_dropout.default,
+    torch.ops.aten.bernoulli.p,
+    torch.ops.aten.rand.default,
+    torch.ops.aten.randn.default,
+    torch.ops.aten.rand_like.default,
+    torch.ops.aten.randn_like.default,
+    torch.ops.aten._native_batch_norm_legit.default,
+    torch.ops.aten._native_batch_norm_legit_functional.default,
+}
+
+
+class FixedShape(nn.Module):
+    """A module that takes the shapes it was traced with, but for the batch: sizes may stand in its graph as numbers.
+
+    Args:
+        module: The module; it takes tensors in a row.
+        shapes: Their shapes, without the batch.
+        tensors_of: The tensors among positional and keyword arguments; None where the arguments are the tensors.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        shapes: list[tuple[int, ...]],
+        tensors_of: Callable[[tuple[Any, ...], dict[str, Any]], tuple[torch.Tensor, ...]] | None = None,
+    ) -> None:
+        super().__init__()
+        self.module = module
+        self.shapes = shapes
+        self.tensors_of = tensors_of
+        self.training = False
+
+    def check(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The inputs, once they are known to have the right shapes."""
+        found = [tuple(x.shape[1:]) for x in inputs]
+        if found != self.shapes:
+            raise ResnetPathsError(
+                "inputs",
+                [["batch", *shape] for shape in found],
+                f"{[['batch', *shape] for shape in self.shapes]}, as in the example that was unraveled",
+                "Unravel the model again with an example of this shape.",
+            )
+        return inputs
+
+    def forward(self, *inputs: Any, **keywords: Any) -> Any:
+        """What the module returns, for inputs of the right shapes."""
+        tensors = inputs if self.tensors_of is None else self.tensors_of(inputs, keywords)
+        return self.module(*self.check(*tensors))
+
+
+class Trace:
+    """The flat graph of a module.
+
+    Attributes:
+        graph: Operations in order; placeholders for inputs only, ``get_attr`` nodes for parameters and buffers.
+        inputs: The placeholders.
+        output: The node that the module returns.
+        tensors: Parameters, buffers and constants by the names that the graph uses.
+        given: Inputs on which nothing counts as dependent, such as an attention mask that every block reads.
+    """
+
+    def __init__(
+        self, graph: Graph, inputs: list[Node], output: Node, tensors: dict[str, Any], given: Sequence[Node] = ()
+    ) -> None:
+        self.graph = graph
+        self.inputs = inputs
+        self.output = output
+        self.tensors = tensors
+        self.given = given
+        self._position = {node: i for i, node in enumerate(graph.nodes)}
+        self._dependent: set[Node] = set(inputs) - set(given)
+        for node in graph.nodes:
+            if not is_shape(node) and any(arg in self._dependent for arg in node.all_input_nodes):
+                self._dependent.add(node)
+
+    def depends_on_input(self, node: Node) -> bool:
+        """Whether a node's values, not only its shape, depend on the module's input."""
+        return node in self._dependent
+
+    def dependent_inputs(self, node: Node) -> list[Node]:
+        """The inputs of a node that depend on the module's input, each once."""
+        return [arg for arg in node.all_input_nodes if arg in self._dependent]
+
+    def region(self, sources: Iterable[Node], target: Node) -> set[Node]:
+        """The dependent nodes on the way from `sources` to `target`: without the sources, with the target."""
+        return _walk_back(target, set(sources), self.dependent_inputs)
+
+    def reads_tensors(self, nodes: Iterable[Node]) -> bool:
+        """Whether any of these nodes, which do not depend on the input, is a parameter or a buffer or made from one."""
+        waiting = list(nodes)
+        while waiting:
+            node = waiting.pop()
+            if node.op == "get_attr":
+                return True
+            waiting.extend(node.all_input_nodes if not is_shape(node) else ())
+        return False
+
+    def in_order(self, nodes: Iterable[Node]) -> list[Node]:
+        """`nodes` in the order of the graph."""
+        return sorted(nodes, key=self._position.__getitem__)
+
+    def segment(self, sources: list[Node], *targets: Node) -> nn.Module:
+        """The module that computes `targets` from `sources`.
+
+        Args:
+            sources: Nodes that become the module's inputs, in this order.
+            targets: The node that it returns; several are returned as a tuple.
+
+        Returns:
+            An `nn.Identity` if the one target is the only source, else a `Segment` in eval mode.
+
+        Raises:
+            ResnetPathsError: If something besides the sources is needed.
+        """
+        if sources == list(targets):
+            return nn.Identity().eval()
+        graph = Graph()
+        copies: dict[Node, Node] = {}
+        for source in sources:
+            copies[source] = graph.placeholder(source.name)
+
+        def needed_by(node: Node) -> list[Node]:
+            return node.all_input_nodes if self._size_of(node, sources) is None else []
+
+        needed = set().union(*(_walk_back(target, set(sources), needed_by) for target in targets))
+        for node in self.in_order(needed):
+            if node.op == "placeholder":
+                raise ResnetPathsError(
+                    "model",
+                    node.name,
+                    f"a chain; {targets[0].name} ({describe(targets[0])}) also reads its input",
+                    "Only the stem may read the input.",
+                )
+            size = self._size_of(node, sources)
+            if size is None:
+                copies[node] = graph.node_copy(node, copies.__getitem__)
+            else:
+                source, dim, times = size
+                copies[node] = graph.call_function(torch.ops.aten.sym_size.int, (copies[source], dim))
+                if times > 1:
+                    copies[node] = graph.call_function(operator.floordiv, (copies[node], times))
+        graph.output(copies[targets[0]] if len(targets) == 1 else tuple(copies[target] for target in targets))
+        names = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
+        return Segment({name: self.tensors[name] for name in names}, graph, class_name="Segment").eval()
+
+    @staticmethod
+    def _size_of(node: Node, sources: list[Node]) -> tuple[Node, int, int] | None:
+        """Source, dimension and times over where a size can be read that the graph reads off another tensor."""
+        wanted = node.meta.get("val")
+        if node.target is not torch.ops.aten.sym_size.int or not isinstance(wanted, torch.SymInt):
+            return None
+        found = []
+        for source in sources:
+            for dim, size in enumerate(getattr(source.meta.get("val"), "shape", ())):
+                times = size.node.expr / wanted.node.expr if isinstance(size, torch.SymInt) else 0
+                if times == int(times if getattr(times, "is_number", True) else 0) > 0:
+                    found.append((int(times), source, dim))
+        if not found:
+            return None
+        times, source, dim = min(found, key=lambda each: each[0])
+        return source, dim, times
+
+
+def _walk_back(target: Node, stop: set[Node], before: Callable[[Node], Iterable[Node]]) -> set[Node]:
+    """All nodes met on the way back from `target`, itself included, up to those in `stop`, which are left out."""
+    found: set[Node] = set()
+    waiting = [target]
+    while waiting:
+        node = waiting.pop()
+        if node not in found and node not in stop:
+            found.add(node)
+            waiting.extend(before(node))
+    return found
+
+
+def trace(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Trace:
+    """The flat graph of `model`, for any batch size.
+
+    Args:
+        model: The module, in eval mode as far as the mode matters.
+        inputs: Example tensors, the batch in dimension 0.
+
+    Returns:
+        Its graph; nothing of the module is copied or changed.
+
+    Raises:
+        ResnetPathsError: If the module cannot be exported (naming where), is bound to one batch size, holds operations
+            of training mode, changes its buffers, or does not return one tensor.
+    """
+    batch = max((x.shape[0] for x in inputs if x.dim()), default=1)
+    # A batch of one would be traced as if it were the number 1.
+    example = tuple(torch.cat([x, x]) if x.dim() and batch == 1 else x for x in inputs)
+    # One row for all examples, such as positions, stays one.
+    dynamic: Any = tuple({0: torch.export.Dim.AUTO} if x.dim() and x.shape[0] > 1 else {} for x in example)
+    try:
+        if _takes_any_number_of_inputs(model):
+            dynamic = (dynamic,)
+        with torch.no_grad(), _quiet():
+            program = torch.export.export(model, example, dynamic_shapes=dynamic, strict=False)
+            if not write_out_of_place(program.graph):
+                program = program.run_decompositions({})
+    except Exception as error:
+        raise ResnetPathsError(
+            "model",
+            f"{name_of(model)}: {_first_line(error)}",
+            f"a model whose operations do not depend on the data; export failed at {_user_frame(error, model)}",
+            "Replace the data-dependent branch by tensor operations such as torch.where; or name the residual modules "
+            'of a model that is a stack of them: unravel(model, x, blocks=["layer1.0", ...]).',
+        ) from error
+    return _flatten(model, program)
+
+
+def _flatten(model: nn.Module, program: torch.export.ExportedProgram) -> Trace:
+    kinds = torch.export.graph_signature.InputKind
+    graph, inputs, tensors = program.graph, [], {}
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    for node, spec in zip(placeholders, program.graph_signature.input_specs, strict=True):
+        if spec.kind == kinds.USER_INPUT:
+            inputs.append(node)
+            continue
+        name = str(spec.target)
+        tensors[name] = _tensor_of(model, program, name)
+        with graph.inserting_before(node):
+            attribute = graph.create_node("get_attr", name, name=node.name)
+        attribute.meta = dict(node.meta)
+        node.replace_all_uses_with(attribute)
+        graph.erase_node(node)
+    specs = program.graph_signature.output_specs
+    output_node = next(n for n in graph.nodes if n.op == "output")
+    values = output_node.args[0]
+    changed = [s.target for s in specs if s.kind != torch.export.graph_signature.OutputKind.USER_OUTPUT]
+    if changed:
+        raise ResnetPathsError(
+            "model",
+            f"{name_of(model)} changes {changed[0]!r} when it runs",
+            "a model that only computes",
+            "Call model.eval() first; if that is done, keep the count outside the model.",
+        )
+    leaf = program.call_spec.out_spec
+    if len(values) != 1 or leaf is None or not leaf.is_leaf():
+        raise ResnetPathsError(
+            "model",
+            f"{name_of(model)} returns {len(values)} values in a container",
+            "a model that returns one tensor",
+            "Wrap it in a module whose forward returns the tensor you study.",
+        )
+    for node in list(graph.nodes):
+        if node.target in _RANDOM and _is_active(node):
+            raise ResnetPathsError(
+                "model",
+                f"{node.name} ({describe(node)})",
+                "a model without random or training-mode operations",
+                "Call model.eval() first; a functional dropout needs training=self.training.",
+            )
+    for node in inputs:
+        value = node.meta.get("val")
+        # One row is one for all examples: the batch that was traced has two at least.
+        if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] != 1 and not _varies(value.shape[0]):
+            raise ResnetPathsError(
+                "model",
+                f"{name_of(model)} works for a batch of {value.shape[0]} only",
+                "a model that takes any batch size",
+                "Write sizes as x.shape[0] or -1, not as a number or len(x); give a single example as x.unsqueeze(0).",
+            )
+    _restore_batch_norm(graph)
+    _nest_concatenations(graph)
+    write_gates_as_branches(graph)
+    for node in graph.nodes:
+        # The same values, for tensors of any layout: images with their channels last cannot be viewed as vectors.
+        if node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
+            node.target = torch.ops.aten.reshape.default
+    # Read again: what the model returns may just have been replaced.
+    return Trace(graph, inputs, output_node.args[0][0], tensors)
+
+
+def _restore_batch_norm(graph: Graph) -> None:
+    """Put back the operation that the model runs: same kernels, same bits, same derivative on every device."""
+    for node in list(graph.nodes):
+        if node.target is not _BATCH_NORM:
+            continue
+        x, weight, bias, mean, variance, momentum, eps = node.args
+        for item in list(node.users):
+            with graph.inserting_before(item):
+                restored = graph.call_function(
+                    torch.ops.aten.batch_norm.default,
+                    (x, weight, bias, mean, variance, False, momentum, eps, torch.backends.cudnn.enabled),
+                )
+            restored.meta = dict(item.meta)
+            item.replace_all_uses_with(restored)
+            graph.erase_node(item)
+        graph.erase_node(node)
+
+
+def _nest_concatenations(graph: Graph) -> None:
+    """Write ``cat(x, f1, f2)`` as ``cat(cat(x, f1), f2)`` where the graph holds ``cat(x, f1)``.
+
+    A DenseNet concatenates all earlier features anew in every layer; written so, each layer extends the one before.
+    """
+    earlier: dict[tuple[Any, ...], Node] = {}
+    for node in list(graph.nodes):
+        if node.target is not torch.ops.aten.cat.default:
+            continue
+        operands, dim = list(node.args[0]), node.args[1] if len(node.args) > 1 else 0
+        if len(operands) == 1:
+            node.replace_all_uses_with(operands[0])
+            graph.erase_node(node)
+            continue
+        before = earlier.get((dim, *operands[:-1]))
+        earlier[dim, *operands] = node
+        if before is not None:
+            node.args = ([before, operands[-1]], dim)
+
+
+def _tensor_of(model: nn.Module, program: torch.export.ExportedProgram, name: str) -> Any:
+    try:
+        return operator.attrgetter(name)(model)
+    except AttributeError:
+        constants: dict[str, Any] = dict(program.constants)
+        return constants[name] if name in constants else program.state_dict[name]
+
+
+def name_of(model: nn.Module) -> str:
+    """The class of a model, or of the model that it calls."""
+    return str(getattr(model, "called_name", type(model).__name__))
+
+
+def module_path(node: Node) -> str:
+    """Name of the innermost module whose forward made a node, such as ``"layer2.0"``; empty for the model itself."""
+    stack = module_stack(node)
+    return stack[-1][0] if stack else ""
+
+
+def module_stack(node: Node) -> list[tuple[str, str]]:
+    """Names and types of the modules that a node was made in, outermost first."""
+    stack = node.meta.get("nn_module_stack") or {}
+    # A module that is called twice is told apart by "@1"; the name is the same.
+    return [(str(name).split("@")[0], getattr(kind, "__name__", str(kind))) for name, kind in stack.values()]
+
+
+def is_within(path: str, module: str) -> bool:
+    """Whether a module is another one, or stands inside it, by their names; all stand inside the model, ``""``."""
+    return module == "" or path == module or path.startswith(module + ".")
+
+
+def common_module(nodes: Iterable[Node]) -> str:
+    """The innermost module that holds all nodes, those of the model's own forward aside.
+
+    Args:
+        nodes: Nodes of the graph.
+
+    Returns:
+        Its name; empty if there is none.
+    """
+    paths = [path.split(".") for path in map(module_path, nodes) if path]
+    levels = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*paths, strict=False))
+    return ".".join(level[0] for level in levels)
+
+
+def describe(node: Node) -> str:
+    """Where a node comes from, for people: operation, module and line of the user's code."""
+    operation = getattr(node.target, "__name__", str(node.target))
+    where = module_path(node) or "the model's own forward"
+    lines = [line for line in str(node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File")]
+    outside = [line for line in lines if "/torch/nn/" not in line]
+    line = f", {outside[-1].strip()}" if outside else ""
+    return f"{operation} in {where}{line}"
+
+
+def is_shape(node: Node) -> bool:
+    """Whether a node's value is a number read off a shape, not a tensor."""
+    return isinstance(node.meta.get("val"), torch.SymInt | torch.SymBool | torch.SymFloat | int | bool | float)
+
+
+def _is_active(node: Node) -> bool:
+    if node.target is torch.ops.aten.dropout.default:
+        return bool(node.args[2])
+    return True
+
+
+def _takes_any_number_of_inputs(model: nn.Module) -> bool:
+    return any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(model.forward).parameters.values())
+
+
+def _varies(size: int | torch.SymInt) -> bool:
+    return isinstance(size, torch.SymInt) and not size.node.expr.is_number
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter from printing the whole graph when it fails: the error says what is needed."""
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    was_disabled = logger.disabled
+    logger.disabled = True
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.disabled = was_disabled
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _user_frame(error: BaseException, model: nn.Module) -> str:
+    """The deepest frame of the traceback that is not torch's own."""
+    library = str(Path(torch.__file__).parent)
+    frames: list[traceback.FrameSummary] = []
+    cause: BaseException | None = error
+    while cause is not None and not frames:
+        frames = [
+            f
+            for f in traceback.extract_tb(cause.__traceback__)
+            if not f.filename.startswith(library) and f.filename != __file__ and not f.filename.startswith("<")
+        ]
+        cause = cause.__cause__ or cause.__context__
+    if not frames:
+        return f"{name_of(model)}.forward"
+    frame = frames[-1]
+    return f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}: {frame.line}"

@@ -1,0 +1,371 @@
+"""Plans of lesions: what each edits, how random ones are drawn, and what is refused."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import stats
+from torch.utils.data import DataLoader, TensorDataset
+
+import resnet_paths as rp
+from resnet_paths.core.chain import Block, Parallel, ResidualChain
+from tests.chains import Plan, assert_same, inputs, random_chain, snapshot
+
+STEADY = (3, tuple(Plan(3, "identity", False, False) for _ in range(6)))
+STAGES = (
+    3,
+    tuple(
+        Plan(w, s, False, False)
+        for w, s in zip((3, 3, 3, 2, 2, 2, 2), ("identity",) * 3 + ("projection",) + ("identity",) * 3, strict=True)
+    ),
+)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def loader(n=40):
+    generator = seeded(3)
+    x = torch.randn(n, 5, generator=generator, dtype=torch.float64)
+    return DataLoader(TensorDataset(x, torch.randint(3, (n,), generator=generator)), batch_size=16)
+
+
+def test_random_deletions_delete_what_they_say():
+    chain = random_chain(STAGES)
+    lesions = rp.random_deletions(chain, [1, 3, 7], 5, seeded())
+    assert [len(lesion.blocks) for lesion in lesions] == [1] * 5 + [3] * 5 + [7] * 5
+    for lesion in lesions:
+        assert list(lesion.blocks) == sorted(set(lesion.blocks))
+        assert [i for i, block in enumerate(lesion.edit(chain)) if block.branch is None] == list(lesion.blocks)
+        assert lesion.kendall_tau == 1
+    again = rp.random_deletions(chain, [1, 3, 7], 5, seeded())
+    assert [lesion.blocks for lesion in again] == [lesion.blocks for lesion in lesions]
+
+
+def test_random_deletions_are_uniform():
+    drawn = Counter(lesion.blocks for lesion in rp.random_deletions(random_chain(STEADY), [2], 3000, seeded()))
+    assert set(drawn) == set(itertools.combinations(range(6), 2))
+    assert stats.chisquare(list(drawn.values())).pvalue > 1e-4
+
+
+def test_random_swaps_keep_stages_and_state_their_disorder():
+    chain = random_chain(STAGES)
+    lesions = rp.random_swaps(chain, range(1, 6), 8, seeded())
+    assert len(lesions) == 40
+    original = list(chain)
+    for lesion in lesions:
+        order = [original.index(block) for block in lesion.edit(chain)]
+        assert order[3] == 3  # the block that changes the shape
+        assert sorted(order[:3]) == [0, 1, 2]
+        assert tuple(i for i, block in enumerate(order) if i != block) == lesion.blocks
+        discordant = sum(a > b for a, b in itertools.combinations(order, 2))
+        assert lesion.kendall_tau == pytest.approx(1 - 2 * discordant / math.comb(7, 2))
+    assert all(lesion.kendall_tau < 1 for lesion in lesions[:8])
+
+
+def test_pairs_and_their_interactions():
+    chain = random_chain(STAGES)
+    lesions = rp.pair_deletions(chain, [0, 2, "block5"])
+    assert [lesion.blocks for lesion in lesions] == [(0,), (2,), (5,), (0, 2), (0, 5), (2, 5)]
+    assert len(rp.pair_deletions(chain)) == 7 + 21
+    frame = rp.lesion_study(chain, loader(), lesions, progress=False)
+    found = rp.pair_interactions(frame)
+    assert found[["first", "second"]].to_numpy().tolist() == [[0, 2], [0, 5], [2, 5]]
+    increase = dict(zip(frame.blocks, frame.error_increase, strict=True))
+    for row in found.itertuples():
+        expected = increase[row.first, row.second] - increase[row.first,] - increase[row.second,]
+        assert row.interaction == pytest.approx(expected, abs=1e-15)
+
+
+def test_interactions_are_of_deletions_alone():
+    chain = random_chain(STAGES)
+    for index in range(7):
+        chain = rp.scale_block(chain, index, 4.0)  # so that errors do not stay as they are
+    pairs, others = rp.pair_deletions(chain), [*rp.duplications(chain), *rp.scalings(chain, [-9.0])]
+    frame = rp.lesion_study(chain, loader(), [*pairs, *others, *pairs[:1], lambda c: c], progress=False)
+    alone = frame[: len(pairs)]
+    assert frame.error_increase[len(pairs) :].abs().max() > 0
+    assert rp.pair_interactions(frame).equals(rp.pair_interactions(alone))
+    again = alone.assign(error_increase=alone.error_increase + 0.5)
+    with pytest.raises(rp.ResnetPathsError, match=r"frame: got 'different effects of deleting 0'; .*rows of one study"):
+        rp.pair_interactions(pd.concat([alone, again]))
+    with pytest.raises(rp.ResnetPathsError, match=r"frame: got 'no single deletion of block 0'"):
+        rp.pair_interactions(alone[1:])
+    with pytest.raises(rp.ResnetPathsError, match=r"blocks'\]: got '\(0,\)'; allowed: tuples of positions"):
+        rp.pair_interactions(alone.assign(blocks=alone.blocks.map(str)))
+
+
+def test_lesions_say_of_what_kind_they_are():
+    chain = random_chain(STAGES)
+    plans = {
+        "delete": [*rp.pair_deletions(chain), *rp.random_deletions(chain, [2], 1, seeded())],
+        "duplicate": [*rp.duplications(chain), *rp.random_duplications(chain, [2], 1, seeded())],
+        "scale": rp.scalings(chain, [0.5]),
+        "swap": rp.random_swaps(chain, [2], 1, seeded()),
+        "replace": [*rp.branch_replacements(chain, chain), *rp.mean_replacements(chain, inputs())],
+        "": [rp.Lesion("mine", lambda c: c, (1,))],
+    }
+    for kind, plan in plans.items():
+        assert {lesion.kind for lesion in plan} == {kind}
+    assert [lesion.kind for lesion in rp.layer_schedules(chain, [4, 5, 6])] == [
+        "delete",
+        "repeat",
+        "permute",
+        "permute",
+        "parallel",
+        "parallel",
+    ]
+
+
+def test_of_a_function_nothing_but_its_effect_is_known():
+    chain = random_chain(STEADY)
+    lesions = [lambda c: rp.swap_blocks(c, 1, 4), rp.single_deletions(chain)[2]]
+    frame = rp.lesion_study(chain, loader(), lesions, progress=False)
+    assert frame.kind.tolist() == ["", "delete"]
+    assert frame[["blocks", "num_lesions", "kendall_tau"]].isna().to_numpy().tolist() == [[True] * 3, [False] * 3]
+    assert frame.loc[1, ["blocks", "num_lesions", "kendall_tau"]].tolist() == [(2,), 1, 1]
+    for column, plot in (("num_lesions", rp.figures.plot_lesion_counts), ("kendall_tau", rp.figures.plot_reorderings)):
+        with pytest.raises(rp.ResnetPathsError, match=rf"frame\['{column}'\]: got 'no value in 1 of 2 rows'"):
+            plot(frame)
+
+
+def test_a_study_of_nothing_has_its_columns():
+    chain = random_chain(STEADY)
+    empty = rp.lesion_study(chain, loader(), [], progress=False, per_class=True)
+    full = rp.lesion_study(chain, loader(), rp.single_deletions(chain), progress=False, per_class=True)
+    assert len(empty) == 0
+    assert list(empty.columns) == list(full.columns)
+    assert len(rp.pair_interactions(empty)) == 0
+
+
+def test_numbers_of_numpy_are_numbers():
+    chain = random_chain(STAGES)
+    for plan in (rp.random_deletions, rp.random_swaps, rp.random_duplications):
+        one, other = (
+            plan(chain, counts, repeats, seeded())
+            for counts, repeats in ((np.arange(1, 3), np.int64(2)), (range(1, 3), 2))
+        )
+        assert [lesion.blocks for lesion in one] == [lesion.blocks for lesion in other]
+        with pytest.raises(rp.ResnetPathsError, match=r"counts: got np.float64\(1.0\)"):
+            plan(chain, np.ones(1), 1, seeded())
+    for lesions in (rp.scalings(chain, np.float32([0.5])), rp.scalings(chain, np.array([2]))):
+        assert isinstance(lesions[0].edit(chain)[0].branch.factor, float)
+    batches = loader()
+    stacked = rp.lesion_study(chain, batches, rp.single_deletions(chain), batch_budget=np.int64(32), progress=False)
+    assert stacked.equals(rp.lesion_study(chain, batches, rp.single_deletions(chain), batch_budget=32, progress=False))
+
+
+def test_scalings_and_duplications():
+    chain = random_chain(STAGES)
+    names = [lesion.name for lesion in rp.scalings(chain, [0.5, 2])]
+    assert names[:3] == ["0.5 x block0", "2 x block0", "0.5 x block1"]
+    assert len(names) == 14
+    zero = rp.scalings(chain, [0.0])[1].edit(chain)
+    with torch.no_grad():
+        torch.testing.assert_close(zero(inputs()), rp.delete_block(chain, 1)(inputs()))
+    doubled = rp.duplications(chain)
+    assert [lesion.blocks for lesion in doubled] == [(i,) for i in range(7) if i != 3]
+    assert len(doubled[0].edit(chain)) == 8
+
+
+def test_layer_schedules_by_hand():
+    chain = random_chain(STEADY)
+    skip, repeat, reverse, shuffled, parallel, looped = rp.layer_schedules(chain, loops=2, generator=seeded(1))
+    assert {lesion.blocks for lesion in (skip, repeat, reverse, parallel, looped)} == {(1, 2, 3, 4)}
+    blocks, x = list(chain), inputs()
+
+    def run(*order):
+        state = chain.stem(x)
+        for index in order:
+            state = blocks[index](state)
+        return chain.head(state)
+
+    def average(state):
+        return sum(blocks[i](state) for i in (1, 2, 3, 4)) / 4
+
+    with torch.no_grad():
+        torch.testing.assert_close(skip.edit(chain)(x), run(0, 5))
+        torch.testing.assert_close(repeat.edit(chain)(x), run(0, 3, 3, 3, 3, 5))
+        torch.testing.assert_close(reverse.edit(chain)(x), run(0, 4, 3, 2, 1, 5))
+        state = blocks[0](chain.stem(x))
+        torch.testing.assert_close(parallel.edit(chain)(x), chain.head(blocks[5](average(state))))
+        torch.testing.assert_close(looped.edit(chain)(x), chain.head(blocks[5](average(average(state)))))
+        order = [blocks.index(block) for block in shuffled.edit(chain)]
+        torch.testing.assert_close(shuffled.edit(chain)(x), run(*order))
+    assert sorted(order) == list(range(6))
+    assert order[0] == 0
+    assert order[5] == 5
+    assert reverse.kendall_tau == pytest.approx(1 - 2 * 6 / 15)
+    assert any(isinstance(block.branch, Parallel) for block in parallel.edit(chain))
+
+
+def branch_outputs(chain, x):
+    """What each block's branch returns for `x`, of copies, block by block."""
+    outputs, state = [], chain.stem(x.clone())
+    for block in chain:
+        outputs.append(None if block.branch is None else block.branch(block.pre(state.clone())))
+        state = block(state)
+    return outputs
+
+
+@torch.no_grad()
+def test_branches_replaced_by_their_means():
+    chain, x = rp.delete_block(random_chain(STAGES), 5), inputs(20)
+    before = snapshot(chain)
+    lesions = rp.mean_replacements(chain, x)
+    assert_same(before, snapshot(chain))
+    assert [lesion.blocks for lesion in lesions] == [(i,) for i in range(7) if i != 5]
+    assert [lesion.name for lesion in lesions][:2] == ["mean of block0", "mean of block1"]
+    outputs, other = branch_outputs(chain, x), inputs(6, seed=9)
+    for lesion in lesions:
+        (index,), lesioned = lesion.blocks, lesion.edit(chain)
+        assert [b.branch is c.branch for b, c in zip(lesioned, chain, strict=True)].count(False) == 1
+        state = chain.stem(other)
+        for place, block in enumerate(chain):
+            if place == index:
+                state = block.post(block.skip(block.pre(state)) + outputs[index].mean(0))
+            else:
+                state = block(state)
+        torch.testing.assert_close(lesioned(other), chain.head(state))
+    frame = rp.lesion_study(chain, loader(), lesions, progress=False)
+    assert frame.lesion.tolist() == [lesion.name for lesion in lesions]
+
+
+class OnPair(torch.nn.Module):
+    """From a pair to what `first` and `second` make of it."""
+
+    def __init__(self, first, second):
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, state):
+        x, total = state if isinstance(state, tuple) else (state, state)
+        return self.first(x), self.second(total)
+
+
+@torch.no_grad()
+def test_means_of_parts_in_place_and_of_pairs():
+    plain = random_chain(STEADY)
+    spoiling = ResidualChain(
+        torch.nn.Sequential(torch.nn.ReLU(inplace=True), plain.stem),
+        [b.replace(branch=torch.nn.Sequential(torch.nn.ReLU(inplace=True), b.branch)) for b in plain],
+        plain.head,
+    ).eval()
+    x = inputs(20)
+    lesions = rp.mean_replacements(spoiling, x)
+    assert torch.equal(x, inputs(20))
+    for lesion, output in zip(lesions, branch_outputs(spoiling, x), strict=True):
+        assert torch.equal(lesion.edit(spoiling)[lesion.blocks[0]].branch.value, output.mean(0))
+
+    def keep():
+        return torch.nn.Identity()
+
+    pairs = ResidualChain(OnPair(keep(), keep()), [Block(OnPair(keep(), keep()), keep(), name="a")], keep()).eval()
+    with pytest.raises(rp.ResnetPathsError, match=r"chain: got 'a state of 2 tensors'; allowed: .* one tensor"):
+        rp.mean_replacements(pairs, x)
+    with pytest.raises(rp.ResnetPathsError, match=r"inputs: got '0 examples'; allowed: at least one"):
+        rp.mean_replacements(plain, x[:0])
+    inner = ResidualChain(keep(), list(plain)[:3], keep()).eval()
+    outer = plain.with_blocks([plain[0].replace(branch=inner), *list(plain)[1:]])
+    [first, *_] = rp.mean_replacements(outer, x)
+    torch.testing.assert_close(first.edit(outer)[0].branch.value, inner(plain.stem(x)).mean(0))
+
+
+@torch.no_grad()
+def test_branches_replaced_by_those_of_another_chain():
+    chain, source = random_chain(STAGES), rp.delete_block(random_chain(STAGES, seed=5), 2)
+    lesions = rp.branch_replacements(chain, source, "re-initialise")
+    assert [lesion.blocks for lesion in lesions] == [(i,) for i in range(7) if i != 2]
+    assert lesions[2].name == "re-initialise block3"
+    for lesion in lesions:
+        (index,), lesioned = lesion.blocks, lesion.edit(chain)
+        assert lesioned[index].branch is source[index].branch
+        assert lesioned[index].skip is chain[index].skip
+        by_hand = chain.with_blocks([*list(chain)[:index], lesioned[index], *list(chain)[index + 1 :]])
+        assert torch.equal(lesioned(inputs()), by_hand(inputs()))
+    own = rp.branch_replacements(chain, chain)
+    assert [lesion.name for lesion in own][:1] == ["replace block0"]
+    frame = rp.lesion_study(chain, loader(), [*own, *lesions], progress=False)
+    assert frame.error_increase[:7].tolist() == [0] * 7
+    assert frame.attrs["block_evaluations"] == 7 + sum(7 - index for index in (0, 1, 3, 4, 5, 6))
+    with pytest.raises(
+        rp.ResnetPathsError, match=r"source: got '6 blocks'; allowed: a chain of 7 blocks with the shapes"
+    ):
+        rp.branch_replacements(chain, random_chain(STEADY))
+    for pair in ((chain, torch.nn.Linear(2, 2)), (torch.nn.Linear(2, 2), chain)):
+        with pytest.raises(rp.ResnetPathsError, match=r"chain: got 'Linear'; allowed: a ResidualChain"):
+            rp.branch_replacements(*pair)
+
+
+def test_lesions_name_the_seed_that_drew_them():
+    chain = random_chain(STAGES)
+    drawn = [
+        *rp.random_deletions(chain, [2], 2, seeded(7)),
+        *rp.random_swaps(chain, [1], 2, seeded(8)),
+        rp.layer_schedules(chain, [4, 5], generator=seeded(9))[3],
+        rp.layer_schedules(chain, [4, 5])[3],
+    ]
+    assert [lesion.seed for lesion in drawn] == [7, 7, 8, 8, 9, 0]
+    planned = [*rp.single_deletions(chain), *rp.duplications(chain), *rp.layer_schedules(chain, [4, 5])[:3]]
+    assert {lesion.seed for lesion in planned} == {None}
+    frame = rp.lesion_study(chain, loader(), [*drawn, planned[0]], progress=False)
+    assert frame.seed[:6].tolist() == [7, 7, 8, 8, 9, 0]
+    assert frame.seed.isna().tolist() == [False] * 6 + [True]
+    large = 2**60 + 1  # no float
+    mixed = [rp.random_deletions(chain, [1], 1, seeded(large))[0], planned[0]]
+    assert rp.lesion_study(chain, loader(), mixed, progress=False).seed[0] == large
+    state = torch.random.get_rng_state()
+    rp.layer_schedules(chain, [4, 5])
+    rp.random_swaps(chain, [3], 2, seeded(8))
+    assert torch.equal(torch.random.get_rng_state(), state)  # none of it is drawn from the global generator
+
+
+def test_means_of_a_chain_in_training_mode_are_refused():
+    chain = random_chain(STEADY)
+    chain = chain.with_head(torch.nn.Sequential(torch.nn.BatchNorm1d(3).double(), chain.head))
+    with pytest.raises(rp.ResnetPathsError, match=r"BatchNorm1d 'head.0' in training mode"):
+        rp.mean_replacements(chain, inputs())
+    with pytest.raises(rp.ResnetPathsError, match=r"chain: got 'Linear'"):
+        rp.mean_replacements(torch.nn.Linear(2, 2), inputs())
+
+
+def test_a_study_of_all_kinds_has_one_frame():
+    chain = random_chain(STAGES)
+    lesions = [
+        *rp.single_deletions(chain),
+        *rp.random_deletions(chain, [2], 2, seeded()),
+        *rp.random_swaps(chain, [3], 2, seeded()),
+        *rp.duplications(chain),
+        *rp.scalings(chain, [0.1]),
+        *rp.layer_schedules(chain, [4, 5, 6]),
+    ]
+    frame = rp.lesion_study(chain, loader(), lesions, progress=False)
+    assert frame.lesion.tolist() == [lesion.name for lesion in lesions]
+    assert frame.kendall_tau.tolist() == [lesion.kendall_tau for lesion in lesions]
+    assert frame.attrs["block_evaluations"] < frame.attrs["block_evaluations_one_by_one"]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda c: rp.random_deletions(c, [8], 1, seeded()), r"counts: got 8; allowed: numbers from 1 to 7"),
+        (lambda c: rp.random_deletions(c, [0], 1, seeded()), r"counts: got 0"),
+        (lambda c: rp.random_swaps(c, [1], -1, seeded()), r"repeats: got -1"),
+        (lambda c: rp.random_swaps(random_chain((3, STAGES[1][3:4])), [1], 1, seeded()), r"two blocks of one stage"),
+        (lambda c: rp.pair_deletions(c, ["block9"]), r"block: got 'block9'"),
+        (lambda c: rp.layer_schedules(c, [0, 2]), r"blocks: .*neighbouring"),
+        (lambda c: rp.layer_schedules(c, [2, 3]), r"blocks: .*identity skips"),
+        (lambda c: rp.single_deletions(torch.nn.Linear(2, 2)), r"chain: got 'Linear'; .*unravel"),
+        (lambda c: rp.pair_interactions(rp.path_histogram(2)), r"frame: .*lesion_study"),
+    ],
+)
+def test_bad_input(call, message):
+    with pytest.raises(rp.ResnetPathsError, match=message):
+        call(random_chain(STAGES))

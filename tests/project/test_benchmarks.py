@@ -1,0 +1,244 @@
+"""The benchmarks' own arithmetic: contenders delete the same blocks, rows and fits say what was measured."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import resnet_paths as rp
+from resnet_paths.zoo import load_network
+from tests.benchmarks import __main__ as command
+from tests.benchmarks import gradients, lesions, limit, peers, scaling, studies, table, workers
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_network("preact-resnet-20").eval()
+
+
+@pytest.fixture(scope="module")
+def chain(model):
+    return rp.unravel(model, torch.zeros(2, 1, 28, 28))
+
+
+def test_what_is_written_by_hand_deletes_the_same_blocks(model, chain):
+    images, labels = lesions.fashion_images(0, 4)
+    with torch.no_grad():
+        expected = torch.stack([rp.delete_block(chain, i)(images).argmax(1) for i in range(9)])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for make in (lesions.copy_and_run, lesions.hooks, lesions.kept_prefix):
+        assert torch.equal(make(model, list(range(9)))([images[:3], images[3:]], lesions.Clock()), expected)
+    assert not any(module._forward_hooks for module in model.modules())
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    rates = (expected != labels).double().mean(1).numpy()
+    for options in ({}, {"channels_last": True, "fold_batchnorm": True}):
+        assert torch.equal(lesions.own_predictions(chain, [(images, labels)], options, rates), expected)
+    with pytest.raises(AssertionError):
+        lesions.own_predictions(chain, [(images, labels)], {}, rates + 0.25)
+
+
+class Answering:
+    """A worker that has its predictions already."""
+
+    def __init__(self, contender, blocks, predictions):
+        self.contender, self.blocks, self.predictions = contender, blocks, predictions
+
+    def ask(self, check):
+        np.save(check, self.predictions)
+        return {"blocks": self.blocks, "memory": 1.0}
+
+
+def test_another_lesion_is_found_out(tmp_path):
+    reference = Answering(lesions.OURS, [0, 1, 2], np.zeros((3, 1000)))
+    right, rounded = np.zeros((2, 1000)), np.zeros((2, 1000))
+    rounded[0, 0] = 1
+    others = [Answering("hooks", [0, 2], right), Answering("loop", [0, 2], rounded)]
+    told, memory = lesions.agreements([reference, *others], str(tmp_path))
+    assert (told["hooks"], told["loop"]) == ("the same predictions", "99.95% of the predictions the same")
+    assert memory == {lesions.OURS: 1.0, "hooks": 1.0, "loop": 1.0}
+    with pytest.raises(AssertionError, match="another lesion"):
+        lesions.agreements([reference, Answering("hooks", [0, 2], right + 1)], str(tmp_path))
+
+
+def test_a_path_by_hand_has_the_gradient_of_that_path(chain):
+    images, labels = lesions.fashion_images(0, 2)
+    paths = [tuple(i in taken for i in range(9)) for taken in ((), (4,), (0, 3, 8))]
+    point = next(gradients.Place.of(chain, "stem").points(images, labels, None, 2**30, 10))
+    for path in paths:
+        by_hand = gradients.gradient_of_path(chain, images, labels, path).flatten(1).norm(dim=1)
+        assert np.allclose(by_hand.numpy(), point.norms(point.of_paths([path]))[0][0, 0], rtol=1e-4)
+
+
+def test_the_split_by_hand_is_the_exact_one(chain):
+    images, labels = lesions.fashion_images(0, 2)
+    by_hand = gradients.split_by_hand(chain, images, labels, {}, 0)
+    exact = gradients.exact(chain, images, labels, {}, 0)
+    assert np.allclose(by_hand["norms"], exact["norms"], rtol=1e-4)
+    assert (by_hand["vjps"], exact["vjps"]) == (45, 54)
+
+
+def test_weighted_paths_show_how_much_paths_differ():
+    """Against all paths of a chain whose norms are products of gains, in float64."""
+    gains = np.array([0.1, 0.5, 2.0, 1.0])
+
+    def norms(paths):
+        found = np.prod(np.where(np.array(paths), gains, 1.0), axis=1)
+        return np.stack([found, 3 * found], axis=1)[:, None], None
+
+    point = types.SimpleNamespace(of_paths=list, norms=norms)
+    generator = torch.Generator().manual_seed(0)
+    means, variances = gradients.variance_of_sampling(point, 4, 5_000, generator)
+    for k in range(5):
+        paths = [path for path in itertools.product([False, True], repeat=4) if sum(path) == k]
+        for row, of_images in enumerate((lambda x: x.mean(1), lambda x: (x**2).mean(1))):
+            found = of_images(norms(paths)[0][:, 0])
+            assert means[row, k] == pytest.approx(found.mean(), rel=0.1)
+            assert 1 + variances[row, k] == pytest.approx(1 + found.var() / found.mean() ** 2, rel=0.2)
+
+
+def test_gradients_are_compared_per_repeat():
+    answer = {
+        "seconds": 2.0,
+        "memory": 1.0,
+        "vjps": 6,
+        "draws": 8,
+        "block_vjps": 9,
+        "energies": [1.0, 2.0, 0.0],
+        "seconds_by_length": [1.0, 0.5, 0.5],
+        "seconds_of_vjp": 0.25,
+        "of_norm": [2, 4, 3],
+        "of_energy": [0, 5, 0],
+    }
+    settings = {"images": 4, "images_of_split": 32}
+    faster = answer | {"seconds": 1.0, "of_norm": [2, 4, 0]}
+    answers = {name: [answer, faster] for name in gradients.CONTENDERS}
+    answers["energy"] = [answer | {"energies": [9.0, 1.8, 9.0]}, answer | {"energies": [9.0, 2.2, 9.0]}]
+    rows = gradients.rows_of(answers, "a network", settings)
+    found = {(r["task"].split(" of")[0].split(",")[0], r["contender"]): r for r in rows}
+    sampled = found["mean norm over the paths", "this project, sampled"]
+    by_hand = found["mean norm over the paths", "the paper's protocol by autograd"]
+    kept = found["mean norm over the paths", "the same, the forward pass kept for all paths"]
+    assert (sampled["low"], sampled["high"]) == (1 * 4 / 6, 2 * 10 / 6)
+    assert (by_hand["low"], by_hand["high"]) == (4, 5.5)
+    assert (by_hand["ratio_low"], by_hand["ratio_high"]) == pytest.approx((5.5 * 6 / 20, 6))
+    assert (kept["low"], kept["high"]) == (1, 2.5)
+    assert "4 to 10 block VJPs, extrapolated" in kept["note"]
+    energy = found["energy", "this project, energy"]
+    assert energy["note"] == "8 draws of signs, 9 block VJPs; 0.9 to 1.1 times what weighted paths give"
+    assert found["sum over all paths", "the same split by autograd"]["ratio"] == 1
+
+
+def test_exponents_are_slopes_of_logarithms():
+    sizes = np.array([9, 27, 81, 243])
+    slope, error, num_points = scaling.exponent(sizes, 0.1 * sizes**2.0)
+    assert (round(slope, 12), error < 1e-9, num_points) == (2, True, 4)
+    slope, error, num_points = scaling.exponent(sizes, [1, 3, 0, 0])
+    assert (round(slope, 12), math.isnan(error), num_points) == (1, True, 2)
+    assert math.isnan(scaling.exponent(sizes, [1, 0, 0, 0])[0])
+    rows = scaling.rows_of_curve("t", "blocks", {n: [(n**1.5, 3.0), (n**1.5, 1.0 + n / 4)] for n in (1, 2, 4)})
+    fitted = {r["contender"]: r["value"] for r in rows if r["quantity"] == "exponent"}
+    assert fitted == {"exponent of time": pytest.approx(1.5), "exponent of peak memory": pytest.approx(0)}
+    rows = scaling.rows_of_curve("t", "workers", {1: [(2.0, None)], 2: [(1.0, None)]})
+    assert [r["value"] for r in rows] == [2, 1, -1]
+    assert rows[0]["peak_memory_mib"] is None
+
+
+def test_the_projection_counts_operations():
+    rows = {r["contender"]: r for r in scaling.projection(types.SimpleNamespace(quick=True))}
+    assert rows["one image forward"]["value"] > 0.1
+    images, blocks = 50_000, 5
+    image = rows["one image forward"]["value"] * 1e9 * images / 3600
+    for precision, rate in scaling.ASSUMED_RATES.items():
+        assert 0 < rows[f"all single deletions, {precision}"]["value"] < (blocks + 1) * image / rate
+        assert 3 * image / rate < rows[f"exact gradient, {precision}"]["value"] < (blocks + 3) * image / rate
+
+
+def test_operations_and_their_kinds():
+    convolution = torch.nn.Conv2d(3, 4, 3, bias=False)
+    assert limit.operations(lambda: convolution(torch.zeros(2, 3, 6, 6))) == 2 * (2 * 4 * 4 * 4) * (3 * 3 * 3)
+    kinds = {
+        "aten::mkldnn_convolution": "convolution",
+        "aten::native_batch_norm": "BatchNorm",
+        "aten::relu": "ReLU",
+        "aten::clamp_min": "ReLU",
+        "aten::add": "addition",
+        "aten::addmm": "matrix product",
+        "aten::copy_": "copies and reorders",
+        "aten::mean": "other operations",
+    }
+    assert {name: limit.kind_of(name) for name in kinds} == kinds
+
+
+def test_rows_of_parts_that_were_not_run_are_kept(tmp_path):
+    rows = [table.row("lesions", "t", "a", "seconds", [1, 3, 2], [1.0]), table.row("limit", "t", "b", "s", 5)]
+    old = table.stamped(rows, {}, 1)
+    new = table.stamped([table.row("limit", "t", "c", "s", note="not to be had")], {"torch": "2"}, 2)
+    table.write(table.merged(old, new), tmp_path / "b.csv")
+    read = pd.read_csv(tmp_path / "b.csv")
+    assert read[["part", "contender", "value", "low", "high"]].fillna(0).to_numpy().tolist() == [
+        ["lesions", "a", 2, 1, 3],
+        ["limit", "c", 0, 0, 0],
+    ]
+    assert "**T**\n" in table.markdown(read)
+    assert "| a | 1 (1 to 1) | - |  |" in table.markdown(read)
+    assert "| c | - | not to be had |" in table.markdown(read)
+    assert "not to be had" in table.text(read)
+    ax = table.plot_ratios(read)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["a"]
+
+
+def test_the_readme_shows_exponents_of_curves_and_not_their_points():
+    rows = scaling.rows_of_curve("t", "blocks", {n: [(n**1.5, 3.0)] for n in (1, 2, 4)})
+    shown = table.markdown(table.stamped(rows, {}, 1))
+    assert "| t | 1.50 ± 0.00 (1.50) | 0.00 (0.00) |" in shown
+    assert "4 blocks" not in shown
+
+
+def test_a_worker_that_fails_says_why():
+    with workers.workers("startup", {"anything": sys.executable}, {"threads": 1}) as (worker,):
+        assert worker.ask() is None
+    assert worker.reason.startswith("AttributeError: module 'tests.benchmarks.startup' has no attribute")
+
+
+def test_what_pip_answers_holds_no_address():
+    line = "ERROR: Could not fetch https://index.example/simple/ for baukit."
+    assert peers.reason_of(line) == "cannot be installed: Could not fetch for baukit"
+
+
+def test_peak_memory_is_that_of_the_work():
+    """256 MiB: what other tests left to be freed meanwhile is small beside it."""
+    _, memory, _ = workers.timed(lambda: torch.ones(2**26).sum())
+    assert 200 < memory < 400
+
+
+def test_the_command_names_its_parts(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--help"])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert "--only {lesions,studies,gradients,scaling,limit,startup}" in capsys.readouterr().out
+
+
+def test_the_readme_shows_what_was_measured():
+    first, last = "'python -m tests.benchmarks --markdown' prints. -->\n", "<!-- End of the benchmarks. -->"
+    shown = README.split(first)[1].split(last)[0].strip()
+    assert shown == (table.markdown(pd.read_csv(table.CSV)) if table.CSV.exists() else "")
+
+
+def test_prefixes_counted_by_hand(chain):
+    """Of the nine blocks, the fourth and the seventh have a projection, which is run when they are deleted."""
+    assert studies.evaluations_by_hand(chain, [()]) == (9, 9)
+    assert studies.evaluations_by_hand(chain, [(), (8,), (0,), (3,)]) == (9 + 0 + 8 + 6, 9 + 8 + 8 + 9)
+    told = studies.sharing(chain, 1)
+    assert "prefixes counted by hand" in told[0]["note"]
+    assert told[0]["value"] < told[1]["value"]

@@ -1,0 +1,113 @@
+"""Running notebooks: parameters replaced, failures named, the others still run."""
+
+from __future__ import annotations
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from typer.testing import CliRunner
+
+import resnet_paths as rp
+from resnet_paths import cli
+from resnet_paths.reproduce.claims import claims_of
+from resnet_paths.reproduce.runner import reproduce, run_notebook
+
+
+def write(folder, name, *sources):
+    cells = [new_code_cell('profile = "none"\nfigures_folder = "none"', metadata={"tags": ["parameters"]})]
+    notebook = new_notebook(cells=[new_markdown_cell("# Title"), *cells, *map(new_code_cell, sources)])
+    nbformat.write(notebook, folder / f"{name}.ipynb")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    write(
+        folder,
+        "01_good",
+        "from pathlib import Path",
+        "Path(figures_folder, 'one.txt').write_text(f'{profile} {device}')",
+    )
+    write(folder, "02_bad", "x = 1", "raise ValueError('the claim does not hold')", "x = 3")
+    write(folder, "03_good", "rates = [0.25, 0.5]", "assert max(rates) < 0.6, f'highest rate {max(rates)}'")
+    return folder
+
+
+def test_a_failing_notebook_is_named_and_the_others_run(folder, tmp_path):
+    results = reproduce(tmp_path / "out", profile="full", device="cpu", folder=folder, progress=False)
+    assert [r.name for r in results] == ["01_good", "02_bad", "03_good"]
+    assert [r.error is None for r in results] == [True, False, True]
+    # Cells: title, parameters, injected, x = 1, raise.
+    assert results[1].error.startswith(
+        """cell 5 ("raise ValueError('the claim does not hold')"): ValueError: the claim"""
+    )
+    assert (tmp_path / "out" / "one.txt").read_text() == "full cpu"
+    executed = nbformat.read(tmp_path / "out" / "notebooks" / "02_bad.ipynb", as_version=4)
+    assert executed.cells[3].execution_count is not None
+    assert executed.cells[5].execution_count is None
+    assert executed.metadata["resnet_paths"]["error"] == results[1].error
+    shipped = nbformat.read(folder / "02_bad.ipynb", as_version=4)
+    assert len(shipped.cells) == 5
+
+
+def test_a_file_that_is_no_notebook_is_named_and_the_others_run(folder, tmp_path):
+    (folder / "00_broken.ipynb").write_text("{bad")
+    results = reproduce(tmp_path / "out", only=["00", "03"], folder=folder, progress=False)
+    assert results[0].error.startswith("not a notebook: NotJSONError")
+    assert results[1].error is None
+    assert "not a notebook: NotJSONError" in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_a_cell_that_kills_its_kernel_or_never_ends_is_named(tmp_path):
+    write(tmp_path, "01_dies", "import os", "os.kill(os.getpid(), 9)")
+    write(tmp_path, "02_hangs", "import time", "time.sleep(60)")
+    died = run_notebook(tmp_path / "01_dies.ipynb", {}, tmp_path / "out" / "1.ipynb")
+    assert died.error.startswith("cell 5: DeadKernelError")
+    hung = run_notebook(tmp_path / "02_hangs.ipynb", {}, tmp_path / "out" / "2.ipynb", timeout=2)
+    assert hung.error.startswith("cell 5: CellTimeoutError")
+
+
+def test_only_some_and_the_gallery_keeps_the_others(folder, tmp_path):
+    reproduce(tmp_path / "out", only=["02"], folder=folder, progress=False)
+    results = reproduce(tmp_path / "out", only=["03"], folder=folder, progress=False)
+    assert [(r.name, r.error) for r in results] == [("03_good", None)]
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "ValueError: the claim does not hold" in page
+    assert "highest rate 0.5" in page
+
+
+def test_the_executed_copy_holds_the_claims_and_their_numbers(folder, tmp_path):
+    reproduce(tmp_path / "out", only=["01", "03"], folder=folder, progress=False)
+    first, last = (
+        nbformat.read(tmp_path / "out" / "notebooks" / f"{name}.ipynb", 4) for name in ("01_good", "03_good")
+    )
+    assert claims_of(first) == []
+    assert claims_of(last) == [
+        {"claim": "max(rates) < 0.6", "numbers": "highest rate 0.5", "comparisons": [[0.5, "<", 0.6]]}
+    ]
+
+
+def test_bad_input(folder, tmp_path):
+    with pytest.raises(rp.ResnetPathsError, match=r"only: got '99'; .*01_good, 02_bad, 03_good"):
+        reproduce(tmp_path, only=["99"], folder=folder)
+    with pytest.raises(rp.ResnetPathsError, match="profile: got 'fast'; allowed: 'quick' or 'full'"):
+        reproduce(tmp_path, profile="fast", folder=folder)
+    with pytest.raises(rp.ResnetPathsError, match="device: got 'gpu'; allowed: 'auto' or a device of torch"):
+        reproduce(tmp_path, device="gpu", folder=folder)
+
+
+def test_a_notebook_without_parameters_is_reported(tmp_path):
+    nbformat.write(new_notebook(cells=[new_code_cell("1")]), tmp_path / "01.ipynb")
+    assert reproduce(tmp_path / "out", folder=tmp_path, progress=False)[0].error == "no cell tagged 'parameters'"
+
+
+def test_the_exit_status_says_so(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("resnet_paths.reproduce.runner.shipped_folder", lambda name: folder)
+    good, bad = (
+        CliRunner().invoke(cli.app, ["reproduce", "--output", str(tmp_path / "out"), "--only", start])
+        for start in ("01", "02")
+    )
+    assert good.exit_code == 0
+    assert bad.exit_code == 1
+    assert "failed  02_bad: cell 5" in bad.output

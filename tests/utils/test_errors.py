@@ -1,0 +1,71 @@
+"""The one error type says which argument, what it was, what is allowed and what to do."""
+
+import pickle
+
+import pytest
+
+import resnet_paths
+from resnet_paths._utils.errors import ResnetPathsError, nearest_names
+
+
+def test_message_names_argument_value_allowed_and_advice():
+    error = ResnetPathsError("length", 12, "an int from 0 to 9", "Count again.")
+    assert str(error) == "length: got 12; allowed: an int from 0 to 9. Count again."
+    assert (error.argument, error.value, error.allowed, error.advice) == (
+        "length",
+        12,
+        "an int from 0 to 9",
+        "Count again.",
+    )
+
+
+@pytest.mark.parametrize("allowed", ["an int", "an int."])
+def test_message_without_advice_ends_with_one_full_stop(allowed):
+    assert str(ResnetPathsError("x", None, allowed)) == "x: got None; allowed: an int."
+
+
+def test_text_is_shown_quoted():
+    assert "got 'a b'" in str(ResnetPathsError("x", "a b", "y"))
+
+
+@pytest.mark.parametrize(("length", "shown"), [(198, 200), (199, 203), (10_000, 203)])
+def test_long_values_are_shortened_in_the_message_only(length, shown):
+    value = "v" * length  # its repr is two characters longer
+    error = ResnetPathsError("x", value, "something short")
+    assert len(str(error)) == len("x: got ; allowed: something short.") + shown
+    assert error.value == value
+
+
+def test_is_a_value_error_and_public():
+    assert issubclass(ResnetPathsError, ValueError)
+    assert resnet_paths.ResnetPathsError is ResnetPathsError
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_pickling_keeps_fields_and_message(protocol):
+    error = ResnetPathsError("block", [1, 2], "an index", "Count from 0.")
+    again = pickle.loads(pickle.dumps(error, protocol))
+    assert type(again) is ResnetPathsError
+    assert vars(again) == vars(error)
+    assert str(again) == str(error)
+
+
+def test_nearest_names_puts_the_nearest_first():
+    known = ["layer1.0", "layer1.1", "layer2.0", "head"]
+    assert nearest_names("layer2.O", known).startswith("'layer2.0'")
+    assert nearest_names("layer1.1", known, most=1) == "'layer1.1'"
+
+
+def test_nearest_names_falls_back_to_the_first_known():
+    assert nearest_names("zzz", ["a", "b", "c", "d"]) == "'a', 'b', 'c'"
+    assert nearest_names("zzz", ["a", "b", "c", "d"], most=1) == "'a'"
+    assert nearest_names("zzz", []) == ""
+
+
+def test_nearest_names_leaves_out_what_is_not_alike():
+    assert nearest_names("plain-21", ["plain-20", "xyz"]) == "'plain-20'"
+    assert nearest_names("plain-21", ["plain-20", "xyz"], cutoff=0) == "'plain-20', 'xyz'"
+
+
+def test_nearest_names_takes_an_iterator_and_any_object():
+    assert nearest_names(2, iter(["1", "2"])) == "'2'"

@@ -1,0 +1,64 @@
+"""The small language model: causal, GPT-2's arrangement, a chain like any other."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+import resnet_paths as rp
+from resnet_paths.zoo.initialisation import initialise
+from resnet_paths.zoo.language import LanguageModel
+from resnet_paths.zoo.vit import Attention
+
+
+def model():
+    made = LanguageModel(num_layers=2, width=16, num_heads=4, context=12)
+    initialise(made, torch.Generator().manual_seed(0))
+    return made.eval()
+
+
+def text(*shape):
+    return torch.randint(256, shape, generator=torch.Generator().manual_seed(1))
+
+
+def test_no_place_sees_what_comes_behind_it():
+    net, before = model(), text(3, 12)
+    after = before.clone()
+    after[:, 7] = (after[:, 7] + 1) % 256
+    with torch.no_grad():
+        difference = (net.at_every_place(before) - net.at_every_place(after)).abs().amax((0, 2))
+        assert torch.equal(difference[:7], torch.zeros(7))
+        assert (difference[7:] > 0).all()
+        assert torch.equal(net(before), net.at_every_place(before)[:, -1])
+        assert torch.equal(net.at_every_place(before)[:, 4], net(before[:, :5]))
+
+
+def test_causal_attention_is_that_of_torch():
+    torch.manual_seed(0)
+    attention = Attention(16, 4, is_causal=True)
+    reference = nn.MultiheadAttention(16, 4, batch_first=True)
+    reference.load_state_dict({
+        "in_proj_weight": attention.qkv.weight,
+        "in_proj_bias": attention.qkv.bias,
+        "out_proj.weight": attention.out.weight,
+        "out_proj.bias": attention.out.bias,
+    })
+    x = torch.randn(2, 6, 16)
+    mask = nn.Transformer.generate_square_subsequent_mask(6)
+    torch.testing.assert_close(attention(x), reference(x, x, x, attn_mask=mask, need_weights=False)[0])
+
+
+def test_it_unravels_into_attention_and_mlp_and_says_the_same():
+    net, inputs = model(), text(3, 12)
+    chain = rp.unravel(net, inputs[:1])
+    assert [block.name for block in chain] == [f"layers.{i}.{part}" for i in range(2) for part in ("attention", "mlp")]
+    assert chain.num_paths == 16
+    with torch.inference_mode():
+        assert torch.equal(chain(inputs), net(inputs))
+
+
+def test_every_weight_has_its_first_value():
+    net = model()
+    assert all(torch.isfinite(parameter).all() for parameter in net.parameters())
+    assert 0.015 < net.bytes.weight.std() < 0.025
+    assert not net.out.bias.any()
