@@ -39,6 +39,7 @@ def test_a_file_imports_only_from_the_floors_below():
 def test_any_file_can_be_imported_first():
     """Who imports a part of a package runs all that the package imports; that must not need the importer."""
     graph = nx.DiGraph((name, imported) for name, path in FILES.items() for imported in imports(path))
+    graph.add_nodes_from(FILES)
     for name, imported in graph.edges:
         package = imported.split(".")[0]
         if package != imported and package != name.split(".")[0]:
@@ -58,7 +59,7 @@ def test_every_public_name_is_there_and_has_a_docstring():
     for name in rp.__all__:
         assert getattr(rp, name).__doc__, name
     assert len(set(rp.__all__)) == len(rp.__all__)
-    with pytest.raises(AttributeError, match="no attribute 'remove_block'"):
+    with pytest.raises(AttributeError, match="attribute remove_block"):
         _ = rp.remove_block
 
 

@@ -30,7 +30,8 @@ def test_no_place_sees_what_comes_behind_it():
         assert torch.equal(difference[:7], torch.zeros(7))
         assert (difference[7:] > 0).all()
         assert torch.equal(net(before), net.at_every_place(before)[:, -1])
-        assert torch.equal(net.at_every_place(before)[:, 4], net(before[:, :5]))
+        # Products of other sizes may round in another order.
+        torch.testing.assert_close(net.at_every_place(before)[:, 4], net(before[:, :5]))
 
 
 def test_causal_attention_is_that_of_torch():
