@@ -6,7 +6,13 @@ from ._utils.errors import (
     ResnetPathsError as ResnetPathsError,
 )
 from ._utils.errors import (
+    StoreError as StoreError,
+)
+from ._utils.errors import (
     StudyInterrupted as StudyInterrupted,
+)
+from ._utils.errors import (
+    UnravelError as UnravelError,
 )
 from .core.block_norms import block_norms as block_norms
 from .core.chain import (

@@ -1,7 +1,4 @@
-"""The one error type: every refusal names the argument, the value, what is allowed, and what to do.
-
-Beside it `StudyInterrupted`, which is no refusal: somebody stopped a study by hand.
-"""
+"""The errors of the package: `ResnetPathsError`, and subclasses for the errors that callers handle separately."""
 
 from __future__ import annotations
 
@@ -9,19 +6,21 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["ResnetPathsError", "StudyInterrupted", "nearest_names"]
+__all__ = ["ResnetPathsError", "StoreError", "StudyInterrupted", "UnravelError", "nearest_names"]
 
 _LONGEST_VALUE = 200
 
 
 class ResnetPathsError(ValueError):
-    """Input that cannot be worked with.
+    """Invalid input: the message states the argument, the value received, the allowed values, and what to do.
+
+    Base class of all errors that the package raises on purpose.
 
     Args:
-        argument: Name of the argument, field or file that was refused.
-        value: What was received; shown as `repr`, shortened to 200 characters.
-        allowed: What would have been accepted, as a phrase.
-        advice: What to do next, as a sentence; empty if `allowed` says it all.
+        argument: Name of the argument, field or file that is invalid.
+        value: The value received; shown as its `repr`, truncated to 200 characters.
+        allowed: The values that are accepted, as a phrase.
+        advice: What to do next, as a sentence; empty if `allowed` is enough.
 
     Example:
         >>> raise ResnetPathsError("length", 12, "an int from 0 to 9")
@@ -42,44 +41,60 @@ class ResnetPathsError(ValueError):
         super().__init__(f"{message} {advice}".rstrip())
 
     def __reduce__(self) -> tuple[type[ResnetPathsError], tuple[str, object, str, str]]:
-        """Rebuild from the four parts, so that the error survives a trip between processes."""
+        """Support pickling, so that an error raised in a worker process reaches the caller."""
         return type(self), (self.argument, self.value, self.allowed, self.advice)
 
 
-class StudyInterrupted(KeyboardInterrupt):
-    """A lesion study that was stopped by hand; nothing that was finished is lost.
+class UnravelError(ResnetPathsError):
+    """A model that cannot be unraveled; the message names the node or module that prevents it."""
 
-    It stops a script, or a notebook that runs from top to bottom, as any interrupt does.
+
+class StoreError(ResnetPathsError):
+    """A folder of stored results that cannot be read or written."""
+
+
+class StudyInterrupted(ResnetPathsError, KeyboardInterrupt):  # noqa: N818, named like KeyboardInterrupt
+    """A lesion study that was interrupted by the user; the results of all finished batches are kept.
+
+    It is also a `KeyboardInterrupt`, so that code that handles interrupts handles it as well.
 
     Args:
-        frame: Rows over the batches that were finished; None if there was none.
-        num_batches: How many were finished.
-        store: The folder where they lie; None if they lie nowhere else.
+        frame: The rows over the finished batches; None if no batch was finished.
+        num_batches: Number of finished batches.
+        store: The folder in which they are stored; None if the study has no store.
 
     Attributes:
-        frame: As given.
+        frame: The rows over the finished batches, or None.
+        num_batches: Number of finished batches.
+        store: The folder in which they are stored, or None.
     """
 
     def __init__(self, frame: Any, num_batches: int, store: object = None) -> None:
         self.frame = frame
         self.num_batches = num_batches
         self.store = store
-        kept = f"Run the same study again to go on from {str(store)!r}." if store is not None else ""
         rows = "The rows over them: import sys; frame = sys.last_value.frame." if num_batches else ""
-        super().__init__(f"stopped after {num_batches} batches. {rows} {kept}".rstrip())
+        resume = f"Run the same study again to resume from {str(store)!r}." if store is not None else ""
+        advice = f"{rows} {resume}".strip()
+        super().__init__("lesion_study", num_batches, "a study that is not interrupted", advice)
+        self.args = (f"stopped after {num_batches} batches. {advice}".rstrip(),)
+
+    def __reduce__(self) -> tuple[type[StudyInterrupted], tuple[Any, int, object]]:  # type: ignore[override]
+        """Support pickling."""
+        return type(self), (self.frame, self.num_batches, self.store)
 
 
 def nearest_names(name: str, known: Iterable[str], most: int = 3, cutoff: float = 0.3) -> str:
-    """The known names closest in spelling to `name`, quoted and joined, as in ``'layer1.0', 'layer1.1'``.
+    """The known names that are most similar to `name`, quoted and joined, as in ``'layer1.0', 'layer1.1'``.
 
     Args:
         name: The name that was not found.
-        known: All names that exist.
-        most: How many to return at the most.
-        cutoff: How alike a name must be to count as near, from 0 (any is) to 1 (only the same name is).
+        known: All valid names.
+        most: Maximum number of names to return.
+        cutoff: Minimum similarity, from 0 (all names) to 1 (equal names only); see `difflib.get_close_matches`.
 
     Returns:
-        The quoted names, nearest first; the first `most` known names if none is near.
+        The quoted names, most similar first; the first `most` known names if none is similar enough.
     """
     known = list(known)
     near = difflib.get_close_matches(str(name), known, n=most, cutoff=cutoff) or known[:most]

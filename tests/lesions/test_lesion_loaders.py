@@ -227,8 +227,8 @@ def test_a_study_that_is_stopped_returns_the_rows_so_far():
 def test_a_study_may_be_stopped_inside_a_step(tmp_path):
     plain, batches = random_chain(STEADY), list(labelled())
     chain = ResidualChain(Pressed(plain.stem, 3), plain, plain.head).eval()  # the stem runs once a batch
-    goes_on = r"stopped after 2 batches\. The rows.* Run the same study again to go on from"
-    with pytest.raises(rp.StudyInterrupted, match=goes_on) as caught:
+    resumes = r"stopped after 2 batches\. The rows.* Run the same study again to resume from"
+    with pytest.raises(rp.StudyInterrupted, match=resumes) as caught:
         study(chain, batches, store=tmp_path)
     assert caught.value.store == tmp_path
     assert str(tmp_path) in str(caught.value)

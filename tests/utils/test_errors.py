@@ -1,11 +1,11 @@
-"""The one error type says which argument, what it was, what is allowed and what to do."""
+"""Errors state the argument, the value, what is allowed and what to do; subclasses can be caught separately."""
 
 import pickle
 
 import pytest
 
 import resnet_paths
-from resnet_paths._utils.errors import ResnetPathsError, nearest_names
+from resnet_paths._utils.errors import ResnetPathsError, StoreError, StudyInterrupted, UnravelError, nearest_names
 
 
 def test_message_names_argument_value_allowed_and_advice():
@@ -41,11 +41,36 @@ def test_is_a_value_error_and_public():
     assert resnet_paths.ResnetPathsError is ResnetPathsError
 
 
+@pytest.mark.parametrize("kind", [UnravelError, StoreError, StudyInterrupted])
+def test_subclasses_are_caught_by_the_base_and_apart(kind):
+    assert issubclass(kind, ResnetPathsError)
+    assert getattr(resnet_paths, kind.__name__) is kind
+    assert not any(issubclass(kind, other) for other in {UnravelError, StoreError, StudyInterrupted} - {kind})
+
+
+def test_an_interrupted_study_is_an_interrupt_with_its_rows():
+    error = StudyInterrupted("the rows", 3, "a folder")
+    assert isinstance(error, KeyboardInterrupt)
+    assert (error.frame, error.num_batches, error.store) == ("the rows", 3, "a folder")
+    assert str(error).startswith("stopped after 3 batches. The rows")
+    assert str(error).endswith("Run the same study again to resume from 'a folder'.")
+    assert str(StudyInterrupted(None, 0)) == "stopped after 0 batches."
+
+
+ERRORS = [
+    ResnetPathsError("block", [1, 2], "an index", "Count from 0."),
+    UnravelError("model", "add", "a chain"),
+    StoreError("store", "/a", "a folder"),
+    StudyInterrupted([1], 2, "/a"),
+    StudyInterrupted(None, 0),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=repr)
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_pickling_keeps_fields_and_message(protocol):
-    error = ResnetPathsError("block", [1, 2], "an index", "Count from 0.")
+def test_pickling_keeps_fields_and_message(protocol, error):
     again = pickle.loads(pickle.dumps(error, protocol))
-    assert type(again) is ResnetPathsError
+    assert type(again) is type(error)
     assert vars(again) == vars(error)
     assert str(again) == str(error)
 
