@@ -16,14 +16,13 @@ import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import ipywidgets as ipw
 import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from resnet_paths import figures
-from resnet_paths._utils.errors import ResnetPathsError
+from resnet_paths._utils.errors import ResnetPathsError, requires_extra
 from resnet_paths.core.block_norms import block_norms
 from resnet_paths.core.chain import ResidualChain
 from resnet_paths.core.edits import delete_blocks
@@ -33,6 +32,9 @@ from resnet_paths.gradients import scalar_gradients
 from resnet_paths.gradients.scalar import ACTIVATIONS
 from resnet_paths.lesions import lesion_study
 from resnet_paths.lesions.plans import Lesion, scalings, single_deletions
+
+with requires_extra("notebooks"):
+    import ipywidgets as ipw
 
 __all__ = ["explore_blocks", "explore_gradient_highway", "explore_lesions", "explore_paths"]
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-__all__ = ["ResnetPathsError", "StoreError", "StudyInterrupted", "UnravelError", "nearest_names"]
+__all__ = ["ResnetPathsError", "StoreError", "StudyInterrupted", "UnravelError", "nearest_names", "requires_extra"]
 
 _LONGEST_VALUE = 200
 
@@ -99,3 +100,27 @@ def nearest_names(name: str, known: Iterable[str], most: int = 3, cutoff: float 
     known = list(known)
     near = difflib.get_close_matches(str(name), known, n=most, cutoff=cutoff) or known[:most]
     return ", ".join(repr(n) for n in near)
+
+
+@contextlib.contextmanager
+def requires_extra(extra: str) -> Iterator[None]:
+    """Context of imports that need an optional dependency of the package.
+
+    Args:
+        extra: The extra of the package that installs them, such as ``"notebooks"``.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ResnetPathsError: If an import fails because a module is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ResnetPathsError(
+            f"module {error.name!r}",
+            "not installed",
+            f"an environment with the extra {extra!r}",
+            f"Install it with: pip install 'resnet_paths[{extra}]'; in a clone: pip install --editable '.[{extra}]'.",
+        ) from error

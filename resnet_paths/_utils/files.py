@@ -40,6 +40,7 @@ def shipped_folder(name: str) -> Path:
 
 def cache_folder() -> Path:
     """Folder for downloads: ``$RESNET_PATHS_CACHE``, else ``~/.cache/resnet_paths``; not created here."""
+    # Not platformdirs: a dependency of the whole package, for what these two lines do.
     configured = os.environ.get("RESNET_PATHS_CACHE")
     return Path(configured) if configured else Path.home() / ".cache" / "resnet_paths"
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from resnet_paths._utils.errors import ResnetPathsError, nearest_names
+from resnet_paths._utils.errors import ResnetPathsError, nearest_names, requires_extra
 from resnet_paths._utils.files import cache_folder, check_sha256, shipped_folder, write_then_rename
 
 __all__ = ["DATASETS", "ImageDataset", "load_dataset"]
@@ -213,8 +213,9 @@ def _read_fashion_mnist(split: str, folder: Path | None, download: bool) -> tupl
 
 
 def _download_fashion_mnist(folder: Path, names: Sequence[str]) -> None:
-    from torchvision.datasets import FashionMNIST
-    from torchvision.datasets.utils import download_url
+    with requires_extra("train"):
+        from torchvision.datasets import FashionMNIST
+        from torchvision.datasets.utils import download_url
 
     def download(unfinished: Path) -> None:
         for name in missing:
@@ -288,7 +289,8 @@ def _read_cifar_10(split: str, folder: Path | None, download: bool) -> tuple[tor
 
 
 def _download_cifar_10(root: Path) -> None:
-    from torchvision.datasets.utils import download_and_extract_archive
+    with requires_extra("train"):
+        from torchvision.datasets.utils import download_and_extract_archive
 
     def download(unfinished: Path) -> None:
         # The archive stays in root: torchvision holds it against the MD5 before it is used again.

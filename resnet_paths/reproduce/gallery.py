@@ -14,15 +14,18 @@ import re
 from pathlib import Path
 from typing import Any
 
-import mistune
-import nbformat
 import pandas as pd
 from matplotlib.font_manager import FontProperties
 from matplotlib.mathtext import math_to_image
-from PIL import Image
 
+from resnet_paths._utils.errors import requires_extra
 from resnet_paths._utils.files import write_then_rename
 from resnet_paths.reproduce.claims import claims_of
+
+with requires_extra("notebooks"):
+    import mistune
+    import nbformat
+    from PIL import Image
 
 __all__ = ["figures_of", "write_gallery"]
 

@@ -12,15 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import nbformat
-from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from tqdm.auto import tqdm
 
 from resnet_paths._utils.devices import choose_device
-from resnet_paths._utils.errors import ResnetPathsError
+from resnet_paths._utils.errors import ResnetPathsError, requires_extra
 from resnet_paths._utils.files import shipped_folder, write_then_rename
 from resnet_paths.reproduce.gallery import write_gallery
+
+with requires_extra("notebooks"):
+    import nbformat
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
 __all__ = ["NotebookResult", "find_notebooks", "reproduce", "run_notebook"]
 

@@ -13,6 +13,7 @@ import pytest
 from importlinter.cli import lint_imports
 
 import resnet_paths as rp
+from tests.project.test_project import PROJECT, requirement, requirements_of
 
 PACKAGE = Path(rp.__file__).parent
 FILES = {
@@ -84,3 +85,62 @@ def test_optional_libraries_are_not_imported():
     code += "rp.unravel(m, torch.zeros(2, 2)); print(sorted({'timm', 'transformers'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+WITHOUT_EXTRAS = """
+import importlib.abc, sys
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {EXTRAS}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Refuse())
+import torch
+import resnet_paths as rp
+from tests.project.test_project import PROJECT, requirement, requirements_of
+"""
+INSTRUMENTS = """
+import matplotlib; matplotlib.use("agg")
+from torch import nn
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.f = nn.Linear(4, 4)
+    def forward(self, x):
+        return x + torch.tanh(self.f(x))
+model = nn.Sequential(Block(), Block(), Block(), nn.Linear(4, 3)).eval()
+x, y = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
+chain = rp.unravel(model, x)
+frame = rp.lesion_study(chain, [(x, y)], rp.single_deletions(chain), progress=False)
+gradient = rp.gradient_by_path_length(chain, x, y, progress=False)
+rp.figures.plot_path_histogram(rp.path_histogram(chain))
+rp.figures.plot_unraveled_graph(rp.unraveled_graph(3))
+rp.figures.plot_single_deletions(frame.assign(network='tiny', block_index=frame.blocks.str[0]))
+rp.load_network("preact-resnet-20"), rp.load_dataset("fashion-mnist")
+print(len(chain), len(frame), len(gradient))
+"""
+
+
+def run_without_extras(code: str) -> subprocess.CompletedProcess[str]:
+    extras = set(PROJECT["optional-dependencies"]) - {"test"}
+    names = {requirement(line)[0].replace("-", "_") for extra in extras for line in requirements_of(extra)}
+    modules = {"PIL" if name == "pillow" else name for name in names} - {"PIL"}  # matplotlib needs it
+    script = WITHOUT_EXTRAS.replace("{EXTRAS}", repr(modules)) + code
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+
+
+def test_instruments_need_no_extra():
+    done = run_without_extras(INSTRUMENTS)
+    assert done.stdout.split() == ["3", "3", "4"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("code", "extra"),
+    [
+        ("rp.widgets", "notebooks"),
+        ("import resnet_paths.reproduce.runner", "notebooks"),
+        ("from resnet_paths.reproduce.training import *; train(TrainingSettings('plain-20'))", "train"),
+    ],
+)
+def test_what_needs_an_extra_says_which(code, extra, tmp_path):
+    done = run_without_extras(f"import os; os.chdir({str(tmp_path)!r}); {code}")
+    assert f"pip install 'resnet_paths[{extra}]'" in done.stderr.splitlines()[-1]

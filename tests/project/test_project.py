@@ -23,6 +23,15 @@ def requirement(line: str) -> tuple[str, str]:
     return name, (version or "").replace(" ", "")
 
 
+def requirements_of(extra: str) -> list[str]:
+    """The requirements of an extra, extras of this project that it names among them."""
+    found = []
+    for line in PROJECT["optional-dependencies"][extra]:
+        inner = re.fullmatch(rf"{PROJECT['name']}\[(.*)\]", line)
+        found += [line] if inner is None else [each for name in inner[1].split(",") for each in requirements_of(name)]
+    return found
+
+
 def test_conda_and_pip_ask_for_the_same():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     conda = [entry for entry in environment["dependencies"] if isinstance(entry, str)]
@@ -30,7 +39,7 @@ def test_conda_and_pip_ask_for_the_same():
     found = dict(map(requirement, [*conda, *(line for line in by_pip if not line.startswith("-e"))]))
     assert found.pop("python") == PROJECT["requires-python"]
     found.pop("pip")
-    wanted = dict(map(requirement, [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["test"]]))
+    wanted = dict(map(requirement, [*PROJECT["dependencies"], *requirements_of("test")]))
     assert found == wanted
     assert "-e ." in by_pip
 

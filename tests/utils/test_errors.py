@@ -5,7 +5,14 @@ import pickle
 import pytest
 
 import resnet_paths
-from resnet_paths._utils.errors import ResnetPathsError, StoreError, StudyInterrupted, UnravelError, nearest_names
+from resnet_paths._utils.errors import (
+    ResnetPathsError,
+    StoreError,
+    StudyInterrupted,
+    UnravelError,
+    nearest_names,
+    requires_extra,
+)
 
 
 def test_message_names_argument_value_allowed_and_advice():
@@ -94,3 +101,11 @@ def test_nearest_names_leaves_out_what_is_not_alike():
 
 def test_nearest_names_takes_an_iterator_and_any_object():
     assert nearest_names(2, iter(["1", "2"])) == "'2'"
+
+
+def test_a_missing_module_names_its_extra():
+    message = r"'not_there'.*not installed.*pip install 'resnet_paths\[train\]'"
+    with pytest.raises(ResnetPathsError, match=message), requires_extra("train"):
+        import not_there  # noqa: F401
+    with pytest.raises(ImportError, match="nothing"), requires_extra("train"):
+        from torch import nothing  # noqa: F401

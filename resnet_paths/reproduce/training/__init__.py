@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from resnet_paths._utils.errors import ResnetPathsError
+from resnet_paths._utils.errors import ResnetPathsError, requires_extra
 from resnet_paths._utils.files import write_then_rename
 from resnet_paths.reproduce.datasets import DATASETS, ImageDataset, load_dataset
 from resnet_paths.reproduce.training.batches import augmented_batches, generator_of
@@ -233,9 +233,10 @@ def _train_one_epoch(
 
 def _launch(draws_blocks: bool, **options: Any) -> Any:
     """Fabric with its processes started; what it cannot work with is refused."""
-    from lightning_fabric import Fabric
-    from lightning_fabric.strategies.ddp import DDPStrategy
-    from lightning_fabric.utilities.exceptions import MisconfigurationException
+    with requires_extra("train"):
+        from lightning_fabric import Fabric
+        from lightning_fabric.strategies.ddp import DDPStrategy
+        from lightning_fabric.utilities.exceptions import MisconfigurationException
 
     try:
         fabric = Fabric(**options)
