@@ -15,10 +15,11 @@ import torch
 from resnet_paths._utils.devices import wide
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths._utils.statistics import mean_over_examples
-from resnet_paths.core.chain import ResidualChain, add_states, refuse_other_than_chain, refuse_training_mode
-from resnet_paths.core.inputs import batches_of, call, each_tensor, num_examples
+from resnet_paths.core.chain import ResidualChain, refuse_other_than_chain, refuse_training_mode
+from resnet_paths.core.inputs import batches_of, each_tensor, num_examples
+from resnet_paths.core.parts import call_part
 from resnet_paths.core.placement import device_of
-from resnet_paths.core.tuple_states import x_of
+from resnet_paths.core.signature import arguments_of
 
 __all__ = ["block_norms"]
 
@@ -72,17 +73,20 @@ def block_norms(chain: ResidualChain, inputs: Any) -> pd.DataFrame:
 
 def _of_batch(chain: ResidualChain, inputs: Any) -> np.ndarray:
     """[block, column, example] in float64."""
-    state = call(chain.stem, each_tensor(torch.clone, inputs))
-    kept = state
+    args, kwargs = arguments_of(each_tensor(torch.clone, inputs))
+    _, cache = chain.run_with_cache(*args, **kwargs)
+    kept = cache.state[0]
     rows = []
-    for block in chain:
-        # Copies: parts written by hand may work in place.
-        skip = None if block.skip is None else block.skip(block.pre(_copy(state)))
-        branch = None if block.branch is None else block.branch(block.pre(_copy(state)))
-        total = skip if branch is None else branch if skip is None else add_states(skip, branch)
-        read, state = state, block.post(_copy(total))
-        kept = None if kept is None or block.skip is None else block.replace(branch=None)(_copy(kept))
-        x, one, other, whole, after, left = (_vectors(part, chain) for part in (read, skip, branch, total, state, kept))
+    for index, block in enumerate(chain):
+        skip, branch = cache.skip[index], cache.branch[index]
+        total = skip if branch is None else branch if skip is None else skip + branch
+        if kept is None or block.skip is None:
+            kept = None
+        else:
+            kept = call_part(block.replace(branch=None), kept.clone(), cache.context)
+        after = _vectors(cache.state[index + 1])
+        assert after is not None  # every block has an output
+        x, one, other, whole, left = map(_vectors, (cache.state[index], skip, branch, total, kept))
         missing = torch.full((len(after),), math.nan, dtype=torch.float64, device=after.device)
         norms = [missing if part is None else part.norm(dim=1) for part in (x, one, other, whole)]
         cosine = missing if one is None or other is None else _cosine(one, other)
@@ -91,13 +95,9 @@ def _of_batch(chain: ResidualChain, inputs: Any) -> np.ndarray:
     return np.stack(rows)
 
 
-def _copy(state: Any) -> Any:
-    return each_tensor(torch.clone, state)
-
-
-def _vectors(state: Any, chain: ResidualChain) -> Any:
-    """X of a state, float64 [example, number]; None of none."""
-    return None if state is None else wide(x_of(state, chain)).flatten(1)
+def _vectors(state: torch.Tensor | None) -> torch.Tensor | None:
+    """A state in float64, [example, number]; None of none."""
+    return None if state is None else wide(state).flatten(1)
 
 
 def _cosine(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,10 @@
 """The one abstraction: stem, then blocks in series, then head; a block is a skip and a branch in parallel.
 
     ResidualChain = stem -> Block -> Block -> ... -> head
-    Block         : y = post(skip(h) + branch(h)) with h = pre(x)
+    Block         : y = post(skip(h) + branch(h, **context)) with h = pre(x)
+
+The state that the blocks hand on is one tensor. What several of them read and none changes, such as an attention mask,
+is *context*: the stem computes it, and each part is given the entries that it reads, by name.
 
 Chains are values: nothing here changes one in place. `resnet_paths.core.edits` makes new chains from old ones, sharing
 every weight. `resnet_paths.unravel` makes a chain from any model.
@@ -10,7 +13,7 @@ every weight. `resnet_paths.unravel` makes a chain from any model.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import pandas as pd
@@ -18,13 +21,14 @@ import torch
 from torch import nn
 
 from resnet_paths._utils.errors import ResnetPathsError, nearest_names
+from resnet_paths.core.cache import ByBlock, Cache
 from resnet_paths.core.modes import depends_on_mode
+from resnet_paths.core.parts import Parallel, Placed, call_part, context_read_by
 from resnet_paths.core.paths import Entry, check_path, choices_of, num_paths
-from resnet_paths.core.summary import chain_table, dimensions, indented, shape_of_x
-from resnet_paths.core.tuple_states import PassingOn, carries
+from resnet_paths.core.summary import chain_table, dimensions, indented
 from resnet_paths.core.units import length_polynomial
 
-__all__ = ["Block", "Constant", "Parallel", "Placed", "ResidualChain", "Scaled", "path_network"]
+__all__ = ["Block", "ResidualChain", "path_network"]
 
 
 class Block(nn.Module):
@@ -40,7 +44,7 @@ class Block(nn.Module):
         skip_kind: ``"identity"``, ``"projection"`` or ``"concat"``; None where there is no skip. Told from `skip` if
             not given.
         stage: Number of the run of blocks with outputs of one shape, counted from 0.
-        in_shape: Shape of an input without its batch dimension, or of each of its tensors; None if not known.
+        in_shape: Shape of an input without its batch dimension; None if not known.
         out_shape: Shape of an output, likewise.
 
     Raises:
@@ -57,8 +61,8 @@ class Block(nn.Module):
         name: str = "",
         skip_kind: str | None = None,
         stage: int = 0,
-        in_shape: Sequence[Any] | None = None,
-        out_shape: Sequence[Any] | None = None,
+        in_shape: Sequence[int] | None = None,
+        out_shape: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         if branch is None and skip is None:
@@ -75,23 +79,28 @@ class Block(nn.Module):
             skip_kind = kinds.get(type(skip), "projection")
         self.skip_kind = skip_kind
         self.stage = stage
+        self.reads_context = _read_by(self.pre, skip, branch, self.post)
         self.in_shape = None if in_shape is None else tuple(in_shape)
         self.out_shape = None if out_shape is None else tuple(out_shape)
 
-    def forward(self, x: Any) -> Any:
+    def forward(self, x: torch.Tensor, **context: torch.Tensor) -> torch.Tensor:
         """``post(skip(h) + branch(h))`` with ``h = pre(x)``, [batch, *in_shape] to [batch, *out_shape]."""
-        x = self.pre(x)
+        x = call_part(self.pre, x, context)
+        return call_part(self.post, self.added_up(x, context), context)
+
+    def added_up(self, x: torch.Tensor, context: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """``skip(x) + branch(x)``, of the two those that are there; `x` is what `pre` returns."""
         if self.branch is None:
             assert self.skip is not None  # held by __init__
-            return self.post(self.skip(x))
+            return call_part(self.skip, x, context)
         if self.skip is None:
-            return self.post(self.branch(x))
+            return call_part(self.branch, x, context)
+        total = call_part(self.skip, x, context)
         if isinstance(self.branch, Parallel) and self.branch.onto_skip:
-            total = self.skip(x)
             for branch in self.branch:
-                total = add_states(total, branch(x))
-            return self.post(total)
-        return self.post(add_states(self.skip(x), self.branch(x)))
+                total = total + call_part(branch, x, context)
+            return total
+        return total + call_part(self.branch, x, context)
 
     @property
     def path_choices(self) -> tuple[Any, ...]:
@@ -120,7 +129,7 @@ class Block(nn.Module):
         branch = (
             "branch deleted" if self.branch is None else f"{_count_parameters(self.branch):,} parameters in the branch"
         )
-        shapes = " -> ".join(dimensions(shape_of_x(shape)) for shape in (self.in_shape, self.out_shape))
+        shapes = " -> ".join(dimensions(shape) for shape in (self.in_shape, self.out_shape))
         said = [f"stage {self.stage}", skip, branch, *([] if self.in_shape is None else [shapes])]
         return f"{self.name or '(unnamed)'}: {', '.join(said)}"
 
@@ -136,6 +145,8 @@ class ResidualChain(nn.Module):
         stem: Everything before the first block; takes the model's inputs.
         blocks: The blocks, first to last; their names must differ.
         head: Everything after the last block.
+        context_names: Names of the context, if any; the stem then returns a tuple: the first state, and a tensor for
+            each name.
 
     Raises:
         ResnetPathsError: If two blocks have one name, or an output shape does not fit the next block's input.
@@ -147,7 +158,9 @@ class ResidualChain(nn.Module):
         (3, 8, 'block2')
     """
 
-    def __init__(self, stem: nn.Module, blocks: Iterable[Block], head: nn.Module) -> None:
+    def __init__(
+        self, stem: nn.Module, blocks: Iterable[Block], head: nn.Module, context_names: Sequence[str] = ()
+    ) -> None:
         super().__init__()
         blocks = list(blocks)
         seen: set[str] = set()
@@ -166,14 +179,62 @@ class ResidualChain(nn.Module):
         self.stem = stem
         self.blocks = nn.ModuleList(blocks)
         self.head = head
+        self.context_names = tuple(context_names)
+        # Of a chain inside a branch: what it reads of the context of the chain around it.
+        self.reads_context = tuple(name for name in _read_by(stem, *blocks, head) if name not in self.context_names)
         self.eval_only = False  # set for a chain that was read from a model in eval mode
+
+    def begin(self, *inputs: Any, **keywords: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The first state, and the context that blocks and head read.
+
+        Args:
+            *inputs: What the model takes.
+            **keywords: Likewise. Of a chain inside a branch: the context of the chain around it.
+
+        Returns:
+            Output of the stem, and the context by name; an empty dictionary where there is none.
+        """
+        if self.reads_context:
+            return call_part(self.stem, inputs[0], keywords), keywords
+        if not self.context_names:
+            return self.stem(*inputs, **keywords), {}
+        state, *context = self.stem(*inputs, **keywords)
+        return state, dict(zip(self.context_names, context, strict=True))
 
     def forward(self, *inputs: Any, **keywords: Any) -> Any:
         """What the network returns."""
-        x = self.stem(*inputs, **keywords)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
+        x, context = self.begin(*inputs, **keywords)
+        for block in self:
+            x = call_part(block, x, context)
+        return call_part(self.head, x, context)
+
+    def run_with_cache(self, *inputs: Any, **keywords: Any) -> tuple[Any, Cache]:
+        """What the network returns, and what every block read, skipped and added on the way.
+
+        Args:
+            *inputs: What the model takes.
+            **keywords: Likewise.
+
+        Returns:
+            The output, and a `Cache` with ``state``, ``skip`` and ``branch`` of each block, by position or name, and
+            ``context``. Gradients are recorded as in an ordinary forward pass.
+        """
+        # Parts written by hand may work in place; exported ones do not.
+        own = torch.Tensor.clone if not self.eval_only else lambda tensor: tensor
+        state, context = self.begin(*inputs, **keywords)
+        states, skips, branches = [state], [], []
+        for block in self:
+            shared = call_part(block.pre, own(state), context)
+            skip = None if block.skip is None else call_part(block.skip, own(shared), context)
+            branch = None if block.branch is None else call_part(block.branch, own(shared), context)
+            total = block.added_up(own(shared), context) if _adds_one_by_one(block) else _sum_of(skip, branch)
+            state = call_part(block.post, own(total), context)
+            states.append(state)
+            skips.append(skip)
+            branches.append(branch)
+        names = [block.name for block in self]
+        cache = Cache(ByBlock(states, names), ByBlock(skips, names), ByBlock(branches, names), context)
+        return call_part(self.head, own(state), context), cache
 
     def train(self, mode: bool = True) -> ResidualChain:
         """Set the mode of all parts; a chain that was read from a model stays as it was read.
@@ -245,11 +306,11 @@ class ResidualChain(nn.Module):
 
     def with_blocks(self, blocks: Iterable[Block]) -> ResidualChain:
         """A chain of other blocks between the same stem and head."""
-        return self._in_my_mode(ResidualChain(self.stem, blocks, self.head))
+        return self._in_my_mode(ResidualChain(self.stem, blocks, self.head, self.context_names))
 
     def with_head(self, head: nn.Module) -> ResidualChain:
         """A chain of the same blocks with another head."""
-        return self._in_my_mode(ResidualChain(self.stem, self, head))
+        return self._in_my_mode(ResidualChain(self.stem, self, head, self.context_names))
 
     def _in_my_mode(self, chain: ResidualChain) -> ResidualChain:
         chain.training = chain.blocks.training = self.training  # not chain.train(): the parts are shared
@@ -309,106 +370,22 @@ class ResidualChain(nn.Module):
         return length_polynomial(self, unit)
 
 
-def add_states(one: Any, other: Any) -> Any:
-    """The sum of two states.
-
-    Args:
-        one: A tensor, or a tuple of tensors, such as the pair that WaveNet carries.
-        other: Another.
-
-    Returns:
-        Their sum, part by part where they are tuples.
-    """
-    if isinstance(one, tuple):
-        return tuple(a + b for a, b in zip(one, other, strict=True))
-    return one + other
+def _adds_one_by_one(block: Block) -> bool:
+    """Whether a block adds several branches to its skip one after the other, which rounds in another order."""
+    return isinstance(block.branch, Parallel) and block.branch.onto_skip and block.skip is not None
 
 
-class Scaled(nn.Module):
-    """A branch times a number: ``factor * branch(x)``."""
-
-    def __init__(self, branch: nn.Module, factor: float) -> None:
-        super().__init__()
-        self.branch = branch
-        self.factor = factor
-        self.training = branch.training
-
-    def forward(self, x: Any) -> Any:
-        """``factor * branch(x)``."""
-        y = self.branch(x)
-        return tuple(self.factor * part for part in y) if isinstance(y, tuple) else self.factor * y
-
-    def extra_repr(self) -> str:
-        """The factor."""
-        return f"factor={self.factor}"
-
-
-class Constant(nn.Module):
-    """A branch that returns the same for every example.
-
-    Args:
-        value: What it returns, without the batch dimension.
-    """
-
-    value: torch.Tensor
-
-    def __init__(self, value: torch.Tensor) -> None:
-        super().__init__()
-        self.register_buffer("value", value)
-        self.training = False
-
-    def forward(self, x: Any) -> torch.Tensor:
-        """[batch, *value.shape] for an `x` of this batch."""
-        batch = len(x[0] if isinstance(x, tuple) else x)
-        return self.value.expand(batch, *self.value.shape)
-
-
-class Placed(nn.Module):
-    """A tensor placed into a wider space, zeros around it: concatenation is addition of two that are placed so.
-
-    Args:
-        dim: The dimension that grows, batch counted; at least 1.
-        before: Zeros in front.
-        after: Zeros behind.
-    """
-
-    def __init__(self, dim: int, before: int, after: int) -> None:
-        super().__init__()
-        self.dim = dim
-        self.before = before
-        self.after = after
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., size, ...] to [..., before + size + after, ...]."""
-        zeros = [x.new_zeros(*x.shape[: self.dim], n, *x.shape[self.dim + 1 :]) for n in (self.before, self.after)]
-        return torch.cat([zeros[0], x, zeros[1]], self.dim)
-
-    def extra_repr(self) -> str:
-        """The dimension and the zeros."""
-        return f"dim={self.dim}, before={self.before}, after={self.after}"
-
-
-class Parallel(nn.ModuleList):
-    """Branches side by side, added up: ``sum(branch(x) for branch in branches)``; a path takes one of them.
-
-    Args:
-        branches: The branches.
-        onto_skip: Whether a block adds them to its skip one after the other, as some models do, not their sum at once.
-            The two differ by rounding alone.
-    """
-
-    def __init__(self, branches: Iterable[nn.Module], *, onto_skip: bool = False) -> None:
-        super().__init__(branches)
-        self.training = any(branch.training for branch in self)
-        self.onto_skip = onto_skip
-
-    def forward(self, x: Any) -> Any:
-        """The sum of all branches at `x`."""
-        first, *others = self
-        total = first(x)
-        for branch in others:
-            total = add_states(total, branch(x))
+def _sum_of(skip: torch.Tensor | None, branch: torch.Tensor | None) -> torch.Tensor:
+    if skip is None or branch is None:
+        total = branch if skip is None else skip
+        assert total is not None  # held by Block
         return total
+    return skip + branch
+
+
+def _read_by(*parts: nn.Module | None) -> tuple[str, ...]:
+    """Names of the context that several parts read, each once."""
+    return tuple(dict.fromkeys(name for part in parts for name in context_read_by(part)))
 
 
 def path_network(chain: ResidualChain, path: Sequence[Entry]) -> ResidualChain:
@@ -439,7 +416,7 @@ def _take(block: Block, entry: Entry) -> Block:
     else:
         assert block.branch is not None  # held by check_path
         branch = block.branch[entry - 1] if isinstance(block.branch, Parallel) else block.branch
-    return block.replace(branch=PassingOn(branch) if carries(branch) else branch, skip=None, skip_kind=None)
+    return block.replace(branch=branch, skip=None, skip_kind=None)
 
 
 def _count_parameters(module: nn.Module) -> int:

@@ -17,7 +17,8 @@ from typing import Literal
 from torch import nn
 
 from resnet_paths._utils.errors import ResnetPathsError
-from resnet_paths.core.chain import Block, Parallel, ResidualChain, Scaled, is_identity, refuse_other_than_chain
+from resnet_paths.core.chain import Block, ResidualChain, is_identity, refuse_other_than_chain
+from resnet_paths.core.parts import Parallel, Scaled
 
 __all__ = [
     "delete_block",

@@ -24,7 +24,7 @@ from torch import nn
 from torch.fx import Node
 from torch.nn import functional as F
 
-from resnet_paths.core.chain import Placed, Scaled
+from resnet_paths.core.parts import Placed, Scaled
 from resnet_paths.core.segments import Segment
 from resnet_paths.unraveling.tracing import FixedShape
 

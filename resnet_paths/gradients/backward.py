@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 from resnet_paths._utils.errors import ResnetPathsError
-from resnet_paths.core.chain import Block, Parallel, ResidualChain, add_states
+from resnet_paths.core.chain import Block, ResidualChain
+from resnet_paths.core.parts import Parallel, add_states
 from resnet_paths.core.inputs import call, each_tensor
 from resnet_paths.core.paths import Path
 from resnet_paths.gradients.adjoints import Pullback, each_part, linearize, unchanged

@@ -18,7 +18,8 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import CodeGen
 
-from resnet_paths.core.chain import Block, Parallel, ResidualChain, add_states, is_identity
+from resnet_paths.core.chain import Block, ResidualChain, is_identity
+from resnet_paths.core.parts import Parallel, add_states
 
 __all__ = ["Functions"]
 

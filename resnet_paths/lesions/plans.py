@@ -18,7 +18,8 @@ import torch
 from scipy import stats
 
 from resnet_paths._utils.errors import ResnetPathsError
-from resnet_paths.core.chain import Constant, ResidualChain, is_identity, refuse_other_than_chain, refuse_training_mode
+from resnet_paths.core.chain import ResidualChain, is_identity, refuse_other_than_chain, refuse_training_mode
+from resnet_paths.core.parts import Constant
 from resnet_paths.core.edits import (
     delete_block,
     delete_blocks,

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from resnet_paths.core.chain import Block, Parallel, Placed, ResidualChain
+from resnet_paths.core.chain import Block, ResidualChain
+from resnet_paths.core.parts import Parallel, Placed
 from resnet_paths.core.signature import Signature
 from resnet_paths.core.tuple_states import Carrying, OnParts, Take, WithEmptySum
 from resnet_paths.core.weight_layers import is_weighted

@@ -24,6 +24,7 @@ from torch.fx import Graph, Node
 
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.core.segments import Segment
+from resnet_paths.unraveling.packing import Packed, values_of
 from resnet_paths.unraveling.gates import write_gates_as_branches
 from resnet_paths.unraveling.in_place import write_out_of_place
 
@@ -133,47 +134,62 @@ class Trace:
         """`nodes` in the order of the graph."""
         return sorted(nodes, key=self._position.__getitem__)
 
-    def segment(self, sources: list[Node], *targets: Node) -> nn.Module:
-        """The module that computes `targets` from `sources`.
+    def segment(
+        self, source: Node | Packed | Sequence[Node], *targets: Node | Packed, context: Sequence[Node] = ()
+    ) -> nn.Module:
+        """The module that computes `targets` from a state, or from the inputs of the model.
 
         Args:
-            sources: Nodes that become the module's inputs, in this order.
-            targets: The node that it returns; several are returned as a tuple.
+            source: The node that becomes the module's input, or several.
+            *targets: The node that it returns; several are returned as a tuple.
+            context: Nodes that the module may read beside the source. Those that it does read become further inputs,
+                under their names in the graph.
 
         Returns:
-            An `nn.Identity` if the one target is the only source, else a `Segment` in eval mode.
+            An `nn.Identity` if the one target is the source, else a `Segment` in eval mode.
 
         Raises:
-            ResnetPathsError: If something besides the sources is needed.
+            ResnetPathsError: If something besides the source and the context is needed.
         """
-        if sources == list(targets):
+        if targets == (source,):
             return nn.Identity().eval()
         graph = Graph()
         copies: dict[Node, Node] = {}
-        for source in sources:
-            copies[source] = graph.placeholder(source.name)
+        for node in source if isinstance(source, Sequence) else [source]:
+            made = graph.placeholder(node.name)
+            copies |= node.unpacked(graph, made) if isinstance(node, Packed) else {node: made}
+        beside = [node for node in context if node not in copies]
+        copies |= {node: graph.placeholder(node.name) for node in beside}
+        sources = list(copies)
 
         def needed_by(node: Node) -> list[Node]:
             return node.all_input_nodes if self._size_of(node, sources) is None else []
 
-        needed = set().union(*(_walk_back(target, set(sources), needed_by) for target in targets))
+        wanted = [node for target in targets for node in values_of(target)]
+        needed = set().union(*(_walk_back(node, set(sources), needed_by) for node in wanted))
         for node in self.in_order(needed):
             if node.op == "placeholder":
-                raise ResnetPathsError(
+                raise UnravelError(
                     "model",
                     node.name,
-                    f"a chain; {targets[0].name} ({describe(targets[0])}) also reads its input",
+                    f"a chain; {wanted[0].name} ({describe(wanted[0])}) also reads its input",
                     "Only the stem may read the input.",
                 )
             size = self._size_of(node, sources)
             if size is None:
                 copies[node] = graph.node_copy(node, copies.__getitem__)
             else:
-                source, dim, times = size
-                copies[node] = graph.call_function(torch.ops.aten.sym_size.int, (copies[source], dim))
+                read, dim, times = size
+                copies[node] = graph.call_function(torch.ops.aten.sym_size.int, (copies[read], dim))
                 if times > 1:
                     copies[node] = graph.call_function(operator.floordiv, (copies[node], times))
-        graph.output(copies[targets[0]] if len(targets) == 1 else tuple(copies[target] for target in targets))
+        results = [
+            target.packed(graph, copies) if isinstance(target, Packed) else copies[target] for target in targets
+        ]
+        graph.output(results[0] if len(results) == 1 else tuple(results))
+        for node in beside:
+            if not copies[node].users:
+                graph.erase_node(copies[node])
         names = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
         return Segment({name: self.tensors[name] for name in names}, graph, class_name="Segment").eval()
 

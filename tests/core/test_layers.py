@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import resnet_paths as rp
-from resnet_paths.core.chain import Block, Parallel, ResidualChain
+from resnet_paths.core.chain import Block, ResidualChain
+from resnet_paths.core.parts import Parallel
 from resnet_paths.core.weight_layers import weight_layers
 
 

@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 import resnet_paths as rp
 from resnet_paths._utils.devices import wide, widest_float
 from resnet_paths.core import placement, segments
-from resnet_paths.core.chain import Block, Constant, ResidualChain
+from resnet_paths.core.chain import Block, ResidualChain
+from resnet_paths.core.parts import Constant
 from resnet_paths.core.placement import place_modules
 from resnet_paths.lesions.trie import Trie
 from tests.chains import Plan, assert_same, inputs, random_chain, snapshot

@@ -24,7 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import resnet_paths as rp
-from resnet_paths.core.chain import Block, Parallel, Placed, ResidualChain, Scaled
+from resnet_paths.core.chain import Block, ResidualChain
+from resnet_paths.core.parts import Parallel, Placed, Scaled
 from resnet_paths.core.paths import path_length, path_polynomial
 from resnet_paths.gradients.cotangents import Stack
 from resnet_paths.gradients.passes import Place

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import resnet_paths as rp
-from resnet_paths.core.chain import Parallel, ResidualChain, Scaled
+from resnet_paths.core.chain import ResidualChain
+from resnet_paths.core.parts import Parallel, Scaled
 from resnet_paths.core.paths import path_length
 from resnet_paths.gradients.passes import Place, Point
 from tests.chains import assert_same, snapshot

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import resnet_paths as rp
-from resnet_paths.core.chain import Block, Constant, Parallel, ResidualChain, Scaled
+from resnet_paths.core.chain import Block, ResidualChain
+from resnet_paths.core.parts import Constant, Parallel, Scaled
 from resnet_paths.core.placement import place_modules
 from resnet_paths.lesions.functions import Functions
 from resnet_paths.zoo import build_network

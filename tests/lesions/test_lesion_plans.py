@@ -14,7 +14,8 @@ from scipy import stats
 from torch.utils.data import DataLoader, TensorDataset
 
 import resnet_paths as rp
-from resnet_paths.core.chain import Block, Parallel, ResidualChain
+from resnet_paths.core.chain import Block, ResidualChain
+from resnet_paths.core.parts import Parallel
 from tests.chains import Plan, assert_same, inputs, random_chain, snapshot
 
 STEADY = (3, tuple(Plan(3, "identity", False, False) for _ in range(6)))

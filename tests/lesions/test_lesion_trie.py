@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import resnet_paths as rp
-from resnet_paths.core.chain import Block, ResidualChain, Scaled
+from resnet_paths.core.chain import Block, ResidualChain
+from resnet_paths.core.parts import Scaled
 from resnet_paths.lesions.trie import Trie, steps_of
 from tests.chains import Plan, inputs, plans, random_chain
 from tests.gradients.gradient_reference import OnPair, build, recipes, seeded

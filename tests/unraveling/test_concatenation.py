@@ -8,7 +8,7 @@ import torchvision
 from torch import nn
 
 import resnet_paths as rp
-from resnet_paths.core.chain import Placed
+from resnet_paths.core.parts import Placed
 from tests.chains import inputs
 
 

@@ -12,7 +12,8 @@ from torch import nn
 
 import resnet_paths as rp
 from resnet_paths._utils.errors import ResnetPathsError
-from resnet_paths.core.chain import Parallel, ResidualChain
+from resnet_paths.core.chain import ResidualChain
+from resnet_paths.core.parts import Parallel
 from resnet_paths.core.paths import path_length
 from tests.chains import assert_same, inputs, snapshot
 

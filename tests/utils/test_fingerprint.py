@@ -26,7 +26,7 @@ from torch import nn
 
 import resnet_paths as rp
 from resnet_paths._utils.fingerprint import fingerprint
-from resnet_paths.core.chain import Constant, Parallel, Scaled
+from resnet_paths.core.parts import Constant, Parallel, Scaled
 from resnet_paths.lesions.trie import chain_key
 from tests.chains import Plan, inputs, plans, random_chain, random_model
 

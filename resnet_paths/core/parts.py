@@ -1,0 +1,131 @@
+"""The modules that blocks are made of beside pieces of exported graphs, and how a part is given its context."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+__all__ = ["Constant", "Parallel", "Placed", "Scaled", "call_part", "context_read_by"]
+
+
+def context_read_by(part: nn.Module | None) -> tuple[str, ...]:
+    """Names of the context that a part of a chain reads.
+
+    Args:
+        part: A part of a block, a block, a chain inside a branch, or a head. A module that is no piece of an exported
+            graph names them in its attribute ``reads_context``; without one it reads none.
+
+    Returns:
+        The names, each once.
+    """
+    if isinstance(part, GraphModule):
+        placeholders = itertools.takewhile(lambda node: node.op == "placeholder", part.graph.nodes)
+        return tuple(str(node.target) for node in placeholders)[1:]
+    return tuple(getattr(part, "reads_context", ()))
+
+
+def call_part(part: nn.Module, x: torch.Tensor, context: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """What a part of a chain returns for a state, given what it reads of the context.
+
+    Args:
+        part: A part of a block, a block, a chain inside a branch, or a head.
+        x: The state.
+        context: The context of the whole chain by name.
+
+    Returns:
+        Its output.
+    """
+    if not context:
+        return part(x)  # type: ignore[no-any-return]
+    return part(x, **{name: context[name] for name in context_read_by(part)})  # type: ignore[no-any-return]
+
+
+class Scaled(nn.Module):
+    """A branch times a number: ``factor * branch(x)``."""
+
+    def __init__(self, branch: nn.Module, factor: float) -> None:
+        super().__init__()
+        self.branch = branch
+        self.factor = factor
+        self.reads_context = context_read_by(branch)
+        self.training = branch.training
+
+    def forward(self, x: torch.Tensor, **context: torch.Tensor) -> torch.Tensor:
+        """``factor * branch(x)``."""
+        return self.factor * call_part(self.branch, x, context)
+
+    def extra_repr(self) -> str:
+        """The factor."""
+        return f"factor={self.factor}"
+
+
+class Constant(nn.Module):
+    """A branch that returns the same for every example.
+
+    Args:
+        value: What it returns, without the batch dimension.
+    """
+
+    value: torch.Tensor
+
+    def __init__(self, value: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("value", value)
+        self.training = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[batch, *value.shape] for an `x` of this batch."""
+        return self.value.expand(len(x), *self.value.shape)
+
+
+class Placed(nn.Module):
+    """A tensor placed into a wider space, zeros around it: concatenation is addition of two that are placed so.
+
+    Args:
+        dim: The dimension that grows, batch counted; at least 1.
+        before: Zeros in front.
+        after: Zeros behind.
+    """
+
+    def __init__(self, dim: int, before: int, after: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.before = before
+        self.after = after
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., size, ...] to [..., before + size + after, ...]."""
+        zeros = [x.new_zeros(*x.shape[: self.dim], n, *x.shape[self.dim + 1 :]) for n in (self.before, self.after)]
+        return torch.cat([zeros[0], x, zeros[1]], self.dim)
+
+    def extra_repr(self) -> str:
+        """The dimension and the zeros."""
+        return f"dim={self.dim}, before={self.before}, after={self.after}"
+
+
+class Parallel(nn.ModuleList):
+    """Branches side by side, added up: ``sum(branch(x) for branch in branches)``; a path takes one of them.
+
+    Args:
+        branches: The branches.
+        onto_skip: Whether a block adds them to its skip one after the other, as some models do, not their sum at once.
+            The two differ by rounding alone.
+    """
+
+    def __init__(self, branches: Iterable[nn.Module], *, onto_skip: bool = False) -> None:
+        super().__init__(branches)
+        self.training = any(branch.training for branch in self)
+        self.onto_skip = onto_skip
+        self.reads_context = tuple(dict.fromkeys(name for branch in self for name in context_read_by(branch)))
+
+    def forward(self, x: torch.Tensor, **context: torch.Tensor) -> torch.Tensor:
+        """The sum of all branches at `x`."""
+        first, *others = self
+        total = call_part(first, x, context)
+        for branch in others:
+            total = total + call_part(branch, x, context)
+        return total
