@@ -32,7 +32,7 @@ class ByBlock(Sequence[torch.Tensor | None]):
     def __getitem__(self, block: int | str) -> torch.Tensor | None: ...
     @overload
     def __getitem__(self, block: slice) -> Sequence[torch.Tensor | None]: ...
-    def __getitem__(self, block: int | str | slice) -> torch.Tensor | None | Sequence[torch.Tensor | None]:
+    def __getitem__(self, block: int | str | slice) -> torch.Tensor | Sequence[torch.Tensor | None] | None:
         """The value of a block, by position or name."""
         if isinstance(block, str):
             if block not in self._names:

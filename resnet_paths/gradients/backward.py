@@ -21,8 +21,8 @@ from torch import nn
 
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.core.chain import Block, ResidualChain
-from resnet_paths.core.parts import Parallel, add_states
 from resnet_paths.core.inputs import call, each_tensor
+from resnet_paths.core.parts import Parallel
 from resnet_paths.core.paths import Path
 from resnet_paths.gradients.adjoints import Pullback, each_part, linearize, unchanged
 from resnet_paths.gradients.cotangents import Stack, combined, joined, parts_of, rows_of
@@ -206,7 +206,7 @@ class LinearBlock:
                 output, pulls = nested.output, cast("Pullback | NestedChain", nested)
             else:
                 output, pulls = linearize(branch, shared)
-            total = output if total is None else add_states(total, output)
+            total = output if total is None else total + output
             branches.append(pulls)
         return cls(pre, skip, branches, linearize(block.post, total)[1])
 

@@ -19,7 +19,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import CodeGen
 
 from resnet_paths.core.chain import Block, ResidualChain, is_identity
-from resnet_paths.core.parts import Parallel, add_states
+from resnet_paths.core.parts import Parallel
 
 __all__ = ["Functions"]
 
@@ -121,7 +121,7 @@ class Functions:
         after, skip = post.call, ways[0].call
         if len(ways) == 1:
             return _Function(lambda x: after(skip(pre(x))), post.makes_new)
-        branch, add = ways[1].call, _added_over if ways[1].makes_new else add_states
+        branch, add = ways[1].call, _added_over if ways[1].makes_new else operator.add
 
         def run(x: Any) -> Any:
             x = pre(x)
@@ -143,7 +143,7 @@ def _added_over(kept: Any, new: Any) -> Any:
         and kept.dtype == new.dtype
     ):
         return new.add_(kept)
-    return add_states(kept, new)
+    return kept + new
 
 
 def _of_graph(module: GraphModule, owns_input: bool) -> _Function:

@@ -19,7 +19,6 @@ from scipy import stats
 
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.core.chain import ResidualChain, is_identity, refuse_other_than_chain, refuse_training_mode
-from resnet_paths.core.parts import Constant
 from resnet_paths.core.edits import (
     delete_block,
     delete_blocks,
@@ -29,8 +28,8 @@ from resnet_paths.core.edits import (
     scale_block,
 )
 from resnet_paths.core.inputs import call, checked_inputs, each_tensor, num_examples
+from resnet_paths.core.parts import Constant
 from resnet_paths.core.placement import device_of
-from resnet_paths.core.tuple_states import OnParts, x_of
 
 __all__ = [
     "Lesion",
@@ -276,10 +275,7 @@ def mean_replacements(chain: ResidualChain, inputs: Any) -> list[Lesion]:
         for index, block in enumerate(chain):
             if block.branch is not None:
                 output = block.branch(block.pre(each_tensor(torch.clone, state)))
-                mean: torch.nn.Module = Constant(x_of(output, chain).mean(0))
-                if isinstance(output, tuple):  # what is carried beside x stays as it is
-                    mean = OnParts(mean, adds=block.skip is not None)
-                lesions.append(_replacement(f"mean of {_name(chain, index)}", index, mean))
+                lesions.append(_replacement(f"mean of {_name(chain, index)}", index, Constant(output.mean(0))))
             state = block(state)
     return lesions
 

@@ -22,7 +22,6 @@ from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.core.chain import Block, ResidualChain, refuse_other_than_chain, refuse_training_mode
 from resnet_paths.core.inputs import call, each_tensor, refuse_other_than_loader, unpack
 from resnet_paths.core.placement import device_of, place_modules
-from resnet_paths.core.tuple_states import with_x, x_of
 from resnet_paths.lesions.frames import deletions_of
 from resnet_paths.lesions.pieces import refuse_labels
 
@@ -144,31 +143,30 @@ def score_correlations(predicted: pd.DataFrame, study: pd.DataFrame) -> pd.DataF
 
 def _scores(chain: ResidualChain, inputs: Any, labels: torch.Tensor, dim: int | None) -> torch.Tensor:
     """[block, score, example] in float64."""
-    sums, totals, without = [], [], []
+    sums, without = [], []
     with torch.enable_grad():
         state = call(chain.stem, inputs)
         for block in chain:
             without.append(_without_branch(chain, block, state, dim))
             total = block.replace(post=None)(state)
-            x = x_of(total, chain)
+            x = total
             x = x if x.requires_grad else x.detach().requires_grad_()
             sums.append(x)
-            totals.append(total)
             # Of a copy: a `post` written by hand may work in place.
-            state = block.post(with_x(total, x.clone()))
+            state = block.post(x.clone())
         logits = chain.head(state)
         refuse_labels(logits, labels)
         loss = F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), labels, reduction="sum")
         gradients = torch.autograd.grad(loss, sums)
     rows = []
     with torch.no_grad():
-        for block, x, total, alone, gradient in zip(chain, sums, totals, without, gradients, strict=True):
+        for block, x, alone, gradient in zip(chain, sums, without, gradients, strict=True):
             if alone is None:
                 rows.append(torch.full((len(SCORES), len(labels)), math.nan, dtype=torch.float64))
                 continue
             difference = wide(alone - x)
             first_order = (wide(gradient) * difference).flatten(1).sum(1)
-            behind = (x_of(block.post(with_x(total, each.clone())), chain) for each in (alone, x))
+            behind = (block.post(each.clone()) for each in (alone, x))
             one, other = (_vectors(wide(each), dim) for each in behind)
             cosine = F.cosine_similarity(one, other, dim=-1).clamp(-1, 1)
             cosine[(one == 0).all(-1) & (other == 0).all(-1)] = 1  # nothing changed
@@ -182,7 +180,7 @@ def _scores(chain: ResidualChain, inputs: Any, labels: torch.Tensor, dim: int | 
 @torch.no_grad()
 def _without_branch(chain: ResidualChain, block: Block, state: Any, dim: int | None) -> torch.Tensor | None:
     """What a block would add up without its branch; None if it cannot do without."""
-    rank = x_of(state, chain).dim()
+    rank = state.dim()
     if dim is not None and (not -rank <= dim < rank or dim % rank == 0):
         raise ResnetPathsError(
             "feature_dim", dim, f"None, or a dimension of the states, from 1 to {rank - 1} or from the end"
@@ -190,8 +188,9 @@ def _without_branch(chain: ResidualChain, block: Block, state: Any, dim: int | N
     # From a copy: a branch written by hand may change in place what it shares with the skip.
     shared = block.pre(each_tensor(torch.clone, state))
     if block.skip is not None:
-        return x_of(block.skip(shared), chain)
-    return x_of(shared, chain) if block.keeps_shape else None
+        without: torch.Tensor = block.skip(shared)
+        return without
+    return shared if block.keeps_shape else None
 
 
 def _vectors(state: torch.Tensor, dim: int | None) -> torch.Tensor:

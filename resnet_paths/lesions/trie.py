@@ -24,8 +24,8 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from resnet_paths.core.chain import Block, ResidualChain, is_identity
-from resnet_paths.core.parts import Constant, Parallel, Placed, Scaled
 from resnet_paths.core.inputs import call, each_tensor, num_examples
+from resnet_paths.core.parts import Constant, Parallel, Placed, Scaled
 from resnet_paths.core.placement import place_modules
 from resnet_paths.lesions.batchnorm import Statistics
 from resnet_paths.lesions.functions import Functions

@@ -19,6 +19,7 @@ from torch.fx import Interpreter, Node
 
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.core.chain import ResidualChain, refuse_training_mode
+from resnet_paths.core.parts import call_part
 from resnet_paths.core.signature import Call, Signature, arguments_of, chosen
 from resnet_paths.unraveling.assembly import assemble
 from resnet_paths.unraveling.by_hand import chain_of_named_blocks, unlike
@@ -97,8 +98,8 @@ def unravel(
     is_plain = signature.is_plain and returned is expected
     called = model if is_plain else Call(model, signature, output)
     traced = nest_concatenations(write_partial_additions(trace(called, tensors)))
-    traced, parts, carried = find_parts(traced, max_depth, signature.names)
-    chain = assemble(traced, parts, None if is_plain else signature, carried)
+    parts, context = find_parts(traced, max_depth)
+    chain = assemble(traced, parts, None if is_plain else signature, context)
     with torch.no_grad():
         found = chain(*args, **kwargs)
     _check_chain(chain, called, traced, parts, tensors, found, expected)
@@ -186,30 +187,26 @@ def _check_chain(
     """Raise, naming the first block that differs, unless the chain returns what the model returns."""
     if _agree(found, expected):
         return
+    ends = [end for end in (parts[0].start, *(part.end for part in parts)) if isinstance(end, Node)]
     with torch.no_grad():
-        values = _Recorder(traced, [parts[0].start, *(part.end for part in parts)]).values_on(inputs)
-        state = chain.stem.module(*inputs)  # type: ignore[operator]
+        values = _Recorder(traced, ends).values_on(inputs)
+        made = chain.stem.module(*inputs)  # type: ignore[operator]
+        state, *rest = made if chain.context_names else (made,)
+        context = dict(zip(chain.context_names, rest, strict=True))
         place = "the stem"
-        for block, part in zip(chain, parts, strict=True):
-            if not _agree(_value(state), values[part.start]) and block is chain[0]:
-                break
-            state, place = block(state), f"block {block.name!r}"
-            if not _agree(_value(state), values[part.end]):
-                break
-        else:
-            place = "the head, or the export itself"
+        if not isinstance(parts[0].start, Node) or _agree(state, values[parts[0].start]):
+            for block, part in zip(chain, parts, strict=True):
+                state, place = call_part(block, state, context), f"block {block.name!r}"
+                if isinstance(part.end, Node) and not _agree(state, values[part.end]):
+                    break
+            else:
+                place = "the head, or the export itself"
     raise ResnetPathsError(
         "model",
         f"{name_of(model)}: the chain's output differs from the model's",
         "a model that unravels exactly",
         f"The first difference is in {place}. Please report the model.",
     )
-
-
-def _value(state: Any) -> torch.Tensor:
-    """What blocks work on, without what is carried beside it."""
-    value: torch.Tensor = state[0] if isinstance(state, tuple) else state
-    return value
 
 
 class _Recorder(Interpreter):

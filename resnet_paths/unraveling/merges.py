@@ -22,7 +22,8 @@ from torch.fx import Node
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.core.weight_layers import is_weighted
 from resnet_paths.unraveling.concatenations import are_apart, concatenated, is_in_groups
-from resnet_paths.unraveling.parts import Lane, Rung
+from resnet_paths.unraveling.packing import Packed, pack
+from resnet_paths.unraveling.parts import LadderStep, Lane
 from resnet_paths.unraveling.tracing import Trace, describe
 
 __all__ = ["Core", "core_of", "is_merge", "refuse_node", "refuse_other_merge", "trunk_between"]
@@ -83,7 +84,8 @@ class Core:
     skip: Node | None
     branches: tuple[Node, ...]
     onto_skip: bool = False
-    rungs: tuple[Rung, ...] = ()
+    ladder: tuple[LadderStep, ...] = ()
+    layout: Packed | None = None
     lane: Lane | None = None
 
 
@@ -159,9 +161,10 @@ def core_of(traced: Trace, fork: Node, merge: Node) -> Core:
         branches = tuple(s for s in summands if s is not skip)
         return Core(fork, merge, skip, branches, onto_skip=skip is not None and skip not in operands)
     shared = traced.region([fork], operands[0]) & traced.region([fork], operands[1])
-    rungs = _rungs(traced, fork, merge, summands) if shared else ()
-    if rungs:
-        return Core(fork, merge, None, (), rungs=rungs)
+    ladder = _ladder(traced, fork, merge, summands) if shared else ()
+    layout = pack(fork, merge) if ladder else None
+    if layout is not None:
+        return Core(fork, merge, None, (), ladder=ladder, layout=layout)
     if shared:
         node = traced.in_order(shared)[0]
         refuse_node(node, f"a skip and a branch that share nothing between fork {fork.name} and merge {merge.name}")
@@ -189,7 +192,7 @@ def _are_alternatives(traced: Trace, fork: Node, summands: Sequence[Node]) -> bo
     return len(set(summands)) == len(summands) and apart and sum(not layers for layers in weighted) <= 1
 
 
-def _rungs(traced: Trace, fork: Node, merge: Node, summands: Sequence[Node]) -> tuple[Rung, ...]:
+def _ladder(traced: Trace, fork: Node, merge: Node, summands: Sequence[Node]) -> tuple[LadderStep, ...]:
     """The blocks of a ladder: each summand is made from one of the values x along a line of residual additions."""
     dominators = _dominators(traced, fork, merge)
     rails = {summand: _trunk_to(summand, fork, dominators) for summand in summands}
@@ -210,12 +213,14 @@ def _rungs(traced: Trace, fork: Node, merge: Node, summands: Sequence[Node]) -> 
     if sorted(made_from) != list(range(len(values))):
         return ()
     branches = [next(o for o in traced.dependent_inputs(merge) if o is not x) for x, merge in steps]
-    rungs = [Rung(x, merge, b, made_from[i]) for i, ((x, merge), b) in enumerate(zip(steps, branches, strict=True))]
-    rungs.append(Rung(values[-1], None, None, made_from[len(steps)]))
-    read = [(rung.fork, made) for rung in rungs for made in (rung.branch, rung.side) if made is not None]
+    ladder = [
+        LadderStep(x, merge, b, made_from[i]) for i, ((x, merge), b) in enumerate(zip(steps, branches, strict=True))
+    ]
+    ladder.append(LadderStep(values[-1], None, None, made_from[len(steps)]))
+    read = [(step.fork, made) for step in ladder for made in (step.branch, step.side) if made is not None]
     if any(fork in traced.region([x], made) for x, made in read if x is not fork and made is not x):
         return ()  # a block reads the fork beside its own value
-    return tuple(rungs)
+    return tuple(ladder)
 
 
 def _skip_among(traced: Trace, fork: Node, operands: Sequence[Node]) -> Node | None:

@@ -1,8 +1,8 @@
 """Several values of a graph in one tensor, so that a state of several values is one tensor all the same.
 
-The blocks of a WaveNet work on a pair: the value x and a sum to which every block adds (van den Oord et al. 2016, figure
-4). A class token that attends to patches is a pair, too: blocks change the token and read the patches. Such values are
-concatenated where their shapes allow it, and flattened first where they do not.
+The blocks of a WaveNet work on a pair: the value x and a sum to which every block adds (van den Oord et al. 2016,
+figure 4). A class token that attends to patches is a pair, too: blocks change the token and read the patches. Such
+values are concatenated where their shapes allow it, and flattened first where they do not.
 """
 
 from __future__ import annotations
@@ -69,12 +69,13 @@ class Packed:
         dim, widths = 1 if self.dim is None else self.dim, self._widths()
         found = {}
         for i, (value, like) in enumerate(zip(self.values, self.like, strict=True)):
+            if value is None:
+                continue
             start = sum(widths[:i])
             part = graph.call_function(_ATEN.slice.Tensor, (tensor, dim, start, start + widths[i]))
             if self.dim is None:
                 part = graph.call_function(_ATEN.reshape.default, (part, [-1, *like.meta["val"].shape[1:]]))
-            if value is not None:
-                found[value] = part
+            found[value] = part
         return found
 
     def packed(self, graph: Graph, copies: Mapping[Node, Node]) -> Node:
@@ -89,7 +90,7 @@ class Packed:
         """
         present = [i for i, value in enumerate(self.values) if value is not None]
         widths = self._widths()
-        parts = []
+        parts: list[Node] = []
         for i in range(present[0], present[-1] + 1):
             value = self.values[i]
             assert value is not None  # zeros stand before or after all values

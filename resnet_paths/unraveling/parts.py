@@ -1,14 +1,15 @@
-"""What a block is on a flat graph: the nodes between which its parts stand."""
+"""What a block is on a flat graph: the values between which its parts stand."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch.fx import Node
 
+from resnet_paths.unraveling.packing import Packed
 from resnet_paths.unraveling.tracing import Trace
 
-__all__ = ["Lane", "Part", "Rung"]
+__all__ = ["LadderStep", "Lane", "Part"]
 
 
 @dataclass(frozen=True)
@@ -16,30 +17,34 @@ class Part:
     """A block on the graph: ``start -pre-> fork -(skip, branches)-> merge -post-> end``.
 
     Attributes:
-        module: The module whose forward merges.
+        module: The module whose forward merges; empty where it does not tell one block from another.
         start: Where the block before ends.
         fork: Where skip and branches part.
-        merge: Where they are added, or concatenated.
-        end: The last node that belongs to the block.
-        skip: Operand of the merge; None where there is no skip.
-        branches: The other operands; several are alternatives that a path may take.
+        merge: What they add up to.
+        end: The last value that belongs to the block.
+        skip: What is added to the branches; None where there is no skip.
+        branches: What is added to the skip; several are alternatives that a path may take.
         inner: For each branch the blocks inside it; none where it holds no chain.
         onto_skip: Whether the branches are added to the skip one after the other, not their sum at once.
-        rungs: Where the part is a ladder, whose state is a pair, its blocks; it has no branches of its own then.
-        lane: The run of blocks it belongs to, where these carry something along; None elsewhere.
+        joins: Whether the operands are concatenated, that is, added in a wider space.
+        guess: Why the skip may be another operand; empty where it is certain.
     """
 
     module: str
-    start: Node
-    fork: Node
-    merge: Node
-    end: Node
-    skip: Node | None
-    branches: tuple[Node, ...]
+    start: Node | Packed
+    fork: Node | Packed
+    merge: Node | Packed
+    end: Node | Packed
+    skip: Node | Packed | None
+    branches: tuple[Node | Packed, ...]
     inner: tuple[tuple[Part, ...], ...] = ((),)
     onto_skip: bool = False
-    rungs: tuple[Rung, ...] = ()
-    lane: Lane | None = None
+    joins: bool = False
+    guess: str = ""
+
+    def starting_at(self, start: Node | Packed) -> Part:
+        """The same block, with what stands before it taken in."""
+        return replace(self, start=start)
 
 
 @dataclass(frozen=True)
@@ -50,17 +55,25 @@ class Lane:
         traced: The graph in which only what is made from their first value counts as dependent.
         entry: The last value before them.
         trunk: From their first value to the last merge.
-        carried: What they read beside it, made from the entry.
+        layout: The state that holds their value and what they read beside it.
     """
 
     traced: Trace
     entry: Node
     trunk: tuple[Node, ...]
-    carried: tuple[Node, ...]
+    layout: Packed
+
+    def state(self, x: Node) -> Packed:
+        """The state whose value is `x`."""
+        return self.layout.holding(x, *self.layout.values[1:])
+
+    def added(self, branch: Node) -> Packed:
+        """What a branch adds to the state: nothing to what is read beside the value."""
+        return self.layout.holding(branch, *[None] * (len(self.layout.values) - 1))
 
 
 @dataclass(frozen=True)
-class Rung:
+class LadderStep:
     """A block on the pair of a value x and a sum s, as in WaveNet: x + branch(x) and s + side(x).
 
     Attributes:

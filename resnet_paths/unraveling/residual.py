@@ -9,19 +9,22 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch.fx import Node
 
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.core.weight_layers import is_weighted
-from resnet_paths.unraveling.carrying import read_beside
+from resnet_paths.unraveling.concatenations import dimension
+from resnet_paths.unraveling.lanes import find_lane, same_batch
 from resnet_paths.unraveling.merges import Core, core_of, is_merge, refuse_other_merge, trunk_between
-from resnet_paths.unraveling.parts import Lane, Part
+from resnet_paths.unraveling.packing import Packed
+from resnet_paths.unraveling.parts import Part
 from resnet_paths.unraveling.tracing import Trace, is_within, module_path
 
 __all__ = ["residual_parts"]
+
+_CAT = torch.ops.aten.cat.default
 
 
 def residual_parts(traced: Trace, max_depth: int | None) -> list[Part]:
@@ -50,7 +53,7 @@ def _parts(traced: Trace, trunk: list[Node], depth: int | None, *, strict: bool 
             try:
                 cores.append(core_of(traced, fork, node))
             except ResnetPathsError:
-                found = _lane(traced, fork, node)
+                found = find_lane(traced, fork, node)
                 if strict and not found:
                     raise
                 cores += found
@@ -60,30 +63,82 @@ def _parts(traced: Trace, trunk: list[Node], depth: int | None, *, strict: bool 
         extended.append(node)
     if not strict:
         # Instruments take the batch from dimension 0, inside branches too.
-        cores = [core for core in cores if _same_batch(core.merge, trunk[0]) and _same_batch(core.fork, trunk[0])]
+        cores = [core for core in cores if same_batch(core.merge, trunk[0]) and same_batch(core.fork, trunk[0])]
     if not cores:
         return []
     line = _Line(extended, cores)
     ends = [line.end_of_post(index) for index in range(len(cores))]
     starts = [line.start_of_first(), *ends[:-1]]
-    return [
-        Part(
-            module_path(core.merge),
-            start,
-            core.fork,
-            core.merge,
-            end,
-            core.skip,
-            core.branches,
-            tuple(
-                _inside(core.lane.traced if core.lane else traced, core.fork, branch, depth) for branch in core.branches
-            ),
-            core.onto_skip,
-            core.rungs,
-            core.lane,
-        )
-        for start, core, end in zip(starts, cores, ends, strict=True)
-    ]
+    lanes = [None, *(core.lane for core in cores), None]
+    parts: list[Part] = []
+    for index, (start, core, end) in enumerate(zip(starts, cores, ends, strict=True)):
+        if core.ladder:
+            parts += _ladder_parts(core, start, end)
+        elif core.lane is not None:
+            parts.append(
+                _lane_part(
+                    core, start, end, enters=lanes[index] is not core.lane, leaves=lanes[index + 2] is not core.lane
+                )
+            )
+        else:
+            parts.append(_part(traced, core, start, end, depth))
+    return parts
+
+
+def _part(traced: Trace, core: Core, start: Node, end: Node, depth: int | None) -> Part:
+    inner = tuple(_inside(traced, core.fork, branch, depth) for branch in core.branches)
+    skip: Node | Packed | None = core.skip
+    branches: tuple[Node | Packed, ...] = core.branches
+    module = module_path(core.merge)
+    joins = core.merge.target is _CAT
+    if joins:
+        # Concatenation is addition in a wider space. It stands in the layer that reads it, not in the block's module.
+        module = ""
+        operands = tuple(core.merge.args[0])  # type: ignore[arg-type]
+        layout = Packed(operands, operands, dimension(core.merge))
+
+        def alone(operand: Node) -> Packed:
+            return layout.holding(*(node if node is operand else None for node in operands))
+
+        skip = None if core.skip is None else alone(core.skip)
+        branches = tuple(map(alone, core.branches))
+    return Part(module, start, core.fork, core.merge, end, skip, branches, inner, core.onto_skip, joins)
+
+
+def _lane_part(core: Core, start: Node, end: Node, *, enters: bool, leaves: bool) -> Part:
+    """A block whose state also holds what the blocks of its lane read; their branches are taken whole."""
+    lane = core.lane
+    assert lane is not None  # held by the caller
+    fork, merge = lane.state(core.fork), lane.state(core.merge)
+    branches = tuple(map(lane.added, core.branches))
+    return Part(
+        module_path(core.merge),
+        start if enters else lane.state(start),
+        fork,
+        merge,
+        end if leaves else lane.state(end),
+        fork,
+        branches,
+        ((),) * len(branches),
+        core.onto_skip,
+    )
+
+
+def _ladder_parts(core: Core, start: Node, end: Node) -> list[Part]:
+    """The blocks of a ladder, whose state holds x and the sum so far, under the name of the whole sum."""
+    total, layout = core.merge, core.layout
+    assert layout is not None  # a ladder has one
+    state: Node | Packed = layout.holding(core.ladder[0].fork, None)
+    before: Node | Packed = start
+    parts = []
+    for step, later in itertools.zip_longest(core.ladder, core.ladder[1:]):
+        fork = state
+        merge = layout.holding(step.merge or step.fork, total)
+        state = end if later is None else layout.holding(later.fork, total)
+        branch = layout.holding(step.branch, step.side)
+        parts.append(Part(module_path(step.merge or step.side), before, fork, merge, state, fork, (branch,)))
+        before = state
+    return parts
 
 
 def _inside(traced: Trace, fork: Node, branch: Node, depth: int | None) -> tuple[Part, ...]:
@@ -92,49 +147,6 @@ def _inside(traced: Trace, fork: Node, branch: Node, depth: int | None) -> tuple
         return ()
     below = None if depth is None else depth - 1
     return tuple(_parts(traced, trunk_between(traced, fork, branch), below, strict=False))
-
-
-def _lane(traced: Trace, entry: Node, merge: Node) -> list[Core]:
-    """The blocks that lead to a merge if what else they read is carried along; none if they are no such run."""
-    if traced.given or any(node.op != "placeholder" for node in traced.inputs):
-        return []  # in another lane
-    best: list[Core] = []
-    inside = traced.region([entry], merge)
-    # The first value may be a parameter, such as a class token.
-    firsts = traced.in_order(inside | {arg for node in inside for arg in node.all_input_nodes} - {entry, merge})
-    for first in firsts:
-        if len(first.users) < 2 or not _is_batch(first, entry):
-            continue
-        reduced = Trace(traced.graph, [first], traced.output, traced.tensors)
-        if not reduced.depends_on_input(merge):
-            continue
-        trunk = trunk_between(reduced, first, merge)
-        try:
-            cores = _cores(reduced, trunk)
-        except ResnetPathsError:
-            continue
-        if any(core.skip is not core.fork for core in cores):
-            continue  # streams that meet again and again (HRNet) are no run of residual blocks
-        # One block alone is none of several that read the same.
-        carried = read_beside(traced, reduced, first, merge) if len(cores) > max(len(best), 1) else None
-        if carried and cores[-1].merge is merge and all(node is entry or node in inside for node in carried):
-            lane = Lane(reduced, entry, tuple(trunk), tuple(carried))
-            best = [replace(core, lane=lane) for core in cores]
-    return best
-
-
-def _cores(traced: Trace, trunk: list[Node]) -> list[Core]:
-    pairs = itertools.pairwise(trunk)
-    return [core_of(traced, *pair) for pair in pairs if is_merge(traced, *pair, parts_too=False)]
-
-
-def _is_batch(node: Node, other: Node) -> bool:
-    return all(isinstance(n.meta.get("val"), torch.Tensor) for n in (node, other)) and _same_batch(node, other)
-
-
-def _same_batch(one: Node, other: Node) -> bool:
-    sizes = [node.meta["val"].shape[:1] for node in (one, other)]
-    return len(sizes[0]) == len(sizes[1]) == 1 and str(sizes[0][0]) == str(sizes[1][0])
 
 
 class _Line:
@@ -176,7 +188,7 @@ class _Line:
             end = node
         # A merge of vectors from all places of all examples: the block ends where examples are apart again.
         later = self.trunk[self.position[end] : limit + 1]
-        return next((node for node in later if _same_batch(node, self.trunk[0])), end)
+        return next((node for node in later if same_batch(node, self.trunk[0])), end)
 
     def start_of_first(self) -> Node:
         """Where the first block begins: at the trunk nodes before its fork that stand in its module."""

@@ -22,11 +22,11 @@ import torch
 from torch import nn
 from torch.fx import Graph, Node
 
-from resnet_paths._utils.errors import ResnetPathsError
+from resnet_paths._utils.errors import ResnetPathsError, UnravelError
 from resnet_paths.core.segments import Segment
-from resnet_paths.unraveling.packing import Packed, values_of
 from resnet_paths.unraveling.gates import write_gates_as_branches
 from resnet_paths.unraveling.in_place import write_out_of_place
+from resnet_paths.unraveling.packing import Packed, values_of
 
 __all__ = ["FixedShape", "Trace", "module_path", "trace"]
 
@@ -149,7 +149,7 @@ class Trace:
             An `nn.Identity` if the one target is the source, else a `Segment` in eval mode.
 
         Raises:
-            ResnetPathsError: If something besides the source and the context is needed.
+            UnravelError: If something besides the source and the context is needed.
         """
         if targets == (source,):
             return nn.Identity().eval()
@@ -183,9 +183,7 @@ class Trace:
                 copies[node] = graph.call_function(torch.ops.aten.sym_size.int, (copies[read], dim))
                 if times > 1:
                     copies[node] = graph.call_function(operator.floordiv, (copies[node], times))
-        results = [
-            target.packed(graph, copies) if isinstance(target, Packed) else copies[target] for target in targets
-        ]
+        results = [target.packed(graph, copies) if isinstance(target, Packed) else copies[target] for target in targets]
         graph.output(results[0] if len(results) == 1 else tuple(results))
         for node in beside:
             if not copies[node].users:

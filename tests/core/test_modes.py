@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 import resnet_paths as rp
 from resnet_paths.core.chain import Block, ResidualChain
-from resnet_paths.core.parts import Parallel, Scaled
 from resnet_paths.core.modes import depends_on_mode
+from resnet_paths.core.parts import Parallel, Scaled
 from resnet_paths.zoo.drawn import DrawnBlock
 
 

@@ -1,0 +1,62 @@
+"""Names of blocks: those of the modules that they are, each once in the whole tree."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Sequence
+
+from torch.fx import Node
+
+from resnet_paths.core.weight_layers import is_weighted
+from resnet_paths.unraveling.packing import values_of
+from resnet_paths.unraveling.parts import Part
+from resnet_paths.unraveling.tracing import Trace, common_module
+
+__all__ = ["names_of"]
+
+
+def names_of(traced: Trace, parts: Sequence[Part], taken: Collection[str] = ()) -> list[str]:
+    """A name for each block of a chain.
+
+    The name is that of the module whose forward merges. Where one module merges several times, each block is named
+    after the innermost module that holds its branch.
+
+    Args:
+        traced: The graph.
+        parts: The blocks, in order.
+        taken: Names that stand elsewhere in the tree.
+
+    Returns:
+        Names that differ from each other and from those taken: a module that is run again, with the same weights, is
+        ``layer``, ``layer@1``, ``layer@2``...
+    """
+    by_merge = [part.module for part in parts]
+    names: list[str] = []
+    for index, (part, name) in enumerate(zip(parts, by_merge, strict=True)):
+        used = {"", *taken, *names}
+        if name not in used and by_merge.count(name) == 1:
+            names.append(name)
+            continue
+        region = _branch_region(traced, part)
+        weighted = [node for node in region if is_weighted(node)]
+        candidates = [common_module(region), common_module(weighted)]
+        free = [candidate for candidate in candidates if candidate not in used | set(by_merge)]
+        known = next((candidate for candidate in [*candidates, name] if candidate), "")
+        if free:
+            names.append(free[0])
+        elif known in {*taken, *names}:
+            again = (f"{known}@{k}" for k in itertools.count(1))
+            names.append(next(each for each in again if each not in used))
+        else:
+            several = (f"{name or 'block'}{'#' if name else ''}{k}" for k in itertools.count(index))
+            names.append(next(each for each in several if each not in used))
+    return names
+
+
+def _branch_region(traced: Trace, part: Part) -> set[Node]:
+    """The nodes between the fork and the branches' ends."""
+    found: set[Node] = set()
+    for branch in part.branches:
+        for node in values_of(branch):
+            found |= traced.region(values_of(part.fork), node)
+    return found
