@@ -24,7 +24,7 @@ from resnet_paths._utils.errors import ResnetPathsError, nearest_names
 from resnet_paths.core.cache import ByBlock, Cache
 from resnet_paths.core.modes import depends_on_mode
 from resnet_paths.core.parts import Parallel, Placed, call_part, context_read_by
-from resnet_paths.core.paths import Entry, check_path, choices_of, num_paths
+from resnet_paths.core.paths import Entry, InBranch, branch_number, check_path, choices_of, num_paths
 from resnet_paths.core.summary import chain_table, dimensions, indented
 from resnet_paths.core.units import length_polynomial
 
@@ -39,6 +39,8 @@ class Block(nn.Module):
         skip: Identity, or the projection at a change of shape; None in a plain net.
         pre: What skip and branch share: the pre-activation at a change of stage (He et al. 2016b), a downsampling
             layer that stands between two stages.
+        pre_stays: Whether `pre` belongs to the place and not to the block, as a layer between two stages does: it stays
+            where it is when blocks trade places, and is not repeated with the block.
         post: What follows the addition: nothing in a pre-activation network, ReLU in a post-activation ResNet.
         name: Where the block stands in the model it was read from, such as ``"layer2.0"``.
         skip_kind: ``"identity"``, ``"projection"`` or ``"concat"``; None where there is no skip. Told from `skip` if
@@ -57,6 +59,7 @@ class Block(nn.Module):
         skip: nn.Module | None,
         *,
         pre: nn.Module | None = None,
+        pre_stays: bool = False,
         post: nn.Module | None = None,
         name: str = "",
         skip_kind: str | None = None,
@@ -70,6 +73,7 @@ class Block(nn.Module):
                 "skip", None, "a module where branch is None", f"Block {name!r} would cut the chain."
             )
         self.pre = pre if pre is not None else nn.Identity()
+        self.pre_stays = pre_stays
         self.skip = skip
         self.branch = branch
         self.post = post if post is not None else nn.Identity()
@@ -105,20 +109,74 @@ class Block(nn.Module):
     @property
     def path_choices(self) -> tuple[Any, ...]:
         """The entries it offers to a path: False for the skip, 1, 2... for its branches (`resnet_paths.core.paths`)."""
-        if isinstance(self.branch, ResidualChain) and len(self.branch):
-            return (*((False,) if self.skip is not None else ()), self.branch.path_choices)
-        branches = len(self.branch) if isinstance(self.branch, Parallel) else int(self.branch is not None)
-        skips = (False,) if self.skip is not None else ()
-        return (*skips, *((True, *range(2, branches + 1)) if branches else ()))
+        skips: tuple[Any, ...] = (False,) if self.skip is not None else ()
+        nested = self.nested
+        offered: list[Any] = []
+        for number in range(1, len(self.branches) + 1):
+            if number in nested:
+                offered.append(InBranch(nested[number].path_choices, number))
+            else:
+                offered.append(True if number == 1 else number)
+        return (*skips, *offered)
+
+    @property
+    def branches(self) -> tuple[nn.Module, ...]:
+        """What a path may take instead of the skip: the branch, or each of several; empty if it is deleted."""
+        if isinstance(self.branch, Parallel):
+            return tuple(self.branch)
+        return () if self.branch is None else (self.branch,)
+
+    @property
+    def nested(self) -> dict[int, ResidualChain]:
+        """The chains inside its branches, by the number of the branch, counted from 1."""
+        numbered = enumerate(self.branches, start=1)
+        return {number: chain for number, chain in numbered if isinstance(chain, ResidualChain) and len(chain)}
+
+    def with_nested(self, number: int, chain: ResidualChain) -> Block:
+        """The block with another chain in a branch.
+
+        Args:
+            number: Number of the branch, counted from 1.
+            chain: What takes its place.
+
+        Returns:
+            A block.
+        """
+        if not isinstance(self.branch, Parallel):
+            return self.replace(branch=chain)
+        branches = [chain if i == number else branch for i, branch in enumerate(self.branch, start=1)]
+        return self.replace(branch=Parallel(branches, onto_skip=self.branch.onto_skip))
 
     @property
     def keeps_shape(self) -> bool:
-        """Whether outputs have the shape of inputs, as far as known: such blocks of a stage may trade places."""
-        return self.in_shape == self.out_shape
+        """Whether outputs have the shape of inputs, as far as known: such blocks of a stage may trade places.
+
+        Without `pre`, where that stays in its place.
+        """
+        return self.in_shape == self.out_shape or (self.pre_stays and self.skip_kind == "identity")
+
+    def moved_behind(self, place: Block) -> Block:
+        """The block in the place of another: what stands before it is what stays in that place, else its own.
+
+        Args:
+            place: The block that stood there.
+
+        Returns:
+            A block.
+        """
+        if not (self.pre_stays or place.pre_stays) or self is place:
+            return self
+        own_shape = self.out_shape if self.pre_stays else self.in_shape
+        own_pre = None if self.pre_stays else self.pre
+        return self.replace(
+            pre=place.pre if place.pre_stays else own_pre,
+            pre_stays=place.pre_stays,
+            in_shape=place.in_shape if place.pre_stays else own_shape,
+        )
 
     def replace(self, **changes: Any) -> Block:
         """A block that shares all parts with this one but those in `changes`, named as in `Block`."""
-        fields = ("branch", "skip", "pre", "post", "name", "skip_kind", "stage", "in_shape", "out_shape")
+        fields = ("branch", "skip", "pre", "pre_stays", "post", "name", "skip_kind", "stage", "in_shape", "out_shape")
         block = Block(**({field: getattr(self, field) for field in fields} | changes))
         block.training = self.training  # not block.train(): the parts are shared
         return block
@@ -183,6 +241,7 @@ class ResidualChain(nn.Module):
         # Of a chain inside a branch: what it reads of the context of the chain around it.
         self.reads_context = tuple(name for name in _read_by(stem, *blocks, head) if name not in self.context_names)
         self.eval_only = False  # set for a chain that was read from a model in eval mode
+        self.notes: tuple[str, ...] = ()  # what was guessed when it was read; the end of the summary
 
     def begin(self, *inputs: Any, **keywords: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The first state, and the context that blocks and head read.
@@ -315,6 +374,7 @@ class ResidualChain(nn.Module):
     def _in_my_mode(self, chain: ResidualChain) -> ResidualChain:
         chain.training = chain.blocks.training = self.training  # not chain.train(): the parts are shared
         chain.eval_only = self.eval_only
+        chain.notes = self.notes
         return chain
 
     def __repr__(self) -> str:
@@ -333,7 +393,8 @@ class ResidualChain(nn.Module):
         first = f"ResidualChain of {len(self)} blocks, {self.num_paths:,} paths, {_count_parameters(self):,} parameters"
         if not len(self):
             return first
-        return "\n".join([first, indented(self.to_frame()).to_string(index=False, justify="left")])
+        table = indented(self.to_frame()).to_string(index=False, justify="left")
+        return "\n".join([first, table, *self.notes])
 
     def _repr_html_(self) -> str:
         """The same as a table in a notebook."""
@@ -412,10 +473,9 @@ def _take(block: Block, entry: Entry) -> Block:
     if not isinstance(entry, tuple) and not entry:
         return block.replace(branch=None)
     if isinstance(entry, tuple):
-        branch: nn.Module = path_network(cast("ResidualChain", block.branch), entry)
+        branch: nn.Module = path_network(block.nested[branch_number(entry)], entry)
     else:
-        assert block.branch is not None  # held by check_path
-        branch = block.branch[entry - 1] if isinstance(block.branch, Parallel) else block.branch
+        branch = block.branches[entry - 1]
     return block.replace(branch=branch, skip=None, skip_kind=None)
 
 

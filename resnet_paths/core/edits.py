@@ -96,14 +96,14 @@ def permute_blocks(chain: ResidualChain, order: Sequence[int | str]) -> Residual
         raise ResnetPathsError("order", list(order), f"a permutation of the {len(chain)} blocks")
     ends = [(positions[0], 0, "in_shape"), (positions[-1], len(chain) - 1, "out_shape")] if positions else []
     for new, old, shape in ends:
-        if getattr(chain[new], shape) != getattr(chain[old], shape):
+        if getattr(chain[new].moved_behind(chain[old]), shape) != getattr(chain[old], shape):
             raise ResnetPathsError(
                 "order",
                 chain[new].name,
                 f"a block with {shape} {getattr(chain[old], shape)} in place of {chain[old].name!r}",
                 "Only blocks of one stage that keep the shape may trade places.",
             )
-    return chain.with_blocks(chain[i] for i in positions)
+    return chain.with_blocks(chain[i].moved_behind(place) for i, place in zip(positions, chain, strict=True))
 
 
 def swap_blocks(chain: ResidualChain, first: int | str, second: int | str) -> ResidualChain:
@@ -112,14 +112,24 @@ def swap_blocks(chain: ResidualChain, first: int | str, second: int | str) -> Re
     Args:
         chain: The chain.
         first: Position or name.
-        second: Position or name.
+        second: Position or name. Positions are those in `chain`, also beside the name of a block inside a branch.
 
     Returns:
         A chain.
 
     Raises:
-        ResnetPathsError: If there is no such block, or shapes do not fit.
+        ResnetPathsError: If there is no such block, the two stand in different chains, or shapes do not fit.
     """
+    refuse_other_than_chain("chain", chain)
+    names = {b.name for b in chain}
+    inside = [block for block in (first, second) if isinstance(block, str) and block not in names]
+    if inside and not (isinstance(first, str) and isinstance(second, str)):
+        raise ResnetPathsError(
+            "blocks",
+            (first, second),
+            f"two blocks of one chain; {inside[0]!r} is no block of the chain that positions refer to",
+            "Give the names of both.",
+        )
 
     def swap(chain: ResidualChain) -> ResidualChain:
         order = list(range(len(chain)))
@@ -127,7 +137,7 @@ def swap_blocks(chain: ResidualChain, first: int | str, second: int | str) -> Re
         order[i], order[j] = order[j], order[i]
         return permute_blocks(chain, order)
 
-    return _at_depth_of(chain, first, swap)
+    return _at_depth_of(chain, inside[0] if inside else first, swap)
 
 
 def duplicate_block(chain: ResidualChain, block: int | str) -> ResidualChain:
@@ -151,7 +161,8 @@ def duplicate_block(chain: ResidualChain, block: int | str) -> ResidualChain:
         stem = original.name.split("#")[0]
         name = next(f"{stem}#{k}" for k in range(2, len(chain) + 3) if f"{stem}#{k}" not in names)
         blocks = list(chain)
-        blocks.insert(index + 1, original.replace(name=name))
+        copy = original.replace(name=name)
+        blocks.insert(index + 1, copy.moved_behind(copy.replace(pre_stays=False)) if original.pre_stays else copy)
         return chain.with_blocks(blocks)
 
     return _at_depth_of(chain, block, duplicate)
@@ -273,14 +284,15 @@ def _at_depth_of(
     refuse_other_than_chain("chain", chain)
     if isinstance(block, str) and block not in (b.name for b in chain):
         for index, outer in enumerate(chain):
-            if isinstance(outer.branch, ResidualChain) and _holds(outer.branch, block):
-                inside = outer.replace(branch=_at_depth_of(outer.branch, block, edit))
-                return chain.with_blocks(inside if i == index else b for i, b in enumerate(chain))
+            for number, nested in outer.nested.items():
+                if _holds(nested, block):
+                    inside = outer.with_nested(number, _at_depth_of(nested, block, edit))
+                    return chain.with_blocks(inside if i == index else b for i, b in enumerate(chain))
     return edit(chain)
 
 
 def _holds(chain: ResidualChain, name: str) -> bool:
-    return any(b.name == name or (isinstance(b.branch, ResidualChain) and _holds(b.branch, name)) for b in chain)
+    return any(b.name == name or any(_holds(nested, name) for nested in b.nested.values()) for b in chain)
 
 
 def _listed(blocks: Iterable[int | str]) -> list[int | str]:

@@ -1,9 +1,9 @@
 """Paths through residual blocks: counting, listing and drawing them, in exact integers at any depth.
 
-A path takes one entry a block: False for the skip, True for the branch (Veit et al. 2016, section 3). Where several
+A path takes one entry per block: False for the skip, True for the branch (Veit et al. 2016, section 3). Where several
 branches run in parallel the entry is the number of the branch, counted from 1; True is 1. Where a branch holds a chain
-of its own the entry is the path through that chain, a tuple. The length of a path is the number of blocks whose branch
-it takes, at every depth.
+of its own the entry is the path through that chain: a tuple, an `InBranch` where the branch is not the first. The
+length of a path is the number of blocks whose branch it takes, at every depth.
 
 Everything here works on `path_choices`, the entries that each block offers: ``(False, True)`` for a residual block,
 ``(True,)`` for one without skip, ``(False,)`` for a deleted one, ``(False, inner)`` where the branch is a chain whose
@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
-from typing import Protocol, SupportsIndex, TypeAlias
+from typing import Any, Protocol, SupportsIndex, TypeAlias
 
 import pandas as pd
 import torch
@@ -26,7 +26,9 @@ from resnet_paths._utils.errors import ResnetPathsError
 __all__ = [
     "Choices",
     "Entry",
+    "InBranch",
     "Path",
+    "branch_number",
     "check_path",
     "enumerate_paths",
     "path_histogram",
@@ -55,6 +57,49 @@ class HasPathChoices(Protocol):
     @property
     def path_choices(self) -> Choices:
         """The entries that each block offers to a path."""
+
+
+class InBranch(tuple[Any, ...]):
+    """A path through the chain inside a branch, as an entry of a path; or the choices that such a chain offers.
+
+    It is a tuple; that of a block's first branch equals the plain tuple of its entries.
+
+    Args:
+        entries: An entry for each block of the chain inside.
+        branch: Number of the branch among those that a path may take, counted from 1.
+    """
+
+    branch: int
+
+    def __new__(cls, entries: Iterable[Any], branch: int = 1) -> InBranch:
+        """The entries, with the number of their branch."""
+        made = super().__new__(cls, entries)
+        made.branch = branch
+        return made
+
+    def __eq__(self, other: object) -> bool:
+        return tuple.__eq__(self, other) is True and self.branch == branch_number(other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash((tuple(self), self.branch)) if self.branch > 1 else tuple.__hash__(self)
+
+    def __repr__(self) -> str:
+        """As a tuple; with the number of the branch where it is not the first."""
+        entries = tuple.__repr__(self)
+        return f"InBranch({entries}, branch={self.branch})" if self.branch > 1 else entries
+
+    def __getnewargs__(self) -> tuple[tuple[Any, ...], int]:
+        return tuple(self), self.branch
+
+
+def branch_number(entry: object) -> int:
+    """Number of the branch that an entry of a path takes, counted from 1; 0 for the skip."""
+    if isinstance(entry, tuple):
+        return getattr(entry, "branch", 1)
+    return int(entry)  # type: ignore[call-overload,no-any-return]
 
 
 def choices_of(chain: HasPathChoices | int) -> Choices:
@@ -241,7 +286,8 @@ def _entries(offered: Sequence[Choice], allowed: int, lengths_after: int) -> Ite
     for choice in offered:
         if isinstance(choice, tuple):
             possible = [k for k, count in enumerate(_polynomial(choice)) if count]
-            yield from _paths(choice, sum(1 << k for k in possible if allowed >> (k + 1) & lengths_after))
+            inner = _paths(choice, sum(1 << k for k in possible if allowed >> (k + 1) & lengths_after))
+            yield from (InBranch(path, branch_number(choice)) for path in inner)
         elif allowed >> bool(choice) & lengths_after:
             yield choice
 
@@ -328,7 +374,10 @@ def _sampler(choices: Choices, longest: int) -> Callable[[int, Iterator[float]],
             numbers = [_number_of_entries(choice, taken) for choice in offered]
             which = _pick(numbers, next(uniforms)) if sum(map(bool, numbers)) > 1 else numbers.index(max(numbers))
             sampler, choice = samplers[which], offered[which]
-            path.append(choice if sampler is None else sampler(taken - 1, uniforms))
+            if sampler is None:
+                path.append(choice)
+            else:
+                path.append(InBranch(sampler(taken - 1, uniforms), branch_number(choice)))
         return tuple(path)
 
     return draw
@@ -374,9 +423,9 @@ def check_path(choices: Choices, path: Sequence[Entry]) -> Path:
     if len(path) != len(choices):
         raise ResnetPathsError("path", path, f"{len(choices)} entries, one a block")
     for index, (entry, offered) in enumerate(zip(path, choices, strict=True)):
-        inner = [choice for choice in offered if isinstance(choice, tuple)]
-        if isinstance(entry, tuple) and inner:
-            check_path(inner[0], entry)
+        inner = {branch_number(choice): choice for choice in offered if isinstance(choice, tuple)}
+        if isinstance(entry, tuple) and branch_number(entry) in inner:
+            check_path(inner[branch_number(entry)], entry)
         elif entry not in offered or isinstance(entry, tuple):
             raise ResnetPathsError(
                 f"path[{index}]",

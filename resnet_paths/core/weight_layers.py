@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-__all__ = ["are_side_by_side", "is_weighted", "weight_layers"]
+__all__ = ["are_side_by_side", "is_weighted", "makes_branch", "weight_layers"]
 
 _ATEN = torch.ops.aten
 _CONVOLUTIONS = {
@@ -31,12 +31,75 @@ _PRODUCTS = {
     _ATEN.bmm.default,
     _ATEN.einsum.default,
 }
+_RECURRENT = {
+    _ATEN.lstm.input,
+    _ATEN.gru.input,
+    _ATEN.rnn_tanh.input,
+    _ATEN.rnn_relu.input,
+    _ATEN.lstm.data,
+    _ATEN.gru.data,
+    _ATEN.rnn_tanh.data,
+    _ATEN.rnn_relu.data,
+}
+_FOURIER = {
+    "aten::fft_fft",
+    "aten::fft_ifft",
+    "aten::fft_rfft",
+    "aten::fft_irfft",
+    "aten::fft_fft2",
+    "aten::fft_ifft2",
+    "aten::fft_rfft2",
+    "aten::fft_irfft2",
+    "aten::fft_fftn",
+    "aten::fft_ifftn",
+    "aten::fft_rfftn",
+    "aten::fft_irfftn",
+    "aten::_fft_c2c",
+    "aten::_fft_r2c",
+    "aten::_fft_c2r",
+}
+_OTHERS = {"torchvision::deform_conv2d", "aten::scaled_dot_product_attention", "aten::_native_multi_head_attention"}
+_POOLINGS = {
+    _ATEN.avg_pool1d.default,
+    _ATEN.avg_pool2d.default,
+    _ATEN.avg_pool3d.default,
+    _ATEN.max_pool1d.default,
+    _ATEN.max_pool2d.default,
+    _ATEN.max_pool3d.default,
+}
 _MODULES = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear)
 
 
 def is_weighted(node: Node) -> bool:
-    """Whether a node is a convolution, a linear map or a product of matrices, be it of two activations."""
-    return node.target in _CONVOLUTIONS or node.target in _PRODUCTS
+    """Whether a node mixes features as a weight layer does.
+
+    These are convolutions of any kind, linear maps and other products of matrices, also of two activations, recurrent
+    layers, attention and Fourier transforms. Normalisation, activations and products number by number are not.
+
+    Args:
+        node: A node of an exported graph.
+
+    Returns:
+        Whether it does.
+    """
+    if node.target in _CONVOLUTIONS or node.target in _PRODUCTS or node.target in _RECURRENT:
+        return True
+    name = node.target._schema.name if isinstance(node.target, torch._ops.OpOverload) else ""
+    return name in _FOURIER or name in _OTHERS
+
+
+def makes_branch(node: Node) -> bool:
+    """Whether an operand of an addition is a branch if a node is in it: a weight layer, or pooling in windows.
+
+    An activation or a normalisation that adds its input, such as Snake or GRN, is none.
+
+    Args:
+        node: A node of an exported graph.
+
+    Returns:
+        Whether it does.
+    """
+    return is_weighted(node) or node.target in _POOLINGS
 
 
 def weight_layers(module: nn.Module | None) -> int:
@@ -87,6 +150,8 @@ def _longest_route(module: GraphModule) -> int:
 
 def _has_weight(node: Node, learned: set[Node]) -> bool:
     """Whether an operand of a convolution or product is learned; a bias is none."""
+    if node.target in _RECURRENT:
+        return any(operand in learned for operand in node.all_input_nodes)
     operands: Any = node.args[1] if node.target is _ATEN.einsum.default else node.args
     operands = operands[1:] if node.target is _ATEN.addmm.default else operands[:2]
     return any(operand in learned for operand in operands)

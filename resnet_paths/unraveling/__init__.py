@@ -25,7 +25,7 @@ from resnet_paths.unraveling.assembly import assemble
 from resnet_paths.unraveling.by_hand import chain_of_named_blocks, unlike
 from resnet_paths.unraveling.concatenations import nest_concatenations, write_partial_additions
 from resnet_paths.unraveling.given import find_parts
-from resnet_paths.unraveling.parts import Part
+from resnet_paths.unraveling.parts import Options, Part
 from resnet_paths.unraveling.tracing import Trace, name_of, trace
 
 __all__ = ["unravel"]
@@ -38,6 +38,7 @@ def unravel(
     output: str | int | None = None,
     max_depth: int | None = None,
     blocks: Sequence[str] | None = None,
+    skip: str | Sequence[str] = (),
 ) -> ResidualChain:
     """The chain of residual blocks that a model is (Veit et al. 2016, section 3).
 
@@ -61,6 +62,9 @@ def unravel(
             exported as a whole. They run once each, on one tensor, one right after the other, and are exported one by
             one. What runs before and after them is run as it is; what runs after them may read the input in no other
             way than through them.
+
+        skip: Names of modules that are skips, such as ``"layer1.0.proj"``, for additions of values that carry as much:
+            of these neither is known to be the skip otherwise.
 
     Returns:
         A chain with ``chain(x) == model(x)``, which is checked on `example_inputs`; a chain of named `blocks` also on
@@ -98,7 +102,7 @@ def unravel(
     is_plain = signature.is_plain and returned is expected
     called = model if is_plain else Call(model, signature, output)
     traced = nest_concatenations(write_partial_additions(trace(called, tensors)))
-    parts, context = find_parts(traced, max_depth)
+    parts, context = find_parts(traced, Options(max_depth, (skip,) if isinstance(skip, str) else tuple(skip)))
     chain = assemble(traced, parts, None if is_plain else signature, context)
     with torch.no_grad():
         found = chain(*args, **kwargs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from torch import nn
 from torch.fx import Node
@@ -35,7 +35,10 @@ def assemble(
     shapes = [tuple(node.meta["val"].shape[1:]) for node in traced.inputs]
     tensors_of = None if signature is None else signature.tensors
     stem = FixedShape(traced.segment(traced.inputs, parts[0].start, *context), shapes, tensors_of)
-    return _Assembler(traced, context).chain(stem, parts, traced.output, [node.name for node in context])
+    assembler = _Assembler(traced, context)
+    chain = assembler.chain(stem, parts, traced.output, context_names=[node.name for node in context])
+    chain.notes = tuple(assembler.notes)
+    return chain
 
 
 class _Assembler:
@@ -45,37 +48,49 @@ class _Assembler:
         self.traced = traced
         self.context = list(context)
         self.names: set[str] = set()
+        self.notes: list[str] = []
 
     def cut(self, source: Node | Packed, target: Node | Packed) -> nn.Module:
         """What leads from one state to another."""
         return self.traced.segment(source, target, context=self.context)
 
     def chain(
-        self, stem: nn.Module, parts: Sequence[Part], target: Node | Packed, names: Sequence[str] = ()
+        self,
+        stem: nn.Module,
+        parts: Sequence[Part],
+        target: Node | Packed,
+        *,
+        context_names: Sequence[str] = (),
+        outer_names: Collection[str] = (),
     ) -> ResidualChain:
-        """The chain from a stem to a target, with its blocks between; `names` are those of its context."""
-        # The whole tree has no two blocks of one name; the outer blocks are named first.
-        block_names = names_of(self.traced, parts, self.names)
-        self.names.update(block_names)
+        """The chain from a stem to a target, with its blocks between; blocks around it bear the outer names."""
+        # The whole tree has no two blocks of one name. Those inside branches are named before those around them, but
+        # leave the names of the modules that these are.
+        own = {part.module for part in parts}
+        branches = [self._branches(part, {*outer_names, *own}) for part in parts]
+        names = names_of(self.traced, parts, {*self.names, *outer_names})
+        self.names.update(names)
         blocks: list[Block] = []
         stage, state = 0, parts[0].start
-        for part, name in zip(parts, block_names, strict=True):
+        for part, made, name in zip(parts, branches, names, strict=True):
             if blocks and _shape(part.end) != _shape(state):
                 stage += 1
             # Nodes that stand between two blocks of a plain net and belong to neither go before the later one.
-            blocks.append(self._block(part.starting_at(state), name, stage))
+            blocks.append(self._block(part.starting_at(state), made, name, stage))
             state = part.end
-        chain = ResidualChain(stem, blocks, self.cut(state, target), names)
+            if part.guess:
+                self.notes.append(f"{name}: {part.guess}.")
+        chain = ResidualChain(stem, blocks, self.cut(state, target), context_names)
         chain.training = chain.blocks.training = False
         chain.eval_only = True
         return chain
 
-    def _block(self, part: Part, name: str, stage: int) -> Block:
-        branches = [self._branch(part, branch, inner) for branch, inner in zip(part.branches, part.inner, strict=True)]
+    def _block(self, part: Part, branches: Sequence[nn.Module], name: str, stage: int) -> Block:
         block = Block(
             branches[0] if len(branches) == 1 else Parallel(branches, onto_skip=part.onto_skip),
             None if part.skip is None else self.cut(part.fork, part.skip),
             pre=self.cut(part.start, part.fork),
+            pre_stays=part.pre_stays,
             post=self.cut(part.merge, part.end),
             name=name,
             skip_kind="concat" if part.joins and part.skip is not None else None,
@@ -86,11 +101,15 @@ class _Assembler:
         block.training = False
         return block
 
-    def _branch(self, part: Part, branch: Node | Packed, inner: Sequence[Part]) -> nn.Module:
-        """What leads from the fork to an operand of the merge: a chain of its own where there are blocks on the way."""
-        if not inner:
-            return self.cut(part.fork, branch)
-        return self.chain(self.cut(part.fork, inner[0].start), inner, branch)
+    def _branches(self, part: Part, outer_names: Collection[str]) -> list[nn.Module]:
+        """What leads from the fork to each branch's end: a chain of its own where there are blocks on the way."""
+        made: list[nn.Module] = []
+        for branch, inner in zip(part.branches, part.inner, strict=True):
+            if inner:
+                made.append(self.chain(self.cut(part.fork, inner[0].start), inner, branch, outer_names=outer_names))
+            else:
+                made.append(self.cut(part.fork, branch))
+        return made
 
 
 def _shape(state: Node | Packed) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.unraveling.context import context_of
-from resnet_paths.unraveling.parts import Part
+from resnet_paths.unraveling.parts import Options, Part
 from resnet_paths.unraveling.plain import plain_parts
 from resnet_paths.unraveling.residual import residual_parts
 from resnet_paths.unraveling.tracing import Trace
@@ -21,12 +21,12 @@ from resnet_paths.unraveling.tracing import Trace
 __all__ = ["find_parts"]
 
 
-def find_parts(traced: Trace, max_depth: int | None) -> tuple[list[Part], list[Node]]:
+def find_parts(traced: Trace, options: Options) -> tuple[list[Part], list[Node]]:
     """The blocks of a network, residual ones or else the modules of a plain net, and their context.
 
     Args:
         traced: The network's graph.
-        max_depth: How many chains may stand inside one another; None for any number.
+        options: What the caller says of the structure.
 
     Returns:
         The blocks in order, at least one; the values that the stem computes for blocks and head to read.
@@ -39,12 +39,12 @@ def find_parts(traced: Trace, max_depth: int | None) -> tuple[list[Part], list[N
     found: list[list[Part]] = []
     refusal = None
     try:
-        found.append(residual_parts(traced, max_depth))
+        found.append(residual_parts(traced, options))
     except ResnetPathsError as error:
         refusal = error
     for given in _subsets(traced.inputs):
         reduced = Trace(traced.graph, traced.inputs, traced.output, traced.tensors, given)
-        found.append(_parts_given(reduced, max_depth))
+        found.append(_parts_given(reduced, options))
     # The first of those with the most blocks: given nothing, where that gives as many.
     best = max(found, key=_number, default=[])
     if best:
@@ -67,10 +67,10 @@ def _subsets(inputs: Sequence[Node]) -> Iterator[tuple[Node, ...]]:
         yield from itertools.combinations(inputs, len(inputs) - 1)
 
 
-def _parts_given(reduced: Trace, max_depth: int | None) -> list[Part]:
+def _parts_given(reduced: Trace, options: Options) -> list[Part]:
     if not reduced.depends_on_input(reduced.output):
         return []
     try:
-        return residual_parts(reduced, max_depth)
+        return residual_parts(reduced, options)
     except ResnetPathsError:
         return []

@@ -20,13 +20,14 @@ import torch
 from torch.fx import Node
 
 from resnet_paths._utils.errors import ResnetPathsError
-from resnet_paths.core.weight_layers import is_weighted
+from resnet_paths.core.weight_layers import is_weighted, makes_branch
 from resnet_paths.unraveling.concatenations import are_apart, concatenated, is_in_groups
 from resnet_paths.unraveling.packing import Packed, pack
 from resnet_paths.unraveling.parts import LadderStep, Lane
-from resnet_paths.unraveling.tracing import Trace, describe
+from resnet_paths.unraveling.skips import skip_among
+from resnet_paths.unraveling.tracing import Trace, common_module, describe, is_within, module_path
 
-__all__ = ["Core", "core_of", "is_merge", "refuse_node", "refuse_other_merge", "trunk_between"]
+__all__ = ["Core", "core_of", "is_merge", "owner_of", "refuse_node", "refuse_other_merge", "trunk_between"]
 
 _ADD = torch.ops.aten.add.Tensor
 _CAT = torch.ops.aten.cat.default
@@ -86,11 +87,12 @@ class Core:
     onto_skip: bool = False
     ladder: tuple[LadderStep, ...] = ()
     layout: Packed | None = None
+    guess: str = ""
     lane: Lane | None = None
 
 
 def is_merge(traced: Trace, fork: Node, node: Node, *, parts_too: bool) -> bool:
-    """Whether a node adds two values that depend on the input, or concatenates branches, with weights before it.
+    """Whether a node adds two values that depend on the input, or concatenates branches, with a weight layer before it.
 
     Args:
         traced: The graph.
@@ -109,10 +111,8 @@ def is_merge(traced: Trace, fork: Node, node: Node, *, parts_too: bool) -> bool:
 
 
 def _holds_weights(traced: Trace, fork: Node, merge: Node) -> bool:
-    """Whether anything with parameters stands between fork and merge: x + sin(x) is an activation, not a block."""
-    inside = {a for n in traced.region([fork], merge) for a in n.all_input_nodes if not traced.depends_on_input(a)}
-    # A weight may be standardised or cut before it is used.
-    return fork.meta["val"].is_floating_point() and traced.reads_tensors(inside)
+    """Whether a layer stands between fork and merge: x + sin(a x) / a is an activation, not a block."""
+    return fork.meta["val"].is_floating_point() and any(map(makes_branch, traced.region([fork], merge)))
 
 
 def refuse_other_merge(traced: Trace, fork: Node, node: Node) -> None:
@@ -134,13 +134,14 @@ def refuse_other_merge(traced: Trace, fork: Node, node: Node) -> None:
         refuse_node(node, f"blocks that add their branch to the skip, not {how}")
 
 
-def core_of(traced: Trace, fork: Node, merge: Node) -> Core:
+def core_of(traced: Trace, fork: Node, merge: Node, skips: Sequence[str] = ()) -> Core:
     """Which operands of a merge are the skip and the branches.
 
     Args:
         traced: The graph.
         fork: The node on the trunk before it.
         merge: The merge.
+        skips: Names of modules that are skips, where the graph does not tell.
 
     Returns:
         The merge and what it adds up.
@@ -157,9 +158,9 @@ def core_of(traced: Trace, fork: Node, merge: Node) -> Core:
     operands = traced.dependent_inputs(merge)
     summands = _summands(traced, fork, merge)
     if len(summands) > 2 and _are_alternatives(traced, fork, summands):
-        skip = _skip_among(traced, fork, summands)
+        skip, guess = skip_among(traced, fork, summands, skips)
         branches = tuple(s for s in summands if s is not skip)
-        return Core(fork, merge, skip, branches, onto_skip=skip is not None and skip not in operands)
+        return Core(fork, merge, skip, branches, onto_skip=skip is not None and skip not in operands, guess=guess)
     shared = traced.region([fork], operands[0]) & traced.region([fork], operands[1])
     ladder = _ladder(traced, fork, merge, summands) if shared else ()
     layout = pack(fork, merge) if ladder else None
@@ -168,8 +169,27 @@ def core_of(traced: Trace, fork: Node, merge: Node) -> Core:
     if shared:
         node = traced.in_order(shared)[0]
         refuse_node(node, f"a skip and a branch that share nothing between fork {fork.name} and merge {merge.name}")
-    skip = _skip_among(traced, fork, operands)
-    return Core(fork, merge, skip, tuple(o for o in operands if o is not skip))
+    skip, guess = skip_among(traced, fork, operands, skips)
+    return Core(fork, merge, skip, tuple(o for o in operands if o is not skip), guess=guess)
+
+
+def owner_of(traced: Trace, core: Core) -> str:
+    """The module that a merge belongs to: the one whose forward adds, or that holds both the addition and the branch.
+
+    Args:
+        traced: The graph, or that of the merge's lane.
+        core: The merge.
+
+    Returns:
+        The module's name; empty for the model itself.
+    """
+    path = module_path(core.merge)
+    graph = traced if core.lane is None else core.lane.traced
+    ends = core.branches or tuple(step.side for step in core.ladder)
+    region = set().union(*(graph.region([core.fork], end) for end in ends))
+    if core.merge.target is _CAT or any(is_within(module_path(node), path) for node in region):
+        return path
+    return common_module([core.merge, *region])  # the addition is a module of its own
 
 
 def _summands(traced: Trace, fork: Node, merge: Node) -> list[Node]:
@@ -221,14 +241,6 @@ def _ladder(traced: Trace, fork: Node, merge: Node, summands: Sequence[Node]) ->
     if any(fork in traced.region([x], made) for x, made in read if x is not fork and made is not x):
         return ()  # a block reads the fork beside its own value
     return tuple(ladder)
-
-
-def _skip_among(traced: Trace, fork: Node, operands: Sequence[Node]) -> Node | None:
-    """The fork itself, else the one operand of the fewest weight layers; None if no single one has the fewest."""
-    if fork in operands:
-        return fork
-    costs = [sum(map(is_weighted, traced.region([fork], operand))) for operand in operands]
-    return operands[costs.index(min(costs))] if costs.count(min(costs)) == 1 else None
 
 
 def refuse_node(node: Node, allowed: str) -> NoReturn:

@@ -9,7 +9,25 @@ from torch.fx import Node
 from resnet_paths.unraveling.packing import Packed
 from resnet_paths.unraveling.tracing import Trace
 
-__all__ = ["LadderStep", "Lane", "Part"]
+__all__ = ["LadderStep", "Lane", "Options", "Part"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the caller says of a model's structure.
+
+    Attributes:
+        max_depth: How many chains may stand inside one another; None for any number.
+        skips: Names of modules that are skips, where the graph does not tell.
+    """
+
+    max_depth: int | None = None
+    skips: tuple[str, ...] = ()
+
+    @property
+    def inside(self) -> Options:
+        """The options for chains inside branches."""
+        return self if self.max_depth is None else replace(self, max_depth=self.max_depth - 1)
 
 
 @dataclass(frozen=True)
@@ -27,7 +45,8 @@ class Part:
         inner: For each branch the blocks inside it; none where it holds no chain.
         onto_skip: Whether the branches are added to the skip one after the other, not their sum at once.
         joins: Whether the operands are concatenated, that is, added in a wider space.
-        guess: Why the skip may be another operand; empty where it is certain.
+        guess: How the skip was guessed; empty where it is certain.
+        pre_stays: Whether what stands between start and fork belongs to no block.
     """
 
     module: str
@@ -41,6 +60,7 @@ class Part:
     onto_skip: bool = False
     joins: bool = False
     guess: str = ""
+    pre_stays: bool = False
 
     def starting_at(self, start: Node | Packed) -> Part:
         """The same block, with what stands before it taken in."""

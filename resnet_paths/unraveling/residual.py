@@ -14,12 +14,12 @@ import torch
 from torch.fx import Node
 
 from resnet_paths._utils.errors import ResnetPathsError
-from resnet_paths.core.weight_layers import is_weighted
+from resnet_paths.core.weight_layers import is_weighted, makes_branch
 from resnet_paths.unraveling.concatenations import dimension
 from resnet_paths.unraveling.lanes import find_lane, same_batch
-from resnet_paths.unraveling.merges import Core, core_of, is_merge, refuse_other_merge, trunk_between
+from resnet_paths.unraveling.merges import Core, core_of, is_merge, owner_of, refuse_other_merge, trunk_between
 from resnet_paths.unraveling.packing import Packed
-from resnet_paths.unraveling.parts import Part
+from resnet_paths.unraveling.parts import Options, Part
 from resnet_paths.unraveling.tracing import Trace, is_within, module_path
 
 __all__ = ["residual_parts"]
@@ -27,12 +27,12 @@ __all__ = ["residual_parts"]
 _CAT = torch.ops.aten.cat.default
 
 
-def residual_parts(traced: Trace, max_depth: int | None) -> list[Part]:
+def residual_parts(traced: Trace, options: Options) -> list[Part]:
     """The residual blocks of a network.
 
     Args:
         traced: The network's graph.
-        max_depth: How many chains may stand inside one another; None for any number.
+        options: What the caller says of the structure.
 
     Returns:
         The blocks in order; none for a plain net.
@@ -40,10 +40,10 @@ def residual_parts(traced: Trace, max_depth: int | None) -> list[Part]:
     Raises:
         ResnetPathsError: If the network is not a chain; the node that breaks it is named.
     """
-    return _parts(traced, trunk_between(traced, None, traced.output), max_depth)
+    return _parts(traced, trunk_between(traced, None, traced.output), options)
 
 
-def _parts(traced: Trace, trunk: list[Node], depth: int | None, *, strict: bool = True) -> list[Part]:
+def _parts(traced: Trace, trunk: list[Node], options: Options, *, strict: bool = True) -> list[Part]:
     """The blocks of a network with skips; empty if there is no merge on the trunk."""
     # Inside a branch nothing is refused, `strict` is False: what is no merge there is a part of the branch.
     cores: list[Core] = []
@@ -51,7 +51,7 @@ def _parts(traced: Trace, trunk: list[Node], depth: int | None, *, strict: bool 
     for fork, node in itertools.pairwise(trunk):
         if is_merge(traced, fork, node, parts_too=strict):
             try:
-                cores.append(core_of(traced, fork, node))
+                cores.append(core_of(traced, fork, node, options.skips))
             except ResnetPathsError:
                 found = find_lane(traced, fork, node)
                 if strict and not found:
@@ -66,7 +66,7 @@ def _parts(traced: Trace, trunk: list[Node], depth: int | None, *, strict: bool 
         cores = [core for core in cores if same_batch(core.merge, trunk[0]) and same_batch(core.fork, trunk[0])]
     if not cores:
         return []
-    line = _Line(extended, cores)
+    line = _Line(traced, extended, cores)
     ends = [line.end_of_post(index) for index in range(len(cores))]
     starts = [line.start_of_first(), *ends[:-1]]
     lanes = [None, *(core.lane for core in cores), None]
@@ -81,15 +81,15 @@ def _parts(traced: Trace, trunk: list[Node], depth: int | None, *, strict: bool 
                 )
             )
         else:
-            parts.append(_part(traced, core, start, end, depth))
+            parts.append(_part(traced, core, start, end, options))
     return parts
 
 
-def _part(traced: Trace, core: Core, start: Node, end: Node, depth: int | None) -> Part:
-    inner = tuple(_inside(traced, core.fork, branch, depth) for branch in core.branches)
+def _part(traced: Trace, core: Core, start: Node, end: Node, options: Options) -> Part:
+    inner = tuple(_inside(traced, core.fork, branch, options) for branch in core.branches)
     skip: Node | Packed | None = core.skip
     branches: tuple[Node | Packed, ...] = core.branches
-    module = module_path(core.merge)
+    module = owner_of(traced, core)
     joins = core.merge.target is _CAT
     if joins:
         # Concatenation is addition in a wider space. It stands in the layer that reads it, not in the block's module.
@@ -102,7 +102,18 @@ def _part(traced: Trace, core: Core, start: Node, end: Node, depth: int | None) 
 
         skip = None if core.skip is None else alone(core.skip)
         branches = tuple(map(alone, core.branches))
-    return Part(module, start, core.fork, core.merge, end, skip, branches, inner, core.onto_skip, joins)
+    stays = _stands_between(traced, module, start, core.fork)
+    return Part(
+        module, start, core.fork, core.merge, end, skip, branches, inner, core.onto_skip, joins, core.guess, stays
+    )
+
+
+def _stands_between(traced: Trace, module: str, start: Node, fork: Node) -> bool:
+    """Whether what leads from a block to the fork of the next belongs to neither, as a layer between two stages."""
+    nodes = traced.region([start], fork)
+    if module:
+        return bool(nodes) and not any(is_within(module_path(node), module) for node in nodes)
+    return any(map(makes_branch, nodes))
 
 
 def _lane_part(core: Core, start: Node, end: Node, *, enters: bool, leaves: bool) -> Part:
@@ -141,18 +152,17 @@ def _ladder_parts(core: Core, start: Node, end: Node) -> list[Part]:
     return parts
 
 
-def _inside(traced: Trace, fork: Node, branch: Node, depth: int | None) -> tuple[Part, ...]:
+def _inside(traced: Trace, fork: Node, branch: Node, options: Options) -> tuple[Part, ...]:
     """The blocks of the chain inside a branch."""
-    if branch is fork or (depth is not None and depth < 1):
+    if branch is fork or options.max_depth == 0:
         return ()
-    below = None if depth is None else depth - 1
-    return tuple(_parts(traced, trunk_between(traced, fork, branch), below, strict=False))
+    return tuple(_parts(traced, trunk_between(traced, fork, branch), options.inside, strict=False))
 
 
 class _Line:
     """A trunk with its merges: where on it each block begins and ends."""
 
-    def __init__(self, trunk: list[Node], cores: Sequence[Core]) -> None:
+    def __init__(self, traced: Trace, trunk: list[Node], cores: Sequence[Core]) -> None:
         self.trunk = trunk
         self.position = {node: i for i, node in enumerate(trunk)}
         # A block before a lane ends where the lane is entered, at the latest.
@@ -162,7 +172,7 @@ class _Line:
             for core, last in zip(cores, before, strict=False)
         ]
         self.merges = [core.merge for core in cores]
-        self.modules = [module_path(merge) for merge in self.merges]
+        self.modules = [owner_of(traced, core) for core in cores]
         self._merges_of = Counter(self.modules)
 
     def end_of_post(self, index: int) -> Node:
