@@ -27,9 +27,10 @@ from resnet_paths.core.edits import (
     permute_blocks,
     scale_block,
 )
-from resnet_paths.core.inputs import call, checked_inputs, each_tensor, num_examples
+from resnet_paths.core.inputs import checked_inputs, each_tensor, num_examples
 from resnet_paths.core.parts import Constant
 from resnet_paths.core.placement import device_of
+from resnet_paths.core.signature import arguments_of
 
 __all__ = [
     "Lesion",
@@ -262,22 +263,22 @@ def mean_replacements(chain: ResidualChain, inputs: Any) -> list[Lesion]:
         A lesion a block that has a branch.
 
     Raises:
-        ResnetPathsError: If the chain is in training mode, there is no example, or blocks work on several tensors.
+        ResnetPathsError: If the chain is in training mode, or there is no example.
     """
     refuse_other_than_chain("chain", chain)
     refuse_training_mode("chain", chain)
     inputs = checked_inputs(inputs)
     if not num_examples(inputs):
         raise ResnetPathsError("inputs", "0 examples", "at least one example")
-    lesions, device = [], device_of(chain)
-    with torch.no_grad():  # on copies: parts written by hand may work in place
-        state = call(chain.stem, each_tensor(lambda t: t.to(device, copy=True), inputs))
-        for index, block in enumerate(chain):
-            if block.branch is not None:
-                output = block.branch(block.pre(each_tensor(torch.clone, state)))
-                lesions.append(_replacement(f"mean of {_name(chain, index)}", index, Constant(output.mean(0))))
-            state = block(state)
-    return lesions
+    device = device_of(chain)
+    args, kwargs = arguments_of(each_tensor(lambda t: t.to(device, copy=True), inputs))
+    with torch.no_grad():
+        _, cache = chain.run_with_cache(*args, **kwargs)
+    return [
+        _replacement(f"mean of {_name(chain, index)}", index, Constant(output.mean(0)))
+        for index, output in enumerate(cache.branch)
+        if output is not None
+    ]
 
 
 def layer_schedules(

@@ -8,20 +8,23 @@ correlations show which of them can be relied on.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pandas as pd
 import torch
 from scipy import stats
+from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from resnet_paths._utils.devices import wide
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.core.chain import Block, ResidualChain, refuse_other_than_chain, refuse_training_mode
-from resnet_paths.core.inputs import call, each_tensor, refuse_other_than_loader, unpack
+from resnet_paths.core.inputs import each_tensor, refuse_other_than_loader, unpack
+from resnet_paths.core.parts import call_part
 from resnet_paths.core.placement import device_of, place_modules
+from resnet_paths.core.signature import arguments_of
 from resnet_paths.lesions.frames import deletions_of
 from resnet_paths.lesions.pieces import refuse_labels
 
@@ -68,7 +71,7 @@ def predicted_effects(
 
     Raises:
         ResnetPathsError: If the chain is in training mode, the loader is empty or does not give such batches, labels
-            are out of range, blocks work on several tensors, or have no dimension `feature_dim`.
+            are out of range, or states have no dimension `feature_dim`.
     """
     refuse_other_than_chain("chain", chain)
     refuse_training_mode("chain", chain)
@@ -143,54 +146,64 @@ def score_correlations(predicted: pd.DataFrame, study: pd.DataFrame) -> pd.DataF
 
 def _scores(chain: ResidualChain, inputs: Any, labels: torch.Tensor, dim: int | None) -> torch.Tensor:
     """[block, score, example] in float64."""
-    sums, without = [], []
+    args, kwargs = arguments_of(inputs)
+    with torch.no_grad():
+        start, context = chain.begin(*args, **kwargs)
+    # From the first state on, which requires gradients even where no parameter does.
+    rest = ResidualChain(nn.Identity(), chain, chain.head)
     with torch.enable_grad():
-        state = call(chain.stem, inputs)
-        for block in chain:
-            without.append(_without_branch(chain, block, state, dim))
-            total = block.replace(post=None)(state)
-            x = total
-            x = x if x.requires_grad else x.detach().requires_grad_()
-            sums.append(x)
-            # Of a copy: a `post` written by hand may work in place.
-            state = block.post(x.clone())
-        logits = chain.head(state)
+        logits, cache = rest.run_with_cache(start.requires_grad_(start.is_floating_point()), **context)
         refuse_labels(logits, labels)
         loss = F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), labels, reduction="sum")
-        gradients = torch.autograd.grad(loss, sums)
+        states = [state for state in cache.state if state is not None]  # every block has one
+        gradients = torch.autograd.grad(loss, states[1:], materialize_grads=True)
     rows = []
-    with torch.no_grad():
-        for block, x, alone, gradient in zip(chain, sums, without, gradients, strict=True):
-            if alone is None:
-                rows.append(torch.full((len(SCORES), len(labels)), math.nan, dtype=torch.float64))
-                continue
-            difference = wide(alone - x)
-            first_order = (wide(gradient) * difference).flatten(1).sum(1)
-            behind = (block.post(each.clone()) for each in (alone, x))
-            one, other = (_vectors(wide(each), dim) for each in behind)
-            cosine = F.cosine_similarity(one, other, dim=-1).clamp(-1, 1)
-            cosine[(one == 0).all(-1) & (other == 0).all(-1)] = 1  # nothing changed
-            changed, left = (_vectors(s, dim).norm(dim=-1) for s in (difference, wide(alone)))
-            norm = torch.where(changed == 0, 0.0, changed / left)
-            per_example = [first_order, *((v.flatten(1).mean(1)) for v in (1 - cosine, cosine.acos() / math.pi, norm))]
-            rows.append(torch.stack(per_example).cpu())
+    for block, state, skip, branch, gradient in zip(
+        chain, states[:-1], cache.skip, cache.branch, gradients, strict=True
+    ):
+        _refuse_other_dim(dim, state.dim())
+        alone = skip
+        if skip is None and block.keeps_shape:
+            with torch.no_grad():
+                alone = call_part(block.pre, state.clone(), context)
+        if alone is None:
+            rows.append(torch.full((len(SCORES), len(labels)), math.nan, dtype=torch.float64))
+            continue
+        total = alone if branch is None else branch if skip is None else skip + branch
+        rows.append(_scores_of_block(block, alone.detach(), total.detach(), gradient, context, dim).cpu())
     return torch.stack(rows)
 
 
-@torch.no_grad()
-def _without_branch(chain: ResidualChain, block: Block, state: Any, dim: int | None) -> torch.Tensor | None:
-    """What a block would add up without its branch; None if it cannot do without."""
-    rank = state.dim()
+def _scores_of_block(
+    block: Block,
+    alone: torch.Tensor,
+    total: torch.Tensor,
+    gradient: torch.Tensor,
+    context: Mapping[str, torch.Tensor],
+    dim: int | None,
+) -> torch.Tensor:
+    """[score, example] of one block, from what it adds up without its branch and with it, and dL/d its output."""
+    total = total.requires_grad_()
+    with torch.enable_grad():  # on copies: a `post` written by hand may work in place
+        after = call_part(block.post, total.clone(), context)
+        (gradient,) = torch.autograd.grad(after, total, gradient)
+    with torch.no_grad():
+        difference = wide(alone - total)
+        first_order = (wide(gradient) * difference).flatten(1).sum(1)
+        one, other = (_vectors(wide(x), dim) for x in (call_part(block.post, alone.clone(), context), after))
+        cosine = F.cosine_similarity(one, other, dim=-1).clamp(-1, 1)
+        cosine[(one == 0).all(-1) & (other == 0).all(-1)] = 1  # nothing changed
+        changed, left = (_vectors(s, dim).norm(dim=-1) for s in (difference, wide(alone)))
+        norm = torch.where(changed == 0, 0.0, changed / left)
+        per_example = [first_order, *((v.flatten(1).mean(1)) for v in (1 - cosine, cosine.acos() / math.pi, norm))]
+        return torch.stack(per_example)
+
+
+def _refuse_other_dim(dim: int | None, rank: int) -> None:
     if dim is not None and (not -rank <= dim < rank or dim % rank == 0):
         raise ResnetPathsError(
             "feature_dim", dim, f"None, or a dimension of the states, from 1 to {rank - 1} or from the end"
         )
-    # From a copy: a branch written by hand may change in place what it shares with the skip.
-    shared = block.pre(each_tensor(torch.clone, state))
-    if block.skip is not None:
-        without: torch.Tensor = block.skip(shared)
-        return without
-    return shared if block.keeps_shape else None
 
 
 def _vectors(state: torch.Tensor, dim: int | None) -> torch.Tensor:

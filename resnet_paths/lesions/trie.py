@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -24,9 +24,10 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from resnet_paths.core.chain import Block, ResidualChain, is_identity
-from resnet_paths.core.inputs import call, each_tensor, num_examples
-from resnet_paths.core.parts import Constant, Parallel, Placed, Scaled
+from resnet_paths.core.inputs import each_tensor, num_examples
+from resnet_paths.core.parts import Constant, Parallel, Placed, Scaled, call_part, context_read_by
 from resnet_paths.core.placement import place_modules
+from resnet_paths.core.signature import arguments_of
 from resnet_paths.lesions.batchnorm import Statistics
 from resnet_paths.lesions.functions import Functions
 
@@ -47,10 +48,11 @@ class _Node:
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """A step that waits to be made from a state."""
+    """A step that waits to be made from a state; the state of a stem is a batch."""
 
     node: int
     state: Any
+    context: Mapping[str, torch.Tensor]
 
 
 class Trie:
@@ -80,9 +82,11 @@ class Trie:
             node: int | None = None
             for place, step in steps_of(chain):
                 # Steps are kept, so that no other part is given the identity of one that is gone.
-                number = numbers.setdefault(_step_key(step), len(self.steps))
+                key = (_step_key(step), chain.context_names) if place == 0 else _step_key(step)
+                number = numbers.setdefault(key, len(self.steps))
                 if number == len(self.steps):
-                    self.steps.append(step)
+                    # A stem is kept as a chain without blocks, which knows the names of the context.
+                    self.steps.append(chain.with_blocks([]).with_head(nn.Identity()) if place == 0 else step)
                 if (node, number) not in found:
                     found[node, number] = len(self.nodes)
                     (self.roots if node is None else self.nodes[node].children).append(len(self.nodes))
@@ -97,10 +101,10 @@ class Trie:
         self._sort_children()
 
     @cached_property
-    def _functions(self) -> list[Callable[[Any], Any]]:
+    def _functions(self) -> list[Any]:
         """What each step computes; the steps are not moved any more."""
         functions = Functions()
-        return [functions.of(step) for step in self.steps]
+        return [step if context_read_by(step) else functions.of(step) for step in self.steps]
 
     @cached_property
     def _may_write(self) -> list[bool]:
@@ -150,15 +154,15 @@ class Trie:
         mask = (1 << self.num_chains) - 1 if wanted is None else sum(1 << index for index in wanted)
         batch = num_examples(inputs)
         at_once = 1 if most_examples is None or self.statistics else max(1, most_examples // max(1, batch))
-        pool = self._tasks(self.roots, inputs, mask)
+        pool = self._tasks(self.roots, inputs, {}, mask)
         while pool:
             tasks = self._next_tasks(pool, at_once, mask)
-            for task, state in zip(tasks, self._run(tasks, batch), strict=True):
+            for task, (state, context) in zip(tasks, self._run(tasks, batch), strict=True):
                 node = self.nodes[task.node]
                 for index in node.ends:
                     if mask >> index & 1:
                         yield index, state
-                pool += self._tasks(node.children, state, mask)
+                pool += self._tasks(node.children, state, context, mask)
             del tasks, task, state
 
     def estimate(self, inputs: Any) -> None:
@@ -171,12 +175,12 @@ class Trie:
         """
         for number in range(len(self.nodes)):
             self.statistics.setdefault(number, Statistics())
-        pool = self._tasks(self.roots, inputs, -1)
+        pool = self._tasks(self.roots, inputs, {}, -1)
         while pool:
             task = pool.pop()
             with self.statistics[task.node].measured():
-                state = self._step(task)
-            pool += self._tasks(self.nodes[task.node].children, state, -1)
+                state, context = self._step(task)
+            pool += self._tasks(self.nodes[task.node].children, state, context, -1)
             del task, state
 
     def _next_tasks(self, pool: list[_Task], at_once: int, mask: int) -> list[_Task]:
@@ -196,27 +200,33 @@ class Trie:
         same = [i for i in active if self.nodes[pool[i].node].step == step][:at_once]
         return [pool.pop(i) for i in same]  # from the last to the first
 
-    def _run(self, tasks: list[_Task], batch: int) -> list[Any]:
+    def _run(self, tasks: list[_Task], batch: int) -> list[tuple[Any, Mapping[str, torch.Tensor]]]:
         node = self.nodes[tasks[0].node]
         if self.statistics:
             with self.statistics[tasks[0].node].applied():
                 return [self._step(tasks[0])]
-        if len(tasks) > 1 and node.stacks and all(_lengths(task.state) <= {batch} for task in tasks):
-            together = self._functions[node.step](_stacked([task.state for task in tasks]))
-            if _lengths(together) <= {len(tasks) * batch}:
-                return _unstacked(together, len(tasks))
+        if len(tasks) > 1 and node.stacks and all(_length(task.state) == batch for task in tasks):
+            context = _stacked_context([task.context for task in tasks], context_read_by(self.steps[node.step]), batch)
+            if context is not None:
+                stacked = torch.cat([task.state for task in tasks])
+                together = call_part(self._functions[node.step], stacked, context)
+                if _length(together) == len(tasks) * batch:
+                    return list(zip(together.chunk(len(tasks)), (task.context for task in tasks), strict=True))
             node.stacks = False  # it mixes the batch with another dimension: in which order is not known
         return [self._step(task) for task in tasks]
 
-    def _step(self, task: _Task) -> Any:
-        """The state that a task leads to; its own state stays as it is, since others may read it."""
+    def _step(self, task: _Task) -> tuple[Any, Mapping[str, torch.Tensor]]:
+        """State and context that a task leads to; its own state stays as it is, since others may read it."""
         node = self.nodes[task.node]
         state = each_tensor(torch.clone, task.state) if self._may_write[node.step] else task.state
-        return call(self.steps[node.step], state) if node.place == 0 else self._functions[node.step](state)
+        if node.place == 0:
+            args, kwargs = arguments_of(state)
+            return cast("ResidualChain", self.steps[node.step]).begin(*args, **kwargs)
+        return call_part(self._functions[node.step], state, task.context), task.context
 
-    def _tasks(self, nodes: Sequence[int], state: Any, mask: int) -> list[_Task]:
+    def _tasks(self, nodes: Sequence[int], state: Any, context: Mapping[str, torch.Tensor], mask: int) -> list[_Task]:
         """A task for each of the nodes that leads to a wanted chain."""
-        return [_Task(node, state) for node in nodes if self.nodes[node].members & mask]
+        return [_Task(node, state, context) for node in nodes if self.nodes[node].members & mask]
 
 
 def steps_of(chain: ResidualChain) -> list[tuple[int, nn.Module]]:
@@ -292,18 +302,22 @@ def _has_batch_first(chain: ResidualChain, place: int) -> bool:
     return -1 not in pytree.tree_leaves(shapes)
 
 
-def _lengths(state: Any) -> set[int]:
-    """Sizes of the dimension that should be the batch."""
-    return {len(part) if part.dim() else 0 for part in (state if isinstance(state, tuple) else (state,))}
+def _length(state: torch.Tensor) -> int:
+    """Size of the dimension that should be the batch."""
+    return len(state) if state.dim() else 0
 
 
-def _stacked(states: list[Any]) -> Any:
-    if isinstance(states[0], tuple):
-        return tuple(torch.cat(parts) for parts in zip(*states, strict=True))
-    return torch.cat(states)
-
-
-def _unstacked(state: Any, count: int) -> list[Any]:
-    if isinstance(state, tuple):
-        return list(zip(*(part.chunk(count) for part in state), strict=True))
-    return list(state.chunk(count))
+def _stacked_context(
+    contexts: Sequence[Mapping[str, torch.Tensor]], names: Iterable[str], batch: int
+) -> dict[str, torch.Tensor] | None:
+    """The context for states that are stacked; None where an entry has no row for each example, nor one for all."""
+    stacked = {}
+    for name in names:
+        entries = [context[name] for context in contexts]
+        if all(_length(entry) == batch > 1 for entry in entries):
+            stacked[name] = torch.cat(entries)
+        elif all(entry is entries[0] for entry in entries) and _length(entries[0]) == 1 < batch:
+            stacked[name] = entries[0]
+        else:  # of a batch of one example it cannot be told which of both a row is
+            return None
+    return stacked
