@@ -1,7 +1,10 @@
-# The public names and where each is defined; `__init__.py` loads them from here on first use.
+# The public names and the modules that define them; `__init__.py` loads each on first use.
 
 from . import figures as figures
+from . import gradients as gradients
+from . import lesions as lesions
 from . import widgets as widgets
+from . import zoo as zoo
 from ._utils.errors import (
     ResnetPathsError as ResnetPathsError,
 )
@@ -24,7 +27,6 @@ from .core.chain import (
 from .core.chain import (
     path_network as path_network,
 )
-from .core.costs import forward_cost as forward_cost
 from .core.edits import (
     duplicate_block as duplicate_block,
 )
@@ -43,7 +45,6 @@ from .core.edits import (
 from .core.edits import (
     swap_blocks as swap_blocks,
 )
-from .core.memory import training_memory as training_memory
 from .core.paths import (
     enumerate_paths as enumerate_paths,
 )
@@ -55,13 +56,7 @@ from .core.paths import (
 )
 from .core.unraveled_graph import unraveled_graph as unraveled_graph
 from .gradients import (
-    EffectiveWindow as EffectiveWindow,
-)
-from .gradients import (
     effective_window as effective_window,
-)
-from .gradients import (
-    fit_decay as fit_decay,
 )
 from .gradients import (
     gradient_by_depth as gradient_by_depth,
@@ -75,9 +70,6 @@ from .gradients import (
 from .gradients import (
     gradient_through_block as gradient_through_block,
 )
-from .gradients import (
-    scalar_gradients as scalar_gradients,
-)
 from .lesions import (
     lesion_study as lesion_study,
 )
@@ -86,9 +78,6 @@ from .lesions import (
 )
 from .lesions import (
     predicted_effects as predicted_effects,
-)
-from .lesions import (
-    score_correlations as score_correlations,
 )
 from .lesions.plans import (
     Lesion as Lesion,
@@ -136,9 +125,6 @@ from .zoo import (
 )
 from .zoo import (
     load_network as load_network,
-)
-from .zoo import (
-    training_logs as training_logs,
 )
 
 __version__: str

@@ -1,4 +1,4 @@
-"""The command line: ``resnet-paths COMMAND --help``. Each command is a thin view over library calls."""
+"""The command line: ``resnet-paths COMMAND --help``. Each command calls functions of the library."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-# Everything heavy is imported inside the commands, so that --help answers at once.
+# Heavy modules are imported inside the commands, so that --help is fast.
 
 app = typer.Typer(
     add_completion=False,
@@ -26,7 +26,7 @@ _PLANS = (
     "random-duplications",
     "layer-schedules",
 )
-_MOST_AT_ONCE = 20
+_MAX_COUNT = 20
 
 
 @app.command()
@@ -35,28 +35,32 @@ def train(
     dataset: Annotated[str, typer.Option(help="'fashion-mnist' or 'cifar-10'.")] = "fashion-mnist",
     epochs: Annotated[int, typer.Option(help="Passes over the training split.")] = 12,
     seed: Annotated[int, typer.Option(help="Seed of initialisation, order and augmentation.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Images a step, over all devices together.")] = 128,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak; the network's own by default.")] = None,
-    num_drawn_blocks: Annotated[str, typer.Option(help="Of 'effective-...': blocks a batch, as in 23 or 5-17.")] = "",
+    batch_size: Annotated[int, typer.Option(help="Images per step, over all devices.")] = 128,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak learning rate; by default that of the network's recipe.")
+    ] = None,
+    num_drawn_blocks: Annotated[
+        str, typer.Option(help="For 'effective-...': blocks trained per batch, as in 23 or 5-17.")
+    ] = "",
     precision: Annotated[str, typer.Option(help="Fabric's: '32-true', 'bf16-mixed', '16-mixed'.")] = "32-true",
     accelerator: Annotated[str, typer.Option(help="Fabric's: 'auto', 'cpu', 'gpu', 'mps'.")] = "auto",
-    devices: Annotated[str, typer.Option(help="Fabric's: number of devices a machine, or 'auto'.")] = "1",
+    devices: Annotated[str, typer.Option(help="Fabric's: number of devices per machine, or 'auto'.")] = "1",
     num_nodes: Annotated[int, typer.Option(help="Fabric's: number of machines.")] = 1,
     strategy: Annotated[str, typer.Option(help="Fabric's: 'auto' or 'ddp'.")] = "auto",
-    snapshots: Annotated[str, typer.Option(help="Epochs whose weights to keep too, as in '0,1,4'.")] = "",
-    folder: Annotated[Path, typer.Option(help="Where weights, log and checkpoint go.")] = Path("runs"),
+    snapshots: Annotated[str, typer.Option(help="Epochs after which to save the weights too, as in '0,1,4'.")] = "",
+    folder: Annotated[Path, typer.Option(help="Folder for weights, log and checkpoint.")] = Path("runs"),
 ) -> None:
-    """Train a network by name; a run that was stopped goes on where it was."""
+    """Train a network by name; an interrupted run is resumed."""
     from resnet_paths.reproduce.training import TrainingSettings, train
 
     own: dict[str, Any] = {} if learning_rate is None else {"learning_rate": learning_rate}
     if num_drawn_blocks:
-        numbers = _numbers("num_drawn_blocks", num_drawn_blocks, "-", "a number, or two, as in 23 or 5-17")
+        numbers = _numbers("num_drawn_blocks", num_drawn_blocks, "-", "a number or a range, as in 23 or 5-17")
         own["num_drawn_blocks"] = numbers[0] if len(numbers) == 1 else numbers
     settings = TrainingSettings(
         network=network, dataset=dataset, epochs=epochs, seed=seed, batch_size=batch_size, precision=precision, **own
     )
-    epochs_kept = _numbers("snapshots", snapshots, ",", "numbers of epochs with commas between, as in 0,1,4")
+    epochs_kept = _numbers("snapshots", snapshots, ",", "comma-separated numbers of epochs, as in 0,1,4")
     path = train(
         settings,
         folder,
@@ -72,9 +76,9 @@ def train(
 @app.command()
 def publish(
     weights: Annotated[Path, typer.Argument(help="Weights of a finished run, such as runs/vgg-15-seed0.safetensors.")],
-    folder: Annotated[Path | None, typer.Option(help="Where to store them; data/networks by default.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Folder to store them in; data/networks by default.")] = None,
 ) -> None:
-    """Store a finished run, its snapshots and its log to be loaded by name, in half precision if nothing is lost."""
+    """Store a finished run, its snapshots and its log for loading by name, in half precision if the error allows it."""
     from resnet_paths.reproduce.training.publishing import publish
 
     for path in publish(weights, folder):
@@ -84,53 +88,61 @@ def publish(
 @app.command()
 def reproduce(
     profile: Annotated[
-        str, typer.Option(help="'quick' (minutes on a laptop) or 'full' (the sizes that each notebook names).")
+        str, typer.Option(help="'quick' (minutes on a laptop) or 'full' (the sizes stated in each notebook).")
     ] = "quick",
-    only: Annotated[list[str] | None, typer.Option(help="Beginning of a notebook's name, such as 02.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Prefix of a notebook's name, such as 02; may be repeated.")
+    ] = None,
     device: Annotated[str, typer.Option(help="'auto', or a device of torch such as 'cuda:1'.")] = "auto",
     output: Annotated[Path, typer.Option(help="Folder for figures and executed notebooks.")] = Path("figures"),
 ) -> None:
-    """Run all notebooks in order and write every figure as PDF, SVG, PNG and CSV, and a page that shows them all."""
+    """Run all notebooks in order; write every figure as PDF, SVG, PNG and CSV, and a page that shows all figures."""
     from resnet_paths.reproduce.runner import reproduce
 
     results = reproduce(output, profile=profile, only=only or (), device=device)
     for result in results:
         typer.echo(f"failed  {result.name}: {result.error}" if result.error else f"passed  {result.name}")
-    typer.echo(f"figures in {output.resolve()}; to see them all, open {output.resolve() / 'index.html'}")
+    typer.echo(f"figures in {output.resolve()}; overview in {output.resolve() / 'index.html'}")
     if any(result.error for result in results):
         raise typer.Exit(1)
 
 
 @app.command()
 def lesion(
-    network: Annotated[str, typer.Argument(help="Name of a network with shipped weights, or of any with --weights.")],
+    network: Annotated[
+        str, typer.Argument(help="Name of a network with shipped weights, or of any network together with --weights.")
+    ],
     plan: Annotated[str, typer.Option(help=f"One of {', '.join(_PLANS)}.")] = "single-deletions",
     counts: Annotated[
         str | None,
-        typer.Option(help="For the random plans, how many at once, as in '1-20', the default where there are so many."),
+        typer.Option(help="For random plans: number of blocks per lesion, as in '1-20' (default: 1 to at most 20)."),
     ] = None,
-    repeats: Annotated[int, typer.Option(help="Lesions of each count for the random plans.")] = 20,
-    seed: Annotated[int, typer.Option(help="Seed of the random plans.")] = 0,
-    weights: Annotated[Path | None, typer.Option(help="A weights file that 'resnet-paths train' wrote.")] = None,
+    repeats: Annotated[int, typer.Option(help="For random plans: lesions per count.")] = 20,
+    seed: Annotated[int, typer.Option(help="For random plans: seed.")] = 0,
+    weights: Annotated[Path | None, typer.Option(help="A weights file written by 'resnet-paths train'.")] = None,
     dataset: Annotated[str, typer.Option(help="'fashion-mnist' or 'cifar-10'; its test split.")] = "fashion-mnist",
-    num_images: Annotated[int | None, typer.Option(help="The first so many test images; all by default.")] = None,
-    store: Annotated[Path | None, typer.Option(help="Folder of finished pieces: a stopped study goes on.")] = None,
+    num_images: Annotated[
+        int | None, typer.Option(help="Number of test images, from the first one; all by default.")
+    ] = None,
+    store: Annotated[
+        Path | None, typer.Option(help="Folder for results of finished batches; an interrupted study resumes from it.")
+    ] = None,
     device: Annotated[str, typer.Option(help="'auto', or a device of torch such as 'cuda:1'.")] = "auto",
     precision: Annotated[str | None, typer.Option(help="'bfloat16', 'float16', 'float32' or 'float64'.")] = None,
-    channels_last: Annotated[bool, typer.Option(help="Lay images out with their channels last.")] = False,
+    channels_last: Annotated[bool, typer.Option(help="Use the channels-last memory format.")] = False,
     fold_batchnorm: Annotated[bool, typer.Option(help="Fold BatchNorm into the convolutions before it.")] = False,
-    batch_size: Annotated[int, typer.Option(help="Images in a piece of work.")] = 250,
-    batch_budget: Annotated[int | None, typer.Option(help="Most examples a step: splits or stacks batches.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Images per batch.")] = 250,
+    batch_budget: Annotated[
+        int | None, typer.Option(help="Maximum number of examples per step; splits or stacks batches.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="CSV file to write; printed by default.")] = None,
 ) -> None:
     """Delete, duplicate or reorder blocks and measure the test error of each lesion."""
-    import torch
     from torch.utils.data import DataLoader, Subset
 
     from resnet_paths._utils.errors import ResnetPathsError, StudyInterrupted
     from resnet_paths._utils.files import write_then_rename
     from resnet_paths.lesions import lesion_study
-    from resnet_paths.lesions import plans as lesion_plans
     from resnet_paths.reproduce.datasets import load_dataset
     from resnet_paths.unraveling import unravel
     from resnet_paths.zoo import load_network
@@ -143,19 +155,9 @@ def lesion(
     count = len(images) if num_images is None else num_images
     if not 1 <= count <= len(images):
         raise ResnetPathsError("num_images", count, f"an int from 1 to {len(images)}")
-    # Unraveled where it was loaded; the study moves it.
+    # Unraveled on the CPU, where it was loaded; the study moves it to the device.
     chain = unravel(load_network(network, weights), images[0][0].unsqueeze(0))
-    arguments: dict[str, Any] = {}
-    if plan.startswith("random-"):
-        # Swaps may follow one another without end; of blocks no more can be changed at once than there are.
-        singles = {"random-deletions": "single_deletions", "random-duplications": "duplications"}.get(plan)
-        most = _MOST_AT_ONCE if singles is None else min(_MOST_AT_ONCE, len(getattr(lesion_plans, singles)(chain)))
-        arguments = {
-            "counts": range(1, most + 1) if counts is None else _range_of(counts),
-            "repeats": repeats,
-            "generator": torch.Generator().manual_seed(seed),
-        }
-    lesions = getattr(lesion_plans, plan.replace("-", "_"))(chain, **arguments)
+    lesions = _lesions_of(plan, chain, counts, repeats, seed)
     loader = DataLoader(Subset(images, range(count)), batch_size=batch_size)
     try:
         frame = lesion_study(
@@ -170,7 +172,11 @@ def lesion(
             fold_batchnorm=fold_batchnorm,
         )
     except StudyInterrupted as interrupt:
-        kept = f"; run the same command again to go on from {store}" if store else ", which were not kept: no --store"
+        kept = (
+            f"; run the same command again to resume from {store}"
+            if store
+            else "; without --store their results are lost"
+        )
         typer.echo(f"resnet-paths: stopped after {interrupt.num_batches} batches{kept}", err=True)
         raise typer.Exit(130) from None
     if output is None:
@@ -179,6 +185,26 @@ def lesion(
         with write_then_rename(output) as temporary:
             frame.to_csv(temporary, index=False)
         typer.echo(f"wrote {output}")
+
+
+def _lesions_of(plan: str, chain: Any, counts: str | None, repeats: int, seed: int) -> list[Any]:
+    """The lesions of a plan by name."""
+    import torch
+
+    from resnet_paths.lesions import plans
+
+    arguments: dict[str, Any] = {}
+    if plan.startswith("random-"):
+        # Any number of swaps can follow one another; deletions and duplications are limited by the number of blocks.
+        singles = {"random-deletions": "single_deletions", "random-duplications": "duplications"}.get(plan)
+        most = _MAX_COUNT if singles is None else min(_MAX_COUNT, len(getattr(plans, singles)(chain)))
+        arguments = {
+            "counts": range(1, most + 1) if counts is None else _range_of(counts),
+            "repeats": repeats,
+            "generator": torch.Generator().manual_seed(seed),
+        }
+    lesions: list[Any] = getattr(plans, plan.replace("-", "_"))(chain, **arguments)
+    return lesions
 
 
 def _range_of(counts: str) -> list[int]:
@@ -192,7 +218,7 @@ def _range_of(counts: str) -> list[int]:
 
 @app.command()
 def paths(
-    num_blocks: Annotated[int, typer.Argument(help="Number of residual blocks; 54 for ResNet-110.")],
+    num_blocks: Annotated[int, typer.Argument(help="Number of residual blocks, such as 54 for ResNet-110.")],
 ) -> None:
     """Print the number and the fraction of paths of each length through n residual blocks."""
     from resnet_paths.core.paths import path_histogram
@@ -202,10 +228,12 @@ def paths(
 
 @app.command()
 def networks(
-    markdown: Annotated[bool, typer.Option(help="The trained ones alone, as a Markdown table.")] = False,
-    check: Annotated[bool, typer.Option(help="Measure all shipped weights again, on all test images.")] = False,
+    markdown: Annotated[
+        bool, typer.Option(help="Print the networks with shipped weights as a Markdown table.")
+    ] = False,
+    check: Annotated[bool, typer.Option(help="Measure the test error of all shipped weights again.")] = False,
 ) -> None:
-    """List the known networks, and how good those with shipped weights are."""
+    """List the known networks, with the test error of those with shipped weights."""
     from resnet_paths.zoo import list_networks, networks_table
 
     if check:
@@ -229,7 +257,7 @@ def _numbers(argument: str, text: str, separator: str, allowed: str) -> list[int
 
 
 def main() -> None:
-    """Entry point: a refusal is one line on standard error and exit status 2, never a traceback."""
+    """Entry point: a `ResnetPathsError` is printed as one line on standard error, with exit status 2."""
     from resnet_paths._utils.errors import ResnetPathsError
 
     try:

@@ -1,12 +1,12 @@
-"""Explorers for a notebook: move a slider or press a button, and the library answers in words and in a figure.
+"""Interactive explorers for notebooks: sliders and buttons that update a sentence and a figure.
 
     rp.widgets.explore_gradient_highway()           the product of F' against the product of 1 + F', any depth
-    rp.widgets.explore_blocks(chain, loader)        what a block adds; its branch scaled from 0.1 to 2.0
-    rp.widgets.explore_lesions(chain, loader)       blocks deleted and put back: error and remaining paths
-    rp.widgets.explore_paths()                      one path lit among all of them
+    rp.widgets.explore_blocks(chain, loader)        norms in a block; its branch scaled from 0.1 to 2.0
+    rp.widgets.explore_lesions(chain, loader)       blocks deleted and restored: error and remaining paths
+    rp.widgets.explore_paths()                      one path highlighted among all paths
 
-Nothing is computed here: each explorer calls a function of the library and draws what it returns with a function of
-`resnet_paths.figures`. Call these yourself, and you have its static twin on paper; each docstring names them.
+Each explorer calls functions of the library and draws their results with functions of `resnet_paths.figures`. The
+docstrings name these functions, for static versions of the figures.
 """
 
 from __future__ import annotations
@@ -40,27 +40,27 @@ __all__ = ["explore_blocks", "explore_gradient_highway", "explore_lesions", "exp
 
 Loader = Iterable[tuple[torch.Tensor, torch.Tensor]]
 
-_MOST_BLOCKS = 5  # 32 paths: as many as can be labelled
+_MAX_BLOCKS = 5  # 32 paths are the most that can be labelled
 
 
 def explore_gradient_highway(depth: int = 20, weight: float = 1.0, activation: str = "sigmoid") -> ipw.VBox:
-    """Sliders for depth and weight of a chain of one-dimensional layers: what reaches its input, with and without +x.
+    """Sliders for depth and weight of a chain of scalar layers: the gradient at its input, with and without +x.
 
-    Static twin: ``plot_scalar_gradients(scalar_gradients([weight] * depth, activation))``.
+    Static version: ``plot_scalar_gradients(scalar_gradients([weight] * depth, activation))``.
 
     Args:
-        depth: Number of layers at first, 1 to 100.
-        weight: Weight of every layer at first, -4 to 4.
-        activation: ``"sigmoid"`` or ``"relu"`` at first.
+        depth: Initial number of layers, 1 to 100.
+        weight: Initial weight of every layer, -4 to 4.
+        activation: Initial activation, ``"sigmoid"`` or ``"relu"``.
 
     Returns:
         The widget.
 
     Raises:
-        ResnetPathsError: If a value is not one that the slider can take.
+        ResnetPathsError: If a value is outside the range of its slider.
     """
-    _refuse_outside("depth", depth, 1, 100)
-    _refuse_outside("weight", weight, -4, 4)
+    _check_range("depth", depth, 1, 100)
+    _check_range("weight", weight, -4, 4)
     if activation not in ACTIVATIONS:
         raise ResnetPathsError("activation", activation, " or ".join(map(repr, ACTIVATIONS)))
 
@@ -83,25 +83,25 @@ def explore_gradient_highway(depth: int = 20, weight: float = 1.0, activation: s
 
 
 def explore_blocks(chain: ResidualChain, loader: Loader) -> ipw.VBox:
-    """What a block reads, adds and passes on, and the error as a slider scales its branch from 0.1 to 2.0.
+    """Norms of a block's input, branch and output, and the error as its branch is scaled by 0.1 to 2.0.
 
-    Static twin: ``plot_block_norms(block_norms(chain, loader))`` and ``plot_scalings`` of a `lesion_study` of
+    Static version: ``plot_block_norms(block_norms(chain, loader))`` and ``plot_scalings`` of a `lesion_study` of
     `scalings`.
 
     Args:
         chain: The intact chain, in eval mode.
-        loader: Batches of (inputs, labels), gone through at each move of the slider: some hundred images.
+        loader: Batches of (inputs, labels), evaluated at each change of the slider; a few hundred images suffice.
 
     Returns:
         The widget.
 
     Raises:
-        ResnetPathsError: As `block_norms` and `lesion_study`, or if no block has a branch.
+        ResnetPathsError: See `block_norms` and `lesion_study`; also if no block has a branch.
     """
     norms = block_norms(chain, loader)
     blocks = {f"{index}: {block.name}": index for index, block in enumerate(chain) if block.branch is not None}
     if not blocks:
-        raise ResnetPathsError("chain", f"{len(chain)} blocks without branch", "a chain with a branch to scale")
+        raise ResnetPathsError("chain", f"{len(chain)} blocks without a branch", "a chain with at least one branch")
     known: dict[tuple[int, float], pd.DataFrame] = {}
 
     def answer(axes: Sequence[Axes], block: int, factor: float) -> str:
@@ -127,20 +127,20 @@ def explore_blocks(chain: ResidualChain, loader: Loader) -> ipw.VBox:
 
 
 def explore_lesions(chain: ResidualChain, loader: Loader) -> ipw.VBox:
-    """A button for each block, to delete it and to put it back: the error and the paths that are left.
+    """One button per block that deletes or restores it: the error and the remaining paths.
 
-    Static twin: ``plot_path_histogram`` of the intact and the lesioned chain, and ``plot_lesion_counts`` of a
+    Static version: ``plot_path_histogram`` of the intact and the lesioned chain, and ``plot_lesion_counts`` of a
     `lesion_study` of `random_deletions`.
 
     Args:
         chain: The intact chain, in eval mode.
-        loader: Batches of (inputs, labels), gone through at each press of a button: some hundred images.
+        loader: Batches of (inputs, labels), evaluated at each press of a button; a few hundred images suffice.
 
     Returns:
         The widget.
 
     Raises:
-        ResnetPathsError: As `lesion_study`.
+        ResnetPathsError: See `lesion_study`.
     """
     deletable = [index for lesion in single_deletions(chain) for index in lesion.blocks or ()]
     intact_paths = path_histogram(chain).assign(network=f"intact, {chain.num_paths:,} paths")
@@ -156,10 +156,10 @@ def explore_lesions(chain: ResidualChain, loader: Loader) -> ipw.VBox:
         names = ", ".join(html.escape(chain[index].name) for index in deleted) or "none"
         words = (
             f"Deleted: {names} ({len(deleted)} of {len(chain)}). <b>{lesioned.num_paths:,}</b> of {chain.num_paths:,} "
-            f"paths are left. Test error <b>{row.error_rate:.1%}</b> (intact {row.intact_error_rate:.1%}; "
+            f"paths remain. Test error <b>{row.error_rate:.1%}</b> (intact {row.intact_error_rate:.1%}; "
             f"{row.num_examples} images)."
         )
-        paths = path_histogram(lesioned).assign(network=f"left, {lesioned.num_paths:,} paths")
+        paths = path_histogram(lesioned).assign(network=f"remaining, {lesioned.num_paths:,} paths")
         figures.plot_path_histogram(pd.concat([intact_paths, paths]) if deleted else intact_paths, axes[0])
         figures.plot_lesion_counts(pd.concat(known.values()), axes[1])
         return words
@@ -169,21 +169,21 @@ def explore_lesions(chain: ResidualChain, loader: Loader) -> ipw.VBox:
 
 
 def explore_paths(num_blocks: int = 3) -> ipw.VBox:
-    """One path lit among all of them: a button for each block, pressed where the path takes the branch.
+    """One path highlighted among all paths: one button per block, pressed where the path takes the branch.
 
-    Static twin: ``plot_unraveled_graph(unraveled_graph(num_blocks), highlight=path)``.
+    Static version: ``plot_unraveled_graph(unraveled_graph(num_blocks), highlight=path)``.
 
     Args:
-        num_blocks: Blocks at first, 1 to 5.
+        num_blocks: Initial number of blocks, 1 to 5.
 
     Returns:
         The widget.
 
     Raises:
-        ResnetPathsError: If `num_blocks` is not one that the slider can take.
+        ResnetPathsError: If `num_blocks` is outside the range of its slider.
     """
-    _refuse_outside("num_blocks", num_blocks, 1, _MOST_BLOCKS)
-    buttons = {f"branch_{index}": _toggle(f"f{index + 1}", "branch of") for index in range(_MOST_BLOCKS)}
+    _check_range("num_blocks", num_blocks, 1, _MAX_BLOCKS)
+    buttons = {f"branch_{index}": _toggle(f"f{index + 1}", "branch of") for index in range(_MAX_BLOCKS)}
 
     def answer(axes: Sequence[Axes], num_blocks: int, **pressed: bool) -> str:
         for index, button in enumerate(buttons.values()):
@@ -198,7 +198,7 @@ def explore_paths(num_blocks: int = 3) -> ipw.VBox:
         figures.plot_unraveled_graph(unraveled_graph(num_blocks), axes[0], highlight=path)
         return words
 
-    slider = ipw.IntSlider(num_blocks, 1, _MOST_BLOCKS, description="blocks", continuous_update=False)
+    slider = ipw.IntSlider(num_blocks, 1, _MAX_BLOCKS, description="blocks", continuous_update=False)
     return _explorer({"num_blocks": slider, **buttons}, answer, aspect=0.5, wrap=True)
 
 
@@ -210,12 +210,12 @@ def _explorer(
     aspect: float = 0.4,
     wrap: bool = False,
 ) -> ipw.VBox:
-    """Controls above a sentence and a picture; `answer` draws into axes and returns the sentence at every change."""
+    """Controls above a sentence and a figure; `answer` draws into the axes and returns the sentence at each change."""
     words, picture = ipw.HTML(), ipw.Image(format="png", layout=ipw.Layout(max_width="100%"))
 
     def update(_: object = None) -> None:
         with figures.paper_style("double", aspect):
-            figure = Figure()  # not by pyplot, which would show it a second time
+            figure = Figure()  # not from pyplot, which would display it a second time
             axes = figure.subplots(1, num_axes, squeeze=False)[0]
             text = answer(axes, **{name: control.value for name, control in controls.items()})
             png = io.BytesIO()
@@ -231,7 +231,7 @@ def _explorer(
 
 
 def _toggle(name: str, verb: str) -> Any:
-    """A button that shows in words and by a mark whether it is pressed."""
+    """A toggle button with a check mark while it is pressed."""
     button = ipw.ToggleButton(description=name, tooltip=f"{verb} {name}", layout=ipw.Layout(width="auto"))
 
     def mark(change: Mapping[str, Any]) -> None:
@@ -241,6 +241,6 @@ def _toggle(name: str, verb: str) -> Any:
     return button
 
 
-def _refuse_outside(argument: str, value: float, low: float, high: float) -> None:
+def _check_range(argument: str, value: float, low: float, high: float) -> None:
     if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
         raise ResnetPathsError(argument, value, f"a number from {low} to {high}")

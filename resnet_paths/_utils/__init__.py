@@ -1,1 +1,1 @@
-"""Errors, files, devices and statistics: what every other part of the package uses and what knows none of them."""
+"""Errors, files, devices and statistics: helpers without dependencies on the rest of the package."""

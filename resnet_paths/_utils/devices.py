@@ -1,4 +1,4 @@
-"""Where to compute: one rule for ``device="auto"``, and one for float64."""
+"""Choice of devices and floating-point types."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ __all__ = ["choose_device", "wide", "widest_float"]
 
 
 def choose_device(device: str | torch.device = "auto") -> torch.device:
-    """The device meant by `device`; ``"auto"`` is the accelerator if there is one, else the CPU.
+    """Convert to a `torch.device`; ``"auto"`` is the accelerator if one is available, otherwise the CPU.
 
     Args:
-        device: ``"auto"``, or what `torch.device` takes.
+        device: ``"auto"``, or a valid argument of `torch.device`.
 
     Returns:
         The device.
 
     Raises:
-        ResnetPathsError: If it is no device.
+        ResnetPathsError: If `device` is not a valid device.
 
     Example:
         >>> choose_device("cpu")
@@ -30,23 +30,23 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
     try:
         return torch.device(device)
     except RuntimeError as error:
-        raise ResnetPathsError("device", device, "'auto' or a device of torch, such as 'cpu' or 'cuda:0'") from error
+        raise ResnetPathsError("device", device, "'auto' or a torch device, such as 'cpu' or 'cuda:0'") from error
 
 
 def wide(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor in float64: where it lies, or on the CPU where its device has no float64."""
+    """A tensor in float64: on its device, or on the CPU if its device does not support float64."""
     has_float64 = widest_float(tensor.device) == torch.float64
     return (tensor if has_float64 else tensor.cpu()).double()
 
 
 def widest_float(device: torch.device) -> torch.dtype:
-    """The most precise floating numbers that a device has: float64, but for Apple's, which have float32.
+    """The most precise floating-point dtype of a device: float64, except float32 on MPS.
 
     Args:
         device: The device.
 
     Returns:
-        Their dtype.
+        The dtype.
 
     Example:
         >>> widest_float(torch.device("cuda")), widest_float(torch.device("mps"))

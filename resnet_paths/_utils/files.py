@@ -1,4 +1,4 @@
-"""Files on disk: where the shipped data lies, checksums, and writing that is never seen half done."""
+"""Files: locations of shipped data, checksums, and atomic writes."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ __all__ = ["cache_folder", "check_sha256", "shipped_folder", "write_then_rename"
 
 
 def shipped_folder(name: str) -> Path:
-    """Folder of what comes with the project, in a checkout and in an installed wheel alike.
+    """Folder of files that come with the project, in a checkout or in an installed wheel.
 
     Args:
         name: ``"data"`` or ``"notebooks"``.
 
     Returns:
-        The folder's absolute path.
+        Absolute path of the folder.
 
     Raises:
-        ResnetPathsError: If neither place holds the folder.
+        ResnetPathsError: If the folder does not exist.
     """
     package = Path(__file__).resolve().parents[1]
     for folder in (package / name, package.parent / name):
@@ -34,27 +34,27 @@ def shipped_folder(name: str) -> Path:
         f"shipped folder {name!r}",
         str(package / name),
         f"a folder {name!r} inside the package or beside it",
-        "Install the project again from a full checkout.",
+        "Reinstall the project from a full checkout.",
     )
 
 
 def cache_folder() -> Path:
-    """Folder for downloads: ``$RESNET_PATHS_CACHE``, else ``~/.cache/resnet_paths``; not created here."""
+    """Folder for downloads: ``$RESNET_PATHS_CACHE`` or ``~/.cache/resnet_paths``; it may not exist yet."""
     # Not platformdirs: a dependency of the whole package, for what these two lines do.
     configured = os.environ.get("RESNET_PATHS_CACHE")
     return Path(configured) if configured else Path.home() / ".cache" / "resnet_paths"
 
 
 def check_sha256(path: Path, expected: str, advice: str = "Restore it from the repository.") -> None:
-    """Refuse a file whose content is not the one that was shipped.
+    """Verify the checksum of a file.
 
     Args:
         path: The file.
-        expected: Its SHA-256 in hexadecimal.
-        advice: How to get the right file, as a sentence.
+        expected: Expected SHA-256 in hexadecimal.
+        advice: How to obtain the correct file, as a sentence.
 
     Raises:
-        ResnetPathsError: If the file is missing or its checksum differs.
+        ResnetPathsError: If the file is missing or has another checksum.
     """
     if not path.is_file():
         raise ResnetPathsError("data file", str(path), "an existing file", advice)
@@ -70,19 +70,19 @@ def check_sha256(path: Path, expected: str, advice: str = "Restore it from the r
 
 @contextlib.contextmanager
 def write_then_rename(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place once the block ends without an error.
+    """Context with a temporary path that replaces `path` when the block ends without an error.
 
-    A crash at any moment leaves either the old file or the new one, never a part: the content is
-    flushed to the disk before the rename, and the rename is atomic.
+    After a crash, `path` is either the old file or the complete new one: the content is flushed to the disk before the
+    rename, and the rename is atomic.
 
     Args:
-        path: The final path; its folder is created.
+        path: The final path; its parent folder is created.
 
     Yields:
         The temporary path to write to.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The final suffix stays last: writers such as matplotlib choose the format by it.
+    # The suffix is kept, since writers such as matplotlib choose the format by it.
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=".unfinished-", suffix=path.suffix)
     os.close(handle)
     temporary = Path(name)
@@ -90,7 +90,7 @@ def write_then_rename(path: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
-        # mkstemp makes private files; what we leave behind has ordinary permissions.
+        # mkstemp creates private files; the final file gets the default permissions.
         mask = os.umask(0)
         os.umask(mask)
         temporary.chmod(0o666 & ~mask)

@@ -1,8 +1,7 @@
-"""Fingerprints: short hashes that are equal for modules and tensors that compute the same thing, on any machine.
+"""Fingerprints: hashes that are equal for modules and tensors with equal values, code and structure, on any machine.
 
-Results on disk are found again by them, so that those of another model, or of other images, are never mixed in. Where
-it cannot be told whether two things compute the same, such as two functions written differently, they count as
-different: then something is computed again.
+They identify stored results, so that results of other models or images are never mixed. If equality cannot be
+determined, such as for two functions with different code, fingerprints differ, and results are computed again.
 """
 
 from __future__ import annotations
@@ -30,22 +29,22 @@ _PLAIN = (type(None), bool, int, float, complex, str, bytes, PurePath, Enum, ran
 _NAMED_IN_TORCH = (torch.dtype, torch.memory_format, torch.layout)
 _NAMED = (type, types.ModuleType, torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 
-# What `nn.Module.__init__` sets: parameters, buffers, modules and hooks are looked at, the rest does not compute.
+# Attributes set by `nn.Module.__init__`: parameters, buffers, modules and hooks are hashed, others have no effect.
 _BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"}
 
 
 def fingerprint(*values: Any, known: dict[int, bytes] | None = None) -> str:
-    """SHA-256 over everything that a result can depend on: values, code and structure, not names or addresses.
+    """SHA-256 over everything that a result depends on: values, code and structure, but not names or addresses.
 
-    Tensors count by dtype, shape and values, wherever they lie. Modules count by their class and its methods, their
-    parameters, buffers, attributes, hooks and submodules; exported graphs by their operations. Functions count by their
-    code, defaults and what they close over, and by the functions and constants of their own file that they use. Other
-    objects count by their class and by what pickle would keep of them. What belongs to torch counts by its name.
+    Tensors are hashed by dtype, shape and values, independent of their device. Modules are hashed by their class and
+    its methods, parameters, buffers, attributes, hooks and submodules; exported graphs by their operations. Functions
+    are hashed by code, defaults and closure, and by the functions and constants of the same file that they use. Other
+    objects are hashed by their class and their pickled state. Objects of torch are hashed by name.
 
     Args:
-        values: Numbers, strings, containers, tensors, modules, functions, anything.
-        known: Digests of modules that were taken before, by `id`; filled here. Pass it while the modules live and do
-            not change.
+        values: Any objects: numbers, strings, containers, tensors, modules, functions.
+        known: Cache of digests of modules by `id`, filled here; valid as long as the modules exist and do not
+            change.
 
     Returns:
         64 hexadecimal digits.
@@ -58,16 +57,16 @@ def fingerprint(*values: Any, known: dict[int, bytes] | None = None) -> str:
 
 
 class _Walk:
-    """One walk over values, each looked at once; those that hold themselves are no exception."""
+    """Recursive hashing of values, each once; values may contain themselves."""
 
     def __init__(self, known: dict[int, bytes]) -> None:
         self.known = known
-        self.seen: dict[int, tuple[Any, bytes, int]] = {}  # with the value itself, so that its id stays its own
-        self.open: dict[int, int] = {}  # values that are being looked at, each with its depth
-        self.reached = 0  # the least depth of an open value that was met again
+        self.seen: dict[int, tuple[Any, bytes, int]] = {}  # with the value itself, so that its id is not reused
+        self.open: dict[int, int] = {}  # values that are being hashed, with their depths
+        self.reached = 0  # the minimum depth of an open value that occurred again
 
     def digest(self, value: Any) -> bytes:
-        """32 bytes that stand for the value."""
+        """Digest of a value, 32 bytes."""
         at_once = _at_once(value)
         if at_once is not None:
             return at_once
@@ -87,20 +86,20 @@ class _Walk:
             found = _hash(*self._inside(value))
         finally:
             del self.open[key]
-        if self.reached >= depth and isinstance(value, nn.Module):  # else it depends on where the walk came from
+        if self.reached >= depth and isinstance(value, nn.Module):  # otherwise it depends on the enclosing values
             self.known[key] = found
         self.seen[key] = value, found, self.reached
         self.reached = min(above, self.reached)
         return found
 
     def _inside(self, value: Any) -> list[Any]:
-        """What the value is made of, each part as bytes or as something plain."""
+        """Parts of a value, each as bytes or as a plain value."""
         if isinstance(value, nn.Module):
             return ["module", *map(self.digest, _parts_of_module(value))]
         kind = _name_of(type(value))
         if isinstance(value, set | frozenset):
             return [kind, *sorted(map(self.digest, value))]
-        if isinstance(value, Mapping):  # in order: an OrderedDict of modules runs in its order
+        if isinstance(value, Mapping):  # in order, since an OrderedDict of modules is called in order
             return [kind, *(self.digest(part) for item in value.items() for part in item)]
         if isinstance(value, tuple | list):
             return [kind, *map(self.digest, value)]
@@ -110,7 +109,7 @@ class _Walk:
 
 
 def _at_once(value: Any) -> bytes | None:
-    """The digest of what holds nothing to look into; None for all else."""
+    """Digest of a value without parts; None for other values."""
     if isinstance(value, torch.Tensor):
         return _hash("tensor", str(value.dtype), tuple(value.shape), _bytes_of(value))
     if isinstance(value, np.ndarray) and not value.dtype.hasobject:
@@ -122,7 +121,7 @@ def _at_once(value: Any) -> bytes | None:
     if isinstance(value, _NAMED_IN_TORCH):
         return _hash(str(value))
     if isinstance(value, torch.device):
-        return _hash("device")  # the same thing is computed on all
+        return _hash("device")  # results do not depend on the device
     if isinstance(value, _NAMED) or (isinstance(value, types.FunctionType) and _is_of_torch(value)):
         return _hash("name", _name_of(value))
     return None
@@ -175,7 +174,7 @@ def _parts_of_object(value: Any) -> list[Any]:
     try:
         reduce: Callable[[Any], Any] = copyreg.dispatch_table.get(type(value), _reduced)
         kept = reduce(value)
-        if isinstance(kept, tuple):  # what comes behind the third are iterators over items
+        if isinstance(kept, tuple):  # after the third entry there are iterators over items
             kept = [*kept[:3], *(list(items) for items in kept[3:] if items is not None)]
     except Exception:  # a lock, an open file...
         kept = getattr(value, "__dict__", None)
@@ -187,7 +186,7 @@ def _reduced(value: Any) -> Any:
 
 
 def _body_of(kind: type) -> list[Any]:
-    """What the methods of a class do, and its other attributes, those of its parents included, but for torch's."""
+    """Methods and other attributes of a class and its parents, except those of torch."""
     return [
         (name, member)
         for parent in kind.__mro__
@@ -199,7 +198,7 @@ def _body_of(kind: type) -> list[Any]:
 
 
 def _code_of(function: types.FunctionType | types.CodeType, doc: str | None = None) -> tuple[Any, ...]:
-    """What a function does, without where it stands in a file and what its docstring says."""
+    """What a function computes, independent of its position in a file and of its docstring."""
     if isinstance(function, types.FunctionType):
         return _code_of(function.__code__, function.__doc__)
     constants = [_code_of(c) if isinstance(c, types.CodeType) else c for c in function.co_consts]
@@ -209,13 +208,13 @@ def _code_of(function: types.FunctionType | types.CodeType, doc: str | None = No
 def _closed_over(function: types.FunctionType) -> list[Any]:
     cells = []
     for cell in function.__closure__ or ():
-        with contextlib.suppress(ValueError):  # a name that has no value yet
+        with contextlib.suppress(ValueError):  # a name without a value yet
             cells.append(cell.cell_contents)
     return cells
 
 
 def _used_globals(function: types.FunctionType) -> dict[str, Any]:
-    """The constants, modules and functions of its own file that a function uses; of others the name is in its code."""
+    """Constants, modules and functions of the same file that a function uses; other names are part of its code."""
     found = {}
     waiting = [function.__code__]
     while waiting:
@@ -234,13 +233,13 @@ def _is_of_torch(value: Any) -> bool:
 
 
 def _name_of(value: Any) -> str:
-    """Module and name of a class, a function, a module or an operation."""
+    """Module and name of a class, a function, a module or an operator."""
     name = getattr(value, "__qualname__", None) or getattr(value, "__name__", None) or str(value)
     return f"{getattr(value, '__module__', '')}.{name}"
 
 
 def _hash(*parts: Any) -> bytes:
-    """Each part is hashed after its length, so that no two lists of parts give the same bytes."""
+    """Hash each part after its length, so that different lists of parts give different bytes."""
     digest = hashlib.sha256()
     for value in parts:
         part = value if isinstance(value, bytes) else repr(value).encode()

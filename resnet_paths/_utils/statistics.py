@@ -1,4 +1,4 @@
-"""Means over examples: what every instrument that measures single examples ends with."""
+"""Means and standard errors over examples."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ __all__ = ["mean_over_examples"]
 
 
 def mean_over_examples(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and its standard error over the last dimension, NaN left out.
+    """Mean and its standard error over the last dimension, ignoring NaN.
 
     Args:
-        values: Numbers [..., measurement].
+        values: Array [..., measurement].
 
     Returns:
         Mean and standard error [...]; the error of a single value is NaN.

@@ -416,17 +416,17 @@ class ResidualChain(nn.Module):
         """
         return chain_table(self)
 
-    def length_polynomial(self, unit: str = "sublayer") -> list[int]:
-        """Number of paths by length, lengths counted in a unit; see `resnet_paths.path_histogram`.
+    def length_polynomial(self, unit: str = "block") -> list[int]:
+        """Number of paths of each length, with lengths in a given unit; see `resnet_paths.path_histogram`.
 
         Args:
-            unit: ``"sublayer"``, ``"block"`` or ``"layer"``.
+            unit: ``"block"``, ``"transformer_layer"`` or ``"weight_layer"``.
 
         Returns:
             Exact ints; entry k is the number of paths of length k.
 
         Raises:
-            ResnetPathsError: If it is another unit, or branches hold chains and the unit is not the sublayer.
+            ResnetPathsError: If the unit is unknown, or a branch contains a chain and the unit is not ``"block"``.
         """
         return length_polynomial(self, unit)
 

@@ -183,14 +183,14 @@ def multiplied(one: list[int], other: list[int]) -> list[int]:
     return result
 
 
-def path_histogram(chain: HasPathChoices | int, unit: str = "sublayer") -> pd.DataFrame:
+def path_histogram(chain: HasPathChoices | int, unit: str = "block") -> pd.DataFrame:
     """Number and fraction of paths by length: the binomial of Veit et al. 2016, figure 6a.
 
     Args:
         chain: A chain, or a number of residual blocks.
-        unit: What lengths count: ``"sublayer"``, the additions of the chain, one for each of its blocks; ``"block"``,
-            which takes a transformer's attention and MLP together; ``"layer"``, weight layers.
-            `resnet_paths.core.units` says which is which for every family. A number of blocks has the one unit only.
+        unit: Unit of path length: ``"block"``; ``"transformer_layer"``, which counts attention and MLP of one layer
+            together; or ``"weight_layer"``. `resnet_paths.core.units` defines them for each family of networks. A
+            number of blocks allows ``"block"`` only.
 
     Returns:
         A row a length from 0 to the longest path: ``path_length``; ``num_paths``, an exact Python int at any depth;
@@ -210,9 +210,9 @@ def path_histogram(chain: HasPathChoices | int, unit: str = "sublayer") -> pd.Da
         counts = chain.length_polynomial(unit)
     else:
         counts = path_polynomial(chain)
-        if unit != "sublayer":
+        if unit != "block":
             raise ResnetPathsError(
-                "unit", unit, "'sublayer' for a number of blocks", "What blocks hold is known of a chain alone."
+                "unit", unit, "'block' for a number of blocks", "Pass a chain to count in other units."
             )
     total = sum(counts)
     return pd.DataFrame({

@@ -1,20 +1,20 @@
-"""What the length of a path counts: additions, whole blocks, or weight layers.
+"""Units of path length: blocks (default), transformer layers, or weight layers.
 
-===========================  ===========================  ==========================  ==================================
-family                       ``"sublayer"`` (default)     ``"block"``                 ``"layer"``
-===========================  ===========================  ==========================  ==================================
-ResNet and its relatives     residual block               the same                    convolutions in the branch
-DenseNet                     dense layer                  the same                    convolutions in the layer
-ConvNeXt, EfficientNet       residual block               the same                    convolutions and linear maps
-transformers                 attention, MLP, each one     layer: attention and MLP    linear maps on the longest route
-parallel attention and MLP   either of both               layer                       linear maps of either
-highway                      layer                        the same                    transform, or its gate
-U-Net                        long skip, and those inside  not defined                 not defined
-===========================  ===========================  ==========================  ==================================
+===========================  ============================  ==========================  =================================
+family                       ``"block"`` (default)         ``"transformer_layer"``     ``"weight_layer"``
+===========================  ============================  ==========================  =================================
+ResNet and its relatives     residual block                same as ``"block"``         convolutions in the branch
+DenseNet                     dense layer                   same as ``"block"``         convolutions in the layer
+ConvNeXt, EfficientNet       residual block                same as ``"block"``         convolutions and linear layers
+transformers                 attention, MLP (one each)     attention and MLP together  linear layers, longest route
+parallel attention and MLP   attention or MLP              attention and MLP together  linear layers of either
+highway                      highway layer                 same as ``"block"``         transform or gate
+U-Net                        long skip, and those inside   not defined                 not defined
+===========================  ============================  ==========================  =================================
 
-A chain has one block for each addition: the sublayer is what it counts. Sublayers whose names agree up to the last
-number, ``layers.3.attn`` and ``layers.3.mlp``, are one block. The paper counts modules (two convolutions each) in its
-figures and layers in its abstract.
+A chain has one block per residual addition. Blocks whose names are equal up to the last number, such as
+``layers.3.attn`` and ``layers.3.mlp``, belong to the same transformer layer. Veit et al. (2016) count residual modules
+(of two convolutions each) in their figures and weight layers in their abstract.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from resnet_paths.core.weight_layers import weight_layers
 
 __all__ = ["UNITS", "length_polynomial"]
 
-UNITS = ("sublayer", "block", "layer")
-"""Units of the length of a path."""
+UNITS = ("block", "transformer_layer", "weight_layer")
+"""Units of path length."""
 
 
 def length_polynomial(chain: Any, unit: str) -> list[int]:
-    """Number of paths by length, lengths counted in a unit.
+    """Number of paths of each length, with lengths in a given unit.
 
     Args:
         chain: The chain.
@@ -43,24 +43,24 @@ def length_polynomial(chain: Any, unit: str) -> list[int]:
         Exact ints; entry k is the number of paths of length k.
 
     Raises:
-        ResnetPathsError: If it is another unit, or a branch holds a chain, whose sublayers alone can be counted.
+        ResnetPathsError: If the unit is unknown, or a branch contains a chain and the unit is not ``"block"``.
     """
     if unit not in UNITS:
         raise ResnetPathsError("unit", unit, f"one of {', '.join(map(repr, UNITS))}")
-    if unit == "sublayer":
+    if unit == "block":
         return path_polynomial(chain)
     blocks = list(chain)
     if any(isinstance(c, tuple) for block in blocks for c in block.path_choices):
         raise ResnetPathsError(
-            "unit", unit, "'sublayer' for chains inside branches", "Unravel with max_depth=0 to take branches whole."
+            "unit", unit, "'block' for a chain inside a branch", "Unravel with max_depth=0 to keep branches whole."
         )
     total = [1]
-    if unit == "block":
+    if unit == "transformer_layer":
         for _, group in itertools.groupby(blocks, key=_group_of):
             inside = [1]
             for block in group:
                 inside = multiplied(inside, _of_block(block, [1] * len(block.path_choices)))
-            # A path that takes any branch of the group passes through the block, else past it.
+            # A path that takes any branch of the group passes through the layer, otherwise around it.
             total = multiplied(total, [inside[0], sum(inside[1:])])
     else:
         for block in blocks:
@@ -78,14 +78,14 @@ def _of_block(block: Any, lengths: list[int]) -> list[int]:
 
 
 def _lengths_in_layers(block: Any) -> list[int]:
-    """How much each of a block's entries adds to a path's length."""
+    """The length that each choice of a block adds to a path."""
     branches = [block.branch] if sum(map(bool, block.path_choices)) < 2 else list(block.branch)
     each = iter(map(weight_layers, branches))
     return [next(each) if choice else 0 for choice in block.path_choices]
 
 
 def _group_of(block: Any) -> Any:
-    """Equal for the sublayers of one layer: the name up to its last number, as in ``layers.3`` or ``layer_3``."""
+    """Equal for the blocks of one transformer layer: the name up to its last number, as in ``layers.3``."""
     parts = block.name.split(".")
     numbered = [i for i, part in enumerate(parts) if part.isdigit()] or [
         i for i, part in enumerate(parts) if part[-1:].isdigit()

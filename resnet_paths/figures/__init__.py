@@ -1,13 +1,13 @@
-"""Figures for a paper: a frame goes in, Axes come out, and a file is as wide as the column it stands in.
+"""Figures for papers: plot functions from data frames to matplotlib Axes, and files of exact column width.
 
     with rp.figures.paper_style("single"):
         fig, ax = plt.subplots()
         rp.figures.plot_path_histogram(rp.path_histogram(54), ax)
         rp.figures.save_figure(fig, "figures/paths", data=rp.path_histogram(54))
 
-Make, plot and save inside the ``with``: matplotlib looks some settings up only when it draws. Networks differ by marker
-or dashes as well as by colour, so that every figure can be read in grey. Every function checks what it is given before
-it draws, and draws the numbers as they are in the frame: nothing is smoothed, estimated or left out here.
+Create, plot and save the figure inside the ``with`` block, since matplotlib reads some settings only when it draws.
+Networks are distinguished by marker or dashes as well as by colour, so that every figure is readable in grey. Every
+function validates its frame before drawing, and draws the values of the frame without smoothing or estimation.
 """
 
 from __future__ import annotations
@@ -85,18 +85,18 @@ _CURVE_LABELS = {
 
 
 def plot_path_histogram(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Share of the paths at each path length (Veit et al. 2016, figure 6a): bars, or a marked line a network.
+    """Share of the paths at each path length (Veit et al. 2016, figure 6a): bars, or one line per network.
 
     Args:
-        frame: From `resnet_paths.path_histogram`: ``path_length``, ``fraction``; several of them joined have a column
-            ``network``, which names them in the legend.
-        ax: Where to draw; the current axes if None.
+        frame: From `resnet_paths.path_histogram`: ``path_length``, ``fraction``; an
+            optional column ``network`` separates several networks and names them in the legend.
+        ax: The axes to draw into; the current axes if None.
 
     Returns:
         The axes.
 
     Raises:
-        ResnetPathsError: If columns are missing, no row has a number, or a length occurs twice in one network.
+        ResnetPathsError: If columns are missing, all values are NaN, or a length occurs twice in one network.
     """
     by = ["network"] if isinstance(frame, pd.DataFrame) and "network" in frame else []
     frame = checked("frame", frame, "fraction", [*by, "path_length"], rate=True)
@@ -116,11 +116,11 @@ def plot_path_histogram(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 
 def plot_training_curves(frame: pd.DataFrame, ax: Axes | None = None, value: str = "test_error_rate") -> Axes:
-    """A quantity of training against the epoch: the mean over seeds, in a band from the smallest to the largest.
+    """A quantity of training against the epoch: mean over seeds, with a band from the minimum to the maximum.
 
     Args:
-        frame: A row an epoch: ``network``, ``seed``, ``epoch`` and the column `value`.
-        ax: Where to draw; the current axes if None.
+        frame: One row per epoch: ``network``, ``seed``, ``epoch`` and the column `value`.
+        ax: The axes to draw into; the current axes if None.
         value: ``"train_loss"``, ``"train_error_rate"``, ``"test_loss"`` or ``"test_error_rate"``; rates are drawn in
             percent.
 
@@ -128,7 +128,7 @@ def plot_training_curves(frame: pd.DataFrame, ax: Axes | None = None, value: str
         The axes.
 
     Raises:
-        ResnetPathsError: If `value` is another, columns are missing, no row has a number, an epoch occurs twice in one
+        ResnetPathsError: If `value` is unknown, columns are missing, all values are NaN, an epoch occurs twice in one
             run, or a rate is not in [0, 1].
     """
     if value not in _CURVE_LABELS:

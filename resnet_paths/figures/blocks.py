@@ -1,4 +1,4 @@
-"""Figures along the blocks of a network: what each adds, what scaling it does, what gradient reaches it."""
+"""Figures along the blocks of a network: norms, effect of scaling, and gradient of each block."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ __all__ = [
 ]
 
 _NORMS = {"skip_norm": "x, along the skip", "branch_norm": "F(x)", "sum_norm": "F(x) + x"}
-_DIRECTIONS = {"cosine": "cosine of x and F(x)", "kept_signal_share": "signal kept along the skips (share)"}
+_DIRECTIONS = {"cosine": "cosine of x and F(x)", "kept_signal_share": "share of the signal kept by the skips"}
 
 
 def plot_block_norms(frame: pd.DataFrame, ax: Axes | None = None, highlight: int | None = None) -> Axes:
-    """How large x, F(x) and their sum are in every block, on a logarithmic axis.
+    """Norms of x, F(x) and their sum in every block, on a logarithmic axis.
 
-    A marked line each, with bars of one standard error. Marks on top stand where the skip is a projection.
+    One line per norm, with bars of one standard error. Marks on top show where a new stage starts.
 
     Args:
         frame: From `resnet_paths.block_norms`.
-        ax: Where to draw; the current axes if None.
-        highlight: Position of a block to put a band behind.
+        ax: The axes to draw into; the current axes if None.
+        highlight: Position of a block to highlight by a grey band.
 
     Returns:
         The axes.
@@ -41,16 +41,16 @@ def plot_block_norms(frame: pd.DataFrame, ax: Axes | None = None, highlight: int
     Raises:
         ResnetPathsError: If columns are missing, or a block occurs twice.
     """
-    return _plot_along_blocks(frame, _NORMS, ax, highlight, "norm of an example's state", log=True)
+    return _plot_along_blocks(frame, _NORMS, ax, highlight, "norm of the state of an example", log=True)
 
 
 def plot_block_directions(frame: pd.DataFrame, ax: Axes | None = None, highlight: int | None = None) -> Axes:
-    """Which way every block's branch points, and how much of the state is still what the skips alone brought.
+    """Cosine of x and F(x) in every block, and the share of the signal that the skips alone carry.
 
     Args:
         frame: From `resnet_paths.block_norms`.
-        ax: Where to draw; the current axes if None.
-        highlight: Position of a block to put a band behind.
+        ax: The axes to draw into; the current axes if None.
+        highlight: Position of a block to highlight by a grey band.
 
     Returns:
         The axes.
@@ -64,12 +64,12 @@ def plot_block_directions(frame: pd.DataFrame, ax: Axes | None = None, highlight
 
 
 def plot_scalings(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Test error against the factor on a branch; a marked line a block, with its 95 % interval.
+    """Test error against the factor on a branch: one line per block, with its 95 % interval.
 
     Args:
         frame: From `resnet_paths.lesion_study` of `resnet_paths.scalings`, with columns ``block`` (name) and ``factor``
             beside ``error_rate``, ``error_rate_low``, ``error_rate_high`` and ``intact_error_rate`` in [0, 1].
-        ax: Where to draw; the current axes if None.
+        ax: The axes to draw into; the current axes if None.
 
     Returns:
         The axes.
@@ -104,14 +104,14 @@ def plot_scalings(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 
 def plot_gradient_by_depth(frame: pd.DataFrame, ax: Axes | None = None, networks: Sequence[str] | None = None) -> Axes:
-    """The norm of the gradient that reaches each depth, on a logarithmic axis; a marked line a network.
+    """Norm of the gradient at each depth, on a logarithmic axis: one line per network.
 
     Args:
-        frame: From `resnet_paths.gradient_by_depth`: ``depth``, ``gradient_norm``, ``gradient_norm_se``; several of
-            them joined have a column ``network``, which names them in the legend.
-        ax: Where to draw; the current axes if None.
-        networks: All names that have a colour, in order, so that a network looks the same in two figures of which
-            each shows only some; those of the frame if None.
+        frame: From `resnet_paths.gradient_by_depth`: ``depth``, ``gradient_norm``, ``gradient_norm_se``; an
+            optional column ``network`` separates several networks and names them in the legend.
+        ax: The axes to draw into; the current axes if None.
+        networks: Names of networks in the order of their colours, for equal colours in several figures; by default
+            those of the frame.
 
     Returns:
         The axes.
@@ -127,7 +127,7 @@ def plot_gradient_by_depth(frame: pd.DataFrame, ax: Axes | None = None, networks
     order = [name for name, _ in groups] if networks is None else list(networks)
     for network, rows in groups:
         if network not in order:
-            raise ResnetPathsError("networks", order, f"names with {network!r} among them")
+            raise ResnetPathsError("networks", order, f"names that include {network!r}")
         index = order.index(network)
         ax.errorbar(
             rows["depth"],
@@ -140,7 +140,7 @@ def plot_gradient_by_depth(frame: pd.DataFrame, ax: Axes | None = None, networks
             linewidth=0.8,
             elinewidth=0.5,
         )
-    ax.set(yscale="log", xlabel="depth (blocks in front)", ylabel="gradient norm")
+    ax.set(yscale="log", xlabel="depth (preceding blocks)", ylabel="gradient norm")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     if by:
         legend_above(ax, ax.get_legend_handles_labels()[0])
@@ -148,13 +148,13 @@ def plot_gradient_by_depth(frame: pd.DataFrame, ax: Axes | None = None, networks
 
 
 def plot_scalar_gradients(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """The product of F' against the product of 1 + F', by depth, on a logarithmic axis.
+    """The products of F' and of 1 + F' against the depth, on a logarithmic axis.
 
-    Absolute values are drawn; a gradient of exactly 0 has no place on the axis and ends its line.
+    Absolute values are drawn; gradients of exactly 0 are omitted.
 
     Args:
-        frame: From `resnet_paths.scalar_gradients`.
-        ax: Where to draw; the current axes if None.
+        frame: From `resnet_paths.gradients.scalar_gradients`.
+        ax: The axes to draw into; the current axes if None.
 
     Returns:
         The axes.

@@ -1,4 +1,4 @@
-"""A whole network drawn, of any depth: trunk, branches, skips, repeats folded."""
+"""Drawing of a whole network: trunk, branches and skips, with repeated blocks folded."""
 
 from __future__ import annotations
 
@@ -23,33 +23,33 @@ from resnet_paths.figures.layout import INK, MUTED, draw_sum, legend_above
 __all__ = ["plot_chain"]
 
 _COLUMNS = ("index", "block", "depth", "skip", "before", "branch", "after", "num_branches", "shape")
-# In units of a block's width, and of heights.
-_SEGMENT = 0.24  # of trunk, for the tick of what stands before or after a block
-_LEVEL, _ROW, _BOX = 1.55, 0.75, 0.5  # from trunk to trunk of a chain inside, from branch to branch, a box
-_ARC, _NAME = 0.62, 0.5  # what skips reach below the trunk, and a row for names
-_FEWEST = 3.5  # of a shorter network the blocks are no larger
+# In units of the width and of the height of a block.
+_SEGMENT = 0.24  # of trunk, for the tick of operations before or after a block
+_LEVEL, _ROW, _BOX = 1.55, 0.75, 0.5  # distance of an inner trunk, of two branches, and height of a box
+_ARC, _NAME = 0.62, 0.5  # depth of skips below the trunk, and height of names
+_MIN_WIDTH = 3.5  # blocks of a shorter network are not larger
 _DELETED = "C3"
 
 
 def plot_chain(frame: pd.DataFrame, ax: Axes | None = None, highlight: Sequence[Entry] | None = None) -> Axes:
-    """A whole network: its trunk on one row, branches above, skips as arcs below, blocks alike folded into one.
+    """Draw a whole network: the trunk in one row, branches above it, skips as arcs below, equal blocks folded into one.
 
-    Boxes hold the position of the block, counted from 0, or the first and the last of those folded, whose number stands
-    above; behind a colon which of several branches. The ends of names stand there too where there is room. A chain
-    inside a branch is drawn in its place, a row higher. Ticks on the trunk stand for what is done before a block's skip
-    and branch part, and after they are added. Below are the shapes of the states, without the batch. A deleted branch
-    is crossed out.
+    Boxes contain the position of the block, counted from 0, or the first and last position of folded blocks, with their
+    number above; a number after a colon is that of one of several branches. The last part of a name is shown if there
+    is room. A chain inside a branch is drawn one row higher. Ticks on the trunk show operations before the block
+    splits into skip and branch, and after they are added. The shapes of the states, without the batch dimension, are
+    shown below. A deleted branch is crossed out.
 
     Args:
-        frame: From `resnet_paths.core.chain.ResidualChain.to_frame`; of a lesioned chain, to show what was deleted.
-        ax: Where to draw; the current axes if None.
-        highlight: One path, an entry a block, to draw in a strong colour with all else muted.
+        frame: From `resnet_paths.core.chain.ResidualChain.to_frame`, also of a chain with deleted blocks.
+        ax: The axes to draw into; the current axes if None.
+        highlight: One path, one entry per block, to draw in a strong colour; everything else is muted.
 
     Returns:
-        The axes, without frame.
+        The axes, with their frame turned off.
 
     Raises:
-        ResnetPathsError: If `frame` is not such a frame, or `highlight` not one of its paths.
+        ResnetPathsError: If `frame` is another frame, or `highlight` is not one of its paths.
     """
     blocks = _blocks_of(frame)
     if highlight is not None:
@@ -58,12 +58,12 @@ def plot_chain(frame: pd.DataFrame, ax: Axes | None = None, highlight: Sequence[
     ax.set_axis_off()
     folded = _fold(blocks)
     width, height = sum(run.width for run in folded), max(run.height for run in folded)
-    stub = max(0.11 * width + 0.3, (_FEWEST - width) / 2)
+    stub = max(0.11 * width + 0.3, (_MIN_WIDTH - width) / 2)
     ax.set(xlim=(-1.05 * stub, width + 1.05 * stub), ylim=(-1.2, height + 0.3))
     legend = _legend_of_chain(blocks)
     if legend:
         legend_above(ax, legend)
-    ax.figure.canvas.figure.draw_without_rendering()  # sizes of text are in points: how many has a unit?
+    ax.figure.canvas.figure.draw_without_rendering()  # text sizes are in points: measure the points per data unit
     points = ax.bbox.width / ax.figure.dpi * 72 / (width + 2.1 * stub)
     pen = _Pen(ax, points, ax.bbox.height / ax.figure.dpi * 72 / (height + 1.5), muted=highlight is not None)
     end = pen.chain(folded, 0.0, 0.0)
@@ -80,11 +80,11 @@ def plot_chain(frame: pd.DataFrame, ax: Axes | None = None, highlight: Sequence[
 
 @dataclass
 class _Drawn:
-    """A block as it is drawn."""
+    """A block to draw."""
 
     row: dict[str, Any]
     inner: list[_Drawn]
-    entry: Any = None  # what the path to highlight takes; None where it does not come by, or there is none
+    entry: Any = None  # choice of the highlighted path; None if it does not pass here
 
     @property
     def choices(self) -> tuple[Choice, ...]:
@@ -95,19 +95,19 @@ class _Drawn:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Equal for blocks that are drawn alike."""
+        """Equal for blocks with equal drawings."""
         said = (self.row[column] for column in ("skip", "before", "branch", "after", "num_branches"))
         return (*said, self.entry if not self.inner else bool(self.entry), *(block.key for block in self.inner))
 
     @property
     def may_repeat(self) -> bool:
-        """Not where a stage begins, but in a dense block, whose layers all widen the state."""
+        """Whether the block can be folded: not at a stage start, unless it is a dense layer, which widens the state."""
         return "->" not in self.row["shape"] or (self.row["skip"] == "concat" and not self.row["before"])
 
 
 @dataclass
 class _Run:
-    """Neighbouring blocks, or groups of blocks, that are drawn once."""
+    """Repeated blocks, or groups of blocks, that are drawn once."""
 
     blocks: list[_Drawn]  # of the first group
     times: int
@@ -134,7 +134,7 @@ def _height(block: _Drawn, inner: list[_Run]) -> float:
 
 
 def _blocks_of(frame: pd.DataFrame) -> list[_Drawn]:
-    """The blocks of a frame, those inside branches below theirs; refuses what is not such a frame."""
+    """The blocks of a frame as a tree, with those inside branches as children; raises for other frames."""
     if not isinstance(frame, pd.DataFrame) or not set(_COLUMNS) <= set(frame) or frame.empty:
         given = f"columns {', '.join(map(str, frame))}" if isinstance(frame, pd.DataFrame) else type(frame).__name__
         raise ResnetPathsError(
@@ -157,7 +157,7 @@ def _set_entries(blocks: Sequence[_Drawn], path: Sequence[Entry]) -> None:
 
 
 def _fold(blocks: Sequence[_Drawn]) -> list[_Run]:
-    """Blocks alike as one, and groups of them, such as attention and MLP, that repeat."""
+    """Fold repeated blocks, and repeated groups of blocks such as attention and MLP."""
     keys = [block.key if block.may_repeat else (*block.key, i) for i, block in enumerate(blocks)]
     folded, start = [], 0
     while start < len(keys):
@@ -170,7 +170,7 @@ def _fold(blocks: Sequence[_Drawn]) -> list[_Run]:
 
 
 def _times(keys: Sequence[Any], start: int, size: int) -> int:
-    """How often the group at `start` stands there; once if neighbours in it are alike, which are folded themselves."""
+    """Number of repetitions of the group at `start`; 1 if it contains equal neighbours, which are folded themselves."""
     group = list(keys[start : start + size])
     if any(one == other for one, other in itertools.pairwise(group)):
         return 1
@@ -181,7 +181,7 @@ def _times(keys: Sequence[Any], start: int, size: int) -> int:
 
 
 class _Pen:
-    """Draws the parts of a chain; lines are gathered, and drawn kind by kind at the end."""
+    """Draws the parts of a chain; lines are collected and drawn by kind at the end."""
 
     def __init__(self, ax: Axes, x_points: float, y_points: float, *, muted: bool) -> None:
         self.ax = ax
@@ -191,7 +191,7 @@ class _Pen:
         self.lines: dict[tuple[str, bool], list[Curve]] = {}
 
     def chain(self, folded: Sequence[_Run], x: float, base: float, on: bool = True) -> float:
-        """Draw runs from x on, their trunk at height `base`; returns where they end."""
+        """Draw runs from `x` on, with the trunk at height `base`; returns the x coordinate of their end."""
         for run in folded:
             start = x
             for block, last, inner, width in zip(run.blocks, run.last, run.inner, run.widths, strict=True):
@@ -213,7 +213,7 @@ class _Pen:
         repeated: bool,
         on: bool,
     ) -> None:
-        """Draw one block, or the first of a run, between two points of the trunk."""
+        """Draw one block, or the first block of a run, between two points of the trunk."""
         entry = block.entry if on else None
         if block.row["before"]:
             x = self.segment(x, x + _SEGMENT, base, passed=entry is not None)
@@ -233,10 +233,10 @@ class _Pen:
             if inner:
                 self.chain(inner, left, height, on=taken or not self.muted)
                 continue
-            behind = f":{number}" if rows > 1 else ""
-            labels = [f"{block.row['index']}{behind}"]
+            suffix = f":{number}" if rows > 1 else ""
+            labels = [f"{block.row['index']}{suffix}"]
             if repeated:
-                labels.insert(0, f"{block.row['index']}…{last.row['index']}{behind}")
+                labels.insert(0, f"{block.row['index']}…{last.row['index']}{suffix}")
             self.box((left, right), height, labels, taken, deleted=deleted, repeated=repeated)
         if not inner:
             self.name(block, last, (x + end) / 2, base + 1 + _ROW * (rows - 1) + _BOX / 2, end - x, repeated=repeated)
@@ -244,7 +244,7 @@ class _Pen:
             self.sum((end, base), block.row["skip"] == "concat", passed=entry is not None)
 
     def skip(self, kind: str, x: float, end: float, base: float, *, on: bool) -> None:
-        """An arc; a projection has an open square on it."""
+        """Draw an arc; a projection has an open square on it."""
         bend = min(0.5, 0.35 * (end - x))
         self.line("skip", [(x, base), (x + 0.3 * bend, base - _ARC), (end - 0.3 * bend, base - _ARC), (end, base)], on)
         if kind == "projection":
@@ -270,7 +270,7 @@ class _Pen:
         deleted: bool,
         repeated: bool,
     ) -> None:
-        """A branch with the first label that can be read; those that stand for several have copies behind."""
+        """Draw a branch with the first label that fits; folded blocks have copies in the background."""
         (left, right), edge = sides, _DELETED if deleted else self.colour(on)
         aside, up = 1.6 / self.x_points, 1.6 / self.y_points
         for copy in (2, 1, 0) if repeated else (0,):
@@ -304,7 +304,7 @@ class _Pen:
                 return
 
     def name(self, block: _Drawn, last: _Drawn, x: float, y: float, room: float, *, repeated: bool) -> None:
-        """The end of a block's name, what is the same in all names of a run; left out where it could not be read."""
+        """Draw the last part of a block's name, or the common part of a run, if it fits."""
         name = _short_name(block.row["block"], last.row["block"])
         gap = 1.5 + 3.2 * repeated  # points: above the copies
         wide, high = 0.95 * room * self.x_points / (0.6 * len(name) or 1), (_NAME * self.y_points - gap) / 1.2
@@ -315,7 +315,7 @@ class _Pen:
             self.ax.text(x, y, name, ha="center", va="bottom", fontsize=points, color=colour, gid="name")
 
     def bracket(self, left: float, right: float, y: float, text: str) -> None:
-        """A line above what is repeated, with the number of times."""
+        """Draw a bracket above repeated blocks, with the number of repetitions."""
         foot = y + 0.1
         self.line("bracket", [(left, y), (left, foot), (right, foot), (right, y)], on=False, curved=False)
         points = max(min(mpl.rcParams["font.size"] - 1, 0.35 * self.y_points), 4)
@@ -333,7 +333,7 @@ class _Pen:
         return to
 
     def shapes(self, folded: Sequence[_Run]) -> None:
-        """The shape of the states under each stretch of the trunk where it is one."""
+        """Draw the shape of the states below each part of the trunk with one shape."""
         shapes = [run.last[-1].row["shape"].split(" -> ")[-1] for run in folded]
         ends = [0.0, *itertools.accumulate(run.width for run in folded)]
         groups = [list(group) for _, group in itertools.groupby(range(len(folded)), key=shapes.__getitem__)]
@@ -377,7 +377,7 @@ def _rising(x: float, side: float, base: float, height: float) -> list[tuple[flo
 
 
 def _short_name(first: str, last: str) -> str:
-    """What tells a block, or a run of blocks, from its neighbours, as far as the end of a name does."""
+    """The last part of the name of a block, or the last common part of the names of a run."""
     parts = first.split(".")
     if parts[-1] != last.split(".")[-1]:
         both = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(parts, last.split("."), strict=False))
@@ -386,7 +386,7 @@ def _short_name(first: str, last: str) -> str:
 
 
 def _legend_of_chain(blocks: Sequence[_Drawn]) -> list[Line2D]:
-    """Handles for what does not explain itself."""
+    """Legend handles of the symbols that occur."""
 
     def rows(blocks: Sequence[_Drawn]) -> Iterable[dict[str, Any]]:
         for block in blocks:

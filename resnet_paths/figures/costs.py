@@ -1,4 +1,4 @@
-"""Figures of what networks and kinds of skip connections cost: parameters, memory, gradient."""
+"""Figures of the costs of networks and kinds of skip connections: parameters, memory, gradient."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ _COSTS = {
     "peak_megabytes": "peak memory (MB)",
     "gradient_gain": "gradient at the input / at the output",
 }
-# Light to dark, so that the parts are told apart in grey too.
+# Different lightness, so that the parts can be distinguished in grey.
 _PARTS = {
     "parameters_megabytes": ("parameters", "0.2"),
-    "saved_megabytes": ("kept for the backward pass", "C0"),
-    "rest_megabytes": ("the rest of the peak", "0.8"),
+    "saved_megabytes": ("saved for the backward pass", "C0"),
+    "rest_megabytes": ("rest of the peak", "0.8"),
 }
 
 
 def plot_training_memory(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """What a training step of each network holds at its peak: a bar each, the peak in megabytes at its end.
+    """Peak memory of a training step: one bar per network, labelled with the peak in megabytes.
 
     Args:
-        frame: A row a network: ``network``, and in megabytes of 10^6 bytes ``parameters_megabytes``,
-            ``saved_megabytes`` and ``peak_megabytes``, as `resnet_paths.training_memory` counts them.
-        ax: Where to draw; the current axes if None.
+        frame: One row per network: ``network``, and in megabytes (10^6 bytes) ``parameters_megabytes``,
+            ``saved_megabytes`` and ``peak_megabytes``, see `resnet_paths.core.costs.training_memory`.
+        ax: The axes to draw into; the current axes if None.
 
     Returns:
-        The axes; the first row stands on top.
+        The axes; the first row is on top.
 
     Raises:
         ResnetPathsError: If columns are missing, or a network occurs twice.
@@ -60,19 +60,19 @@ def plot_training_memory(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 
 def plot_cost_by_depth(frame: pd.DataFrame, value: str, ax: Axes | None = None) -> Axes:
-    """A cost against the number of blocks, on logarithmic axes: a marked line a kind of skip connection.
+    """A cost against the number of blocks, on logarithmic axes: one line per kind of skip connection.
 
     Args:
-        frame: A row a stack of blocks: ``kind``, ``num_blocks`` and the column `value`, all above 0.
+        frame: One row per stack of blocks: ``kind``, ``num_blocks`` and the column `value`, all above 0.
         value: ``"num_parameters"``, ``"peak_megabytes"`` (of 10^6 bytes) or ``"gradient_gain"``, the norm of the
             gradient at the input of the stack over that at its output.
-        ax: Where to draw; the current axes if None.
+        ax: The axes to draw into; the current axes if None.
 
     Returns:
         The axes.
 
     Raises:
-        ResnetPathsError: If `value` is another, columns are missing, or a number occurs twice for a kind.
+        ResnetPathsError: If `value` is unknown, columns are missing, or a number of blocks occurs twice for a kind.
     """
     if value not in _COSTS:
         raise ResnetPathsError("value", value, f"one of {', '.join(map(repr, _COSTS))}")

@@ -1,4 +1,4 @@
-"""Figures of the gradient by path length (Veit et al. 2016, figures 6b and 6c), of one network or of several."""
+"""Figures of the gradient by path length (Veit et al. 2016, figures 6b and 6c), for one or several networks."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def plot_path_gradients(
 ) -> Axes:
     """Gradient norm against path length, on a logarithmic axis (Veit et al. 2016, figure 6b).
 
-    A marked line for each column of norms of single paths, and of their sum, with bars of one standard error.
+    One line per column of norms, of single paths and of their sum, with bars of one standard error.
 
     Args:
         *frames: From `resnet_paths.gradient_by_path_length`.
-        ax: Where to draw; the current axes if None.
-        decay: From `resnet_paths.fit_decay`, drawn as a dashed line through the first frame's norms.
-        min_norm: Where the vertical axis begins; at the smallest norm if None.
+        ax: The axes to draw into; the current axes if None.
+        decay: From `resnet_paths.gradients.fit_decay`, drawn as a dashed line through the norms of the first frame.
+        min_norm: Lower limit of the vertical axis; the smallest norm if None.
 
     Returns:
         The axes.
@@ -56,7 +56,7 @@ def plot_path_gradients(
                 "frames",
                 f"{found.count(name)} frames with {name}",
                 "each column of norms in one frame",
-                "Draw the others on axes of their own, or leave the column out of them.",
+                "Draw the other frames into other axes, or drop the column from them.",
             )
     ax = plt.gca() if ax is None else ax
     for (frame, name), marker in zip(columns, cycle(MARKERS), strict=False):
@@ -78,7 +78,7 @@ def plot_path_gradients(
         rows = frame[frame[name] > 0]
         k = rows["path_length"].to_numpy(dtype=float)
         level = np.median(np.log(rows[name].to_numpy()) - k * np.log(decay.rate))
-        label = f"fit, factor {decay.rate:.2f} a block"
+        label = f"fit, factor {decay.rate:.2f} per block"
         ax.plot(k, np.exp(level + k * np.log(decay.rate)), linestyle="dashed", color=INK, linewidth=0.7, label=label)
     ax.set(yscale="log", xlabel="path length (blocks)", ylabel="gradient norm")
     if min_norm is not None:
@@ -96,9 +96,9 @@ def plot_effective_window(
     Args:
         frame: From `resnet_paths.gradient_by_path_length`.
         quantity: The column to draw, as a share of its sum; see `resnet_paths.effective_window`.
-        ax: Where to draw; the current axes if None.
-        share: What the shaded window holds.
-        paper: Whether to mark the paper's window of 5 to 17 blocks, which is of a network of 54.
+        ax: The axes to draw into; the current axes if None.
+        share: Share of the total in the shaded window.
+        paper: Whether to mark the paper's window of 5 to 17 blocks, measured in a network of 54 blocks.
 
     Returns:
         The axes.
@@ -152,11 +152,11 @@ def plot_effective_window(
 
 
 def plot_coherence(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """How much the paths of one length pull together: 1 if their gradients are orthogonal.
+    """Coherence of the gradients of the paths of one length: 1 if they are orthogonal.
 
     Args:
         frame: From `resnet_paths.gradient_by_path_length` with ``method="energy"``.
-        ax: Where to draw; the current axes if None.
+        ax: The axes to draw into; the current axes if None.
 
     Returns:
         The axes.
@@ -167,9 +167,9 @@ def plot_coherence(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     frame = checked("frame", frame, "coherence", ["path_length"], ["coherence_se"]).sort_values("path_length")
     ax = plt.gca() if ax is None else ax
     ax.axhline(1, color=MUTED, linewidth=0.7, zorder=0)
-    # The number of paths is the most there can be: all gradients alike, the root of the count.
+    # The maximum, for equal gradients, is the square root of the number of paths.
     most = np.sqrt(frame["num_paths"].to_numpy(dtype=float))
-    ax.plot(frame["path_length"], most, color=MUTED, linewidth=0.7, linestyle="dashed", label="all paths alike")
+    ax.plot(frame["path_length"], most, color=MUTED, linewidth=0.7, linestyle="dashed", label="all paths equal")
     ax.errorbar(
         frame["path_length"],
         frame["coherence"],
@@ -190,15 +190,15 @@ def plot_coherence(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
 def plot_path_shares(
     frame: pd.DataFrame, by: str, quantity: str = "gradient_share", ax: Axes | None = None, *, ordered: bool = False
 ) -> Axes:
-    """A quantity's share at each path length: a marked line for each network, or for each moment of training.
+    """A quantity's share at each path length: one line per network or per epoch of training.
 
     Args:
-        frame: Frames of `resnet_paths.gradient_by_path_length`, joined, with the column `by`.
-        by: The column that tells them apart, such as ``"network"`` or ``"epoch"``; it is named in the legend.
-        quantity: The column to draw, as a share of its sum over lengths, with bars of one standard error where there
-            is a column of these.
-        ax: Where to draw; the current axes if None.
-        ordered: Whether the values of `by` have an order, which the colours then follow from light to dark.
+        frame: Concatenated frames of `resnet_paths.gradient_by_path_length`, with the column `by`.
+        by: The column that distinguishes them, such as ``"network"`` or ``"epoch"``; it is named in the legend.
+        quantity: The column to draw, as a share of its sum over lengths; with bars of one standard error if the frame
+            has a column of these.
+        ax: The axes to draw into; the current axes if None.
+        ordered: Whether the values of `by` are ordered; the colours then range from light to dark.
 
     Returns:
         The axes.
@@ -239,14 +239,15 @@ def plot_path_shares(
 
 
 def plot_windows(frame: pd.DataFrame, along: str, ax: Axes | None = None, *, num_blocks: int | None = None) -> Axes:
-    """Effective windows side by side: a bar from the shortest to the longest length, a dot at the mean length.
+    """Effective windows: one bar per window from the shortest to the longest length, with a dot at the mean length.
 
     Args:
-        frame: A row a window: `resnet_paths.EffectiveWindow`'s ``shortest``, ``longest`` and ``peak``, the column
-            `along`, and ``mean_path_length`` where it is known; the dot is at the peak otherwise.
-        along: What the windows differ in, such as ``"epoch"`` or ``"network"``; evenly spaced in the frame's order.
-        ax: Where to draw; the current axes if None.
-        num_blocks: Blocks on the longest path: the length of most paths, half of it, is then drawn as a dotted line.
+        frame: One row per window: ``shortest``, ``longest`` and ``peak`` of `resnet_paths.gradients.EffectiveWindow`,
+            the column `along`, and optionally ``mean_path_length``; without it the dot is at the peak.
+        along: The column on the horizontal axis, such as ``"epoch"`` or ``"network"``; evenly spaced, in the frame's
+            order.
+        ax: The axes to draw into; the current axes if None.
+        num_blocks: Number of blocks; if given, a dotted line at half of it shows the mean length of all paths.
 
     Returns:
         The axes.
@@ -267,7 +268,7 @@ def plot_windows(frame: pd.DataFrame, along: str, ax: Axes | None = None, *, num
         alpha=0.35,
         label="effective window",
     )
-    label = "mean length, as the gradient weighs it" if dot == "mean_path_length" else "peak"
+    label = "mean length, weighted by the gradient" if dot == "mean_path_length" else "peak"
     ax.plot(places, frame[dot], marker="o", markersize=3.5, color="C0", linestyle="none", label=label)
     if num_blocks is not None:
         ax.axhline(num_blocks / 2, color=INK, linewidth=0.7, linestyle="dotted", label="mean length of all paths")

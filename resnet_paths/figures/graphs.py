@@ -1,4 +1,4 @@
-"""The unraveled view drawn: every path one route (Veit et al. 2016, figure 1b)."""
+"""Drawing of the unraveled view, with one route per path (Veit et al. 2016, figure 1b)."""
 
 from __future__ import annotations
 
@@ -21,23 +21,24 @@ __all__ = ["plot_unraveled_graph"]
 
 
 def plot_unraveled_graph(graph: nx.DiGraph, ax: Axes | None = None, highlight: Sequence[Entry] | None = None) -> Axes:
-    """All paths from copies of the input to the sum at the output (Veit et al. 2016, figure 1b).
+    """Draw all paths from the input to the sum at the output (Veit et al. 2016, figure 1b).
 
-    A line with a box goes through a branch, labelled as in the paper from f_1 on (block 0 is f_1); a plain line is a
+    A line with a box is a branch, labelled as in the paper from f_1 on (block 0 is f_1); a line without a box is a
     skip. At each sum the skip comes from above and the branches from below, so that the top path takes no branch and
-    the bottom path all of them. Branches of one block are numbered, and so are the paths through a chain inside a
-    branch. Boxes shrink as paths get many and lose their labels where these could not be read: beyond 32 paths always.
+    the bottom path takes all branches. Branches of one block are numbered, and so are the paths through a chain inside
+    a branch. Boxes shrink with the number of paths, and have no labels if these are not readable, in particular for
+    more than 32 paths.
 
     Args:
         graph: From `resnet_paths.unraveled_graph`.
-        ax: Where to draw; the current axes if None.
-        highlight: One path, an entry a block, to draw in a strong colour with the others muted.
+        ax: The axes to draw into; the current axes if None.
+        highlight: One path, one entry per block, to draw in a strong colour; everything else is muted.
 
     Returns:
-        The axes, without frame.
+        The axes, with their frame turned off.
 
     Raises:
-        ResnetPathsError: If `graph` is not such a graph or `highlight` not one of its paths.
+        ResnetPathsError: If `graph` is another graph, or `highlight` is not one of its paths.
     """
     offered = _offered(graph)
     route: set[Any] = set()
@@ -47,23 +48,16 @@ def plot_unraveled_graph(graph: nx.DiGraph, ax: Axes | None = None, highlight: S
     ax = plt.gca() if ax is None else ax
     ax.set_axis_off()
     num_blocks = len(offered)
-    # By the last block first: so no two lines cross.
-    ranks = [{entry: rank for rank, entry in enumerate(entries)} for entries in offered]
-    leaves = sorted(graph.successors("input"), key=lambda leaf: [r[e] for r, e in zip(ranks, leaf, strict=False)][::-1])
-    height = {leaf: -float(index) for index, leaf in enumerate(leaves)}
-    for node in nx.topological_sort(graph):
-        if node != "input" and node not in height:
-            height[node] = float(np.mean([height[tail] for tail in graph.predecessors(node)]))
-    height["input"] = height["output"]
+    height, num_leaves = _heights(graph, offered)
     stub = 0.19 * (num_blocks + 1)
-    ax.set(xlim=(-1.1 * stub, num_blocks + 1 + 1.1 * stub), ylim=(-len(leaves) + 0.3, 0.7))
-    # Labels have a size in points: lay the figure out to know how many a row has.
+    ax.set(xlim=(-1.1 * stub, num_blocks + 1 + 1.1 * stub), ylim=(-num_leaves + 0.3, 0.7))
+    # Labels have a size in points: run the layout to measure the points per row.
     ax.figure.canvas.figure.draw_without_rendering()
-    row_points = ax.bbox.height / ax.figure.dpi * 72 / len(leaves)
+    row_points = ax.bbox.height / ax.figure.dpi * 72 / num_leaves
     most_branches = max((sum(map(bool, entries)) for entries in offered), default=0)
     font_points = min(mpl.rcParams["font.size"], row_points * (0.8 if most_branches < 2 else 0.6))
     thin = min(max(0.15 * row_points, 0.3), 0.8)
-    labelled = len(leaves) <= 32 and font_points >= 4
+    labelled = num_leaves <= 32 and font_points >= 4
 
     layers: dict[bool, list[Curve]] = {False: [], True: []}
     for tail, head, edge in graph.edges(data=True):
@@ -103,8 +97,21 @@ def plot_unraveled_graph(graph: nx.DiGraph, ax: Axes | None = None, highlight: S
     return ax
 
 
+def _heights(graph: nx.DiGraph, offered: Sequence[Sequence[Entry]]) -> tuple[dict[Any, float], int]:
+    """Vertical position of every node, and the number of rows."""
+    # Sorted by the last block first, so that no two lines cross.
+    ranks = [{entry: rank for rank, entry in enumerate(entries)} for entries in offered]
+    leaves = sorted(graph.successors("input"), key=lambda leaf: [r[e] for r, e in zip(ranks, leaf, strict=False)][::-1])
+    height: dict[Any, float] = {leaf: -float(index) for index, leaf in enumerate(leaves)}
+    for node in nx.topological_sort(graph):
+        if node != "input" and node not in height:
+            height[node] = float(np.mean([height[tail] for tail in graph.predecessors(node)]))
+    height["input"] = height["output"]
+    return height, len(leaves)
+
+
 def _offered(graph: nx.DiGraph) -> list[list[Entry]]:
-    """The entries that each block offers, read off the edges; refuses what is not an unraveled graph."""
+    """The choices of each block, from the edges of the graph; raises for other graphs."""
     allowed, advice = "a graph from resnet_paths.unraveled_graph", "Call unraveled_graph(3), for example."
     if not isinstance(graph, nx.DiGraph) or not {"input", "output"} <= set(graph):
         raise ResnetPathsError("graph", str(graph), allowed, advice)
@@ -122,9 +129,9 @@ def _offered(graph: nx.DiGraph) -> list[list[Entry]]:
 
 
 def _check_entries(offered: Sequence[Sequence[Entry]], path: Sequence[Entry]) -> tuple[Entry, ...]:
-    """`path`, once it is known to be in the graph."""
+    """Validate a path."""
     if len(path) != len(offered):
-        raise ResnetPathsError("path", tuple(path), f"{len(offered)} entries, one a block")
+        raise ResnetPathsError("path", tuple(path), f"{len(offered)} entries, one per block")
     for index, (entry, entries) in enumerate(zip(path, offered, strict=True)):
         if entry not in entries:
             raise ResnetPathsError(
@@ -134,7 +141,7 @@ def _check_entries(offered: Sequence[Sequence[Entry]], path: Sequence[Entry]) ->
 
 
 def _edge_curve(x: int, start: float, end: float, *, fans_out: bool) -> Curve:
-    """From one depth to the next: straight, then in a curve into the sum; out of the input all in one curve."""
+    """Curve from one depth to the next: a straight line and a curve into the sum; from the input a curve only."""
     bend = 1.0 if fans_out else 0.36
     turn = x + 1 - bend
     points = [(x, start), (turn, start), (x + 1 - bend / 2, start), (x + 1 - bend / 2, end), (x + 1, end)]
@@ -142,7 +149,7 @@ def _edge_curve(x: int, start: float, end: float, *, fans_out: bool) -> Curve:
 
 
 def _branch_label(block: int, choice: Entry, offered: Sequence[Sequence[Entry]]) -> str:
-    """Of several branches, or several paths through the chain inside one, the number too."""
+    """Label of a branch, numbered if the block has several branches or paths."""
     taken = [entry for entry in offered[block] if entry]
     return f"$f_{{{block + 1},{taken.index(choice) + 1}}}$" if len(taken) > 1 else f"$f_{{{block + 1}}}$"
 

@@ -1,4 +1,4 @@
-"""What all figures share: checked frames, marks and greys, axes of whole numbers, legends above the data."""
+"""Common parts of all figures: validation of frames, markers and greys, integer axes, legends above the axes."""
 
 from __future__ import annotations
 
@@ -33,23 +33,23 @@ INK, MUTED = "0.2", "0.75"
 def checked(
     argument: str, frame: pd.DataFrame, value: str, keys: Sequence[str], others: Sequence[str] = (), rate: bool = False
 ) -> pd.DataFrame:
-    """`frame`, once all columns are known to be there with numbers in `value` and one row for each of `keys`.
+    """Validate a frame: required columns, numbers in `value`, and one row per combination of `keys`.
 
-    A row without a number in `value` is nothing to draw; one without a value in `keys` has no place.
+    Rows with NaN in `value` are allowed, missing values in `keys` are not.
 
     Args:
-        argument: What the caller calls the frame.
+        argument: Name of the caller's argument.
         frame: The frame.
         value: The column to draw.
-        keys: Columns that name a row.
-        others: Further columns of numbers.
+        keys: Columns that identify a row.
+        others: Further numeric columns.
         rate: Whether `value` and `others` are rates in [0, 1].
 
     Returns:
         The frame.
 
     Raises:
-        ResnetPathsError: If it is not so.
+        ResnetPathsError: If the frame is invalid.
     """
     needed = [*keys, value, *others]
     if not isinstance(frame, pd.DataFrame):
@@ -79,21 +79,21 @@ def checked(
             argument,
             f"{len(twice)} repeated rows, first {', '.join(f'{k} {v}' for k, v in twice.iloc[0].items())}",
             f"one row for each {', '.join(keys)}",
-            "" if "network" in keys else "Name different networks in a column network.",
+            "" if "network" in keys else "Add a column network if these are several networks.",
         )
     for name in (value, *others) if rate else ():
         wrong = frame.loc[(frame[name] < 0) | (frame[name] > 1), name].tolist()
         if wrong:
-            raise ResnetPathsError(f"{argument}[{name!r}]", wrong[0], "a rate in [0, 1]", "Percent is not a rate.")
+            raise ResnetPathsError(f"{argument}[{name!r}]", wrong[0], "a rate in [0, 1]", "Divide percentages by 100.")
     return frame
 
 
 def groups_of(frame: pd.DataFrame, by: Sequence[str], along: str) -> list[tuple[Any, pd.DataFrame]]:
-    """Names and rows of each network.
+    """Name and rows of each network.
 
     Args:
         frame: The frame.
-        by: Columns that name a network.
+        by: Columns that identify a network.
         along: The column on the horizontal axis.
 
     Returns:
@@ -106,7 +106,7 @@ def groups_of(frame: pd.DataFrame, by: Sequence[str], along: str) -> list[tuple[
 
 
 def whole_numbers_from_zero(ax: Axes) -> None:
-    """Start the vertical axis at 0 and number the horizontal one in whole steps.
+    """Start the vertical axis at 0 and use integer ticks on the horizontal axis.
 
     Args:
         ax: The axes.
@@ -116,18 +116,18 @@ def whole_numbers_from_zero(ax: Axes) -> None:
 
 
 def legend_above(ax: Axes, *groups: Sequence[Artist], gap_points: float = 3) -> None:
-    """Legends above the axes, where they hide no data, the last group on top; each in as many columns as fit.
+    """Place legends above the axes, the last group on top, each with as many columns as fit.
 
     Args:
         ax: The axes.
-        *groups: Labelled artists, a legend a group.
-        gap_points: Room between axes and legend.
+        *groups: Labelled artists, one legend per group.
+        gap_points: Space between axes and legend in points.
     """
-    ax.figure.canvas.figure.draw_without_rendering()  # lays out: the axes get the width that they will have
+    ax.figure.canvas.figure.draw_without_rendering()  # runs the layout, which determines the width of the axes
     raised, legend = gap_points / 72, None
     for handles in filter(None, groups):
         if legend is not None:
-            ax.add_artist(legend)  # kept: the next one would replace it
+            ax.add_artist(legend)  # otherwise the next legend would replace it
         labels = [str(handle.get_label()) for handle in handles]
         above = ax.transAxes + ScaledTranslation(0, raised, ax.figure.dpi_scale_trans)
         for columns in range(len(labels), 0, -1):
@@ -152,11 +152,11 @@ def legend_above(ax: Axes, *groups: Sequence[Artist], gap_points: float = 3) -> 
 
 
 def mark_stages(ax: Axes, starts: Sequence[int]) -> None:
-    """Thin lines with a mark on top, and one label where there is most room between them.
+    """Mark stage starts by thin lines with a marker on top, and label one of them.
 
     Args:
         ax: The axes, with its horizontal limits set.
-        starts: Positions of the blocks that open a stage, in order.
+        starts: Positions of the first blocks of stages, in increasing order.
     """
     along = ax.get_xaxis_transform()
     ax.vlines(starts, 0, 1, color=MUTED, linewidth=0.5, zorder=0.5, transform=along)
@@ -176,15 +176,15 @@ def mark_stages(ax: Axes, starts: Sequence[int]) -> None:
 
 
 def draw_sum(ax: Axes, at: tuple[float, float], on: bool, muted: bool, points: float, sign: str = "+") -> None:
-    """Draw a circle with a sign, where values are added.
+    """Draw a circle with a sign, the symbol of an addition.
 
     Args:
         ax: The axes.
-        at: Its middle.
+        at: Center of the circle.
         on: Whether it is highlighted.
-        muted: Whether it is muted if it is not.
-        points: Its size.
-        sign: A marker of matplotlib.
+        muted: Whether it is muted if it is not highlighted.
+        points: Diameter in points.
+        sign: A matplotlib marker.
     """
     colour = "C0" if on else MUTED if muted else INK
     line = min(0.11 * points, 1.0)

@@ -38,7 +38,7 @@ __all__ = [
 _SCORES = {
     "first_order_loss_increase": "loss increase to first order (nats)",
     "block_influence": "block influence (1 - cosine)",
-    "angular_distance": "angular distance (share of a half turn)",
+    "angular_distance": "angular distance (fraction of 180 degrees)",
     "relative_branch_norm": "norm of branch / norm of skip",
 }
 _EFFECTS = {"error_increase": "error increase (points)", "loss": "loss (nats)"}
@@ -54,30 +54,32 @@ def plot_single_deletions(
 ) -> Axes:
     """Test error after deleting one block, against the block's index (Veit et al. 2016, figures 3 and 4).
 
-    A marked line with interval bars a network; its error when intact is the dashed line of the same colour. A row
-    without a number leaves a gap.
+    One line per network with bars of its 95 % intervals; the dashed line of the same colour is the error of the intact
+    network. A row with NaN leaves a gap.
 
     Args:
-        frame: A row a deleted block: ``network``, ``block_index`` counted from 0, and in [0, 1] ``error_rate``,
-            ``error_rate_low``, ``error_rate_high``, ``intact_error_rate``.
-        ax: Where to draw; the current axes if None.
-        published: Results of the paper's authors, drawn in grey behind: ``network``, ``dataset``, ``block_index``,
-            and in percent ``error_percent``, ``intact_error_percent``.
-        stage_starts: Indices of blocks to mark, the first ones of their stages.
+        frame: From `resnet_paths.lesion_study` of `resnet_paths.single_deletions`: ``block_index`` counted from 0, and
+            in [0, 1] ``error_rate``, ``error_rate_low``, ``error_rate_high``, ``intact_error_rate``; an optional column
+            ``network`` separates several networks and names them in the legend.
+        ax: The axes to draw into; the current axes if None.
+        published: Results of the paper's authors, drawn in grey: ``network``, ``dataset``, ``block_index``, and in
+            percent ``error_percent``, ``intact_error_percent``.
+        stage_starts: Indices of the first blocks of stages, to be marked.
         chance: Error rate of guessing, in [0, 1].
 
     Returns:
         The axes.
 
     Raises:
-        ResnetPathsError: If columns are missing, no row has a number, a block occurs twice in one network, or a rate is
+        ResnetPathsError: If columns are missing, all values are NaN, a block occurs twice in one network, or a rate is
             not in [0, 1].
     """
-    keys = ["network", "block_index"]
+    by = ["network"] if isinstance(frame, pd.DataFrame) and "network" in frame else []
     bounds = ["error_rate_low", "error_rate_high", "intact_error_rate"]
-    frame = checked("frame", frame, "error_rate", keys, bounds, rate=True)
+    frame = checked("frame", frame, "error_rate", [*by, "block_index"], bounds, rate=True)
     if published is not None:
-        published = checked("published", published, "error_percent", [*keys, "dataset"], ["intact_error_percent"])
+        keys = ["network", "dataset", "block_index"]
+        published = checked("published", published, "error_percent", keys, ["intact_error_percent"])
     if chance is not None and not 0 <= chance <= 1:
         raise ResnetPathsError("chance", chance, "an error rate in [0, 1]")
     ax = plt.gca() if ax is None else ax
@@ -91,32 +93,19 @@ def plot_single_deletions(
             style = {"color": grey, "linewidth": 0.7, "zorder": 1.5}
             behind += ax.plot(rows["block_index"], rows["error_percent"], label=label, **style)
             _intact_line(ax, rows["block_index"], rows["intact_error_percent"], style)
-    networks = groups_of(frame, ["network"], "block_index")
+    networks = groups_of(frame, by, "block_index")
     for index, ((network, rows), marker) in enumerate(zip(networks, cycle(MARKERS), strict=False)):
         x, colour = rows["block_index"], f"C{index}"
         ax.vlines(x, 100 * rows["error_rate_low"], 100 * rows["error_rate_high"], color=colour, linewidth=0.8)
         style = {"color": colour, "linewidth": 0.8}
-        # No line leads across a block that could not be deleted.
+        # The line has a gap at blocks that could not be deleted.
         curve = rows.set_index("block_index")["error_rate"].reindex(range(int(x.min()), int(x.max()) + 1))
-        handles += ax.plot(curve.index, 100 * curve, marker=marker, markersize=2.5, label=str(network), **style)
+        label = "one block deleted" if network is None else str(network)
+        handles += ax.plot(curve.index, 100 * curve, marker=marker, markersize=2.5, label=label, **style)
         _intact_line(ax, x, 100 * rows["intact_error_rate"], style)
     handles.append(Line2D([], [], color=INK, linestyle="--", linewidth=0.8, label="intact"))
     if chance is not None:
-        ax.axhline(100 * chance, color=INK, linestyle=":", linewidth=0.8, zorder=1)
-        # No room above the line where chance is near 100 %: then below it.
-        above = chance <= 0.9
-        ax.annotate(
-            "chance",
-            (1, 100 * chance),
-            xycoords=("axes fraction", "data"),
-            xytext=(0, 1 if above else -1),
-            textcoords="offset points",
-            ha="right",
-            va="bottom" if above else "top",
-            fontsize="small",
-            color=INK,
-        )
-        ax.set_ylim(top=max(ax.get_ylim()[1], 100 * chance + 12))
+        _chance_line(ax, 100 * chance)
     ax.set(xlabel="deleted block (index from 0)", ylabel="test error (%)")
     last = max(data["block_index"].max() for data in (frame, published) if data is not None)
     ax.set(xlim=(-0.8, last + 0.8), ylim=(0, min(ax.get_ylim()[1], 102)))
@@ -130,24 +119,24 @@ def plot_single_deletions(
 def plot_lesion_counts(frame: pd.DataFrame, ax: Axes | None = None, published: pd.DataFrame | None = None) -> Axes:
     """Test error against the number of blocks deleted at once, or duplicated (Veit et al. 2016, figure 5a).
 
-    A faint dot a lesion; their median a marked line, with bars from the first to the third quartile.
+    One faint dot per lesion; the line is their median, with bars from the first to the third quartile.
 
     Args:
-        frame: From `resnet_paths.lesion_study`: ``num_lesions``, ``error_rate`` in [0, 1]; a column ``network`` names
-            several networks.
-        ax: Where to draw; the current axes if None.
-        published: Results of the paper's authors, drawn in grey behind: ``network``, ``dataset``, ``num_lesions``, and
+        frame: From `resnet_paths.lesion_study`: ``num_lesions``, ``error_rate`` in [0, 1]; an optional column
+            ``network`` separates several networks.
+        ax: The axes to draw into; the current axes if None.
+        published: Results of the paper's authors, drawn in grey: ``network``, ``dataset``, ``num_lesions``, and
             in percent ``error_percent_q25``, ``error_percent_median``, ``error_percent_q75``.
 
     Returns:
         The axes.
 
     Raises:
-        ResnetPathsError: If columns are missing, no row has a number, a rate is not in [0, 1], or a row has no
-            ``num_lesions``, as one of a lesion that is a function.
+        ResnetPathsError: If columns are missing, all values are NaN, a rate is not in [0, 1], or a row has no
+            ``num_lesions``, such as that of a lesion given as a function.
     """
     ax = _plot_quartiles(frame, "num_lesions", ax, published, "num_lesions")
-    ax.set(xlabel="blocks at once", ylabel="test error (%)")
+    ax.set(xlabel="number of blocks", ylabel="test error (%)")
     whole_numbers_from_zero(ax)
     return ax
 
@@ -155,22 +144,22 @@ def plot_lesion_counts(frame: pd.DataFrame, ax: Axes | None = None, published: p
 def plot_reorderings(frame: pd.DataFrame, ax: Axes | None = None, published: pd.DataFrame | None = None) -> Axes:
     """Test error against Kendall's tau of the order of the blocks with the intact one (Veit et al. 2016, figure 5b).
 
-    A faint dot a lesion; the median of the lesions within 0.025 of each multiple of 0.05 a marked line, with bars from
-    the first to the third quartile. Disorder grows to the right.
+    One faint dot per lesion; the line is the median of the lesions within 0.025 of each multiple of 0.05, with bars
+    from the first to the third quartile. Disorder increases to the right.
 
     Args:
-        frame: From `resnet_paths.lesion_study`: ``kendall_tau``, ``error_rate`` in [0, 1]; a column ``network`` names
-            several networks.
-        ax: Where to draw; the current axes if None.
-        published: Results of the paper's authors, drawn in grey behind: ``network``, ``dataset``, ``kendall_tau_bin``,
+        frame: From `resnet_paths.lesion_study`: ``kendall_tau``, ``error_rate`` in [0, 1]; an optional column
+            ``network`` separates several networks.
+        ax: The axes to draw into; the current axes if None.
+        published: Results of the paper's authors, drawn in grey: ``network``, ``dataset``, ``kendall_tau_bin``,
             and in percent ``error_percent_q25``, ``error_percent_median``, ``error_percent_q75``.
 
     Returns:
         The axes.
 
     Raises:
-        ResnetPathsError: If columns are missing, no row has a number, a rate is not in [0, 1], or a row has no
-            ``kendall_tau``, as one of a lesion that is a function.
+        ResnetPathsError: If columns are missing, all values are NaN, a rate is not in [0, 1], or a row has no
+            ``kendall_tau``, such as that of a lesion given as a function.
     """
     ax = _plot_quartiles(frame, "kendall_tau", ax, published, "kendall_tau_bin", bin_width=_TAU_BIN)
     ax.set(xlabel="Kendall's tau of the order of blocks", ylabel="test error (%)", ylim=(0, None))
@@ -179,16 +168,16 @@ def plot_reorderings(frame: pd.DataFrame, ax: Axes | None = None, published: pd.
 
 
 def plot_layer_schedules(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Test error of each way to run the middle blocks: a mark a network, with its 95 % interval.
+    """Test error of each schedule of the middle blocks: one mark per network, with its 95 % interval.
 
     Args:
         frame: From `resnet_paths.lesion_study` of `resnet_paths.layer_schedules`: ``lesion``, and in [0, 1]
-            ``error_rate``, ``error_rate_low``, ``error_rate_high``, ``intact_error_rate``; a column ``network`` names
-            several networks.
-        ax: Where to draw; the current axes if None.
+            ``error_rate``, ``error_rate_low``, ``error_rate_high``, ``intact_error_rate``; an optional column
+            ``network`` separates several networks.
+        ax: The axes to draw into; the current axes if None.
 
     Returns:
-        The axes; the first schedule stands on top.
+        The axes; the first schedule is on top.
 
     Raises:
         ResnetPathsError: If columns are missing, a rate is not in [0, 1], or a schedule occurs twice in one network.
@@ -201,7 +190,7 @@ def plot_layer_schedules(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     networks = list(frame.groupby(by, sort=False)) if by else [((None,), frame)]
     handles: list[Artist] = []
     for index, (((network,), rows), marker) in enumerate(zip(networks, cycle(MARKERS), strict=False)):
-        # Side by side within the row of a schedule.
+        # Networks side by side within the row of a schedule.
         y = rows["lesion"].map(names.index) + 0.18 * (index - (len(networks) - 1) / 2)
         colour, label = f"C{index}", "schedule" if network is None else str(network)
         ax.hlines(y, 100 * rows["error_rate_low"], 100 * rows["error_rate_high"], color=colour, linewidth=0.8)
@@ -216,17 +205,17 @@ def plot_layer_schedules(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 
 def plot_pair_interactions(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """What the deletion of two blocks costs beyond the sum of what each costs alone, for each pair.
+    """Interaction of deletions: the error increase of each pair of blocks minus the sum of both single increases.
 
     Args:
         frame: From `resnet_paths.pair_interactions`: ``first``, ``second``, ``interaction`` in [-1, 1].
-        ax: Where to draw; the current axes if None.
+        ax: The axes to draw into; the current axes if None.
 
     Returns:
-        The axes: a map with a colour bar in points of error, above 0 where blocks stand in for one another.
+        The axes, with a colour map in points of error; positive where blocks replace each other.
 
     Raises:
-        ResnetPathsError: If columns are missing, no row has a number, or a pair occurs twice.
+        ResnetPathsError: If columns are missing, all values are NaN, or a pair occurs twice.
     """
     frame = checked("frame", frame, "interaction", ["first", "second"])
     ax = plt.gca() if ax is None else ax
@@ -248,22 +237,22 @@ def plot_pair_interactions(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
 def plot_predicted_effects(
     predicted: pd.DataFrame, study: pd.DataFrame, score: str, ax: Axes | None = None, effect: str = "error_increase"
 ) -> Axes:
-    """A cheap score of each block against what its deletion does, with bars of one standard error of the score.
+    """Measured effect of deleting each block against a score that predicts it, with bars of one standard error.
 
     Args:
         predicted: From `resnet_paths.predicted_effects`.
-        study: From `resnet_paths.lesion_study`, with single deletions among its rows; others are left out.
+        study: From `resnet_paths.lesion_study` with single deletions; other rows are ignored.
         score: ``"first_order_loss_increase"``, ``"block_influence"``, ``"angular_distance"`` or
             ``"relative_branch_norm"``.
-        ax: Where to draw; the current axes if None.
+        ax: The axes to draw into; the current axes if None.
         effect: ``"error_increase"``, drawn in points, or ``"loss"``.
 
     Returns:
-        The axes; blocks are numbered where there are at most twelve.
+        The axes; blocks are numbered if there are at most twelve.
 
     Raises:
-        ResnetPathsError: If the score or the effect is another, columns are missing, or the study's rows are those of
-            two.
+        ResnetPathsError: If the score or the effect is unknown, columns are missing, or the frame concatenates two
+            studies.
     """
     for argument, value, known in (("score", score, _SCORES), ("effect", effect, _EFFECTS)):
         if value not in known:
@@ -290,10 +279,10 @@ def _plot_quartiles(
     published_along: str,
     bin_width: float | None = None,
 ) -> Axes:
-    """Dots, medians and quartiles of the error in percent, by place on the horizontal axis; the authors' behind."""
+    """Dots, medians and quartiles of the error in percent against a column; published results in grey."""
     by = ["network"] if isinstance(frame, pd.DataFrame) and "network" in frame else []
     columns = [*by, along, "error_rate"]
-    # Several lesions may well stand at one place: rows are told apart by their number.
+    # Several lesions may have equal values: rows are identified by their number.
     numbered = frame.reset_index(drop=True).reset_index() if isinstance(frame, pd.DataFrame) else frame
     frame = checked("frame", numbered, "error_rate", ["index", *columns[:-1]], rate=True)
     quartiles = [f"error_percent_{name}" for name in ("median", "q25", "q75")]
@@ -326,6 +315,25 @@ def _plot_quartiles(
     return ax
 
 
+def _chance_line(ax: Axes, percent: float) -> None:
+    """A dotted line at the error of guessing."""
+    ax.axhline(percent, color=INK, linestyle=":", linewidth=0.8, zorder=1)
+    # Below the line if chance is near 100 %, where there is no room above it.
+    above = percent <= 90
+    ax.annotate(
+        "chance",
+        (1, percent),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 1 if above else -1),
+        textcoords="offset points",
+        ha="right",
+        va="bottom" if above else "top",
+        fontsize="small",
+        color=INK,
+    )
+    ax.set_ylim(top=max(ax.get_ylim()[1], percent + 12))
+
+
 def _intact_line(ax: Axes, x: pd.Series[Any], percent: pd.Series[Any], style: dict[str, Any]) -> None:
-    """A dashed line at each intact error there is (one a network) along the network's blocks."""
+    """A dashed line at the intact error of each network, along its blocks."""
     ax.hlines(percent.dropna().unique(), x.min() - 0.5, x.max() + 0.5, linestyles="dashed", **style)

@@ -1,4 +1,4 @@
-"""The look and the files of a figure for a paper: column width, type, colours, formats.
+"""Style and files of figures for papers: column width, fonts, colours, formats.
 
 Used through `resnet_paths.figures`.
 """
@@ -28,17 +28,17 @@ from resnet_paths._utils.fingerprint import fingerprint
 __all__ = ["COLUMN_INCHES", "paper_style", "save_figure", "weights_hash"]
 
 COLUMN_INCHES = {"single": 3.25, "double": 6.75}
-"""Width of a column and of the whole text in the ICML style."""
+"""Widths of a column and of the text block in the ICML style, in inches."""
 
 _VERSIONS = f"resnet_paths {resnet_paths.__version__}, torch {torch.__version__}, matplotlib {mpl.__version__}"
-# What each format calls the program that made the file. No date: it would change the bytes.
+# Metadata keys of the program that wrote the file. There is no date, so that equal figures give equal bytes.
 _METADATA: dict[str, dict[str, Any]] = {
     "pdf": {"Creator": _VERSIONS, "Producer": None, "CreationDate": None},
     "svg": {"Creator": _VERSIONS, "Date": None},
     "png": {"Software": _VERSIONS},
 }
 _FACTS_KEY = {"pdf": "Subject", "svg": "Description", "png": "Description"}
-# TrueType in PDF, as publishers ask; SVG text as outlines, so that it looks the same where the font is not installed.
+# TrueType fonts in PDF, as publishers require; outlines in SVG, which do not depend on installed fonts.
 _EXPORT: dict[str, Any] = {
     "pdf.fonttype": 42,
     "ps.fonttype": 42,
@@ -50,18 +50,18 @@ _EXPORT: dict[str, Any] = {
 def paper_style(
     column: Literal["single", "double"] | float = "single", aspect: float = 0.62
 ) -> AbstractContextManager[None]:
-    """Settings for figures that stand in a paper at their own size: nothing is scaled, 8 pt is 8 pt.
+    """Settings for figures that are included in a paper without scaling, so that 8 pt remain 8 pt.
 
     Args:
-        column: ``"single"`` (3.25 in, the column of the ICML style), ``"double"`` (6.75 in, its text width), or a width
+        column: ``"single"`` (3.25 in, a column of the ICML style), ``"double"`` (6.75 in, its text width), or a width
             in inches.
-        aspect: Height over width.
+        aspect: Ratio of height to width.
 
     Returns:
         A context manager that sets matplotlib's settings and restores them.
 
     Raises:
-        ResnetPathsError: If `column` or `aspect` is not one of these, or not positive.
+        ResnetPathsError: If `column` or `aspect` is invalid.
 
     Example:
         >>> with paper_style("single"):
@@ -73,7 +73,7 @@ def paper_style(
         raise ResnetPathsError("column", column, "'single', 'double', or a width in inches above 0")
     if not _is_positive(aspect):
         raise ResnetPathsError("aspect", aspect, "a ratio of height to width above 0")
-    assert width is not None  # held by _is_positive
+    assert width is not None  # checked by _is_positive
     small = dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize", "legend.title_fontsize"), 7.0)
     large = dict.fromkeys(("font.size", "axes.labelsize", "axes.titlesize", "figure.titlesize"), 8.0)
     settings: Any = {
@@ -87,7 +87,7 @@ def paper_style(
         "figure.constrained_layout.w_pad": 0.02,
         "figure.dpi": 150,
         "figure.figsize": (float(width), float(width) * aspect),
-        # The font that comes with matplotlib: the same figure, and the same bytes, on every machine.
+        # The font that is included in matplotlib: equal figures and equal bytes on every machine.
         "font.family": "DejaVu Sans",
         "legend.frameon": False,
         "lines.linewidth": 1.0,
@@ -107,29 +107,29 @@ def save_figure(
     networks: nn.Module | Mapping[str, nn.Module] | None = None,
     seed: int | None = None,
 ) -> list[Path]:
-    """Write a figure as PDF, SVG and PNG (300 dots an inch), and the frame behind it as CSV.
+    """Save a figure as PDF, SVG and PNG (300 dots per inch), and its data as CSV.
 
-    The page is exactly as wide as the figure; PDF fonts are embedded as TrueType. The metadata say where the figure
-    comes from: the versions of resnet_paths, torch and matplotlib, the weights of the networks, the seed. The same
-    figure gives the same bytes: no date is written. All files take their places together once all are written; if one
-    fails, what stood there before is still there.
+    The page has the width of the figure; PDF fonts are embedded as TrueType. The metadata contain the versions of
+    resnet_paths, torch and matplotlib, the weights of the networks, and the seed. Equal figures give equal bytes, since
+    no date is written. The files are replaced only after all of them have been written; if one fails, the previous
+    files are kept.
 
     Args:
         fig: The figure.
         stem: Path without suffix; its folder is created.
-        data: The frame that the figure shows, if it is to lie beside it.
-        networks: The network, or several by name, whose `weights_hash` goes into the metadata.
-        seed: Seed of the random numbers behind the figure, for the metadata.
+        data: The frame that the figure shows, to be saved as CSV.
+        networks: The network, or networks by name, whose `weights_hash` is written to the metadata.
+        seed: Random seed of the figure's data, for the metadata.
 
     Returns:
         The paths written: ``.pdf``, ``.svg``, ``.png`` and, with `data`, ``.csv``.
 
     Raises:
-        ResnetPathsError: If `fig` is not a figure, `data` not a frame, `networks` no networks, or `stem` has one of the
-            suffixes or no name.
+        ResnetPathsError: If `fig` is not a figure, `data` is not a frame, `networks` are not networks, or `stem` is
+            empty or has one of the suffixes.
     """
     if not isinstance(fig, Figure):
-        raise ResnetPathsError("fig", type(fig).__name__, "a matplotlib Figure", "Of Axes, pass ax.figure.")
+        raise ResnetPathsError("fig", type(fig).__name__, "a matplotlib Figure", "For Axes, pass ax.figure.")
     if data is not None and not isinstance(data, pd.DataFrame):
         raise ResnetPathsError("data", type(data).__name__, "a pandas DataFrame, or None")
     stem = Path(stem)
@@ -139,11 +139,11 @@ def save_figure(
             "stem",
             str(stem),
             f"a path that ends in a name without {', '.join(suffixes)}",
-            "One file of each kind is written.",
+            "One file per format is written.",
         )
     facts = _facts(networks, seed)
     contents: dict[str, bytes] = {}
-    # Also for figures that were not made in `paper_style`; its tight box would change the width of the page.
+    # Also for figures created outside `paper_style`; a tight bounding box would change the width of the page.
     export: Any = {**_EXPORT, "savefig.bbox": None}
     with mpl.rc_context(export), _laid_out(fig):
         for kind, metadata in _METADATA.items():
@@ -152,7 +152,7 @@ def save_figure(
             contents[kind] = buffer.getvalue()
     if data is not None:
         contents["csv"] = data.to_csv(index=False, lineterminator="\n").encode()
-    # Not with_suffix, which would take "fig1.5" for "fig1".
+    # Not with_suffix, which would change "fig1.5" to "fig1".
     paths = [stem.with_name(f"{stem.name}.{kind}") for kind in contents]
     with contextlib.ExitStack() as unfinished:
         for path, content in zip(paths, contents.values(), strict=True):
@@ -161,32 +161,31 @@ def save_figure(
 
 
 def weights_hash(network: nn.Module) -> str:
-    """A short name for the weights of a network: equal for a model, its chain, and both on another device.
+    """A short hash of the weights of a network, equal for a model and its chain, on any device.
 
     Args:
         network: A model or a chain.
 
     Returns:
-        The first 16 hexadecimal digits of a SHA-256 over all parameters, whatever they are called and wherever they
-        stand.
+        The first 16 hexadecimal digits of a SHA-256 over all parameters, independent of their names and order.
 
     Example:
         >>> same = nn.Linear(2, 2)
         >>> weights_hash(same) == weights_hash(nn.Sequential(same)) != weights_hash(nn.Linear(2, 2))
         True
     """
-    # A set: a chain may name a tensor twice that the model shares.
+    # A set, since a chain may contain a shared tensor twice.
     return fingerprint(*sorted({fingerprint(parameter.detach()) for parameter in network.parameters()}))[:16]
 
 
 @contextlib.contextmanager
 def _laid_out(fig: Figure) -> Iterator[None]:
-    """Lay a figure out once for all formats, at positions free of the last digits that each layout moves anew."""
+    """Run the layout once for all formats and round positions, since each layout changes their last digits."""
     engine = fig.get_layout_engine()
     if engine is None:
         yield
         return
-    for _ in range(2):  # a colorbar takes its place in the second layout only
+    for _ in range(2):  # a colorbar gets its position in the second layout only
         fig.draw_without_rendering()
     fig.set_layout_engine("none")
     try:
@@ -198,14 +197,14 @@ def _laid_out(fig: Figure) -> Iterator[None]:
 
 def _round_positions(fig: Figure) -> None:
     for ax in fig.axes:
-        in_layout = ax.get_in_layout()  # setting a position takes axes out
+        in_layout = ax.get_in_layout()  # setting a position removes axes from the layout
         left, bottom, width, height = (round(number, 6) for number in ax.get_position(original=True).bounds)
         ax.set_position((left, bottom, width, height))
         ax.set_in_layout(in_layout)
 
 
 def _facts(networks: nn.Module | Mapping[str, nn.Module] | None, seed: int | None) -> str:
-    """Weights and seed as one line."""
+    """Weights and seed in one line."""
     named = {"weights": networks} if isinstance(networks, nn.Module) else networks
     if named is not None and not (
         isinstance(named, Mapping) and all(isinstance(network, nn.Module) for network in named.values())

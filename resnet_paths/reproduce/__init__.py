@@ -1,1 +1,1 @@
-"""Running the notebooks and training the networks that the project ships."""
+"""Execution of the notebooks, data sets, and training of the shipped networks."""

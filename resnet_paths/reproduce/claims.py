@@ -1,7 +1,7 @@
-"""The claims of a notebook: the assertions of its last cell, with the numbers that they compare.
+"""Claims of a notebook: the assertions of its last cell, with the values that they compare.
 
-`resnet-paths reproduce` runs `show_claims` behind the last cell of each notebook, so that the executed copy holds every
-number that a claim is about. The gallery lists them, and the tests check them again, element by element.
+`resnet-paths reproduce` runs `show_claims` after the last cell of each notebook, so that the executed copy contains the
+values of every claim. The gallery lists them, and the tests check them again, element by element.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ _SIGNS: dict[type[ast.cmpop], str] = {
 
 
 def read_claims(source: str, variables: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The assertions of a cell as data.
+    """Read the assertions of a cell.
 
     Args:
-        source: The cell; its assertions stand at the top level.
-        variables: The names that it uses, after it ran.
+        source: Source of the cell, with its assertions at the top level.
+        variables: The variables of the notebook after the cell was run.
 
     Returns:
-        A mapping an assertion, of what JSON can hold: ``claim``, the condition as it is written; ``numbers``, its
-        message, which says what was measured; ``comparisons``, triples of left value, sign and right value that must
-        all hold, element by element. Conditions that compare nothing are compared with True.
+        One mapping per assertion, with JSON types: ``claim``, the source of the condition; ``numbers``, its message,
+        which states the measured values; ``comparisons``, triples of left value, operator and right value that must all
+        be true, element by element. Conditions without a comparison are compared with True.
 
     Example:
         >>> read_claims("assert 0 < x.sum() <= 9, f'sum {x.sum()}'", {"x": np.array([3, 4])})
@@ -71,13 +71,13 @@ def read_claims(source: str, variables: Mapping[str, Any]) -> list[dict[str, Any
 
 
 def check_claim(claim: Mapping[str, Any]) -> None:
-    """Compare the numbers of a claim again, element by element.
+    """Check the comparisons of a claim again, element by element.
 
     Args:
-        claim: One of `read_claims` or `claims_of`.
+        claim: A claim of `read_claims` or `claims_of`.
 
     Raises:
-        AssertionError: If one element of one comparison does not hold; all that do not are named with their numbers.
+        AssertionError: If a comparison is false for an element; the message lists all such elements.
 
     Example:
         >>> check_claim({"claim": "x < 2", "numbers": "", "comparisons": [[[1, 3, 0, 4], "<", 2]]})
@@ -96,7 +96,7 @@ def check_claim(claim: Mapping[str, Any]) -> None:
             continue
         for index, one in np.ndenumerate(sides[0]):
             other = sides[1][index]
-            if not _holds(one, sign, other):
+            if not _is_true(one, sign, other):
                 place = f"element {', '.join(map(str, index))}: " if index else ""
                 wrong.append(f"{place}not {one!r} {sign} {other!r}")
     if wrong:
@@ -105,34 +105,34 @@ def check_claim(claim: Mapping[str, Any]) -> None:
 
 
 def show_claims(source: str, variables: Mapping[str, Any]) -> None:
-    """Put the claims of a cell into the output of the cell that calls this.
+    """Display the claims of a cell in the output of the calling cell.
 
     Args:
-        source: The cell with the assertions.
-        variables: The notebook's ``globals()``.
+        source: Source of the cell with the assertions.
+        variables: ``globals()`` of the notebook.
     """
     from IPython.display import display
 
     claims = read_claims(source, variables)
-    text = "\n".join(f"holds: {claim['claim']}: {claim['numbers']}" for claim in claims)
+    text = "\n".join(f"true: {claim['claim']}: {claim['numbers']}" for claim in claims)
     display({_MIME: claims, "text/plain": text or "no claims"}, raw=True)  # type: ignore[no-untyped-call]
 
 
 def claims_of(notebook: Any) -> list[dict[str, Any]]:
-    """The claims that an executed notebook holds.
+    """Claims stored in an executed notebook.
 
     Args:
-        notebook: A notebook that `resnet-paths reproduce` ran.
+        notebook: A notebook executed by `resnet-paths reproduce`.
 
     Returns:
-        As of `read_claims`; empty where the notebook did not run to its end.
+        See `read_claims`; empty if the notebook failed.
     """
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     return [claim for output in outputs for claim in output.get("data", {}).get(_MIME, [])]
 
 
 def _comparisons(test: ast.expr, value: Callable[[ast.expr], Any]) -> Iterator[tuple[Any, str, Any]]:
-    """What must hold, taken apart at every ``and`` and in chains; ``(a < b).all()`` as a < b of each element."""
+    """Split a condition at ``and`` and at chained comparisons; ``(a < b).all()`` gives a < b for each element."""
     match test:
         case ast.BoolOp(op=ast.And()):
             for part in test.values:
@@ -146,18 +146,18 @@ def _comparisons(test: ast.expr, value: Callable[[ast.expr], Any]) -> Iterator[t
             yield bool(value(test)), "==", True
 
 
-def _holds(one: Any, sign: str, other: Any) -> bool:
+def _is_true(one: Any, sign: str, other: Any) -> bool:
     try:
         return bool(_COMPARE[sign](one, other))
-    except TypeError:  # such as a number that is not finite, which JSON holds as a word
+    except TypeError:  # such as a non-finite number, which is stored as a string
         return False
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON can hold it: arrays, tensors, series and tuples as lists, other things as their repr."""
+    """Convert a value to JSON types: arrays, tensors, series and tuples to lists, other objects to their repr."""
     if hasattr(value, "to_numpy"):
         value = value.to_numpy()
-    if hasattr(value, "tolist"):  # arrays, tensors, and numpy's numbers
+    if hasattr(value, "tolist"):  # arrays, tensors, and NumPy scalars
         value = value.tolist()
     if isinstance(value, list | tuple | set | frozenset | range):
         values = sorted(value) if isinstance(value, set | frozenset) else value

@@ -1,7 +1,8 @@
-"""Labelled images: Fashion-MNIST (test split shipped) and CIFAR-10, normalised as the shipped networks expect.
+"""Labelled images: Fashion-MNIST (test split included) and CIFAR-10, normalised as the shipped networks expect.
 
-`load_dataset` is the way in. Images are kept as bytes and turned into float32 one by one, so that the
-60,000 images of a training split take 47 MB (Fashion-MNIST) or 154 MB (CIFAR-10).
+Use `load_dataset`. Images are stored as bytes and converted to float32 one at a time, so that the training split takes
+47 MB (Fashion-MNIST) or 154 MB (CIFAR-10). The files are read here and not by torchvision, which is an optional
+dependency and reads CIFAR-10 from pickles only.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ _CIFAR_10_RECORD = 1 + 3 * 32 * 32  # one label byte, then the red, green and bl
 
 @dataclass(frozen=True)
 class DatasetFacts:
-    """What a network and a figure need to know of a data set."""
+    """Shape, normalisation and classes of a data set."""
 
     shape: tuple[int, int, int]
     mean: tuple[float, ...]
@@ -88,7 +89,7 @@ DATASETS = {
 
 
 class ImageDataset(Dataset[tuple[torch.Tensor, int]]):
-    """Images with integer labels; item `i` is (float32 [C, H, W] normalised, int).
+    """Images with integer labels; item `i` is (normalised float32 [C, H, W], int).
 
     Args:
         name: Key of `DATASETS`.
@@ -96,7 +97,7 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int]]):
         labels: integers in [0, number of classes), [N].
 
     Raises:
-        ResnetPathsError: If the name is unknown, or shapes, dtypes or labels are not as stated.
+        ResnetPathsError: If the name is unknown, or shapes, dtypes or labels are invalid.
     """
 
     def __init__(self, name: str, images: torch.Tensor, labels: torch.Tensor) -> None:
@@ -112,7 +113,7 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int]]):
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
             raise ResnetPathsError("labels", str(labels.dtype), "integers")
         if labels.shape != images.shape[:1]:
-            raise ResnetPathsError("labels", list(labels.shape), f"[{len(images)}], one an image")
+            raise ResnetPathsError("labels", list(labels.shape), f"[{len(images)}], one per image")
         outside = (labels < 0) | (labels >= len(facts.classes))
         if bool(outside.any()):
             raise ResnetPathsError("labels", int(labels[outside][0]), f"0 to {len(facts.classes) - 1}")
@@ -132,7 +133,7 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int]]):
         return self.normalise(self.images[index]), self.labels[index]
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
-        """Bytes [..., C, H, W] as float32 of about zero mean and unit variance a channel."""
+        """Convert bytes [..., C, H, W] to float32 with about zero mean and unit variance per channel."""
         return images.to(torch.float32).div_(255.0).sub_(self._mean).div_(self._std)
 
 
@@ -142,26 +143,26 @@ def load_dataset(
     folder: str | Path | None = None,
     download: bool = True,
 ) -> ImageDataset:
-    """A data set's split, from disk if it is there, else downloaded once.
+    """Load a split of a data set from disk, or download it once.
 
-    Fashion-MNIST's test split is shipped with the project. Its training split is read from Debian's
-    package ``dataset-fashion-mnist`` where that is installed. Everything else is downloaded by
-    torchvision, checked, and kept in the cache folder (``$RESNET_PATHS_CACHE`` or ``~/.cache/resnet_paths``).
-    CIFAR-10 is read in its binary form: the Python form is a pickle, which can run code when it is read.
+    The test split of Fashion-MNIST is included in the project. Its training split is read from Debian's package
+    ``dataset-fashion-mnist`` if that is installed. Everything else is downloaded by torchvision (extra ``[train]``),
+    verified, and stored in the cache folder (``$RESNET_PATHS_CACHE`` or ``~/.cache/resnet_paths``). CIFAR-10 is read
+    in its binary form, since the Python form is a pickle, which can run code when it is read.
 
     Args:
         name: ``"fashion-mnist"`` (60,000 + 10,000 grey 28x28 images; Xiao, Rasul, Vollgraf 2017) or
             ``"cifar-10"`` (50,000 + 10,000 colour 32x32 images; Krizhevsky 2009).
         split: ``"train"`` or ``"test"``.
-        folder: Where to look and to download to, instead of the places above: the four ``*.gz`` files of
-            Fashion-MNIST, or CIFAR-10's folder ``cifar-10-batches-bin``.
-        download: Whether a missing split may be downloaded.
+        folder: Folder to read from and to download to, instead of those above: it contains the four ``*.gz`` files of
+            Fashion-MNIST, or the folder ``cifar-10-batches-bin`` of CIFAR-10.
+        download: Whether to download a missing split.
 
     Returns:
         A torch `Dataset` of (float32 tensor [C, H, W], normalised as the shipped networks expect; int label).
 
     Raises:
-        ResnetPathsError: If the name or split is unknown, or a file is missing, corrupt or cut short.
+        ResnetPathsError: If the name or split is unknown, or a file is missing, corrupt or truncated.
 
     Example:
         >>> images = load_dataset("fashion-mnist", split="test")
@@ -173,11 +174,11 @@ def load_dataset(
         raise ResnetPathsError("name", name, f"one of {nearest_names(name, DATASETS, cutoff=0)}")
     if split not in ("train", "test"):
         raise ResnetPathsError("split", split, "'train' or 'test'")
-    place = None if folder is None else Path(folder).expanduser()
+    root = None if folder is None else Path(folder).expanduser()
     if name == "fashion-mnist":
-        images, labels = _read_fashion_mnist(split, place, download)
+        images, labels = _read_fashion_mnist(split, root, download)
     else:
-        images, labels = _read_cifar_10(split, place, download)
+        images, labels = _read_cifar_10(split, root, download)
     return ImageDataset(name, images, labels)
 
 
@@ -185,27 +186,27 @@ def _read_fashion_mnist(split: str, folder: Path | None, download: bool) -> tupl
     stem = "train" if split == "train" else "t10k"
     names = (f"{stem}-images-idx3-ubyte.gz", f"{stem}-labels-idx1-ubyte.gz")
     cache = folder or cache_folder() / "fashion-mnist"
-    places: Sequence[Path]
+    candidates: Sequence[Path]
     if folder is not None:
-        places = (folder,)
+        candidates = (folder,)
     elif split == "test":
-        places = (shipped_folder("data") / "fashion-mnist",)
+        candidates = (shipped_folder("data") / "fashion-mnist",)
     else:
-        places = (_DEBIAN_FASHION_MNIST, cache)
-    found = next((p for p in places if all((p / n).is_file() for n in names)), None)
+        candidates = (_DEBIAN_FASHION_MNIST, cache)
+    found = next((p for p in candidates if all((p / n).is_file() for n in names)), None)
     if found is None and download and (folder is not None or split == "train"):
         _download_fashion_mnist(cache, names)
         found = cache
     if found is None:
         raise ResnetPathsError(
             "data file",
-            str(places[0] / names[0]),
+            str(candidates[0] / names[0]),
             "an existing file",
             "Restore it from the repository, install the package dataset-fashion-mnist, or pass download=True.",
         )
     advice = {
-        _DEBIAN_FASHION_MNIST: "Install the package dataset-fashion-mnist again.",
-        cache: "Delete it, and it is downloaded again.",
+        _DEBIAN_FASHION_MNIST: "Reinstall the package dataset-fashion-mnist.",
+        cache: "Delete it to download it again.",
     }.get(found, "Restore it from the repository.")
     for name in names:
         check_sha256(found / name, _FASHION_MNIST_SHA256[name], advice)
@@ -227,9 +228,9 @@ def _download_fashion_mnist(folder: Path, names: Sequence[str]) -> None:
 
 
 def _download_then_move(download: Callable[[Path], None], folder: Path, files: Sequence[str], name: str) -> None:
-    """Call `download` with a temporary folder inside `folder`, then move the `files` that it left there to `folder`.
+    """Call `download` with a temporary folder inside `folder`, then move the downloaded `files` to `folder`.
 
-    A file is in `folder` only once it is whole, however the download ends.
+    Files in `folder` are always complete, also after a failed download.
 
     Raises:
         ResnetPathsError: If the download fails.
@@ -246,26 +247,27 @@ def _download_then_move(download: Callable[[Path], None], folder: Path, files: S
             f"download of {name}",
             str(error),
             "a reachable server and an intact file",
-            "Try again, or fetch the files by hand and pass their folder.",
+            "Try again, or download the files manually and pass their folder.",
         ) from error
 
 
 def read_idx(path: Path) -> torch.Tensor:
-    """The tensor in a gzip-compressed IDX file of bytes (the format of MNIST; LeCun, Cortes, Burges 1998).
+    """Read a gzip-compressed IDX file of bytes (the format of MNIST; LeCun, Cortes, Burges 1998).
 
     Args:
         path: The ``.gz`` file.
 
     Returns:
-        uint8 tensor of the shape that the header states.
+        uint8 tensor with the shape of the header.
 
     Raises:
-        ResnetPathsError: If the file is not gzip, not IDX of unsigned bytes, or has fewer or more bytes than stated.
+        ResnetPathsError: If the file is not a gzip file, not an IDX file of unsigned bytes, or has another size than
+            the header states.
     """
     try:
         content = gzip.decompress(path.read_bytes())
     except (OSError, EOFError, zlib.error) as error:
-        raise ResnetPathsError(f"data file {path}", str(error), "a whole gzip file") from error
+        raise ResnetPathsError(f"data file {path}", str(error), "a complete gzip file") from error
     if len(content) < 4 or content[:3] != b"\x00\x00\x08" or len(content) < 4 + 4 * content[3]:
         raise ResnetPathsError(f"data file {path}", content[:4], "an IDX file of unsigned bytes")
     dims = content[3]
@@ -273,7 +275,7 @@ def read_idx(path: Path) -> torch.Tensor:
     values = np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * dims)
     if values.size != math.prod(shape):
         raise ResnetPathsError(
-            f"data file {path}", f"{values.size} bytes", f"{math.prod(shape)} bytes, as its header says"
+            f"data file {path}", f"{values.size} bytes", f"{math.prod(shape)} bytes, as stated in its header"
         )
     return torch.from_numpy(values.reshape(shape).copy())
 
@@ -293,7 +295,7 @@ def _download_cifar_10(root: Path) -> None:
         from torchvision.datasets.utils import download_and_extract_archive
 
     def download(unfinished: Path) -> None:
-        # The archive stays in root: torchvision holds it against the MD5 before it is used again.
+        # The archive is kept in root; torchvision verifies its MD5 before it is used again.
         download_and_extract_archive(_CIFAR_10_URL, root, unfinished, md5=_CIFAR_10_MD5)
 
     numbers = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
@@ -311,6 +313,6 @@ def _read_cifar_batch(path: Path) -> torch.Tensor:
             f"data file {path}",
             f"{content.size} bytes",
             f"a positive multiple of {_CIFAR_10_RECORD} bytes",
-            "The file is cut short: delete it and download it again.",
+            "The file is truncated: delete it and download it again.",
         )
     return torch.from_numpy(content.reshape(-1, _CIFAR_10_RECORD))

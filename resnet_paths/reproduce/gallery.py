@@ -1,7 +1,7 @@
-"""The gallery: one page of HTML with every figure in a folder, what it shows, and the numbers behind it.
+"""Gallery: an HTML page with every figure in a folder, its caption and its data.
 
-All that it says is read from the folder: captions are the notebooks' own words above each figure, claims and their
-numbers those that the executed notebooks hold, and where a figure comes from stands in its metadata.
+All contents are read from the folder: captions are the Markdown cells above each figure in the notebooks, claims and
+their values are those stored in the executed notebooks, and the origin of a figure is read from its metadata.
 """
 
 from __future__ import annotations
@@ -45,26 +45,26 @@ _MATH_POINTS = 12.0  # 16 px, the size of the text
 
 
 def write_gallery(folder: Path) -> Path:
-    """Write ``index.html`` anew from the figures and the executed notebooks of a folder.
+    """Write ``index.html`` from the figures and the executed notebooks of a folder.
 
     Args:
-        folder: Where `resnet-paths reproduce` put its figures; executed notebooks lie in its folder ``notebooks``.
+        folder: The output folder of `resnet-paths reproduce`, with executed notebooks in its folder ``notebooks``.
 
     Returns:
-        The page: plain HTML with its style inside, and relative links to the files beside it.
+        Path of the page: HTML with embedded style, and relative links to the files of the folder.
     """
     notebooks = {
         path.stem: nbformat.read(path, as_version=4) for path in sorted((folder / "notebooks").glob("*.ipynb"))
     }
-    there = sorted(path.stem for path in folder.glob("*.png"))
+    stems = sorted(path.stem for path in folder.glob("*.png"))
     placed: set[str] = set()
     contents, sections = [], []
     for name, notebook in notebooks.items():
-        captions = {stem: caption for stem, caption in figures_of(notebook).items() if stem in there}
+        captions = {stem: caption for stem, caption in figures_of(notebook).items() if stem in stems}
         placed |= set(captions)
         contents.append(_entry(name, notebook, len(captions)))
         sections.append(_section(folder, name, notebook, captions))
-    others = [stem for stem in there if stem not in placed]
+    others = [stem for stem in stems if stem not in placed]
     if others:
         sections.append("<h2>Other figures in this folder</h2>" + "".join(_figure(folder, stem, "") for stem in others))
     page = (
@@ -80,13 +80,13 @@ def write_gallery(folder: Path) -> Path:
 
 
 def figures_of(notebook: Any) -> dict[str, str]:
-    """The figures that a notebook saves into its figures folder, and the Markdown cell above each.
+    """Figures that a notebook saves into its figures folder, with the Markdown cell above each.
 
     Args:
         notebook: A notebook, executed or not.
 
     Returns:
-        From stems of files to Markdown.
+        Mapping from file stems to Markdown.
     """
     captions: dict[str, str] = {}
     above = ""
@@ -99,9 +99,9 @@ def figures_of(notebook: Any) -> dict[str, str]:
 
 
 def _entry(name: str, notebook: Any, num_figures: int) -> str:
-    """A line of the table of contents."""
+    """An entry of the table of contents."""
     run = notebook.metadata.get("resnet_paths", {})
-    state = '<span class="failed">failed</span>' if run.get("error") else f"{len(claims_of(notebook))} claims hold"
+    state = '<span class="failed">failed</span>' if run.get("error") else f"{len(claims_of(notebook))} claims verified"
     facts = f"{num_figures} figures, {state}, profile {html.escape(str(run.get('profile', 'unknown')))}"
     return f'<li><a href="#{name}">{name[:2]} {html.escape(_title(name, notebook))}</a> ({facts})</li>\n'
 
@@ -112,13 +112,13 @@ def _title(name: str, notebook: Any) -> str:
 
 
 def _section(folder: Path, name: str, notebook: Any, captions: dict[str, str]) -> str:
-    """A notebook: its first cell, its failure if it has one, its figures, its claims."""
+    """Section of a notebook: its first cell, its error if it failed, its figures, its claims."""
     link = f'<p class="files"><a href="notebooks/{name}.ipynb">executed notebook</a></p>\n'
     first = notebook.cells[0].source if notebook.cells else f"# {name}"
     parts = [f'<h2 id="{name}">{html.escape(name[:2])} {html.escape(_title(name, notebook))}</h2>\n']
     error = notebook.metadata.get("resnet_paths", {}).get("error")
     if error:
-        old = " Figures below may be of an earlier run." if captions else ""
+        old = " The figures below may be from an earlier run." if captions else ""
         parts.append(f'<p class="failure"><b>Failed:</b> {html.escape(name)}, {html.escape(error)}.{old}</p>\n')
     parts += [_markdown("\n".join(first.splitlines()[1:])), link]
     parts += [_figure(folder, stem, caption) for stem, caption in captions.items()]
@@ -128,13 +128,13 @@ def _section(folder: Path, name: str, notebook: Any, captions: dict[str, str]) -
             f"<tr><td>{html.escape(claim['numbers'])}</td><td><code>{html.escape(claim['claim'])}</code></td></tr>\n"
             for claim in claims
         )
-        head = "<tr><th>measured in this run</th><th>asserted, and it holds</th></tr>\n"
+        head = "<tr><th>measured in this run</th><th>asserted</th></tr>\n"
         parts.append(f"<h3>Claims</h3>\n<table>{head}{rows}</table>\n")
     return "".join(parts)
 
 
 def _figure(folder: Path, stem: str, caption: str) -> str:
-    """A figure at one and a half times its size in print, with its words, files, numbers and source."""
+    """A figure at 1.5 times its printed size, with its caption, files, data and origin."""
     with Image.open(folder / f"{stem}.png") as image:
         facts, width = image.info, round(image.width / 300 * 96 * 1.5)
     links = "".join(
@@ -156,7 +156,7 @@ def _heading(caption: str) -> str:
 
 
 def _numbers(path: Path) -> str:
-    """The first rows behind a figure, folded away."""
+    """The first rows of a figure's data, collapsed."""
     if not path.is_file():
         return ""
     try:
@@ -169,7 +169,7 @@ def _numbers(path: Path) -> str:
 
 
 class _Renderer(mistune.HTMLRenderer):
-    """Headings one level below those of the page, formulas as pictures."""
+    """Renders headings one level below those of the page, and formulas as images."""
 
     def heading(self, text: str, level: int, **attrs: Any) -> str:
         return f"<h3>{text}</h3>\n"
@@ -190,7 +190,7 @@ def _markdown(text: str) -> str:
 
 @functools.cache
 def _formula(text: str) -> str:
-    """A formula as a picture inside the page, which needs no script and no network; as written where that fails."""
+    """A formula as an embedded image, without scripts or network; the source if it cannot be rendered."""
     picture = io.BytesIO()
     try:
         depth = math_to_image(f"${text.strip()}$", picture, prop=FontProperties(size=_MATH_POINTS), format="svg")

@@ -1,8 +1,8 @@
-"""Run the notebooks in order, top to bottom, and collect their figures: the main job.
+"""Execution of the notebooks, which writes all figures.
 
-Each notebook has a cell tagged ``parameters``; a cell with other values is put behind it, as papermill does. Behind the
-last cell, which asserts, comes one that records the claims with their numbers. A notebook that fails is named with its
-cell and error, and the others still run.
+Each notebook has a cell tagged ``parameters``; a cell with other values is inserted after it, as papermill does. A cell
+that records the claims with their values is appended. (papermill itself is not used: it would replace the insertion
+only.) If a notebook fails, its cell and error are reported, and the other notebooks are still executed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["NotebookResult", "find_notebooks", "reproduce", "run_notebook"]
 PROFILES = ("quick", "full")
 
 _RECORD = """\
-# Added by resnet-paths reproduce: the claims above and their numbers, for the gallery and the tests
+# Added by resnet-paths reproduce: the claims above and their values, for the gallery and the tests
 from resnet_paths.reproduce.claims import show_claims
 
 show_claims(In[-2], globals())"""
@@ -37,11 +37,11 @@ show_claims(In[-2], globals())"""
 
 @dataclass(frozen=True)
 class NotebookResult:
-    """How a notebook ended.
+    """Result of executing a notebook.
 
     Attributes:
-        name: Its file name without suffix.
-        error: None if it ran to its end, else the cell and what went wrong, for people.
+        name: File name without suffix.
+        error: None if it succeeded, otherwise a description of the cell and the error.
     """
 
     name: str
@@ -49,24 +49,24 @@ class NotebookResult:
 
 
 def find_notebooks(only: Sequence[str] = (), folder: Path | None = None) -> list[Path]:
-    """The notebooks, in order.
+    """Find the notebooks, in order.
 
     Args:
-        only: Beginnings of their names, such as ``"02"``; all notebooks if empty.
-        folder: Where they lie; the shipped ones by default.
+        only: Prefixes of names, such as ``"02"``; all notebooks if empty.
+        folder: Folder of the notebooks; the shipped ones by default.
 
     Returns:
-        Paths in the order of their names.
+        Paths, sorted by name.
 
     Raises:
-        ResnetPathsError: If a beginning fits no notebook.
+        ResnetPathsError: If a prefix matches no notebook.
     """
     folder = folder or shipped_folder("notebooks")
     paths = sorted(folder.glob("*.ipynb"))
     for start in only:
         if not any(path.stem.startswith(start) for path in paths):
             names = ", ".join(path.stem for path in paths)
-            raise ResnetPathsError("only", start, f"the beginning of one of {names or f'no notebooks in {folder}'}")
+            raise ResnetPathsError("only", start, f"a prefix of one of {names or f'no notebooks in {folder}'}")
     return [path for path in paths if not only or path.stem.startswith(tuple(only))]
 
 
@@ -78,17 +78,17 @@ def run_notebook(
     on_cell: Callable[[], None] = lambda: None,
     timeout: float = 3600,
 ) -> NotebookResult:
-    """Run one notebook in a fresh kernel and keep the executed copy, also when it fails.
+    """Execute a notebook in a new kernel and save the executed copy, also if it fails.
 
     Args:
         path: The notebook.
         parameters: Values that replace those of its cell tagged ``parameters``.
-        output: Where the executed copy goes.
+        output: Path of the executed copy.
         on_cell: Called after each code cell.
-        timeout: Seconds that one cell may take.
+        timeout: Maximum seconds per cell.
 
     Returns:
-        How it ended; the executed copy says so too, with the parameters, in its metadata under ``resnet_paths``.
+        The result, which is also stored, with the parameters, in the metadata of the copy under ``resnet_paths``.
     """
     try:
         notebook = nbformat.read(path, as_version=4)
@@ -106,7 +106,7 @@ def run_notebook(
 def _execute(
     notebook: Any, parameters: Mapping[str, Any], folder: Path, on_cell: Callable[[], None], timeout: float
 ) -> str | None:
-    """Run a notebook in place, from `folder`; None, or the cell that failed and why."""
+    """Execute a notebook in place, from `folder`; returns None, or a description of the error."""
     tagged = [i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", [])]
     if not tagged:
         return "no cell tagged 'parameters'"
@@ -118,7 +118,7 @@ def _execute(
         notebook,
         timeout=timeout,
         kernel_name="python3",
-        extra_arguments=["--IPKernelApp.log_level=ERROR"],  # its warnings would break up the progress bar
+        extra_arguments=["--IPKernelApp.log_level=ERROR"],  # its warnings would interrupt the progress bar
         resources={"metadata": {"path": str(folder)}},
         on_cell_start=lambda cell_index, **_: started.append(cell_index + 1),
         on_cell_executed=lambda **_: on_cell(),
@@ -142,22 +142,22 @@ def reproduce(
     folder: Path | None = None,
     progress: bool = True,
 ) -> list[NotebookResult]:
-    """Run the notebooks and write every figure as PDF, SVG, PNG and the CSV behind it, and the gallery.
+    """Execute the notebooks and write every figure as PDF, SVG, PNG and CSV, and the gallery.
 
     Args:
-        output: Folder for the figures and the gallery, ``index.html``, which also shows what other notebooks left there
-            before; executed notebooks go into its folder ``notebooks``.
-        profile: ``"quick"`` (minutes on a laptop) or ``"full"`` (the sizes that each notebook names).
-        only: Beginnings of the names of notebooks to run; all if empty.
-        device: Where their networks run: ``"auto"``, which is the accelerator if there is one, or a device of torch.
-        folder: Where the notebooks lie; the shipped ones by default.
-        progress: Whether to show a bar over cells.
+        output: Folder for the figures and the gallery, ``index.html``, which includes figures of earlier runs in this
+            folder; executed notebooks are written to its folder ``notebooks``.
+        profile: ``"quick"`` (minutes on a laptop) or ``"full"`` (the sizes stated in each notebook).
+        only: Prefixes of the names of notebooks to execute; all if empty.
+        device: Device of the networks: ``"auto"``, the accelerator if one is available, or a torch device.
+        folder: Folder of the notebooks; the shipped ones by default.
+        progress: Whether to show a progress bar over cells.
 
     Returns:
-        How each notebook ended, in order.
+        The results, in order.
 
     Raises:
-        ResnetPathsError: If the profile is unknown, `only` fits no notebook, or the device is none.
+        ResnetPathsError: If the profile is unknown, `only` matches no notebook, or the device is invalid.
     """
     if profile not in PROFILES:
         raise ResnetPathsError("profile", profile, " or ".join(map(repr, PROFILES)))
@@ -181,7 +181,7 @@ def reproduce(
 
 
 def _failed_cell(notebook: Any) -> str:
-    """Number among the cells, counted from 1, and first line of the cell that raised."""
+    """Number of the cell that raised, counted from 1, and its first line."""
     for number, cell in enumerate(notebook.cells, start=1):
         if any(output.output_type == "error" for output in cell.get("outputs", [])):
             first = next((line for line in cell.source.splitlines() if line.strip()), "")

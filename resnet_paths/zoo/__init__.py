@@ -1,8 +1,8 @@
-"""The networks that come with the project: how each is built, what it is, and its trained weights.
+"""Networks that come with the project: definitions, descriptions, and trained weights.
 
-Weights lie in ``data/networks/NAME.safetensors`` with their settings inside, beside ``NAME.csv``, the training log;
-those of further seeds in ``NAME-seed1.safetensors`` and those of moments of training in ``NAME.epoch4.safetensors``.
-They are made by ``resnet-paths train NAME`` and ``resnet-paths publish``, and never read through pickle.
+Weights are stored in ``data/networks/NAME.safetensors`` together with their settings; ``NAME.csv`` is the training log.
+Weights of other seeds are in ``NAME-seed1.safetensors``, snapshots of training in ``NAME.epoch4.safetensors``. The
+files are written by ``resnet-paths train NAME`` and ``resnet-paths publish``, and are never read with pickle.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from resnet_paths._utils.devices import choose_device
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths._utils.files import shipped_folder
 from resnet_paths.zoo.catalog import NETWORKS, NetworkFacts, Recipe, build_network, find_network
-from resnet_paths.zoo.places import choose_weights, weights_in
-from resnet_paths.zoo.weights import read_metadata, read_weights
+from resnet_paths.zoo.weights import choose_weights, read_metadata, read_weights, weights_in
 
 __all__ = [
     "NETWORKS",
@@ -43,22 +42,24 @@ def load_network(
     snapshot: int | None = None,
     device: str | torch.device = "cpu",
 ) -> nn.Module:
-    """A trained network in eval mode; ``model.training_log`` is its training log, a row an epoch.
+    """Load a trained network in eval mode; ``model.training_log`` is its training log, one row per epoch.
 
     Args:
-        name: Name of a network with shipped weights (see `list_networks`), or of any known network with `weights`.
-        weights: Instead of the shipped weights, a ``.safetensors`` file that ``resnet-paths train`` wrote, or a folder
-            of such files.
-        seed: Seed of the run, by default the lowest that is there. Runs may differ in epochs: `training_log` says.
-        snapshot: Number of epochs after which the weights were kept, 0 for the initialisation; None is the end.
-        device: Where to put it; ``"auto"`` is the accelerator if there is one.
+        name: Name of a network with shipped weights (see `list_networks`), or of any known network if `weights` is
+            given.
+        weights: A ``.safetensors`` file written by ``resnet-paths train``, or a folder of such files, instead of the
+            shipped weights.
+        seed: Seed of the run; by default the lowest available. Runs may differ in epochs, see `training_log`.
+        snapshot: Number of epochs after which the weights were saved, 0 for the initialisation; None for the end.
+        device: Device of the network; ``"auto"`` is the accelerator if one is available.
 
     Returns:
-        The module, in float32.
+        The network, in float32.
 
     Raises:
-        ResnetPathsError: If the name is unknown, no weights are there, or not of this seed or moment (those that are,
-            are named), or the file is cut short, a pickle, of another network, or holds values that are not finite.
+        ResnetPathsError: If the name is unknown, there are no weights of this network, seed or snapshot (the message
+            lists those available), or the file is truncated, a pickle, of another network, or contains non-finite
+            values.
 
     Example:
         >>> model = load_network("preact-resnet-20")
@@ -89,12 +90,12 @@ def load_network(
 
 
 def list_networks() -> pd.DataFrame:
-    """All known networks: what each is and, where weights are shipped, how good.
+    """List all known networks, with the test error of those with shipped weights.
 
     Returns:
-        A row a network: ``name``, ``description``, ``num_blocks``, ``num_paths`` (exact int), ``num_parameters``,
-        ``trained`` (whether weights are shipped), ``dataset``, ``epochs``, ``seeds`` and ``snapshots`` (tuples of ints:
-        what `load_network` takes), and of the first seed ``test_error_rate`` in [0, 1] or ``test_rmse``, the
+        One row per network: ``name``, ``description``, ``num_blocks``, ``num_paths`` (exact int), ``num_parameters``,
+        ``trained`` (whether weights are shipped), ``dataset``, ``epochs``, ``seeds`` and ``snapshots`` (tuples of ints,
+        valid arguments of `load_network`), and for the first seed ``test_error_rate`` in [0, 1] or ``test_rmse``, the
         root-mean-square error of a denoiser.
 
     Example:
@@ -123,24 +124,24 @@ def list_networks() -> pd.DataFrame:
             "test_rmse": metadata.get("test_rmse"),
         })
     frame = pd.DataFrame(rows)
-    # Python ints, not floats: 2**81 paths are exact.
+    # Python ints, which are exact for 2**81 paths, unlike floats.
     frame["num_paths"] = pd.Series([row["num_paths"] for row in rows], dtype=object)
     return frame.astype({"epochs": "Int64", "test_error_rate": "float64", "test_rmse": "float64"})
 
 
 def training_logs(names: str | Iterable[str] | None = None) -> pd.DataFrame:
-    """The training logs of the shipped networks, all seeds of each: error against epoch, with seeds to tell noise.
+    """Training logs of the shipped networks, for all seeds.
 
     Args:
-        names: A name or names of networks with shipped weights; all of them by default.
+        names: Name or names of networks with shipped weights; all by default.
 
     Returns:
-        A row a network, seed and epoch, in this order: ``network``, ``seed``, ``epoch`` (from 1), ``learning_rate``,
-        ``train_loss``, ``train_error_rate``, ``test_loss``, ``test_error_rate``, ``seconds``. A denoiser has no error
-        rates, but NaN; its losses are mean squared errors.
+        One row per network, seed and epoch, in this order: ``network``, ``seed``, ``epoch`` (from 1),
+        ``learning_rate``, ``train_loss``, ``train_error_rate``, ``test_loss``, ``test_error_rate``, ``seconds``. For a
+        denoiser, error rates are NaN and losses are mean squared errors.
 
     Raises:
-        ResnetPathsError: If a name is unknown, or there are no shipped weights of it.
+        ResnetPathsError: If a name is unknown or has no shipped weights.
 
     Example:
         >>> training_logs("vgg-15").groupby(["network", "seed"]).test_error_rate.last().round(3).item()
@@ -157,10 +158,11 @@ def training_logs(names: str | Iterable[str] | None = None) -> pd.DataFrame:
 
 
 def networks_table() -> str:
-    """The shipped networks as a Markdown table, made from what their files say of themselves.
+    """Markdown table of the shipped networks, from the metadata of their files.
 
     Returns:
-        A row a network and seed: what it is, parameters, test error, seed, epochs and training time; no final newline.
+        One row per network and seed: description, parameters, test error, seed, epochs and training time; without a
+        final newline.
     """
     lines = [
         "| network | what | parameters | test error | seed | epochs | training time |",
@@ -184,7 +186,7 @@ def networks_table() -> str:
 
 def _log(metadata: Mapping[str, Any]) -> pd.DataFrame:
     frame = pd.DataFrame(metadata.get("log", []))
-    # All None in the log of a network that is neither right nor wrong.
+    # All None in the log of a network without an error rate.
     rates = frame.columns.intersection(["train_error_rate", "test_error_rate"])
     return frame.astype(dict.fromkeys(rates, "float64"))
 
@@ -196,7 +198,7 @@ def _judgement(metadata: Mapping[str, Any]) -> str:
 
 
 def _runs(name: str) -> list[dict[str, Any]]:
-    """What each shipped file of a network says of itself: a mapping a seed, snapshots left out."""
+    """Metadata of the shipped weights of a network, one mapping per seed, without snapshots."""
     found = weights_in(_shipped(), name)
     return [read_metadata(path) for (_, snapshot), path in found.items() if snapshot is None]
 

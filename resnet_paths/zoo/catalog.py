@@ -1,4 +1,4 @@
-"""The networks that can be built by name, what is known of each, and how each is trained."""
+"""Networks by name, with a description and a training recipe of each."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import nn
 
 from resnet_paths._utils.errors import ResnetPathsError, nearest_names
 from resnet_paths.zoo.densenet import DenseNet
-from resnet_paths.zoo.drawn import EffectiveResNet, StochasticDepthResNet
 from resnet_paths.zoo.highway import HighwayNet
 from resnet_paths.zoo.initialisation import initialise
+from resnet_paths.zoo.random_depth import EffectiveResNet, StochasticDepthResNet
 from resnet_paths.zoo.resnet import PlainNet, PreactResNet, ResNet
 from resnet_paths.zoo.senet import SEResNet
 from resnet_paths.zoo.unet import UNet
@@ -25,12 +25,12 @@ __all__ = ["NETWORKS", "NetworkFacts", "Recipe", "build_network", "check_num_dra
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a network is trained unless the settings say otherwise.
+    """Default training settings of a network.
 
     Attributes:
         optimizer: ``"sgd"`` with Nesterov momentum, or ``"adamw"``.
         learning_rate: Peak learning rate.
-        weight_decay: Weight decay; of AdamW per unit of learning rate, as torch counts it.
+        weight_decay: Weight decay, as in `torch.optim`.
     """
 
     optimizer: str = "sgd"
@@ -40,17 +40,17 @@ class Recipe:
 
 @dataclass(frozen=True)
 class NetworkFacts:
-    """What the project knows of a network before it is built.
+    """Description of a network.
 
     Attributes:
-        build: Called with ``in_channels`` and ``num_classes``; returns the module.
-        description: One line for people.
-        num_blocks: Blocks that `resnet_paths.unravel` finds.
-        num_paths: Paths through them, 2^n with skips and 1 without.
-        recipe: How it is trained.
-        task: What it is trained to do: ``"classification"`` or ``"denoising"``.
-        draws_blocks: Whether a mini-batch trains some of its blocks only, which its ``draw_blocks(generator)`` draws.
-        num_drawn_blocks: The lowest and the highest number of blocks that are drawn, where `build` takes it.
+        build: Function of ``in_channels`` and ``num_classes`` that returns the module.
+        description: Description in one line.
+        num_blocks: Number of blocks found by `resnet_paths.unravel`.
+        num_paths: Number of paths, 2^n with skips and 1 without.
+        recipe: Default training settings.
+        task: Training task, ``"classification"`` or ``"denoising"``.
+        draws_blocks: Whether each mini-batch trains a random subset of blocks, drawn by ``draw_blocks(generator)``.
+        num_drawn_blocks: Minimum and maximum number of drawn blocks, if `build` takes it.
     """
 
     build: Callable[..., nn.Module]
@@ -99,7 +99,7 @@ def _stochastic_depth(depth: int) -> NetworkFacts:
 
 def _effective(depth: int) -> NetworkFacts:
     blocks = (depth - 2) // 2
-    drawn = round(blocks * 23 / 54)  # the paper's share
+    drawn = round(blocks * 23 / 54)  # the fraction of the paper
     return NetworkFacts(
         partial(EffectiveResNet, depth, num_drawn_blocks=(drawn, drawn)),
         f"pre-activation ResNet, {blocks} blocks of which each mini-batch trains {drawn}",
@@ -117,7 +117,7 @@ NETWORKS: dict[str, NetworkFacts] = {
     **{f"effective-{depth}": _effective(depth) for depth in (20, 56, 110)},
     **{f"resnet-{depth}": _resnet(depth) for depth in (20, 32, 44, 56, 110)},
     **{f"plain-{depth}": _plain(depth) for depth in (20, 32, 44, 56, 110)},
-    # Without BatchNorm, SGD diverges at a rate of 0.1, and at 0.02 the loss stays near that of chance for an epoch.
+    # Without BatchNorm, SGD diverges at a learning rate of 0.1, and at 0.02 the loss stays at chance for an epoch.
     "vgg-15": NetworkFacts(
         VGG, "VGG-like net, 14 blocks of 1 convolution, no skips, no BatchNorm", 14, 1, Recipe("adamw", 0.0005, 0.05)
     ),
@@ -144,16 +144,16 @@ NETWORKS: dict[str, NetworkFacts] = {
 
 
 def find_network(name: str) -> NetworkFacts:
-    """Facts of the network called `name`.
+    """Description of a network.
 
     Args:
         name: Key of `NETWORKS`.
 
     Returns:
-        Its facts.
+        The description.
 
     Raises:
-        ResnetPathsError: If there is no such network; the nearest names are given.
+        ResnetPathsError: If the name is unknown; the message contains the most similar names.
     """
     if name not in NETWORKS:
         raise ResnetPathsError("name", name, f"one of the known networks, nearest {nearest_names(name, NETWORKS)}")
@@ -161,22 +161,24 @@ def find_network(name: str) -> NetworkFacts:
 
 
 def check_num_drawn_blocks(name: str, number: object) -> tuple[int, int] | None:
-    """How many blocks a mini-batch trains, as a lowest and a highest number.
+    """Validate the number of blocks that a mini-batch trains.
 
     Args:
         name: Key of `NETWORKS`.
-        number: A number, a pair of numbers, or None for the network's own.
+        number: A number, a pair of minimum and maximum, or None for the default of the network.
 
     Returns:
-        The two numbers; None for a network that has no such choice.
+        Minimum and maximum; None for a network without drawn blocks.
 
     Raises:
-        ResnetPathsError: If the network has no such choice, or not so many blocks.
+        ResnetPathsError: If the network has no drawn blocks, or fewer blocks.
     """
     facts = find_network(name)
     if number is None or facts.num_drawn_blocks is None:
         if number is not None:
-            raise ResnetPathsError("num_drawn_blocks", number, f"None for {name!r}, where it is no choice")
+            raise ResnetPathsError(
+                "num_drawn_blocks", number, f"None for {name!r}, which trains all blocks or draws them by probability"
+            )
         return facts.num_drawn_blocks
     pair = tuple(number) if isinstance(number, list | tuple) else (number, number)
     is_pair = len(pair) == 2 and all(type(n) is int for n in pair)
@@ -184,7 +186,7 @@ def check_num_drawn_blocks(name: str, number: object) -> tuple[int, int] | None:
         raise ResnetPathsError(
             "num_drawn_blocks",
             number,
-            f"an int from 1 to {facts.num_blocks}, or a lowest and a highest one, for {name!r}",
+            f"an int from 1 to {facts.num_blocks}, or a pair of minimum and maximum, for {name!r}",
         )
     return pair[0], pair[1]
 
@@ -197,21 +199,21 @@ def build_network(
     num_classes: int = 10,
     num_drawn_blocks: int | tuple[int, int] | None = None,
 ) -> nn.Module:
-    """An untrained network in training mode, initialised from `generator` alone.
+    """Build an untrained network in training mode.
 
     Args:
         name: Key of `NETWORKS`.
-        generator: Source of all random numbers; a CPU generator.
+        generator: CPU generator of all initial values.
         in_channels: Channels of the image.
         num_classes: Number of logits.
-        num_drawn_blocks: How many blocks a mini-batch trains, or a lowest and a highest number, instead of the
-            network's own; only for ``"effective-..."``.
+        num_drawn_blocks: Number of blocks that a mini-batch trains, or a pair of minimum and maximum; only for
+            ``"effective-..."``.
 
     Returns:
-        The module, on the CPU, in float32.
+        The network, on the CPU, in float32.
 
     Raises:
-        ResnetPathsError: If the name is unknown, or the network has not so many blocks or no such choice.
+        ResnetPathsError: If the name is unknown, or `num_drawn_blocks` is invalid for the network.
     """
     facts = find_network(name)
     drawn = check_num_drawn_blocks(name, num_drawn_blocks)

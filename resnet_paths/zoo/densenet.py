@@ -1,4 +1,4 @@
-"""DenseNet: every layer reads the features of all layers before it at its resolution (Huang et al. 2017)."""
+"""DenseNet: every layer reads the features of all previous layers of its stage (Huang et al. 2017)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["DenseNet"]
 
 
 class DenseLayer(nn.Module):
-    """BatchNorm, ReLU and a 3x3 convolution, whose `growth` channels are appended to what came in."""
+    """BatchNorm, ReLU and a 3x3 convolution, whose `growth` channels are appended to the input."""
 
     def __init__(self, in_channels: int, growth: int) -> None:
         super().__init__()
@@ -38,13 +38,13 @@ class Transition(nn.Module):
 class DenseNet(nn.Module):
     """DenseNet of 40 layers without bottlenecks and compression (Huang et al. 2017, table 2).
 
-    Three stages of twelve layers with two transitions between them; each of the 36 layers is a block, whose skip keeps
-    what came in and whose branch fills the new channels. They start from 16 channels.
+    Three stages of twelve layers with two transitions between them, starting from 16 channels. Each of the 36 layers is
+    a block: the skip keeps its input, and the branch computes the new channels.
 
     Args:
         in_channels: Channels of the image.
         num_classes: Number of logits.
-        growth: Channels that a layer adds.
+        growth: Channels added by each layer.
     """
 
     def __init__(self, in_channels: int = 1, num_classes: int = 10, *, growth: int) -> None:

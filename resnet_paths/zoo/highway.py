@@ -1,4 +1,4 @@
-"""A highway network: gates decide, value by value, between the layer and the skip (Srivastava et al. 2015)."""
+"""Highway network: elementwise gates between the layer and the skip (Srivastava et al. 2015)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ __all__ = ["HighwayNet"]
 
 
 class HighwayLayer(nn.Module):
-    """y = T * H + (1 - T) * x, written x + T * (H - x): an identity skip and a gated branch.
+    """y = T * H + (1 - T) * x, written as x + T * (H - x): an identity skip and a gated branch.
 
-    H is a 3x3 convolution with ReLU, T a 3x3 convolution with a sigmoid. Where the gate T is closed, x is carried on.
+    H is a 3x3 convolution with ReLU, T a 3x3 convolution with a sigmoid. Where the gate T is closed, y equals x.
     """
 
     def __init__(self, channels: int) -> None:
@@ -25,10 +25,10 @@ class HighwayLayer(nn.Module):
         return x + torch.sigmoid(self.gate(x)) * (F.relu(self.transform(x)) - x)
 
     def initialise(self, generator: torch.Generator) -> None:
-        """Gates that are mostly closed, so that an untrained network carries its input on.
+        """Initialise the gates mostly closed, so that an untrained network passes its input on.
 
-        The deeper the network, the further closed they must start (section 2.1 of the paper): at -2, the 48 layers of
-        the network below together replace nearly all of their input, and it does not begin to learn.
+        Deeper networks need lower initial biases (section 2.1 of the paper): with -2, the 48 layers of the network
+        below replace nearly all of their input, and training does not start.
         """
         nn.init.constant_(self.gate.bias, -4.0)  # type: ignore[arg-type]
 
@@ -36,8 +36,8 @@ class HighwayLayer(nn.Module):
 class HighwayNet(nn.Module):
     """Highway network of 50 layers, narrow and convolutional, without BatchNorm (Srivastava et al. 2015).
 
-    A convolution, 48 gated layers of 16 channels, each a block, and a linear layer. 24 gated layers stand at half and
-    24 at quarter resolution, with 2x2 max pooling before each 24; the linear layer reads means over 4 x 4 regions.
+    A convolution, 48 gated layers of 16 channels, each a block, and a linear layer. 24 gated layers have half and 24
+    quarter resolution, with 2x2 max pooling before each 24; the linear layer reads means over 4 x 4 regions.
 
     Args:
         in_channels: Channels of the image.

@@ -1,4 +1,4 @@
-"""First values for every parameter and buffer of a network, drawn from one generator alone."""
+"""Initialisation of networks from one generator."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ __all__ = ["initialise"]
 
 @torch.no_grad()
 def initialise(model: nn.Module, generator: torch.Generator) -> None:
-    """Give every parameter and buffer of a network its first value.
+    """Initialise every parameter and buffer of a network.
 
-    Convolutions are drawn by He's rule (fan-out; He et al. 2015) and have biases of 0, linear layers by torch's default
-    rule. A module that wants something else has a method ``initialise(generator)``, which is called after these.
+    Convolutions use He initialisation (fan-out; He et al. 2015) with zero biases, linear layers the default of torch. A
+    module with a method ``initialise(generator)`` is initialised by it afterwards.
 
     Args:
-        model: The network, on the CPU; what it holds before does not matter.
-        generator: Source of all random numbers; a CPU generator.
+        model: The network, on the CPU; it may be uninitialised.
+        generator: CPU generator of all random numbers.
     """
-    # What no rule reaches stays NaN and is seen at once, where memory as it was found might look like weights.
+    # Tensors without a rule remain NaN, which is noticed, unlike uninitialised memory.
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         if tensor.is_floating_point():
             tensor.fill_(math.nan)

@@ -13,14 +13,14 @@ __all__ = ["LanguageModel"]
 class LanguageModel(nn.Module):
     """Causal transformer that predicts the next byte of a text.
 
-    GPT-2's arrangement, much smaller: learned positions, LayerNorm at the start of each branch and before the last
-    linear layer. It is not one of the networks by name, whose data are images.
+    The architecture of GPT-2 at a small size: learned positions, LayerNorm at the start of each branch and before the
+    last linear layer. It is not among the networks by name, which take images.
 
     Args:
-        num_layers: Layers of attention and MLP, two blocks each.
+        num_layers: Number of layers, each with an attention and an MLP block.
         width: Width of the state.
-        num_heads: Heads of attention.
-        context: The most bytes that it reads.
+        num_heads: Number of attention heads.
+        context: Maximum number of bytes in the input.
     """
 
     def __init__(self, num_layers: int = 6, width: int = 64, num_heads: int = 4, context: int = 64) -> None:
@@ -34,11 +34,11 @@ class LanguageModel(nn.Module):
         self.out = nn.Linear(width, 256)
 
     def forward(self, text: torch.Tensor) -> torch.Tensor:
-        """Logits [batch, 256] of the byte that follows bytes [batch, place]."""
-        return self.at_every_place(text)[:, -1]
+        """Logits [batch, 256] of the byte that follows the bytes [batch, position]."""
+        return self.at_every_position(text)[:, -1]
 
-    def at_every_place(self, text: torch.Tensor) -> torch.Tensor:
-        """Logits [batch, place, 256] of the byte that follows each place of [batch, place]."""
+    def at_every_position(self, text: torch.Tensor) -> torch.Tensor:
+        """Logits [batch, position, 256] of the byte that follows each position of the bytes [batch, position]."""
         state = self.bytes(text) + self.places.weight[: text.shape[1]]
         logits: torch.Tensor = self.out(self.norm(self.layers(state)))
         return logits

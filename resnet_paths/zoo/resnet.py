@@ -1,7 +1,7 @@
-"""CIFAR-style networks of 6n+2 (or 9n+2) layers: pre- and post-activation ResNets and plain twins without skips.
+"""CIFAR-style networks of 6n+2 (or 9n+2) layers: pre- and post-activation ResNets, and plain nets without skips.
 
 Three stages at full, half and quarter resolution with 16, 32 and 64 channels (He et al. 2016a, section 4.2).
-Written as ordinary modules, in the way a user would write them: `resnet_paths.unravel` reads them like any other.
+They are ordinary modules without any support for `resnet_paths.unravel`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class PreactBasicBlock(nn.Module):
         return self.skip(x, activated) + self.branch(activated)
 
     def skip(self, x: torch.Tensor, activated: torch.Tensor) -> torch.Tensor:
-        """What leads around the branch: the input, or the projection of its pre-activation."""
+        """The skip: the input, or the projection of its pre-activation."""
         return x if self.projection is None else self.projection(activated)
 
     def branch(self, activated: torch.Tensor) -> torch.Tensor:
@@ -80,8 +80,8 @@ class PreactBottleneckBlock(nn.Module):
 class BasicBlock(nn.Module):
     """Post-activation block of two 3x3 convolutions with BatchNorm (He et al. 2016a, figure 2).
 
-    Where the shape changes, the skip takes every second row and column and appends channels of zeros: option A, without
-    parameters.
+    Where the shape changes, the skip takes every second row and column and appends channels of zeros (option A, without
+    parameters).
     """
 
     expansion = 1
@@ -139,7 +139,7 @@ class PreactResNet(nn.Module):
         depth: Number of weight layers; 6n + 2 with basic blocks (3n blocks), 9n + 2 with bottleneck blocks.
         in_channels: Channels of the image.
         num_classes: Number of logits.
-        bottleneck: Whether blocks hold three convolutions instead of two.
+        bottleneck: Whether blocks have three convolutions instead of two.
     """
 
     basic_block: type[PreactBasicBlock] = PreactBasicBlock
@@ -186,9 +186,9 @@ class ResNet(nn.Module):
 
 
 class PlainNet(ResNet):
-    """The plain twin: parameter for parameter the post-activation ResNet, but without skips (He et al. 2016a).
+    """Plain net: the post-activation ResNet without its skips, with equal parameters (He et al. 2016a).
 
-    Its 3n blocks have no skip: one path.
+    Its 3n blocks have no skips, so that there is one path.
     """
 
     block = PlainBlock

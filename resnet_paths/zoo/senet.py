@@ -1,4 +1,4 @@
-"""Squeeze and excitation: a gate a channel at the end of each branch (Hu et al. 2018)."""
+"""Squeeze and excitation: one gate per channel at the end of each branch (Hu et al. 2018)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ __all__ = ["SEResNet"]
 
 
 class SqueezeExcitation(nn.Module):
-    """Each channel times a gate in (0, 1) that two linear layers compute from the means of all channels.
+    """Multiplies each channel by a gate in (0, 1), computed from the means of all channels by two linear layers.
 
-    The hidden layer has a quarter of the channels; the sixteenth of Hu et al. would leave a single unit of 16.
+    The hidden layer has a quarter of the channels, since the reduction by 16 of Hu et al. would leave one unit of 16.
     """
 
     def __init__(self, channels: int) -> None:

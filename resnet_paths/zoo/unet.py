@@ -1,4 +1,4 @@
-"""A small U-Net: long skips from the way down to the way up, joined by concatenation (Ronneberger et al. 2015)."""
+"""Small U-Net: long skips from the contracting to the expanding path, by concatenation (Ronneberger et al. 2015)."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ __all__ = ["UNet"]
 
 
 class Level(nn.Module):
-    """What it is given, beside what comes up from below: a long skip, and a branch that holds all lower levels.
+    """One level: a long skip, concatenated with a branch that contains all lower levels.
 
-    Two 3x3 convolutions, the first of stride 2, lead down, and a transposed one leads up; two more join both sides.
+    The branch has two 3x3 convolutions, the first with stride 2, the lower levels, and a transposed convolution; two
+    more convolutions follow the concatenation.
     """
 
     def __init__(self, channels: int, below: nn.Module) -> None:
@@ -32,12 +33,12 @@ class Level(nn.Module):
 class UNet(nn.Module):
     """U-Net of three levels with 12, 24 and 48 channels, from images to images.
 
-    Its 3x3 convolutions have BatchNorm and ReLU. It unravels into one block, whose branch holds another: three
-    paths, through the long skip of the first level, of the second, or through the bottom.
+    Its 3x3 convolutions have BatchNorm and ReLU. It unravels into one block with another block in its branch: three
+    paths, through the long skip of the first level, of the second level, or through the bottom.
 
     Args:
         in_channels: Channels of the image, in and out; height and width are multiples of 4.
-        num_classes: Not used: it names no classes.
+        num_classes: Not used, since the output is an image.
     """
 
     def __init__(self, in_channels: int = 1, num_classes: int = 10) -> None:

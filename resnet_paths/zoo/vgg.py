@@ -1,4 +1,4 @@
-"""A VGG-like network: the control of Veit et al. 2016, figure 3, in which a layer has no way around it."""
+"""VGG-like network without skips: the control of Veit et al. 2016, figure 3."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["VGG"]
 
 
 class VGGLayer(nn.Module):
-    """A 3x3 convolution and ReLU, after 2x2 max pooling where the resolution halves."""
+    """3x3 convolution and ReLU, preceded by 2x2 max pooling if `pools`."""
 
     def __init__(self, in_channels: int, channels: int, *, pools: bool) -> None:
         super().__init__()
@@ -25,9 +25,9 @@ class VGGLayer(nn.Module):
 class VGG(nn.Module):
     """VGG-like network of 15 layers without skips and without BatchNorm (Veit et al. 2016, figure 3).
 
-    Fourteen 3x3 convolutions with ReLU, each a block without skip: one path. Five have 32 channels at full, five 64
-    at half and four 128 at quarter resolution; the mean over space and a linear layer end it. The eleven blocks that
-    keep the shape can be deleted.
+    Fourteen 3x3 convolutions with ReLU, each a block without skip, so that there is one path. Five have 32 channels at
+    full, five 64 at half and four 128 at quarter resolution, followed by the spatial mean and a linear layer. The
+    eleven blocks that keep the shape can be deleted.
 
     Args:
         in_channels: Channels of the image.
@@ -47,7 +47,7 @@ class VGG(nn.Module):
         return logits
 
     def initialise(self, generator: torch.Generator) -> None:
-        """He's rule by fan-in: without BatchNorm, the fan-out's would shrink the logits a hundredfold in variance."""
+        """He initialisation with fan-in: without BatchNorm, fan-out would reduce the variance of the logits by 100."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)

@@ -1,4 +1,4 @@
-"""A small vision transformer: attention and MLP as residual blocks (Dosovitskiy et al. 2021)."""
+"""Small vision transformer: attention and MLP as residual blocks (Dosovitskiy et al. 2021)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["EncoderLayer", "ViT"]
 
 
 class Attention(nn.Module):
-    """Self-attention of several heads; if causal, no token sees those behind it."""
+    """Multi-head self-attention; if causal, no token attends to later tokens."""
 
     def __init__(self, width: int, num_heads: int, *, is_causal: bool = False) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class ViT(nn.Module):
     """Vision transformer of 12 layers, 24 blocks, on patches of 4x4 pixels (Dosovitskiy et al. 2021).
 
     Width 96, three heads, hidden width 192. Positions are fixed sines and cosines, and the mean over tokens is
-    classified, as in Beyer, Zhai and Kolesnikov 2022: there is no class token, and images of any size fit.
+    classified, as in Beyer, Zhai and Kolesnikov 2022, without class token, for images of any size.
 
     Args:
         in_channels: Channels of the image.

@@ -1,12 +1,15 @@
-"""Weights files: safetensors with the settings inside, checked before a single value reaches a network.
+"""Weights files: safetensors with settings in their metadata, validated before a network is changed.
 
-The file's metadata holds one entry, ``resnet_paths``, a JSON object: the network's name, its training settings,
-its log and its test error. Nothing is ever read through pickle.
+Files are named ``NAME-seedS.safetensors``, and ``NAME-seedS.epochE.safetensors`` for snapshots of training. Shipped
+weights of seed 0 are named ``NAME.safetensors`` and ``NAME.epochE.safetensors``. The metadata have one entry,
+``resnet_paths``, a JSON object with the network's name, its training settings, its log and its test error. Pickle is
+never used.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,19 +20,94 @@ from torch import nn
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths._utils.files import write_then_rename
 
-__all__ = ["read_metadata", "read_tensors", "read_weights", "write_tensors"]
+__all__ = [
+    "choose_weights",
+    "read_metadata",
+    "read_tensors",
+    "read_weights",
+    "snapshot_file",
+    "weights_in",
+    "write_tensors",
+]
 
 _ENTRY = "resnet_paths"
 _ADVICE = "Weights files are written by 'resnet-paths train'; convert others with safetensors.torch.save_file."
 
 
+def snapshot_file(weights: Path, epoch: int) -> Path:
+    """The file of the snapshot after `epoch` epochs that belongs to a weights file; 0 is the initialisation."""
+    return weights.with_name(f"{weights.stem}.epoch{epoch}.safetensors")
+
+
+def weights_in(folder: Path, network: str) -> dict[tuple[int, int | None], Path]:
+    """Weights files of a network in a folder.
+
+    Args:
+        folder: The folder; it may not exist.
+        network: Name of the network.
+
+    Returns:
+        Paths by (seed, snapshot), sorted; the snapshot is None for the end of training.
+    """
+    name = re.compile(rf"{re.escape(network)}(?:-seed(\d+))?(?:\.epoch(\d+))?\.safetensors")
+    matches = [(name.fullmatch(path.name), path) for path in folder.glob(f"{network}*.safetensors")]
+    found = {(int(m[1] or 0), None if m[2] is None else int(m[2])): path for m, path in matches if m}
+    return dict(sorted(found.items(), key=lambda item: (item[0][0], -1 if item[0][1] is None else item[0][1])))
+
+
+def choose_weights(network: str, weights: Path, seed: int | None, snapshot: int | None) -> Path:
+    """Select a weights file.
+
+    Args:
+        network: Name of the network.
+        weights: A weights file, or a folder of weights files.
+        seed: Seed of the run; by default the lowest available. Must be None if `weights` is a file.
+        snapshot: Number of epochs after which the weights were saved; None for the end of training.
+
+    Returns:
+        Path of an existing file.
+
+    Raises:
+        ResnetPathsError: If there is no such file; the message lists the available ones.
+    """
+    if weights.is_file():
+        if seed is not None:
+            raise ResnetPathsError("seed", seed, "None if weights is a file", "Pass the file of that seed.")
+        name = re.compile(rf"{re.escape(weights.stem)}\.epoch(\d+)\.safetensors")
+        matches = [(name.fullmatch(path.name), path) for path in weights.parent.iterdir()]
+        kept = {None: weights} | {int(m[1]): path for m, path in matches if m}
+    else:
+        found = weights_in(weights, network)
+        if not found:
+            raise ResnetPathsError(
+                "weights",
+                str(weights),
+                f"an existing weights file of {network!r} or a folder that contains one",
+                f"Train it with 'resnet-paths train {network}' and pass the file as weights=.",
+            )
+        seeds = sorted({s for s, _ in found})
+        seed = seeds[0] if seed is None else seed
+        if seed not in seeds:
+            raise ResnetPathsError("seed", seed, f"one of {_listed(seeds)}, the seeds of {network!r} in {weights}")
+        kept = {e: path for (s, e), path in found.items() if s == seed}
+    if snapshot not in kept:
+        epochs = sorted(e for e in kept if e is not None)
+        raise ResnetPathsError(
+            "snapshot",
+            snapshot,
+            f"None for the end of training, or the epoch of a snapshot: {_listed(epochs)}",
+            f"These are the snapshots of {network!r} in {weights}.",
+        )
+    return kept[snapshot]
+
+
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write tensors and a JSON-able mapping to `path`, whole or not at all.
+    """Write tensors and metadata to a file, atomically.
 
     Args:
         path: The ``.safetensors`` file.
         tensors: Tensors by name, on any device.
-        metadata: What the file says of itself.
+        metadata: A mapping that can be converted to JSON.
     """
     from safetensors.torch import save_file
 
@@ -39,33 +117,33 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """What a weights file says of itself; reads the header only.
+    """Read the metadata of a weights file, without its tensors.
 
     Args:
         path: The ``.safetensors`` file.
 
     Returns:
-        The mapping given to `write_tensors`; empty if another program wrote the file.
+        The mapping given to `write_tensors`; empty for files of other programs.
 
     Raises:
-        ResnetPathsError: If the file is missing, cut short, a pickle, or not safetensors.
+        ResnetPathsError: If the file is missing, truncated, a pickle, or not a safetensors file.
     """
     from safetensors import SafetensorError, safe_open
 
-    _refuse_pickle(path)
+    _check_not_pickle(path)
     try:
         with safe_open(path, framework="pt") as file:
             entries = file.metadata() or {}
         metadata = json.loads(entries.get(_ENTRY, "{}"))
     except (SafetensorError, json.JSONDecodeError, OSError) as error:
-        raise ResnetPathsError(f"weights file {path}", str(error), "a whole safetensors file", _ADVICE) from error
+        raise ResnetPathsError(f"weights file {path}", str(error), "a complete safetensors file", _ADVICE) from error
     if not isinstance(metadata, dict):
         raise ResnetPathsError(f"weights file {path}", metadata, f"a JSON object as its metadata {_ENTRY!r}", _ADVICE)
     return metadata
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a weights file, on the CPU.
+    """Read all tensors of a weights file, on the CPU.
 
     Args:
         path: The ``.safetensors`` file.
@@ -74,33 +152,33 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         Tensors by name.
 
     Raises:
-        ResnetPathsError: If the file is missing, cut short, a pickle, not safetensors, or holds values that are not
-            finite.
+        ResnetPathsError: If the file is missing, truncated, a pickle, not a safetensors file, or contains non-finite
+            values.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    _refuse_pickle(path)
+    _check_not_pickle(path)
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ResnetPathsError(f"weights file {path}", str(error), "a whole safetensors file", _ADVICE) from error
+        raise ResnetPathsError(f"weights file {path}", str(error), "a complete safetensors file", _ADVICE) from error
     for name, tensor in tensors.items():
-        _refuse_not_finite(path, name, tensor)
+        _check_finite(path, name, tensor)
     return tensors
 
 
 def read_weights(path: Path, model: nn.Module, network: str) -> None:
-    """Fill `model` with the tensors of a weights file; `model` is untouched if anything is wrong with them.
+    """Load a weights file into a network; the network is not changed if the file is invalid.
 
     Args:
         path: The ``.safetensors`` file.
-        model: The network to fill, on any device; values are converted to its dtypes.
-        network: Its name, held against the name in the file.
+        model: The network, on any device; values are converted to its dtypes.
+        network: Its name, compared with the name in the file.
 
     Raises:
-        ResnetPathsError: As `read_tensors`, or if the file is of another network or names, shapes or kinds of numbers
-            do not fit.
+        ResnetPathsError: See `read_tensors`; also if the file belongs to another network, or names, shapes or dtypes do
+            not match.
     """
     stated = read_metadata(path).get("network", network)
     if stated != network:
@@ -114,32 +192,32 @@ def read_weights(path: Path, model: nn.Module, network: str) -> None:
                 f"weights file {path}",
                 f"{name!r} {'missing' if have is None else list(have.shape)}",
                 f"{'no such tensor' if want is None else list(want.shape)} for {network!r}",
-                "The file is of another network.",
+                "The file belongs to another network.",
             )
         if have.is_floating_point() != want.is_floating_point() or have.is_complex():
             raise ResnetPathsError(
                 f"weights file {path}", f"{name!r} of {have.dtype}", f"a tensor like {want.dtype}", _ADVICE
             )
         tensors[name] = have.to(want.dtype)
-        _refuse_not_finite(path, name, tensors[name])  # a float64 may be too large for a float32
+        _check_finite(path, name, tensors[name])  # a float64 value may overflow in float32
     model.load_state_dict(tensors)
 
 
-def _refuse_not_finite(path: Path, name: str, tensor: torch.Tensor) -> None:
+def _check_finite(path: Path, name: str, tensor: torch.Tensor) -> None:
     if tensor.is_floating_point() and tensor.itemsize == 1:
-        tensor = tensor.float()  # the 8-bit kinds know no isfinite
+        tensor = tensor.float()  # isfinite does not support 8-bit floats
     if not bool(torch.isfinite(tensor).all()):
         raise ResnetPathsError(
             f"weights file {path}", f"NaN or infinity in {name!r}", "finite values", "Train it again."
         )
 
 
-def _refuse_pickle(path: Path) -> None:
+def _check_not_pickle(path: Path) -> None:
     if not path.is_file():
         raise ResnetPathsError("weights file", str(path), "an existing file")
     with path.open("rb") as file:
         start = file.read(9)
-    # A safetensors file starts with the length of its header, which may happen to look like either of the two.
+    # A safetensors file starts with the length of its header, whose bytes may equal those of a pickle.
     is_safetensors = start[4:] == b"\0\0\0\0{"
     # Pickles of protocol 2 to 5 (torch.save's old format is one) and torch.save's zip format.
     is_pickle = (start[:1] == b"\x80" and start[1:2] in b"\2\3\4\5") or start[:4] == b"PK\3\4"
@@ -147,3 +225,7 @@ def _refuse_pickle(path: Path) -> None:
         raise ResnetPathsError(
             f"weights file {path}", "a pickle", "a safetensors file, since a pickle can run code when read", _ADVICE
         )
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers)) or "none"

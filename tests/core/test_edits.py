@@ -165,7 +165,7 @@ def test_a_branch_that_holds_a_chain_runs_in_parallel_as_a_whole():
     y = x + (inner(x) + chain[1].branch(x)) / 2
     torch.testing.assert_close(edited(inputs()), chain.head(chain[2](y)))
     assert edited.num_paths == 3 * 2
-    assert rp.path_histogram(edited).num_paths.tolist() == edited.length_polynomial("sublayer") == [1, 3, 2]
+    assert rp.path_histogram(edited).num_paths.tolist() == edited.length_polynomial("block") == [1, 3, 2]
 
 
 def test_paths_through_parallel_blocks_run_alone():

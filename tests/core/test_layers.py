@@ -52,7 +52,7 @@ def test_layers_of_a_kernel_made_in_the_graph():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv1d(2, 4, 1), Standardised(), Standardised(), Fixed()).eval()
     chain = rp.unravel(model, torch.randn(2, 2, 8))
-    assert chain.length_polynomial("layer") == [1, 1, 2, 2, 1, 1]  # (1 + t^2)^2 (1 + t)
+    assert chain.length_polynomial("weight_layer") == [1, 1, 2, 2, 1, 1]  # (1 + t^2)^2 (1 + t)
     frame = chain.to_frame()
     assert frame.weight_layers.tolist() == [2, 2, 1]
     assert frame.branch[0] == "conv 3, relu, conv 3"
@@ -70,7 +70,7 @@ def test_layers_of_a_kernel_made_in_the_graph():
 def test_convolutions_of_every_kind_count(dims, layers):
     model = nn.Sequential(*(Around(nn.Sequential(layer, nn.Tanh())) for layer in layers)).eval()
     chain = rp.unravel(model, torch.randn(2, 2, *[4] * dims))
-    assert chain.length_polynomial("layer") == [1, 2, 1]
+    assert chain.length_polynomial("weight_layer") == [1, 2, 1]
 
 
 def test_routes_through_modules_written_by_hand():

@@ -12,9 +12,10 @@ from torch.nn import functional as F
 
 import resnet_paths as rp
 from resnet_paths.core.chain import Block, ResidualChain
+from resnet_paths.core.costs import forward_cost
 from resnet_paths.core.modes import depends_on_mode
 from resnet_paths.core.parts import Parallel, Scaled
-from resnet_paths.zoo.drawn import DrawnBlock
+from resnet_paths.zoo.random_depth import DrawnBlock
 
 
 class InForward(nn.Module):
@@ -134,10 +135,10 @@ def test_the_part_is_named_and_nothing_has_run():
     with pytest.raises(rp.ResnetPathsError, match=r"chain: got .InForward 'blocks.0.branch' in training mode"):
         rp.block_norms(chain, x)
     with pytest.raises(rp.ResnetPathsError, match=r"module: got 'InForward in training mode'"):
-        rp.forward_cost(InForward(), x)
+        forward_cost(InForward(), x)
     norm = nn.BatchNorm1d(5)
     with pytest.raises(rp.ResnetPathsError, match=r"module: got 'BatchNorm1d in training mode'.*module.eval\(\)"):
-        rp.forward_cost(norm, x)
+        forward_cost(norm, x)
     assert norm.num_batches_tracked == 0
     # No mode has been set here, and none is needed.
     assert len(rp.unravel(Model(nn.Linear(4, 4)), x)) == 1

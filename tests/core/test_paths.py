@@ -187,8 +187,11 @@ def test_enumeration_of_a_length_is_lazy_inside_branches(monkeypatch):
     [
         (lambda: rp.path_histogram(-1), r"chain: got -1; allowed: .* at least 0"),
         (lambda: rp.path_histogram(True), r"chain: got True"),
-        (lambda: rp.path_histogram(54, unit="layer"), r"unit: got 'layer'; allowed: 'sublayer' for a number of blocks"),
-        (lambda: rp.path_histogram(3, "banana"), r"unit: got 'banana'; allowed: 'sublayer'"),
+        (
+            lambda: rp.path_histogram(54, unit="weight_layer"),
+            r"unit: got 'weight_layer'; allowed: 'block' for a number of blocks",
+        ),
+        (lambda: rp.path_histogram(3, "banana"), r"unit: got 'banana'; allowed: 'block'"),
         (lambda: rp.path_histogram("resnet"), r"chain: got 'str'; allowed: a ResidualChain.*unravel"),
         (lambda: rp.enumerate_paths(3, length=4), r"length: got 4; allowed: an int from 0 to 3"),
         (lambda: rp.enumerate_paths(Chain([(True,), (False, True)]), length=0), r"length: got 0; .* from 1 to 2"),

@@ -200,5 +200,5 @@ def test_the_explorers_of_notebook_10(open_notebook):
     notebook.keep("blocks")
     lesions = notebook.explorer(1)
     words = notebook.changes(lesions, lambda: lesions.get_by_role("button", name="layer2.1").click())
-    assert "256 of 512 paths are left. Test error" in words
+    assert "256 of 512 paths remain. Test error" in words
     notebook.keep("lesions")

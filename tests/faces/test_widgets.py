@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import resnet_paths as rp
+from resnet_paths.gradients import scalar_gradients
 from tests.chains import Plan, random_chain
 from tests.lesions.test_lesions import STEADY, labelled
 
@@ -42,7 +43,7 @@ def test_the_highway_says_both_products():
     assert explorer.set("depth", 8) == (True, True)
     assert explorer.set("activation", "relu") == (True, True)
     assert explorer.set("weight", 0.5) == (True, True)
-    ends = rp.scalar_gradients([0.5] * 8, "relu").groupby("network").gradient.last()
+    ends = scalar_gradients([0.5] * 8, "relu").groupby("network").gradient.last()
     assert explorer.text == (
         f"Through 8 layers the product of F' is {ends.plain:.3g}, the product of 1 + F' is {ends.residual:.3g}."
     )
@@ -63,12 +64,12 @@ def test_pressing_a_button_deletes_and_pressing_it_again_restores(loader):
     chain = random_chain(STEADY)
     explorer = Explorer(rp.widgets.explore_lesions(chain, loader))
     intact = explorer.text
-    assert "Deleted: none (0 of 6). 64 of 64 paths are left." in intact
+    assert "Deleted: none (0 of 6). 64 of 64 paths remain." in intact
     assert explorer.set("block1", True) == (True, True)
     assert explorer.controls["block1"].icon == "check"
     explorer.set("block4", True)
     row = rp.lesion_study(chain, loader, [lambda c: rp.delete_blocks(c, [1, 4])], progress=False).iloc[0]
-    assert "Deleted: block1, block4 (2 of 6). 16 of 64 paths are left." in explorer.text
+    assert "Deleted: block1, block4 (2 of 6). 16 of 64 paths remain." in explorer.text
     assert f"Test error {row.error_rate:.1%}" in explorer.text
     explorer.set("block4", False)
     explorer.set("block1", False)
@@ -100,7 +101,7 @@ def test_bad_input_is_refused(loader):
     with pytest.raises(rp.ResnetPathsError, match="activation: got 'tanh'"):
         rp.widgets.explore_gradient_highway(activation="tanh")
     chain = random_chain((2, (Plan(2, "identity", False, False),)))
-    with pytest.raises(rp.ResnetPathsError, match="without branch"):
+    with pytest.raises(rp.ResnetPathsError, match="without a branch"):
         rp.widgets.explore_blocks(rp.delete_block(chain, 0), loader)
     for explore in (rp.widgets.explore_blocks, rp.widgets.explore_lesions):
         with pytest.raises(rp.ResnetPathsError, match="chain: got 'Linear'"):

@@ -273,7 +273,7 @@ def test_stems_with_a_suffix_or_without_a_name_are_refused(tmp_path: Path, stem:
 
 
 def test_what_is_not_a_figure_or_a_frame_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ResnetPathsError, match=r"^fig: got 'Axes'; allowed: a matplotlib Figure. Of Axes, pass"):
+    with pytest.raises(ResnetPathsError, match=r"^fig: got 'Axes'; allowed: a matplotlib Figure. For Axes, pass"):
         save_figure(plt.gca(), tmp_path / "a")  # type: ignore[arg-type]
     with pytest.raises(ResnetPathsError, match=r"^data: got 'dict'; allowed: a pandas DataFrame"):
         save_figure(plt.figure(), tmp_path / "a", data={})  # type: ignore[arg-type]
@@ -335,7 +335,9 @@ def test_unusable_frames_are_refused_before_anything_is_drawn(
         plot(frame.assign(**{value: np.nan}))
     with pytest.raises(ResnetPathsError, match=r"^frame: got '1 repeated rows, first .*one row for each"):
         plot(pd.concat([frame, frame.iloc[[2]]]))
-    with pytest.raises(ResnetPathsError, match=rf"^frame\['{value}'\]: got [\d.]+; .*\[0, 1\]. Percent is not a rate"):
+    with pytest.raises(
+        ResnetPathsError, match=rf"^frame\['{value}'\]: got [\d.]+; .*\[0, 1\]. Divide percentages by 100"
+    ):
         plot(frame.assign(**{value: 100 * frame[value] + 2}))
     with pytest.raises(ResnetPathsError, match=rf"^frame\['{value}'\]: got 'dtype .*a column of numbers"):
         plot(frame.assign(**{value: "1 %"}))
@@ -413,7 +415,7 @@ def test_histograms_of_several_networks_are_lines_named_in_the_legend() -> None:
 
 
 def test_joined_histograms_need_a_network_column() -> None:
-    with pytest.raises(ResnetPathsError, match=r"first path_length 0.*Name different networks in a column network"):
+    with pytest.raises(ResnetPathsError, match=r"first path_length 0.*Add a column network if these are several"):
         plot_path_histogram(pd.concat([rp.path_histogram(3), rp.path_histogram(4)]))
 
 
@@ -592,7 +594,7 @@ def test_parallel_branches_are_numbered_and_what_is_deleted_has_no_box() -> None
 
 def test_paths_and_graphs_that_do_not_exist_are_refused() -> None:
     graph = rp.unraveled_graph(3)
-    with pytest.raises(ResnetPathsError, match=r"^path: got \(True,\); allowed: 3 entries, one a block"):
+    with pytest.raises(ResnetPathsError, match=r"^path: got \(True,\); allowed: 3 entries, one per block"):
         plot_unraveled_graph(graph, highlight=(True,))
     with pytest.raises(ResnetPathsError, match=r"^path\[1\]: got 2; allowed: one of \(False, True\)"):
         plot_unraveled_graph(graph, highlight=(True, 2, False))

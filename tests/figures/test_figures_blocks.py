@@ -16,6 +16,7 @@ from matplotlib.container import ErrorbarContainer
 
 import resnet_paths as rp
 from resnet_paths import figures
+from resnet_paths.gradients import scalar_gradients
 from tests.figures.test_figures import legend_texts, texts
 
 
@@ -62,7 +63,7 @@ def test_a_plain_net_has_sums_alone():
 def test_directions_are_drawn_as_they_are():
     ax = figures.plot_block_directions(norms(kept_signal_share=[0.3, 0.1, -0.2, math.nan]))
     assert drawn(ax, "cosine of x and F(x)")[0][1].tolist() == [1, 4.1]
-    assert drawn(ax, "signal kept along the skips (share)")[0][2].tolist() == [2, -0.2]
+    assert drawn(ax, "share of the signal kept by the skips")[0][2].tolist() == [2, -0.2]
     assert ax.get_yscale() == "linear"
 
 
@@ -100,7 +101,7 @@ def test_gradients_by_depth_are_drawn_as_they_are():
     alone = figures.plot_gradient_by_depth(one.assign(network="b"), networks=["a", "b"])
     assert alone.lines[0].get_color() == "C1"
     assert alone.lines[0].get_marker() == "s"
-    with pytest.raises(rp.ResnetPathsError, match=r"networks: got .*'b' among them"):
+    with pytest.raises(rp.ResnetPathsError, match=r"networks: got .*names that include 'b'"):
         figures.plot_gradient_by_depth(one.assign(network="b"), networks=["a"])
     plt.clf()
     assert not legend_texts(figures.plot_gradient_by_depth(one))
@@ -109,12 +110,12 @@ def test_gradients_by_depth_are_drawn_as_they_are():
 
 
 def test_products_are_drawn_by_size_and_zeros_left_out():
-    frame = rp.scalar_gradients([-1.0, 2.0, 1.0], "relu", start=-1.0)
+    frame = scalar_gradients([-1.0, 2.0, 1.0], "relu", start=-1.0)
     ax = figures.plot_scalar_gradients(frame)
     for network, label in (("plain", "product of F', plain"), ("residual", "product of 1 + F', residual")):
         (line,) = [found for found in ax.lines if found.get_label() == label]
         sizes = frame[frame.network == network].gradient.abs().to_numpy()
         np.testing.assert_allclose(line.get_ydata(), np.where(sizes > 0, sizes, np.nan))
     plt.clf()
-    ax = figures.plot_scalar_gradients(rp.scalar_gradients([1.0], "relu", start=-1.0))
+    ax = figures.plot_scalar_gradients(scalar_gradients([1.0], "relu", start=-1.0))
     assert np.isnan(ax.lines[0].get_ydata()[1])

@@ -48,5 +48,5 @@ def test_unusable_frames_are_refused():
         plot_layer_schedules(pd.concat([BOTH, BOTH]))
     with pytest.raises(rp.ResnetPathsError, match="Missing: error_rate_low"):
         plot_layer_schedules(BOTH.drop(columns="error_rate_low"))
-    with pytest.raises(rp.ResnetPathsError, match="Percent is not a rate"):
+    with pytest.raises(rp.ResnetPathsError, match="Divide percentages by 100"):
         plot_layer_schedules(BOTH.assign(error_rate=50.0))

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 import resnet_paths as rp
 from resnet_paths.core.chain import Block, ResidualChain
+from resnet_paths.core.costs import forward_cost
+from resnet_paths.gradients import scalar_gradients
 from tests.chains import Plan, assert_same, inputs, random_chain, random_model, snapshot
 
 LABELS = torch.tensor([0, 2, 1, 1])
@@ -108,7 +110,7 @@ def test_gradient_by_depth_refuses_bad_input():
 @pytest.mark.parametrize("start", [1.0, -0.7])
 def test_products_of_factors_are_autograds_derivative(activation, start):
     weights = torch.randn(25, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tolist()
-    frame = rp.scalar_gradients(weights, activation, start)
+    frame = scalar_gradients(weights, activation, start)
     assert len(frame) == 2 * 26
     function = {"sigmoid": torch.sigmoid, "relu": torch.relu}[activation]
     for network, rows in frame.groupby("network"):
@@ -124,18 +126,18 @@ def test_products_of_factors_are_autograds_derivative(activation, start):
 
 
 def test_a_sigmoid_far_out_neither_overflows_nor_becomes_more_than_flat():
-    frame = rp.scalar_gradients([1000.0, -1000.0])
+    frame = scalar_gradients([1000.0, -1000.0])
     assert frame.gradient.abs().max() <= 1
     assert frame.state.between(0, 2).all()
 
 
 def test_scalar_gradients_refuses_bad_input():
     with pytest.raises(rp.ResnetPathsError, match="activation: got 'gelu'; allowed: 'sigmoid' or 'relu'"):
-        rp.scalar_gradients([1.0], "gelu")
+        scalar_gradients([1.0], "gelu")
     with pytest.raises(rp.ResnetPathsError, match="weights: got nan"):
-        rp.scalar_gradients([1.0, math.nan])
+        scalar_gradients([1.0, math.nan])
     with pytest.raises(rp.ResnetPathsError, match="start: got inf"):
-        rp.scalar_gradients([1.0], start=math.inf)
+        scalar_gradients([1.0], start=math.inf)
 
 
 # block_norms
@@ -236,15 +238,15 @@ def test_costs_are_counted_and_measured():
     module = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 25, 4)
     ).eval()
-    cost = rp.forward_cost(module, torch.zeros(6, 3, 5, 5), min_seconds=0.001)
+    cost = forward_cost(module, torch.zeros(6, 3, 5, 5), min_seconds=0.001)
     assert cost.num_parameters == 3 * 8 * 9 + 8 * 25 * 4 + 4
     assert cost.num_multiply_adds == 3 * 8 * 9 * 25 + 8 * 25 * 4
     assert 0 < cost.microseconds < 1e6
     slower = nn.Sequential(*[nn.Linear(300, 300) for _ in range(30)])
     x = torch.zeros(16, 300)
     assert (
-        rp.forward_cost(slower, x, min_seconds=0.01).microseconds
-        > 2 * rp.forward_cost(slower[:3], x, min_seconds=0.01).microseconds
+        forward_cost(slower, x, min_seconds=0.01).microseconds
+        > 2 * forward_cost(slower[:3], x, min_seconds=0.01).microseconds
     )
     with pytest.raises(rp.ResnetPathsError, match=r"inputs: got .*at least one example"):
-        rp.forward_cost(module, torch.zeros(0, 3, 5, 5))
+        forward_cost(module, torch.zeros(0, 3, 5, 5))

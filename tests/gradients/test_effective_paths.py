@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import resnet_paths as rp
 from resnet_paths import figures
-from resnet_paths.gradients import PAPER_WINDOW, GeometricDecay
+from resnet_paths.gradients import PAPER_WINDOW, GeometricDecay, fit_decay
 
 
 def frame_of(values, **columns):
@@ -61,7 +61,7 @@ def test_a_known_rate_is_found_within_its_error(weighted):
         noise = 0.2 if not weighted else np.linspace(0.05, 0.5, 20)
         norms = 3 * 0.3 ** np.arange(20) * np.exp(noise * generator.standard_normal(20))
         columns = {"value_se": noise * norms} if weighted else {}
-        decay = rp.fit_decay(frame_of(norms, **columns), "value")
+        decay = fit_decay(frame_of(norms, **columns), "value")
         errors.append((decay.rate - 0.3) / decay.rate_se)
     assert 0.8 < np.std(errors) < 1.25
     assert abs(np.mean(errors)) < 0.3
@@ -69,7 +69,7 @@ def test_a_known_rate_is_found_within_its_error(weighted):
 
 def test_lengths_and_zeros():
     norms = [0.0, *(0.5**k for k in range(1, 8)), 1e9, 1e9]
-    assert rp.fit_decay(frame_of(norms), "value", lengths=(0, 7)).rate == pytest.approx(0.5)
+    assert fit_decay(frame_of(norms), "value", lengths=(0, 7)).rate == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_lengths_and_zeros():
         (lambda: rp.effective_window(frame_of([1, 2]), "value", 0), r"share: got 0"),
         (lambda: rp.effective_window(frame_of([1, -2]), "value"), r"quantity: .* positive sum"),
         (lambda: rp.effective_window(frame_of([1, math.nan]), "value"), r"quantity: .* finite"),
-        (lambda: rp.fit_decay(frame_of([1, 0.5, 0.25, 0]), "value"), r"at least four norms above 0; it has 3"),
+        (lambda: fit_decay(frame_of([1, 0.5, 0.25, 0]), "value"), r"at least four norms above 0; it has 3"),
     ],
 )
 def test_bad_input(call, message):
@@ -103,7 +103,7 @@ def overlapping(texts, renderer):
 def test_figures_draw_the_numbers_of_the_frame(frames):
     with figures.paper_style("double", aspect=0.35):
         fig, axes = plt.subplots(1, 3)
-        decay = rp.fit_decay(frames["sampled"])
+        decay = fit_decay(frames["sampled"])
         figures.plot_path_gradients(frames["sampled"], frames["energy"], ax=axes[0], decay=decay)
         assert axes[0].get_yscale() == "log"
         drawn = axes[0].containers[0].lines[0].get_ydata()

@@ -12,6 +12,7 @@ from torch import nn
 
 import resnet_paths as rp
 from resnet_paths.core.chain import ResidualChain
+from resnet_paths.core.costs import forward_cost
 from tests.unraveling.test_carried import TARGETS, build, masked_bert
 
 
@@ -230,8 +231,8 @@ def test_inputs_without_a_gradient_of_their_own_are_refused():
 
 def test_costs_of_modules_that_take_several_inputs():
     given = arguments()
-    costs = [rp.forward_cost(build(Gated), form, min_seconds=1e-4) for form in (given, UserDict(named(given)))]
+    costs = [forward_cost(build(Gated), form, min_seconds=1e-4) for form in (given, UserDict(named(given)))]
     for cost in costs:
         assert cost.num_multiply_adds == 5 * 4 + 3 * 4 * 4 + 4 * 3
     with pytest.raises(rp.ResnetPathsError, match="inputs: got 'int'; allowed: a tensor, a tuple"):
-        rp.forward_cost(nn.Linear(5, 4), 3)
+        forward_cost(nn.Linear(5, 4), 3)

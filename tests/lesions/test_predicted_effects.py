@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 import resnet_paths as rp
 from resnet_paths.core.chain import Block, ResidualChain
+from resnet_paths.lesions import score_correlations
 from resnet_paths.lesions.predicted import SCORES
 from tests.chains import Plan, assert_same, inputs, plans, random_chain, random_model, snapshot
 from tests.gradients.gradient_reference import Recipe, build, recipes, seeded
@@ -297,7 +298,7 @@ def test_correlations_are_scipys():
     predicted = effects(chain, loader)
     lesions = [*rp.duplications(chain), *rp.pair_deletions(chain)[::-1], *rp.single_deletions(chain)[:2]]
     frame = study(chain, loader, lesions)
-    found = rp.score_correlations(predicted, frame)
+    found = score_correlations(predicted, frame)
     assert [(row.score, row.effect) for row in found.itertuples()] == [
         (score, effect) for score in SCORES for effect in ("error_increase", "loss")
     ]
@@ -314,7 +315,7 @@ def test_correlations_leave_out_what_cannot_be_deleted():
     chain = random_chain((3, tuple(Plan(width, skip, False, False) for width, skip in kinds)))
     predicted, frame = effects(chain, labelled()), study(chain, labelled())
     assert predicted.block_influence.isna().tolist() == [False, True, False, False, False]
-    assert (rp.score_correlations(predicted, frame).num_blocks == 4).all()
+    assert (score_correlations(predicted, frame).num_blocks == 4).all()
 
 
 def test_what_cannot_be_correlated():
@@ -323,18 +324,18 @@ def test_what_cannot_be_correlated():
     with pytest.raises(
         rp.ResnetPathsError, match=r"predicted: got .*; allowed: a frame with a column 'block_influence'"
     ):
-        rp.score_correlations(frame, frame)
+        score_correlations(frame, frame)
     with pytest.raises(rp.ResnetPathsError, match=r"study: .*lesion_study.*Missing: kind, blocks, error"):
-        rp.score_correlations(predicted, predicted)
+        score_correlations(predicted, predicted)
     with pytest.raises(
         rp.ResnetPathsError, match=r"single deletions of 2 of the blocks.*at least three.*single_deletions"
     ):
-        rp.score_correlations(predicted, frame[:2])
+        score_correlations(predicted, frame[:2])
     with pytest.raises(rp.ResnetPathsError, match=r"single deletions of 0 of the blocks"):
-        rp.score_correlations(predicted, study(chain, labelled(), rp.duplications(chain)))
+        score_correlations(predicted, study(chain, labelled(), rp.duplications(chain)))
     two = pd.concat([frame, frame.assign(loss=frame.loss + 1)])
     with pytest.raises(rp.ResnetPathsError, match=r"study: got 'different effects of deleting 0'; .*one study"):
-        rp.score_correlations(predicted, two)
+        score_correlations(predicted, two)
 
 
 def test_effects_are_drawn_of_deletions_alone():

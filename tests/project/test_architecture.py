@@ -13,6 +13,7 @@ import pytest
 from importlinter.cli import lint_imports
 
 import resnet_paths as rp
+from tests.project.floor_plan import floor_plan
 from tests.project.test_project import PROJECT, requirement, requirements_of
 
 PACKAGE = Path(rp.__file__).parent
@@ -35,6 +36,12 @@ def imports(path: Path) -> set[str]:
 
 def test_a_file_imports_only_from_the_floors_below():
     assert lint_imports(config_filename=str(PACKAGE.parent / "pyproject.toml"), no_cache=True) == 0
+
+
+def test_the_floor_plan_is_that_of_the_code():
+    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    shown = text.split("floor_plan. -->\n")[1].split("\n<!-- End of the floor plan. -->")[0]
+    assert shown == floor_plan()
 
 
 def test_any_file_can_be_imported_first():
@@ -96,6 +103,7 @@ class Refuse(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, Refuse())
 import torch
 import resnet_paths as rp
+from tests.project.floor_plan import floor_plan
 from tests.project.test_project import PROJECT, requirement, requirements_of
 """
 INSTRUMENTS = """

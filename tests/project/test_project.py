@@ -65,6 +65,7 @@ def test_the_top_level_is_tidy():
         "LICENSE",
         "CITATION.cff",
         "CHANGELOG.md",
+        "CONTRIBUTING.md",
     }
     made_here = {"figures", "runs", "build", "dist"} | {name for name in shown if name.endswith(".egg-info")}
     assert allowed <= shown

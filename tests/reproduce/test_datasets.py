@@ -1,4 +1,4 @@
-"""Data sets are read exactly as their formats say; what is missing, corrupt or cut short is refused."""
+"""Data sets are read exactly as their formats say; missing, corrupt or truncated files raise an error."""
 
 import gzip
 import hashlib
@@ -266,7 +266,7 @@ def test_read_idx_gives_back_what_was_written(tmp_path, shape):
 
 WHOLE = idx_bytes(np.arange(24).reshape(2, 3, 4))
 ZIPPED = gzip.compress(WHOLE, mtime=0)
-GZIP, IDX, SIZE = "a whole gzip file", "an IDX file of unsigned bytes", "bytes, as its header says"
+GZIP, IDX, SIZE = "a complete gzip file", "an IDX file of unsigned bytes", "bytes, as stated in its header"
 
 
 @pytest.mark.parametrize(

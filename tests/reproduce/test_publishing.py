@@ -11,8 +11,7 @@ from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.reproduce.training import TrainingSettings, evaluate, publishing, train
 from resnet_paths.reproduce.training.publishing import publish, published_errors
 from resnet_paths.zoo import list_networks, load_network, networks_table, training_logs
-from resnet_paths.zoo.places import weights_in
-from resnet_paths.zoo.weights import read_metadata, write_tensors
+from resnet_paths.zoo.weights import read_metadata, weights_in, write_tensors
 
 NAME = "plain-20"
 
@@ -171,7 +170,7 @@ def test_only_finished_runs_are_published(finished, images, tmp_path):
     with pytest.raises(ResnetPathsError, match="the weights of a finished run"):
         publish(tmp_path / "foreign.safetensors", tmp_path / "networks", test_set=images)
     (tmp_path / "copy.safetensors").write_bytes((finished / f"{NAME}-seed3.safetensors").read_bytes())
-    with pytest.raises(ResnetPathsError, match="beside the log"):
+    with pytest.raises(ResnetPathsError, match="with their log in the same folder"):
         publish(tmp_path / "copy.safetensors", tmp_path / "networks", test_set=images)
     assert not (tmp_path / "networks").exists()
 

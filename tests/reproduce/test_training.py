@@ -449,7 +449,7 @@ def test_weights_that_are_not_finite_after_the_last_step_are_never_written(run, 
         return row
 
     monkeypatch.setattr(training, "_train_one_epoch", spoil)
-    with pytest.raises(ResnetPathsError, match="the loss stays finite; it did not in epoch 2"):
+    with pytest.raises(ResnetPathsError, match="a finite loss; it became non-finite in epoch 2"):
         run(tmp_path)
     assert names_in(tmp_path) == [f"{NAME}.checkpoint.safetensors", f"{NAME}.csv"]
     assert len(pd.read_csv(tmp_path / f"{NAME}.csv")) == 1
@@ -465,7 +465,7 @@ def test_images_of_another_data_set_are_refused(run, make_images, tmp_path, argu
 
 def test_a_folder_that_cannot_be_made_is_refused_before_training(run, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ResnetPathsError, match=r"folder: got '.*file/runs'; allowed: a folder that can be written to"):
+    with pytest.raises(ResnetPathsError, match=r"folder: got '.*file/runs'; allowed: a writable folder"):
         run(tmp_path / "file" / "runs")
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from resnet_paths.reproduce import training
 from resnet_paths.reproduce.training import TrainingSettings
-from resnet_paths.reproduce.training.checkpoints import refuse_other_settings
+from resnet_paths.reproduce.training.checkpoints import check_settings
 from resnet_paths.zoo import NETWORKS, Recipe, build_network
 from resnet_paths.zoo.weights import read_metadata, read_tensors, write_tensors
 from tests.reproduce.small_runs import same_run
@@ -51,7 +51,7 @@ def test_vgg_trains_with_its_recipe(run, tmp_path):
 
 
 def test_files_of_the_time_before_there_was_a_choice_of_optimizer(run, tmp_path):
-    """Finished runs are known again, and stopped ones go on to the same weights."""
+    """Finished runs are recognised, and interrupted ones resume to the same weights."""
     settings = TrainingSettings("plain-20", epochs=2, batch_size=20)
     whole = run(tmp_path / "whole", settings)
     keep = training.write_checkpoint
@@ -69,9 +69,9 @@ def test_files_of_the_time_before_there_was_a_choice_of_optimizer(run, tmp_path)
     metadata = read_metadata(whole)
     del metadata["optimizer"], metadata["num_drawn_blocks"]
     write_tensors(whole, load_file(whole), metadata)
-    refuse_other_settings(whole, settings)
+    check_settings(whole, settings)
     with pytest.raises(training.ResnetPathsError, match="optimizer: got 'adamw'; allowed: 'sgd'"):
-        refuse_other_settings(whole, dataclasses.replace(settings, optimizer="adamw"))
+        check_settings(whole, dataclasses.replace(settings, optimizer="adamw"))
 
 
 def test_adamw_is_resumed_with_all_of_its_state(run, tmp_path):

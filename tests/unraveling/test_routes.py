@@ -245,7 +245,7 @@ def test_paths_are_the_routes_of_the_exported_graph(name):
     assert chain.num_paths == len(found) == len(set(found))
     if not any(isinstance(c, tuple) for offered in chain.path_choices for c in offered):
         layers = [sum(weight_layers(model, name) for name in route) for route in found]
-        assert rp.path_histogram(chain, "layer").num_paths.tolist() == by_length(layers)
+        assert rp.path_histogram(chain, "weight_layer").num_paths.tolist() == by_length(layers)
 
 
 @pytest.mark.parametrize(("parallel", "drawn"), [(False, [1, 6, 9]), (True, [1, 4, 4])])
@@ -253,13 +253,13 @@ def test_lengths_of_a_transformer_in_every_unit(parallel, drawn):
     model = build(lambda: Net(stages, layers=[Layer(parallel) for _ in range(2)]))
     found = routes(model, example(), named(r"layers\.\d+\.(attn|mlp)"))
     chain = rp.unravel(model, example())
-    sublayers = [len(route) for route in found]
-    blocks = [len({name.rsplit(".", 1)[0] for name in route}) for route in found]
+    blocks = [len(route) for route in found]
+    transformer_layers = [len({name.rsplit(".", 1)[0] for name in route}) for route in found]
     # One of q, k and v, and o; both maps of the MLP.
     layers = [2 * len(route) for route in found]
-    assert rp.path_histogram(chain, "sublayer").num_paths.tolist() == by_length(sublayers)
-    assert rp.path_histogram(chain, "block").num_paths.tolist() == by_length(blocks) == drawn
-    assert rp.path_histogram(chain, "layer").num_paths.tolist() == by_length(layers)
+    assert rp.path_histogram(chain, "block").num_paths.tolist() == by_length(blocks)
+    assert rp.path_histogram(chain, "transformer_layer").num_paths.tolist() == by_length(transformer_layers) == drawn
+    assert rp.path_histogram(chain, "weight_layer").num_paths.tolist() == by_length(layers)
 
 
 class WaveLayer(nn.Module):

@@ -339,19 +339,19 @@ def test_containers_of_outputs(kind, pick):
 def test_lengths_in_other_units():
     model, x = build(Stack, lambda m, i, x: x + m.a[i](x)), inputs()
     chain = rp.unravel(model, x)
-    assert rp.path_histogram(chain, "layer").num_paths.tolist() == [1, 0, 3, 0, 3, 0, 1]
-    assert rp.path_histogram(chain, "block").num_paths.tolist() == [1, 3, 3, 1]
+    assert rp.path_histogram(chain, "weight_layer").num_paths.tolist() == [1, 0, 3, 0, 3, 0, 1]
+    assert rp.path_histogram(chain, "transformer_layer").num_paths.tolist() == [1, 3, 3, 1]
     renamed = chain.with_blocks(b.replace(name=f"layers.{i // 2}.part{i}") for i, b in enumerate(chain))
-    assert rp.path_histogram(renamed, "block").num_paths.tolist() == [1, 4, 3]  # (1 + 3t)(1 + t)
+    assert rp.path_histogram(renamed, "transformer_layer").num_paths.tolist() == [1, 4, 3]  # (1 + 3t)(1 + t)
     parallel = rp.unravel(build(Stack, skip_last), x)
-    assert rp.path_histogram(parallel, "layer").num_paths.tolist() == [1, 3, 6, 7, 6, 3, 1]  # (1 + t + t^2)^3
-    with pytest.raises(rp.ResnetPathsError, match=r"unit: got 'neuron'; allowed: one of 'sublayer', 'block', 'layer'"):
+    assert rp.path_histogram(parallel, "weight_layer").num_paths.tolist() == [1, 3, 6, 7, 6, 3, 1]  # (1 + t + t^2)^3
+    with pytest.raises(rp.ResnetPathsError, match=r"unit: got 'neuron'; allowed: one of 'block', 'transformer_layer'"):
         rp.path_histogram(chain, "neuron")
     nested = rp.unravel(build(UNet, "add"), x)
     lengths = list(map(path_length, rp.enumerate_paths(nested)))
     assert nested.length_polynomial() == [lengths.count(k) for k in range(max(lengths) + 1)]
-    with pytest.raises(rp.ResnetPathsError, match=r"unit: got 'layer'; allowed: 'sublayer' for chains inside"):
-        rp.path_histogram(nested, "layer")
+    with pytest.raises(rp.ResnetPathsError, match=r"unit: got 'weight_layer'; allowed: 'block' for a chain inside"):
+        rp.path_histogram(nested, "weight_layer")
 
 
 def test_the_summary_says_what_blocks_hold():

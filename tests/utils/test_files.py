@@ -138,7 +138,7 @@ def test_shipped_folder_of_an_installed_wheel_comes_first(tmp_path, monkeypatch)
     package = tmp_path / "resnet_paths"
     package.mkdir()
     monkeypatch.setattr(files, "__file__", str(package / "_utils" / "files.py"))
-    with pytest.raises(ResnetPathsError, match=r"shipped folder 'data'.*Install the project again"):
+    with pytest.raises(ResnetPathsError, match=r"shipped folder 'data'.*Reinstall the project"):
         shipped_folder("data")
     (tmp_path / "data").mkdir()
     assert shipped_folder("data") == tmp_path / "data"

@@ -26,12 +26,12 @@ def test_no_place_sees_what_comes_behind_it():
     after = before.clone()
     after[:, 7] = (after[:, 7] + 1) % 256
     with torch.no_grad():
-        difference = (net.at_every_place(before) - net.at_every_place(after)).abs().amax((0, 2))
+        difference = (net.at_every_position(before) - net.at_every_position(after)).abs().amax((0, 2))
         assert torch.equal(difference[:7], torch.zeros(7))
         assert (difference[7:] > 0).all()
-        assert torch.equal(net(before), net.at_every_place(before)[:, -1])
+        assert torch.equal(net(before), net.at_every_position(before)[:, -1])
         # Products of other sizes may round in another order.
-        torch.testing.assert_close(net.at_every_place(before)[:, 4], net(before[:, :5]))
+        torch.testing.assert_close(net.at_every_position(before)[:, 4], net(before[:, :5]))
 
 
 def test_causal_attention_is_that_of_torch():

@@ -17,8 +17,7 @@ from resnet_paths.reproduce.datasets import load_dataset
 from resnet_paths.reproduce.training import TrainingSettings, evaluate, train
 from resnet_paths.reproduce.training.tasks import TASKS
 from resnet_paths.zoo import NETWORKS, build_network, list_networks, load_network, networks_table, training_logs
-from resnet_paths.zoo.places import weights_in
-from resnet_paths.zoo.weights import read_metadata, read_tensors, read_weights, write_tensors
+from resnet_paths.zoo.weights import read_metadata, read_tensors, read_weights, weights_in, write_tensors
 
 SMALL = "preact-resnet-20"
 FOLDER = shipped_folder("data") / "networks"
@@ -110,16 +109,16 @@ def test_files_of_other_programs_are_read_if_they_fit(weights, model):
 def test_truncated_file(weights, model, kept):
     content = weights.read_bytes()
     weights.write_bytes(content[: int(kept * len(content)) if isinstance(kept, float) else kept])
-    refuse(weights, model, "a whole safetensors file")
-    with pytest.raises(ResnetPathsError, match="a whole safetensors file"):
+    refuse(weights, model, "a complete safetensors file")
+    with pytest.raises(ResnetPathsError, match="a complete safetensors file"):
         read_tensors(weights)
-    with pytest.raises(ResnetPathsError, match="a whole safetensors file"):
+    with pytest.raises(ResnetPathsError, match="a complete safetensors file"):
         load_network(SMALL, weights)
 
 
 def test_file_with_bytes_appended(weights, model):
     weights.write_bytes(weights.read_bytes() + b"\0" * 8)
-    refuse(weights, model, "a whole safetensors file")
+    refuse(weights, model, "a complete safetensors file")
 
 
 @pytest.mark.parametrize(
@@ -129,7 +128,7 @@ def test_file_with_bytes_appended(weights, model):
 )
 def test_garbage(weights, model, content):
     weights.write_bytes(content)
-    refuse(weights, model, "a whole safetensors file")
+    refuse(weights, model, "a complete safetensors file")
 
 
 class Bomb:
@@ -178,7 +177,7 @@ def test_weights_of_another_network(tmp_path, model):
 def test_weights_of_another_network_that_do_not_say_so(tmp_path, model, name):
     other = build_network(name, torch.Generator().manual_seed(0))
     write_tensors(tmp_path / "x.safetensors", other.state_dict(), {})
-    refuse(tmp_path / "x.safetensors", model, "The file is of another network")
+    refuse(tmp_path / "x.safetensors", model, "The file belongs to another network")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -1,9 +1,9 @@
 """Training by name: ``resnet-paths train NAME``.
 
-On the CPU the same seed gives the same weights, stopped and resumed or not. All randomness of epoch `e` comes from a
-generator seeded by (seed, e), and a checkpoint is written at each epoch's end; a killed run starts again at the last
-finished epoch and repeats the unfinished one exactly. Devices, precision and several machines are Lightning Fabric's
-business (Fabric's `accelerator`, `devices`, `num_nodes`, `precision`).
+On the CPU, equal seeds give equal weights, also for runs that were interrupted and resumed. All random numbers of epoch
+`e` are from a generator seeded by (seed, e), and a checkpoint is written at the end of each epoch; an interrupted run
+resumes after the last finished epoch and repeats the unfinished one exactly. Devices, precision and multiple machines
+are handled by Lightning Fabric (`accelerator`, `devices`, `num_nodes`, `precision`).
 """
 
 from __future__ import annotations
@@ -28,16 +28,15 @@ from resnet_paths._utils.files import write_then_rename
 from resnet_paths.reproduce.datasets import DATASETS, ImageDataset, load_dataset
 from resnet_paths.reproduce.training.batches import augmented_batches, generator_of
 from resnet_paths.reproduce.training.checkpoints import (
-    refuse_missed_snapshots,
-    refuse_other_settings,
+    check_settings,
+    check_snapshots,
     resume,
     write_checkpoint,
 )
 from resnet_paths.reproduce.training.settings import TrainingSettings, learning_rate_at
 from resnet_paths.reproduce.training.tasks import TASKS, Classification, evaluate, sum_losses
 from resnet_paths.zoo.catalog import build_network, find_network
-from resnet_paths.zoo.places import snapshot_file
-from resnet_paths.zoo.weights import write_tensors
+from resnet_paths.zoo.weights import snapshot_file, write_tensors
 
 __all__ = ["TrainingSettings", "evaluate", "train"]
 
@@ -55,42 +54,37 @@ def train(
     test_set: ImageDataset | None = None,
     progress: bool = True,
 ) -> Path:
-    """Train a network, or go on where a stopped run left off.
+    """Train a network, or resume an interrupted run.
 
     Args:
-        settings: What to train and how.
-        folder: Where to write ``NAME-seedS.safetensors`` (weights, settings inside) and ``NAME-seedS.csv`` (the log, a
-            row an epoch); while the run lasts also ``NAME-seedS.checkpoint.safetensors``.
+        settings: The training settings.
+        folder: Folder for ``NAME-seedS.safetensors`` (weights and settings), ``NAME-seedS.csv`` (the log, one row per
+            epoch), and during the run ``NAME-seedS.checkpoint.safetensors``.
         accelerator: Fabric's: ``"auto"``, ``"cpu"``, ``"gpu"``...
-        devices: Fabric's: how many processes a machine.
-        num_nodes: Fabric's: how many machines.
+        devices: Fabric's: number of processes per machine.
+        num_nodes: Fabric's: number of machines.
         strategy: Fabric's: ``"auto"`` or ``"ddp"``.
-        snapshots: Numbers of epochs after which to keep the weights too, as ``NAME-seedS.epochE.safetensors``; 0 is
-            the initialisation, with BatchNorm statistics measured on training images.
-        train_set: Training images instead of the data set's own training split.
-        test_set: Test images instead of its own test split; only measured, never selected on.
-        progress: Whether to show a bar.
+        snapshots: Numbers of epochs after which to save the weights, as ``NAME-seedS.epochE.safetensors``; 0 is the
+            initialisation, with BatchNorm statistics measured on training images.
+        train_set: Training images instead of the training split of the data set.
+        test_set: Test images instead of the test split; used for evaluation only, not for selection.
+        progress: Whether to show a progress bar.
 
     Returns:
         Path of the weights file.
 
     Raises:
-        ResnetPathsError: If the loss stops being finite, `folder` cannot be made or holds a run of this name with other
-            settings, a snapshot is not of this run, or of an epoch that an earlier start passed without keeping it, the
-            images are of another data set, or Fabric cannot work with the devices asked for.
+        ResnetPathsError: If the loss becomes non-finite, `folder` cannot be created or contains a run of this name with
+            other settings, a snapshot is outside this run or of an epoch that has passed without saving it, the images
+            are of another data set, or Fabric does not support the requested devices.
     """
-    for epoch in snapshots:
-        if not isinstance(epoch, SupportsIndex) or not 0 <= operator.index(epoch) <= settings.epochs:
-            raise ResnetPathsError("snapshots", epoch, f"numbers of epochs from 0 to {settings.epochs}")
-    for argument, images in (("train_set", train_set), ("test_set", test_set)):
-        if images is not None and images.name != settings.dataset:
-            raise ResnetPathsError(argument, images.name, f"images of {settings.dataset!r}, as in the settings")
+    _check_arguments(settings, snapshots, train_set=train_set, test_set=test_set)
     stem = Path(folder) / f"{settings.network}-seed{settings.seed}"
     weights, checkpoint = stem.with_suffix(".safetensors"), stem.with_suffix(".checkpoint.safetensors")
-    left = weights if weights.is_file() else checkpoint
-    if left.is_file():
-        refuse_other_settings(left, settings)
-        refuse_missed_snapshots(left, weights, snapshots)
+    previous = weights if weights.is_file() else checkpoint
+    if previous.is_file():
+        check_settings(previous, settings)
+        check_snapshots(previous, weights, snapshots)
     fabric = _launch(
         find_network(settings.network).draws_blocks,
         accelerator=accelerator,
@@ -102,23 +96,16 @@ def train(
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ResnetPathsError("folder", str(folder), "a folder that can be written to", f"{error}.") from error
+        raise ResnetPathsError("folder", str(folder), "a writable folder", f"{error}.") from error
     if weights.is_file():
         if fabric.global_rank == 0:
-            checkpoint.unlink(missing_ok=True)  # left there by a kill at the very last moment
+            checkpoint.unlink(missing_ok=True)  # remains if the run was killed before deleting it
         return weights
     if train_set is None:
         train_set = load_dataset(settings.dataset, "train")
     if test_set is None:
         test_set = load_dataset(settings.dataset, "test")
-    last_batch = len(train_set) % settings.batch_size or settings.batch_size
-    if last_batch < fabric.world_size:
-        raise ResnetPathsError(
-            "batch_size",
-            settings.batch_size,
-            f"a size that leaves at least one image of each batch to each of {fabric.world_size} processes",
-            f"The last batch of {len(train_set)} images would hold {last_batch}.",
-        )
+    _check_last_batch(len(train_set), settings.batch_size, fabric.world_size)
     raw = build_network(
         settings.network,
         torch.Generator().manual_seed(settings.seed),
@@ -128,45 +115,81 @@ def train(
     raw = raw.to(memory_format=torch.channels_last)
     bare = _optimizer(raw, settings)
     model, optimizer = fabric.setup(raw, bare)
-    task = _task(settings)
     log: list[dict[str, Any]] = []
     if checkpoint.is_file():
-        # After the set-up: what is read here must be on the device where the weights are now.
+        # After the setup, so that tensors are loaded to the device of the weights.
         log = resume(checkpoint, raw, bare, fabric.strategy.precision, settings)
     fabric.barrier()
     if 0 in snapshots and not log and fabric.global_rank == 0:
         with _measured_batchnorm(fabric, model, raw, train_set, settings):
             _write_finished(snapshot_file(weights, 0), raw, settings, log, test_set)
+    for row in _epochs(fabric, model, optimizer, train_set, test_set, settings, len(log), progress=progress):
+        log.append(row)
+        if fabric.global_rank == 0:
+            # Before the checkpoint: a run that is killed between the two writes the same snapshot again.
+            if len(log) in snapshots:
+                _write_finished(snapshot_file(weights, len(log)), raw, settings, log, test_set)
+            write_checkpoint(checkpoint, raw, bare, fabric.strategy.precision, settings, log)
+            _write_log(stem.with_suffix(".csv"), log)
+    if fabric.global_rank == 0:
+        _write_log(stem.with_suffix(".csv"), log)  # again, in case the run was killed just before it was written
+        _write_finished(weights, raw, settings, log, test_set)
+        checkpoint.unlink(missing_ok=True)
+    fabric.barrier()
+    return weights
+
+
+def _check_arguments(settings: TrainingSettings, snapshots: Sequence[int], **sets: ImageDataset | None) -> None:
+    for epoch in snapshots:
+        if not isinstance(epoch, SupportsIndex) or not 0 <= operator.index(epoch) <= settings.epochs:
+            raise ResnetPathsError("snapshots", epoch, f"numbers of epochs from 0 to {settings.epochs}")
+    for argument, images in sets.items():
+        if images is not None and images.name != settings.dataset:
+            raise ResnetPathsError(argument, images.name, f"images of {settings.dataset!r}, as in the settings")
+
+
+def _check_last_batch(num_images: int, batch_size: int, num_processes: int) -> None:
+    last_batch = num_images % batch_size or batch_size
+    if last_batch < num_processes:
+        raise ResnetPathsError(
+            "batch_size",
+            batch_size,
+            f"a size that leaves at least one image of each batch to each of {num_processes} processes",
+            f"The last batch of {num_images} images would have {last_batch}.",
+        )
+
+
+def _epochs(
+    fabric: Any,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    train_set: ImageDataset,
+    test_set: ImageDataset,
+    settings: TrainingSettings,
+    num_done: int,
+    *,
+    progress: bool,
+) -> Iterator[dict[str, Any]]:
+    """Train the remaining epochs; yields the row of the log of each."""
     steps = -(-len(train_set) // settings.batch_size)
+    task = _task(settings)
     with tqdm(
         total=settings.epochs * steps,
-        initial=len(log) * steps,
+        initial=num_done * steps,
         desc=settings.network,
         unit="batch",
         disable=not progress or fabric.global_rank > 0,
         mininterval=1.0,
     ) as bar:
-        for epoch in range(len(log), settings.epochs):
+        for epoch in range(num_done, settings.epochs):
             started = time.perf_counter()
             row = _train_one_epoch(fabric, model, optimizer, train_set, settings, epoch, bar)
             row |= _measure(fabric, model, test_set, settings)
             if not math.isfinite(row["test_loss"]):
-                _refuse_diverged(settings, epoch)
+                _raise_diverged(settings, epoch)
             row["seconds"] = round(time.perf_counter() - started, 1)
-            log.append({"network": settings.network, "seed": settings.seed, **row})
             bar.set_postfix({task.measure: f"{task.judge(row['test_loss'], row['test_error_rate']):.4f}"})
-            if fabric.global_rank == 0:
-                # Before the checkpoint: a run killed between the two writes the same snapshot again.
-                if epoch + 1 in snapshots:
-                    _write_finished(snapshot_file(weights, epoch + 1), raw, settings, log, test_set)
-                write_checkpoint(checkpoint, raw, bare, fabric.strategy.precision, settings, log)
-                _write_log(stem.with_suffix(".csv"), log)
-    if fabric.global_rank == 0:
-        _write_log(stem.with_suffix(".csv"), log)  # again: the last kill may have come just before it
-        _write_finished(weights, raw, settings, log, test_set)
-        checkpoint.unlink(missing_ok=True)
-    fabric.barrier()
-    return weights
+            yield {"network": settings.network, "seed": settings.seed, **row}
 
 
 def _optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:
@@ -216,12 +239,12 @@ def _train_one_epoch(
         num_wrong += task.num_wrong(outputs.detach(), targets)
         num_seen += len(targets)
         bar.update()
-        # Looked at now and then: each look waits for the device.
+        # Checked every 50 steps, since each check waits for the device.
         if step % 50 == 49 or step == num_steps - 1:
-            # Over all processes, so that they stop together and none waits for another.
+            # Over all processes, so that all of them stop at the same step.
             loss_of_all = fabric.all_reduce(loss_sum.clone(), reduce_op="sum").item()
             if not math.isfinite(loss_of_all):
-                _refuse_diverged(settings, epoch)
+                _raise_diverged(settings, epoch)
     loss_sum, num_wrong, num_seen = fabric.all_reduce(torch.stack([loss_sum, num_wrong, num_seen]), reduce_op="sum")
     return {
         "epoch": epoch + 1,
@@ -232,7 +255,7 @@ def _train_one_epoch(
 
 
 def _launch(draws_blocks: bool, **options: Any) -> Any:
-    """Fabric with its processes started; what it cannot work with is refused."""
+    """Create Fabric and start its processes; raises for unsupported options."""
     with requires_extra("train"):
         from lightning_fabric import Fabric
         from lightning_fabric.strategies.ddp import DDPStrategy
@@ -241,24 +264,24 @@ def _launch(draws_blocks: bool, **options: Any) -> Any:
     try:
         fabric = Fabric(**options)
         if draws_blocks and isinstance(fabric.strategy, DDPStrategy):
-            # Parameters of blocks that are not drawn get no gradient, for which its processes would wait.
+            # Parameters of blocks that are not drawn have no gradient, which the processes would wait for.
             fabric = Fabric(**options | {"strategy": "ddp_find_unused_parameters_true"})
     except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
         names = "accelerator, devices, num_nodes, strategy, precision"
         values = ", ".join(str(options[name]) for name in names.split(", "))
         raise ResnetPathsError(
-            names, values, "what Lightning Fabric can work with on this machine", " ".join(str(error).split())
+            names, values, "values that Lightning Fabric supports on this machine", " ".join(str(error).split())
         ) from error
     fabric.launch()
     return fabric
 
 
-def _refuse_diverged(settings: TrainingSettings, epoch: int) -> NoReturn:
+def _raise_diverged(settings: TrainingSettings, epoch: int) -> NoReturn:
     raise ResnetPathsError(
         "learning_rate",
         settings.learning_rate,
-        f"a rate at which the loss stays finite; it did not in epoch {epoch + 1}",
-        "Nothing was written for this epoch. Try a third of the rate.",
+        f"a learning rate with a finite loss; it became non-finite in epoch {epoch + 1}",
+        "Nothing was written for this epoch. Try a third of this rate.",
     )
 
 
@@ -267,7 +290,7 @@ def _task(settings: TrainingSettings) -> Classification:
 
 
 def _measure(fabric: Any, model: nn.Module, dataset: ImageDataset, settings: TrainingSettings) -> dict[str, Any]:
-    """Test loss and error in the training precision, each process measuring its share."""
+    """Test loss and error in the training precision, with the images distributed over the processes."""
     model.eval()
     task = _task(settings)
     mine = torch.arange(fabric.global_rank, len(dataset), fabric.world_size)
@@ -285,7 +308,7 @@ def _shape_of_network(dataset: str) -> dict[str, int]:
 def _write_finished(
     path: Path, model: nn.Module, settings: TrainingSettings, log: list[dict[str, Any]], test_set: ImageDataset
 ) -> None:
-    """Weights that can be loaded by name: with settings, log and test error in float32 inside."""
+    """Write weights for `load_network`, with settings, log and float32 test error in their metadata."""
     task = find_network(settings.network).task
     loss, judged = evaluate(model, test_set, task=task)
     metadata = {
@@ -305,14 +328,14 @@ def _write_finished(
 def _measured_batchnorm(
     fabric: Any, model: nn.Module, raw: nn.Module, dataset: ImageDataset, settings: TrainingSettings
 ) -> Iterator[None]:
-    """BatchNorm statistics measured on ten batches, for as long as the context lasts.
+    """Context in which BatchNorm statistics are measured on ten batches.
 
-    An untrained network's own are 0 and 1: in eval mode it would not be the network that training starts from.
+    With the initial statistics, 0 and 1, an untrained network in eval mode would differ from that in training mode.
     """
     norms = [module for module in raw.modules() if isinstance(module, nn.BatchNorm2d)]
     kept = [(norm.momentum, {name: buffer.clone() for name, buffer in norm.named_buffers()}) for norm in norms]
     for norm in norms:
-        norm.momentum = None  # the plain average over batches
+        norm.momentum = None  # cumulative average over batches
     model.train()
     with torch.no_grad():
         batches = augmented_batches(dataset, settings, 0)

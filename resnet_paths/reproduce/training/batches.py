@@ -1,4 +1,8 @@
-"""Augmented mini-batches in an order that the seed and the epoch determine, however many processes share them."""
+"""Augmented mini-batches, determined by seed and epoch for any number of processes.
+
+Crops and flips are drawn here and not by `torchvision.transforms.v2`, whose random numbers are from the global
+generator.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +19,17 @@ from resnet_paths.zoo.catalog import find_network
 __all__ = ["augmented_batches", "generator_of"]
 
 
-# Streams of random numbers that have nothing in common; torch's generator knows seeds below 2**32 apart.
+# Seed offsets of independent random streams.
 _STREAMS = {"images": 0, "blocks": 2**30, "noise": 2**31}
 
 
 def generator_of(settings: TrainingSettings, epoch: int, stream: str = "images") -> torch.Generator:
-    """The generator that all random numbers of one kind come from in one epoch, on every process alike.
+    """Generator of one kind of random numbers in one epoch, equal on every process.
 
     Args:
-        settings: The run's settings.
-        epoch: Number of the epoch, counted from 0.
-        stream: ``"images"`` for order and augmentation, ``"blocks"`` for the blocks drawn, ``"noise"``.
+        settings: The training settings.
+        epoch: Index of the epoch, counted from 0.
+        stream: ``"images"`` for order and augmentation, ``"blocks"`` for drawn blocks, or ``"noise"``.
 
     Returns:
         A CPU generator.
@@ -36,17 +40,17 @@ def generator_of(settings: TrainingSettings, epoch: int, stream: str = "images")
 def augmented_batches(
     dataset: ImageDataset, settings: TrainingSettings, epoch: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """One process's share of an epoch, in an order and with crops, flips and noise that (seed, epoch) determine.
+    """Batches of one process in an epoch, with order, crops, flips and noise determined by (seed, epoch).
 
     Args:
         dataset: The images.
-        settings: The run's settings.
-        epoch: Number of the epoch, counted from 0.
-        rank: Number of the process.
-        world_size: How many processes share each batch.
+        settings: The training settings.
+        epoch: Index of the epoch, counted from 0.
+        rank: Index of the process.
+        world_size: Number of processes that share each batch.
 
     Yields:
-        Inputs, made from normalised images [share of the batch, C, H, W], and targets, as the network's task has them.
+        Inputs, from normalised images [batch of the process, C, H, W], and targets of the network's task.
     """
     task = TASKS[find_network(settings.network).task]
     generator = generator_of(settings, epoch)
@@ -56,7 +60,7 @@ def augmented_batches(
     padding = settings.crop_padding
     height, width = dataset.images.shape[-2:]
     for batch in torch.split(order, settings.batch_size):
-        # Drawn for the whole batch on every process, so that the draws do not depend on their number.
+        # Drawn for the whole batch on every process, so that the numbers do not depend on the number of processes.
         rows = torch.randint(2 * padding + 1, (len(batch), 1), generator=generator)
         columns = torch.randint(2 * padding + 1, (len(batch), 1), generator=generator)
         flipped = torch.rand(len(batch), 1, generator=generator) < 0.5

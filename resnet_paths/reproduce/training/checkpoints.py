@@ -1,4 +1,4 @@
-"""Checkpoints: all that a stopped run needs to go on to the weights that it would have reached without the stop."""
+"""Checkpoints, from which an interrupted run resumes to the same weights."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ from torch import nn
 
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.reproduce.training.settings import TrainingSettings
-from resnet_paths.zoo.places import snapshot_file
-from resnet_paths.zoo.weights import read_metadata, read_tensors, write_tensors
+from resnet_paths.zoo.weights import read_metadata, read_tensors, snapshot_file, write_tensors
 
-__all__ = ["refuse_missed_snapshots", "refuse_other_settings", "resume", "write_checkpoint"]
+__all__ = ["check_settings", "check_snapshots", "resume", "write_checkpoint"]
 
-# What an optimizer keeps of each parameter: the beginning of the tensor's name in a checkpoint, by the optimizer's key.
-_KEPT = {
+# State of an optimizer per parameter: prefix of the tensor's name in a checkpoint, and key of the optimizer's state.
+_OPTIMIZER_STATE = {
     "sgd": {"momentum": "momentum_buffer"},
     "adamw": {"average": "exp_avg", "average_of_squares": "exp_avg_sq", "steps": "step"},
 }
-# What files of the time before a setting existed mean by its absence.
-_BEFORE = {"optimizer": "sgd", "num_drawn_blocks": None}
+# Settings of files that were written before these settings existed.
+_DEFAULTS = {"optimizer": "sgd", "num_drawn_blocks": None}
 
 
 def write_checkpoint(
@@ -35,15 +34,15 @@ def write_checkpoint(
     settings: TrainingSettings,
     log: list[dict[str, Any]],
 ) -> None:
-    """Write the state at the end of an epoch, whole or not at all.
+    """Write the state at the end of an epoch, atomically.
 
     Args:
         path: The ``.safetensors`` file.
-        model: The network that Fabric was given.
-        optimizer: The optimizer that Fabric was given.
-        precision: Fabric's precision plugin, which may hold a loss scale.
-        settings: The run's settings.
-        log: Its rows so far, one an epoch.
+        model: The network before the setup by Fabric.
+        optimizer: The optimizer before the setup by Fabric.
+        precision: Fabric's precision plugin, which may have a loss scale.
+        settings: The training settings.
+        log: The log so far, one row per epoch.
     """
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
     untouched = []
@@ -51,9 +50,9 @@ def write_checkpoint(
         if parameter not in optimizer.state:
             untouched.append(name)
             continue
-        for kept, key in _KEPT[settings.optimizer].items():
+        for kept, key in _OPTIMIZER_STATE[settings.optimizer].items():
             tensors[f"{kept}.{name}"] = optimizer.state[parameter][key]
-    # The loss scale of "16-mixed"; nothing at other precisions.
+    # The loss scale of "16-mixed"; empty for other precisions.
     metadata = {**asdict(settings), "log": log, "scaler": precision.state_dict(), "untouched": untouched}
     write_tensors(path, tensors, metadata)
 
@@ -61,32 +60,32 @@ def write_checkpoint(
 def resume(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, precision: Any, settings: TrainingSettings
 ) -> list[dict[str, Any]]:
-    """Put network, optimizer and loss scale back into the state of a checkpoint.
+    """Restore network, optimizer and loss scale from a checkpoint.
 
     Args:
         path: The file.
-        model: The network, on the device where it is trained.
-        optimizer: Its optimizer.
+        model: The network, on the training device.
+        optimizer: The optimizer.
         precision: Fabric's precision plugin.
-        settings: The run's settings, held against the file's before.
+        settings: The training settings, already checked against the file.
 
     Returns:
-        The log so far, a row an epoch.
+        The log so far, one row per epoch.
 
     Raises:
-        ResnetPathsError: If the file is not whole, or lacks a part.
+        ResnetPathsError: If the file is incomplete.
     """
     tensors, metadata = read_tensors(path), read_metadata(path)
     try:
         model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
-        # Parameters of blocks that no mini-batch has drawn so far; the optimizer knows nothing of them yet.
+        # Parameters of blocks that no mini-batch has drawn so far have no optimizer state.
         untouched = set(metadata.get("untouched", []))
         for name, parameter in model.named_parameters():
             if name in untouched:
                 continue
-            for kept, key in _KEPT[settings.optimizer].items():
+            for kept, key in _OPTIMIZER_STATE[settings.optimizer].items():
                 value = tensors[f"{kept}.{name}"]
-                # The step stays a number on the CPU; the others are like the parameter, on its device.
+                # The step is on the CPU; other tensors are on the device of the parameter.
                 optimizer.state[parameter][key] = value if key == "step" else torch.empty_like(parameter).copy_(value)
         if metadata.get("scaler"):
             precision.load_state_dict(metadata["scaler"])
@@ -97,37 +96,37 @@ def resume(
         ) from error
 
 
-def refuse_other_settings(path: Path, settings: TrainingSettings) -> None:
-    """Refuse to go on with a file that was made with other settings.
+def check_settings(path: Path, settings: TrainingSettings) -> None:
+    """Check that a file was written with the same settings.
 
     Args:
         path: A weights file or a checkpoint.
-        settings: What is asked for now.
+        settings: The training settings.
 
     Raises:
         ResnetPathsError: If a setting differs.
     """
-    stored = _BEFORE | read_metadata(path)
+    stored = _DEFAULTS | read_metadata(path)
     for key, value in json.loads(json.dumps(asdict(settings))).items():
         if stored.get(key) != value:
             raise ResnetPathsError(
                 key,
                 value,
                 f"{stored.get(key)!r}, as in {path}",
-                "Pass the same settings to go on, or another folder to start anew.",
+                "Pass the same settings to resume, or another folder to start a new run.",
             )
 
 
-def refuse_missed_snapshots(path: Path, weights: Path, snapshots: Iterable[int]) -> None:
-    """Refuse snapshots of epochs that the run has passed without keeping them.
+def check_snapshots(path: Path, weights: Path, snapshots: Iterable[int]) -> None:
+    """Check that the run can still save, or has saved, the requested snapshots.
 
     Args:
-        path: What the run left so far: its weights or its checkpoint.
-        weights: Its weights file, beside which snapshots lie.
-        snapshots: Epochs that are asked for.
+        path: The weights or the checkpoint of the run.
+        weights: The weights file of the run, which determines the names of snapshots.
+        snapshots: Requested epochs.
 
     Raises:
-        ResnetPathsError: If there is such an epoch.
+        ResnetPathsError: If an epoch has passed without a snapshot.
     """
     done = len(read_metadata(path).get("log", ()))
     for epoch in snapshots:
@@ -135,6 +134,6 @@ def refuse_missed_snapshots(path: Path, weights: Path, snapshots: Iterable[int])
             raise ResnetPathsError(
                 "snapshots",
                 epoch,
-                f"epochs after {done}, which {path} has reached, or those kept on the way",
-                "Pass another folder to start anew.",
+                f"epochs after {done}, the number of epochs in {path}, or epochs with a saved snapshot",
+                "Pass another folder to start a new run.",
             )

@@ -1,6 +1,6 @@
-"""Finished runs stored where `resnet_paths.load_network` finds them by name, in half the space if nothing is lost.
+"""Storing finished runs for `resnet_paths.load_network`, in half precision if this does not change the error.
 
-What is stored can be measured again at any time: each file states the error that it must have.
+Each file states its test error, which can be verified by `published_errors`.
 """
 
 from __future__ import annotations
@@ -19,40 +19,38 @@ from resnet_paths._utils.files import shipped_folder, write_then_rename
 from resnet_paths.reproduce.datasets import ImageDataset, load_dataset
 from resnet_paths.reproduce.training.tasks import TASKS, evaluate
 from resnet_paths.zoo import NETWORKS, find_network, load_network
-from resnet_paths.zoo.places import snapshot_file, weights_in
-from resnet_paths.zoo.weights import read_metadata, write_tensors
+from resnet_paths.zoo.weights import read_metadata, snapshot_file, weights_in, write_tensors
 
 __all__ = ["publish", "published_errors"]
 
-# 0.01 points: one image of 10,000, rounding of the difference aside.
-_MOST = 1.000001e-4
-# Parameters whose rounding changes the error are halved part by part, down to this share of them: each try takes a
-# whole evaluation.
-_PARTS = 8
+# 0.01 points, one image of 10,000, plus a tolerance for rounding.
+_MAX_CHANGE = 1.000001e-4
+# If rounding all parameters changes the error, they are divided into parts, at most this many: each attempt takes an
+# evaluation.
+_MAX_PARTS = 8
 
 
 def publish(
     weights: str | Path, folder: str | Path | None = None, *, test_set: ImageDataset | None = None
 ) -> list[Path]:
-    """Store a finished run's weights, its snapshots and its log for `resnet_paths.load_network`.
+    """Store the weights, snapshots and log of a finished run for `resnet_paths.load_network`.
 
-    Parameters are stored in float16 where that leaves the test error in float32 within 0.01 points: all of them, or
-    else those parts that do. The others, and those with a value too large for it, stay float32, as BatchNorm
-    statistics always do. The file says which
-    (``stored_as``), what the test error was before (``trained_test_error_rate``) and what it is now
-    (``test_error_rate``).
+    Parameters are stored in float16 if this changes the test error, evaluated in float32, by at most 0.01 points: all
+    of them, or those parts for which this is the case. Other parameters, parameters outside the range of float16, and
+    BatchNorm statistics are stored in float32. The metadata contain the dtypes (``stored_as``), the test error before
+    (``trained_test_error_rate``) and after (``test_error_rate``).
 
     Args:
-        weights: ``NAME-seedS.safetensors`` as `train` left it, its log and snapshots beside it.
-        folder: Where to store it: as ``NAME.safetensors`` for seed 0, under its old name for others. By default
-            ``data/networks`` of the checkout, whose files are loaded by name alone.
-        test_set: Images to measure on instead of the data set's test split.
+        weights: ``NAME-seedS.safetensors`` written by `train`, with its log and snapshots in the same folder.
+        folder: Folder to store it in, as ``NAME.safetensors`` for seed 0, under its name for other seeds; by default
+            ``data/networks`` of the checkout, from which `load_network` loads.
+        test_set: Images for the evaluation instead of the test split of the data set.
 
     Returns:
-        The weights files written, that of the end of training first.
+        The written weights files, that of the end of training first.
 
     Raises:
-        ResnetPathsError: If the file is not whole, or not that of a finished run.
+        ResnetPathsError: If the file is incomplete, or not that of a finished run.
     """
     source = Path(weights)
     metadata, log = read_metadata(source), source.with_suffix(".csv")
@@ -61,8 +59,8 @@ def publish(
         raise ResnetPathsError(
             "weights",
             str(source),
-            "the weights of a finished run, as 'resnet-paths train' writes them beside the log",
-            "Snapshots are stored together with them.",
+            "the weights of a finished run of 'resnet-paths train', with their log in the same folder",
+            "Snapshots are stored together with the final weights.",
         )
     network, seed = metadata["network"], metadata["seed"]
     stem = network if seed == 0 else f"{network}-seed{seed}"
@@ -84,15 +82,16 @@ def publish(
 def published_errors(
     folder: str | Path | None = None, *, test_set: ImageDataset | None = None, progress: bool = True
 ) -> pd.DataFrame:
-    """Every stored file measured again, beside what it states.
+    """Evaluate every stored file and compare its test error with the stated one.
 
     Args:
-        folder: Where the files lie; ``data/networks`` of the checkout by default.
-        test_set: Images to measure on instead of the data set's test split.
-        progress: Whether to show a bar over files.
+        folder: Folder of the files; ``data/networks`` of the checkout by default.
+        test_set: Images for the evaluation instead of the test split of the data set.
+        progress: Whether to show a progress bar over files.
 
     Returns:
-        A row a file: ``network``, ``seed``, ``epoch`` (of a snapshot; the last one of the run otherwise), ``measure``
+        One row per file: ``network``, ``seed``, ``epoch`` (of a snapshot; the last one of the run otherwise),
+            ``measure``
         (``test_error_rate``, or ``test_rmse`` of a denoiser), ``stated``, ``measured``, and ``as_stated``, whether the
         two are within 0.01 points.
     """
@@ -111,7 +110,7 @@ def published_errors(
             "measure": measure,
             "stated": metadata[measure],
             "measured": measured,
-            "as_stated": abs(measured - metadata[measure]) <= _MOST,
+            "as_stated": abs(measured - metadata[measure]) <= _MAX_CHANGE,
         })
     return pd.DataFrame(rows)
 
@@ -128,9 +127,9 @@ def _store(source: Path, target: Path, network: str, test_set: ImageDataset) -> 
         rounded = tensors | {name: halves[name] for name in names}
         model.load_state_dict(rounded)
         measured = evaluate(model, test_set, task=task)
-        if abs(measured[1] - before[1]) <= _MOST:
+        if abs(measured[1] - before[1]) <= _MAX_CHANGE:
             tensors, after, num_halved = rounded, measured, num_halved + len(names)
-        elif len(names) > max(1, len(halves) / _PARTS):
+        elif len(names) > max(1, len(halves) / _MAX_PARTS):
             middle = len(names) // 2
             untried += [names[middle:], names[:middle]]
     num_parameters = len(list(model.parameters()))
@@ -146,6 +145,6 @@ def _store(source: Path, target: Path, network: str, test_set: ImageDataset) -> 
 
 
 def _halves(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The parameters in float16, of those in its range; BatchNorm statistics may lie below it, and are few."""
+    """Parameters in the range of float16, converted; BatchNorm statistics are few and may underflow."""
     halves = {name: parameter.detach().to(torch.float16) for name, parameter in model.named_parameters()}
     return {name: half for name, half in halves.items() if bool(half.isfinite().all())}

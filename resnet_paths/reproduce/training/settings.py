@@ -1,4 +1,4 @@
-"""Everything that the trained weights depend on, and the learning rate that follows from it."""
+"""Training settings, and the learning rate schedule."""
 
 from __future__ import annotations
 
@@ -12,27 +12,26 @@ from resnet_paths.zoo.catalog import check_num_drawn_blocks, find_network
 
 __all__ = ["TrainingSettings", "learning_rate_at"]
 
-# Those of Fabric's that keep the weights in float32.
+# Precisions of Fabric with float32 weights.
 _PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 _OPTIMIZERS = ("sgd", "adamw")
 _LARGEST_SEED = 2**32 - 1
-# Replaced by the value of the network's recipe before anyone sees it, hence no part of the field's type.
+# Replaced by the value of the network's recipe in __post_init__, hence not part of the field's type.
 _FROM_RECIPE: Any = None
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """Everything that the trained weights depend on.
+    """All settings that determine the trained weights.
 
-    Defaults are those of the shipped networks, but for `epochs` and `seed`, which the README's table gives of each.
-    `learning_rate`, `weight_decay` and `optimizer` are by default those of the network's recipe
-    (`resnet_paths.zoo.Recipe`). The optimizer is SGD with Nesterov momentum, or AdamW, whose first decay rate is
-    `momentum`; the learning rate rises linearly over the first `warmup_epochs` and falls to zero on a cosine. Images
-    are padded by `crop_padding` pixels, cropped at random and flipped at random (He et al. 2016a, section 4.2).
-    `precision` is Fabric's, ``"32-true"``, ``"bf16-mixed"`` or ``"16-mixed"``: ``"bf16-mixed"`` is the one for GPUs
-    and for processors with bfloat16 matrix units; on others it is slower than ``"32-true"``. `num_drawn_blocks` is how
-    many blocks of ``"effective-..."`` each mini-batch trains, or the lowest and the highest number, by default the
-    network's own (Veit et al. 2016, section 4.3).
+    The defaults are those of the shipped networks, except for `epochs` and `seed`, which are listed in the README.
+    `learning_rate`, `weight_decay` and `optimizer` default to the recipe of the network (`resnet_paths.zoo.Recipe`).
+    The optimizer is SGD with Nesterov momentum, or AdamW with `momentum` as its first decay rate. The learning rate
+    increases linearly over `warmup_epochs` and decreases to zero with a half cosine. Images are padded by
+    `crop_padding` pixels, and cropped and flipped at random (He et al. 2016a, section 4.2). `precision` is Fabric's,
+    ``"32-true"``, ``"bf16-mixed"`` or ``"16-mixed"``; ``"bf16-mixed"`` is recommended for GPUs and for processors with
+    bfloat16 matrix units, and slower than ``"32-true"`` on others. `num_drawn_blocks` is the number of blocks of
+    ``"effective-..."`` that each mini-batch trains, or a pair of minimum and maximum (Veit et al. 2016, section 4.3).
     """
 
     network: str
@@ -50,7 +49,7 @@ class TrainingSettings:
     num_drawn_blocks: int | tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        """Fill in the recipe and refuse settings that cannot be trained with."""
+        """Fill in the recipe and validate the settings."""
         recipe = find_network(self.network).recipe
         for name in ("learning_rate", "weight_decay", "optimizer"):
             if getattr(self, name) is _FROM_RECIPE:
@@ -79,14 +78,16 @@ class TrainingSettings:
 
 
 def learning_rate_at(settings: TrainingSettings, epoch: float) -> float:
-    """The learning rate at a moment of training, counted in epochs.
+    """Learning rate at a point of training: linear warm-up from 0, then a half cosine to 0.
+
+    A closed form instead of `torch.optim.lr_scheduler`, whose recursive schedules have a state to save and resume.
 
     Args:
-        settings: The run's settings.
-        epoch: Epochs done, in [0, settings.epochs].
+        settings: The training settings.
+        epoch: Completed epochs, a float in [0, settings.epochs].
 
     Returns:
-        Linear from 0 to the peak over the warm-up, then a half cosine to 0.
+        The learning rate.
     """
     warmup = min(settings.warmup_epochs, settings.epochs / 2)
     if epoch < warmup:

@@ -1,4 +1,4 @@
-"""What networks learn from images, and how good they are at it: naming what is shown, or taking noise away."""
+"""Training tasks: classification and denoising, with their losses and error measures."""
 
 from __future__ import annotations
 
@@ -15,94 +15,94 @@ __all__ = ["TASKS", "Classification", "Denoising", "evaluate", "sum_losses"]
 
 
 class Classification:
-    """Naming the class of an image: the loss is the cross-entropy in nats, and judged is the error rate."""
+    """Classification of images: the loss is the cross-entropy in nats, the measure is the error rate."""
 
     measure = "test_error_rate"
 
     def noise(self, shape: Sequence[int], generator: torch.Generator) -> torch.Tensor | None:
-        """Noise for normalised images of a shape [batch, C, H, W]; None where the task has none."""
+        """Noise for normalised images of shape [batch, C, H, W]; None for tasks without noise."""
         return None
 
     def example(
         self, images: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets made from normalised images [batch, C, H, W], labels [batch] and the noise for them."""
+        """Inputs and targets from normalised images [batch, C, H, W], labels [batch] and noise."""
         return images, labels
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
-        """The ``"mean"`` or the ``"sum"`` over the batch of the loss of an example."""
+        """Loss per example, with reduction ``"mean"`` or ``"sum"`` over the batch."""
         return F.cross_entropy(outputs, targets, reduction=reduction)
 
     def num_wrong(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """How many answers of a batch are wrong."""
+        """Number of wrong predictions in a batch."""
         return (outputs.argmax(1) != targets).sum()
 
     def error_rate(self, num_wrong: float, num_examples: int) -> float | None:
-        """The share of wrong answers; None where no answer is right or wrong."""
+        """Fraction of wrong predictions; None for tasks without classes."""
         return num_wrong / num_examples
 
     def judge(self, loss: float, error_rate: float | None) -> float:
-        """The number called `measure`, from the mean loss and the error rate."""
+        """Value of `measure`, from the mean loss and the error rate."""
         assert error_rate is not None
         return error_rate
 
 
 class Denoising(Classification):
-    """Taking Gaussian noise away: the loss is the mean squared error of a pixel, and judged is its root.
+    """Removal of Gaussian noise: the loss is the mean squared error per pixel, the measure is its square root.
 
-    The noise has a standard deviation of 0.5 in units of normalised images, whose own is about 1.
+    The noise has a standard deviation of 0.5; normalised images have about 1.
     """
 
     measure = "test_rmse"
     noise_std = 0.5
 
     def noise(self, shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:
-        """Noise for normalised images of a shape [batch, C, H, W]."""
+        """Noise for normalised images of shape [batch, C, H, W]."""
         return torch.randn(*shape, generator=generator).mul_(self.noise_std)
 
     def example(
         self, images: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Noisy images and clean ones, both [batch, C, H, W]."""
+        """Noisy and clean images, both [batch, C, H, W]."""
         assert noise is not None
         return images + noise, images
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
-        """The ``"mean"`` or the ``"sum"`` over the batch of the mean squared error of an image's pixels."""
+        """Mean squared error per image, with reduction ``"mean"`` or ``"sum"`` over the batch."""
         total = F.mse_loss(outputs, targets)
         return total if reduction == "mean" else total * len(targets)
 
     def num_wrong(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Zero: images are more or less clean, never right or wrong."""
+        """Zero, since there are no classes."""
         return outputs.new_zeros(())
 
     def error_rate(self, num_wrong: float, num_examples: int) -> None:
-        """None: images are more or less clean, never right or wrong."""
+        """None, since there are no classes."""
 
     def judge(self, loss: float, error_rate: float | None) -> float:
-        """The root of the mean squared error."""
+        """Square root of the mean squared error."""
         return math.sqrt(loss)
 
 
 TASKS = {"classification": Classification(), "denoising": Denoising()}
-"""Tasks by the name that `resnet_paths.zoo.NetworkFacts.task` has."""
+"""Tasks by name, see `resnet_paths.zoo.NetworkFacts.task`."""
 
 
 @torch.inference_mode()
 def evaluate(
     model: nn.Module, dataset: ImageDataset, batch_size: int = 500, *, task: str = "classification"
 ) -> tuple[float, float]:
-    """How good a network is, in float32 and eval mode; the model's mode is put back.
+    """Evaluate a network in float32 and eval mode; the mode of the model is restored.
 
     Args:
-        model: A network for the task; images are moved to the device of its parameters.
+        model: The network; images are moved to the device of its parameters.
         dataset: The images.
-        batch_size: Images at a time.
-        task: Key of `TASKS`. The noise of ``"denoising"`` is the same for an image in every call.
+        batch_size: Images per batch.
+        task: Key of `TASKS`. The noise of ``"denoising"`` is equal in every call.
 
     Returns:
-        The mean loss and what the task is judged by: mean cross-entropy in nats and error rate in [0, 1], or mean
-        squared error and its root.
+        The mean loss and the measure of the task: mean cross-entropy in nats and error rate in [0, 1], or mean squared
+        error and its square root.
     """
     device = next(model.parameters()).device
     was_training = [(module, module.training) for module in model.modules()]
@@ -125,21 +125,21 @@ def sum_losses(
     batch_size: int,
     device: torch.device,
 ) -> tuple[float, int]:
-    """Sums over some images, for one process's share of an evaluation.
+    """Sums over a subset of images, for one process of an evaluation.
 
     Args:
-        model: A network for the task, in eval mode.
+        model: The network, in eval mode.
         dataset: The images.
         task: The task.
-        indices: Numbers of the images.
-        batch_size: Images at a time.
-        device: Where the model is.
+        indices: Indices of the images.
+        batch_size: Images per batch.
+        device: Device of the model.
 
     Returns:
-        The sum of their losses, and how many answers are wrong.
+        The sum of losses, and the number of wrong predictions.
     """
     labels = torch.tensor(dataset.labels)
-    # Drawn at once, so that an image has the same noise whatever the batches and processes are.
+    # Drawn for all images at once, so that the noise does not depend on batches and processes.
     noise = task.noise(dataset.images.shape, torch.Generator().manual_seed(0))
     loss_sum, num_wrong = 0.0, 0
     for batch in torch.split(indices, batch_size):

@@ -1,8 +1,8 @@
-"""Pre-activation ResNets of which each mini-batch trains some blocks only, drawn at random.
+"""Pre-activation ResNets that train a random subset of their blocks in each mini-batch.
 
-Where a block is not drawn, its branch is left out of the forward and the backward pass of the whole mini-batch, its
-BatchNorm statistics stay, and the optimizer leaves its parameters alone. At a change of shape the projection is not
-part of the branch: it stays. The weights are named as in `resnet_paths.zoo.resnet.PreactResNet`.
+The branch of a block that is not drawn is omitted from the forward and the backward pass of the mini-batch; its
+BatchNorm statistics and parameters do not change. Projections are not part of the branch and are always computed. The
+weights are named as in `resnet_paths.zoo.resnet.PreactResNet`.
 """
 
 from __future__ import annotations
@@ -37,25 +37,25 @@ class DrawnBlock(PreactBasicBlock):
 
 
 class DrawnResNet(PreactResNet):
-    """What the two networks below share: their blocks, and the marks on them."""
+    """Base class of networks with randomly drawn blocks."""
 
     basic_block = DrawnBlock
 
     def blocks(self) -> list[DrawnBlock]:
-        """All blocks, first to last."""
+        """All blocks, in order."""
         return [*self.layer1, *self.layer2, *self.layer3]
 
     def mark(self, is_drawn: Iterable[bool]) -> None:
-        """Mark the blocks that the next mini-batch trains, one entry a block."""
+        """Set which blocks the next mini-batch trains, one entry per block."""
         for block, mark in zip(self.blocks(), is_drawn, strict=True):
             block.is_drawn = bool(mark)
 
 
 class StochasticDepthResNet(DrawnResNet):
-    """ResNet with stochastic depth: each block survives a mini-batch by chance (Huang et al. 2016).
+    """ResNet with stochastic depth: each block survives a mini-batch with a given probability (Huang et al. 2016).
 
-    Block l of L, counted from 1, survives with the probability p_l = 1 - l / L * (1 - p_L) and p_L = 0.5, the paper's
-    linear decay; in eval mode its branch is multiplied by p_l.
+    Block l of L, counted from 1, survives with probability p_l = 1 - l / L * (1 - p_L), with p_L = 0.5, the linear
+    decay of the paper; in eval mode its branch is multiplied by p_l.
 
     Args:
         depth: Number of weight layers, 6n + 2, in 3n blocks.
@@ -78,15 +78,15 @@ class StochasticDepthResNet(DrawnResNet):
 class EffectiveResNet(DrawnResNet):
     """ResNet trained with effective paths only: each mini-batch trains m of n blocks (Veit et al. 2016, section 4.3).
 
-    The paper draws exactly 23 of 54 blocks, so that path lengths centre at 11.5. With a range of numbers, m itself is
-    drawn uniformly for each mini-batch. In eval mode all branches are multiplied by the probability that a block is
-    drawn, m / n, as in stochastic depth; what the paper does at test time it does not say.
+    The paper draws exactly 23 of 54 blocks, so that the mean path length is 11.5. With a range of numbers, m is drawn
+    uniformly for each mini-batch. In eval mode all branches are multiplied by the probability that a block is drawn,
+    m / n, as in stochastic depth; the paper does not describe its evaluation.
 
     Args:
         depth: Number of weight layers, 6n + 2, in 3n blocks.
         in_channels: Channels of the image.
         num_classes: Number of logits.
-        num_drawn_blocks: The lowest and the highest number of blocks that a mini-batch trains.
+        num_drawn_blocks: Minimum and maximum number of blocks trained per mini-batch.
     """
 
     def __init__(
@@ -102,4 +102,4 @@ class EffectiveResNet(DrawnResNet):
         low, high = self.num_drawn_blocks
         number = int(torch.randint(low, high + 1, (), generator=generator))
         order = torch.randperm(len(self.blocks()), generator=generator).tolist()
-        self.mark(place < number for place in order)
+        self.mark(rank < number for rank in order)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-import resnet_paths as rp
-from resnet_paths.core.memory import _Alive, training_memory
+from resnet_paths._utils.errors import ResnetPathsError
+from resnet_paths.core.costs import _Alive, training_memory
 
 
 class Exponential(nn.Module):
@@ -49,7 +49,7 @@ def test_layers_keep_what_their_derivatives_need():
 def test_memory_grows_with_the_batch_and_nothing_is_changed():
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    small, large = (rp.training_memory(model, torch.randn(n, 1, 8, 8)) for n in (4, 8))
+    small, large = (training_memory(model, torch.randn(n, 1, 8, 8)) for n in (4, 8))
     norm = 4 * 2 * 4  # mean and deviation of four channels, whatever the batch
     assert large.saved - norm == 2 * (small.saved - norm)
     assert large.peak > small.peak > small.saved + small.parameters
@@ -65,5 +65,5 @@ def test_in_inference_mode_too():
 
 @pytest.mark.parametrize("loss", [lambda y: y, lambda y: 3.0, lambda y: y.sum().detach()])
 def test_a_loss_is_one_number_that_depends_on_the_weights(loss):
-    with pytest.raises(rp.ResnetPathsError, match=r"^loss: got .*one number that depends on a parameter"):
+    with pytest.raises(ResnetPathsError, match=r"^loss: got .*a scalar that depends on a parameter"):
         training_memory(nn.Linear(3, 2), torch.zeros(5, 3), loss)
