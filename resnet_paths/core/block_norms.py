@@ -40,7 +40,8 @@ def block_norms(chain: ResidualChain, inputs: Any) -> pd.DataFrame:
         inputs: A batch or a loader, as for `resnet_paths.gradient_by_path_length`; targets are not read.
 
     Returns:
-        A row a block: ``block_index``, ``block`` (name), ``stage``, ``skip_kind``; means over examples, each with its
+        One row per block: ``block_index``, ``block`` (name), ``stage``, ``skip_kind``; means over examples, each with
+            its
         standard error ``..._se``: ``input_norm`` of x, ``skip_norm`` of what the skip makes of it (x itself for an
         identity), ``branch_norm`` of F(x), ``sum_norm`` of their sum, ahead of what may follow the addition; ``cosine``
         of the angle between skip and branch; ``kept_signal_share``, NaN behind a block without skip; ``num_examples``.

@@ -38,12 +38,12 @@ class Block(nn.Module):
         branch: The residual function f; None once deleted. It may be a `ResidualChain`, whose own paths then count.
         skip: Identity, or the projection at a change of shape; None in a plain net.
         pre: What skip and branch share: the pre-activation at a change of stage (He et al. 2016b), a downsampling
-            layer that stands between two stages.
+            layer between two stages.
         pre_stays: Whether `pre` belongs to the place and not to the block, as a layer between two stages does: it stays
-            where it is when blocks trade places, and is not repeated with the block.
+            where it is when blocks are swapped, and is not repeated with the block.
         post: What follows the addition: nothing in a pre-activation network, ReLU in a post-activation ResNet.
-        name: Where the block stands in the model it was read from, such as ``"layer2.0"``.
-        skip_kind: ``"identity"``, ``"projection"`` or ``"concat"``; None where there is no skip. Told from `skip` if
+        name: Name of the block's module in the model, such as ``"layer2.0"``.
+        skip_kind: ``"identity"``, ``"projection"`` or ``"concat"``; None without skip. Inferred from `skip` if
             not given.
         stage: Number of the run of blocks with outputs of one shape, counted from 0.
         in_shape: Shape of an input without its batch dimension; None if not known.
@@ -149,7 +149,7 @@ class Block(nn.Module):
 
     @property
     def keeps_shape(self) -> bool:
-        """Whether outputs have the shape of inputs, as far as known: such blocks of a stage may trade places.
+        """Whether outputs have the shape of inputs, as far as known: such blocks of a stage can be swapped.
 
         Without `pre`, where that stays in its place.
         """
@@ -232,7 +232,7 @@ class ResidualChain(nn.Module):
                     "blocks",
                     f"{right.name!r} after {left.name!r}",
                     f"a block that takes {dimensions(left.out_shape)}, not {dimensions(right.in_shape)}",
-                    "Only blocks of one stage that keep the shape may trade places.",
+                    "Only blocks of one stage that keep the shape can be swapped.",
                 )
         self.stem = stem
         self.blocks = nn.ModuleList(blocks)
@@ -378,7 +378,7 @@ class ResidualChain(nn.Module):
         return chain
 
     def __repr__(self) -> str:
-        """A line for the whole and a line a block."""
+        """One line for the chain and one line per block."""
         lines = [f"ResidualChain of {len(self)} blocks, {self.num_paths:,} paths"]
         lines += [f"  {index:>3} {block.summary()}" for index, block in enumerate(self)]
         return "\n".join(lines)
@@ -457,7 +457,7 @@ def path_network(chain: ResidualChain, path: Sequence[Entry]) -> ResidualChain:
 
     Args:
         chain: The chain.
-        path: An entry a block: False = skip, True = branch; a path where the branch is a chain.
+        path: One entry per block: False = skip, True = branch; a path where the branch is a chain.
 
     Returns:
         A chain of one path that shares all weights with `chain`.

@@ -82,7 +82,7 @@ def permute_blocks(chain: ResidualChain, order: Sequence[int | str]) -> Residual
 
     Args:
         chain: The chain.
-        order: For each place the block that comes to stand there; each block once.
+        order: The new order: entry i is the old position of block i; each block occurs once.
 
     Returns:
         A chain whose block i is the old block ``order[i]``.
@@ -101,7 +101,7 @@ def permute_blocks(chain: ResidualChain, order: Sequence[int | str]) -> Residual
                 "order",
                 chain[new].name,
                 f"a block with {shape} {getattr(chain[old], shape)} in place of {chain[old].name!r}",
-                "Only blocks of one stage that keep the shape may trade places.",
+                "Only blocks of one stage that keep the shape can be swapped.",
             )
     return chain.with_blocks(chain[i].moved_behind(place) for i, place in zip(positions, chain, strict=True))
 
@@ -118,7 +118,7 @@ def swap_blocks(chain: ResidualChain, first: int | str, second: int | str) -> Re
         A chain.
 
     Raises:
-        ResnetPathsError: If there is no such block, the two stand in different chains, or shapes do not fit.
+        ResnetPathsError: If there is no such block, they are in different chains, or shapes do not match.
     """
     refuse_other_than_chain("chain", chain)
     names = {b.name for b in chain}
@@ -302,7 +302,7 @@ def _listed(blocks: Iterable[int | str]) -> list[int | str]:
 
 
 def _finite(factor: object) -> float:
-    """The number as Python's own, be it NumPy's."""
+    """Convert a number, also one of NumPy, to a Python float."""
     if isinstance(factor, int | float) and math.isfinite(factor):
         return factor
     if isinstance(factor, numbers.Real) and math.isfinite(factor):

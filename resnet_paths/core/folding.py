@@ -4,8 +4,8 @@ With the running statistics m, v and the scale and shift a, b, BatchNorm of a co
 
     a (W * x + c - m) / sqrt(v + eps) + b  =  (s W) * x + s (c - m) + b    with  s = a / sqrt(v + eps)
 
-In a pre-activation block that is the second BatchNorm, in a post-activation block every one. A BatchNorm that stands
-behind an addition or in front of a nonlinearity alone has no convolution to go into, and stays.
+In a pre-activation block that is the second BatchNorm, in a post-activation block all of them. A BatchNorm
+directly after an addition or before a nonlinearity has no convolution to be folded into, and is kept.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def unpack(batch: Any) -> tuple[Any, torch.Tensor]:
         Inputs, a tensor, tuple or dictionary, and labels [batch, ...].
 
     Raises:
-        ResnetPathsError: If it is none, or its tensors are not of one length.
+        ResnetPathsError: If it is not a batch, or its tensors have different lengths.
     """
     is_pair = isinstance(batch, tuple | list) and len(batch) == 2
     labels = batch.get(_LABELS) if isinstance(batch, Mapping) else batch[1] if is_pair else None

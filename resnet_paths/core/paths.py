@@ -42,7 +42,7 @@ Entry: TypeAlias = "int | tuple[Entry, ...]"
 through the chain inside the branch, where the branch holds one."""
 
 Path: TypeAlias = tuple[Entry, ...]
-"""One entry a block."""
+"""One entry per block."""
 
 Choice: TypeAlias = "int | tuple[tuple[Choice, ...], ...]"
 """What a block offers: an entry, or the choices of the chain inside its branch, for all paths through it."""
@@ -193,7 +193,7 @@ def path_histogram(chain: HasPathChoices | int, unit: str = "block") -> pd.DataF
             number of blocks allows ``"block"`` only.
 
     Returns:
-        A row a length from 0 to the longest path: ``path_length``; ``num_paths``, an exact Python int at any depth;
+        One row per length from 0 to the longest path: ``path_length``; ``num_paths``, an exact Python int at any depth;
         ``fraction`` of all paths, the float nearest to the exact ratio.
 
     Raises:
@@ -231,7 +231,7 @@ def enumerate_paths(chain: HasPathChoices | int, length: int | None = None) -> I
         length: Number of branches taken; None for every length.
 
     Returns:
-        An iterator over tuples with an entry a block, skips before branches.
+        An iterator over tuples with one entry per block, skips before branches.
 
     Raises:
         ResnetPathsError: If no path has that length.
@@ -336,7 +336,7 @@ def sample_paths(chain: HasPathChoices | int, length: int, num_samples: int, gen
         generator: Source of the random numbers.
 
     Returns:
-        `num_samples` paths, an entry a block.
+        `num_samples` paths, one entry per block.
 
     Raises:
         ResnetPathsError: If no path has that length, or `num_samples` is negative.
@@ -358,7 +358,7 @@ def sample_paths(chain: HasPathChoices | int, length: int, num_samples: int, gen
 def _sampler(choices: Choices, longest: int) -> Callable[[int, Iterator[float]], Path]:
     """A function that draws a path of a length up to `longest`, uniformly."""
     polynomials = [_polynomial_of_block(offered)[: longest + 1] for offered in choices]
-    # completions[i][k]: ways to go on from block i with k branches still to take.
+    # completions[i][k]: number of continuations from block i with k more branches.
     completions = [[1]]
     for polynomial in reversed(polynomials):
         completions.insert(0, multiplied(completions[0], polynomial)[: longest + 1])

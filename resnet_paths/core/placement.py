@@ -49,7 +49,7 @@ def place_modules(
         device: Where to; ``"auto"`` is where they are, but for the accelerator where they are on the CPU and there is
             one.
         precision: A key of `PRECISIONS`; None leaves every parameter in its own.
-        channels_last: Whether images are to lie in memory with their channels last, which many convolutions are faster
+        channels_last: Whether images are stored with their channels last, which many convolutions are faster
             with.
         fold_batchnorm: Whether to fold BatchNorm into the convolutions of exported parts (`resnet_paths.core.folding`).
 

@@ -36,7 +36,7 @@ def arguments_of(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 class _Place:
-    """Stands where a tensor stands."""
+    """Placeholder of a tensor."""
 
 
 @dataclasses.dataclass(frozen=True)

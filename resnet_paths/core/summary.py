@@ -125,10 +125,10 @@ def chain_table(blocks: Iterable[Any], depth: int = 0) -> pd.DataFrame:
 
     Args:
         blocks: The blocks of a chain.
-        depth: How deep the chain stands inside others.
+        depth: Depth of nesting of the chain.
 
     Returns:
-        A row a block; see `resnet_paths.core.chain.ResidualChain.to_frame`.
+        One row per block; see `resnet_paths.core.chain.ResidualChain.to_frame`.
     """
     rows: list[dict[Any, Any]] = []
     for index, block in enumerate(blocks):

@@ -17,7 +17,7 @@ def unraveled_graph(chain: HasPathChoices | int, *, max_nodes: int = 100_000) ->
     """The network written out as the paper's equation 6: each path is one route from ``"input"`` to ``"output"``.
 
     The output is y_n = y_{n-1} + f_n(y_{n-1}); both y_{n-1} are written out in the same way, and so on down to 2^n
-    copies of the input. So f_n stands there once, f_1 2^(n-1) times. Nothing is multiplied out: branches are not
+    copies of the input. So f_n occurs once, f_1 2^(n-1) times. Nothing is multiplied out: branches are not
     linear, and f_n is applied to the whole sum that reaches it.
 
     A node is what a path through it has still to take: a whole path, as in ``(True, False, True)``, for a copy of the
