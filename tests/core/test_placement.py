@@ -165,7 +165,7 @@ def test_an_operation_that_insists_on_a_precision_is_named():
         rp.lesion_study(chain, loader, [lambda c: c], precision="float8", progress=False)
     with pytest.raises(rp.ResnetPathsError, match=r"precision: got 'half'"):
         place_modules([chain], precision="half")
-    with pytest.raises(rp.ResnetPathsError, match=r"device: got 'gpu'; allowed: 'auto' or a device of torch"):
+    with pytest.raises(rp.ResnetPathsError, match=r"device: got 'gpu'; allowed: 'auto' or a torch device"):
         rp.lesion_study(chain, loader, [lambda c: c], device="gpu", progress=False)
 
 

@@ -202,15 +202,15 @@ def test_loading_from_a_folder_or_beside_a_file(finished):
 
 
 def test_what_is_not_there_is_refused_with_what_is(shipped, finished, tmp_path):
-    with pytest.raises(ResnetPathsError, match=r"snapshot: got 4; allowed: .*: 0, 1\. Those are kept of 'plain-20' in"):
+    with pytest.raises(ResnetPathsError, match=r"snapshot: got 4; allowed: .*: 0, 1\. These are the snapshots of 'plain-20' in"):
         load_network(NAME, snapshot=4)
     with pytest.raises(ResnetPathsError, match=r"snapshot: got 0; .*: none\."):
         load_network(NAME, seed=3, snapshot=0)
-    with pytest.raises(ResnetPathsError, match=r"seed: got 1; allowed: one of 0, 3, of which"):
+    with pytest.raises(ResnetPathsError, match=r"seed: got 1; allowed: one of 0, 3, the seeds of 'plain-20'"):
         load_network(NAME, seed=1)
     with pytest.raises(ResnetPathsError, match=r"snapshot: got 2; allowed: .*: 0, 1\."):
         load_network(NAME, finished / f"{NAME}-seed0.safetensors", snapshot=2)
-    with pytest.raises(ResnetPathsError, match=r"seed: got 0; allowed: None where weights is a file"):
+    with pytest.raises(ResnetPathsError, match=r"seed: got 0; allowed: None if weights is a file"):
         load_network(NAME, finished / f"{NAME}-seed0.safetensors", seed=0)
     with pytest.raises(
         ResnetPathsError, match=r"weights: got '.*runs.*'; allowed: an existing weights file of 'vgg-15'"

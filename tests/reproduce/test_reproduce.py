@@ -93,7 +93,7 @@ def test_bad_input(folder, tmp_path):
         reproduce(tmp_path, only=["99"], folder=folder)
     with pytest.raises(rp.ResnetPathsError, match="profile: got 'fast'; allowed: 'quick' or 'full'"):
         reproduce(tmp_path, profile="fast", folder=folder)
-    with pytest.raises(rp.ResnetPathsError, match="device: got 'gpu'; allowed: 'auto' or a device of torch"):
+    with pytest.raises(rp.ResnetPathsError, match="device: got 'gpu'; allowed: 'auto' or a torch device"):
         reproduce(tmp_path, device="gpu", folder=folder)
 
 

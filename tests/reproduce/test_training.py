@@ -301,7 +301,7 @@ def test_a_checkpoint_that_is_cut_is_refused(run, tmp_path, monkeypatch):
             run(tmp_path)
     checkpoint = tmp_path / f"{NAME}.checkpoint.safetensors"
     checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
-    with pytest.raises(ResnetPathsError, match=r"checkpoint\.safetensors.*whole safetensors file"):
+    with pytest.raises(ResnetPathsError, match=r"checkpoint\.safetensors.*complete safetensors file"):
         run(tmp_path)
     assert names_in(tmp_path) == [checkpoint.name]
 
@@ -433,7 +433,7 @@ def test_snapshots_beyond_the_run_are_refused(run, tmp_path, epoch):
 
 def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path):
     settings = dataclasses.replace(SETTINGS, learning_rate=1e25)
-    with pytest.raises(ResnetPathsError, match=r"learning_rate: got 1e\+25; .*finite.* epoch 1.*a third of the rate"):
+    with pytest.raises(ResnetPathsError, match=r"learning_rate: got 1e\+25; .*finite.* epoch 1.*a third of this rate"):
         run(tmp_path, settings)
     assert names_in(tmp_path) == []
 
@@ -516,5 +516,5 @@ def test_a_last_batch_too_small_for_the_processes_is_refused(make_images, tmp_pa
         world_size = 2
 
     monkeypatch.setattr(lightning_fabric, "Fabric", TwoProcesses)
-    with pytest.raises(ResnetPathsError, match=r"batch_size: got 16; .*each of 2 processes.*33 images.*hold 1"):
+    with pytest.raises(ResnetPathsError, match=r"batch_size: got 16; .*each of 2 processes.*33 images.*have 1"):
         train(SETTINGS, tmp_path, accelerator="cpu", train_set=make_images(33), test_set=make_images(5))
