@@ -202,7 +202,8 @@ def test_loading_from_a_folder_or_beside_a_file(finished):
 
 
 def test_what_is_not_there_is_refused_with_what_is(shipped, finished, tmp_path):
-    with pytest.raises(ResnetPathsError, match=r"snapshot: got 4; allowed: .*: 0, 1\. These are the snapshots of 'plain-20' in"):
+    message = r"snapshot: got 4; allowed: .*: 0, 1\. These are the snapshots of 'plain-20' in"
+    with pytest.raises(ResnetPathsError, match=message):
         load_network(NAME, snapshot=4)
     with pytest.raises(ResnetPathsError, match=r"snapshot: got 0; .*: none\."):
         load_network(NAME, seed=3, snapshot=0)
