@@ -46,8 +46,8 @@ def place_modules(
 
     Args:
         modules: Such as edits of one chain, or steps of them; none is changed.
-        device: Where to; ``"auto"`` is where they are, but for the accelerator where they are on the CPU and there is
-            one.
+        device: Target device; ``"auto"`` keeps their device, or is the accelerator if they are on the CPU and one is
+            available.
         precision: A key of `PRECISIONS`; None leaves every parameter in its own.
         channels_last: Whether images are stored with their channels last, which many convolutions are faster
             with.

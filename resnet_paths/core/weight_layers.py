@@ -1,4 +1,4 @@
-"""Weight layers: which operations are some, and how many of them stand on the longest route through a module."""
+"""Weight layers: which operations are weight layers, and their number on the longest route through a module."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def is_weighted(node: Node) -> bool:
         node: A node of an exported graph.
 
     Returns:
-        Whether it does.
+        Whether the node makes the operand a branch.
     """
     if node.target in _CONVOLUTIONS or node.target in _PRODUCTS or node.target in _RECURRENT:
         return True
@@ -91,28 +91,28 @@ def is_weighted(node: Node) -> bool:
 def makes_branch(node: Node) -> bool:
     """Whether an operand of an addition is a branch if a node is in it: a weight layer, or pooling in windows.
 
-    An activation or a normalisation that adds its input, such as Snake or GRN, is none.
+    Activations and normalisations that add their input, such as Snake or GRN, are not branches.
 
     Args:
         node: A node of an exported graph.
 
     Returns:
-        Whether it does.
+        Whether the node makes the operand a branch.
     """
     return is_weighted(node) or node.target in _POOLINGS
 
 
 def weight_layers(module: nn.Module | None) -> int:
-    """Weight layers on the longest route through a module: convolutions and linear maps with parameters.
+    """Number of weight layers on the longest route through a module: convolutions and linear layers with parameters.
 
-    The unit in which the paper's abstract counts ("10-34 layers"). Products of two activations, as in attention, are
-    none; what makes a weight out of others, as in weight standardisation, is none either.
+    The unit of the paper's abstract ("10-34 layers"). Products of two activations, as in attention, and operations that
+    compute a weight from others, as in weight standardisation, do not count.
 
     Args:
         module: A branch; None for a deleted one.
 
     Returns:
-        Their number; of a module written by hand, of all such layers that it holds, but for branches side by side.
+        The number; for modules that are not exported graphs, of all such layers except parallel branches.
     """
     if module is None:
         return 0
@@ -149,7 +149,7 @@ def _longest_route(module: GraphModule) -> int:
 
 
 def _has_weight(node: Node, learned: set[Node]) -> bool:
-    """Whether an operand of a convolution or product is learned; a bias is none."""
+    """Whether an operand of a convolution or product is learned, other than a bias."""
     if node.target in _RECURRENT:
         return any(operand in learned for operand in node.all_input_nodes)
     operands: Any = node.args[1] if node.target is _ATEN.einsum.default else node.args
