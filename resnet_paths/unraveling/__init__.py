@@ -102,7 +102,7 @@ def unravel(
     is_plain = signature.is_plain and returned is expected
     called = model if is_plain else Call(model, signature, output)
     traced = nest_concatenations(write_partial_additions(trace(called, tensors)))
-    parts, context = find_parts(traced, Options(max_depth, (skip,) if isinstance(skip, str) else tuple(skip)))
+    traced, parts, context = find_parts(traced, Options(max_depth, (skip,) if isinstance(skip, str) else tuple(skip)))
     chain = assemble(traced, parts, None if is_plain else signature, context)
     with torch.no_grad():
         found = chain(*args, **kwargs)

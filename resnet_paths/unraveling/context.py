@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from resnet_paths.unraveling.packing import values_of
 from resnet_paths.unraveling.parts import Part
-from resnet_paths.unraveling.tracing import Trace, is_shape
+from resnet_paths.unraveling.tracing import IS_CONTEXT, Trace, is_shape
 
 __all__ = ["context_of"]
 
@@ -58,7 +58,7 @@ def _readers(traced: Trace, parts: Sequence[Part], sources: Iterable[Node]) -> d
     waiting = list(found)
     while waiting:
         for user in waiting.pop().users:
-            if user not in found and not is_shape(user):
+            if user not in found and not is_shape(user) and IS_CONTEXT not in user.meta:
                 found[user] = len(parts)
                 waiting.append(user)
     for index, part in enumerate(parts):

@@ -9,19 +9,21 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch.fx import Node
 
-from resnet_paths._utils.errors import ResnetPathsError
+from resnet_paths._utils.errors import ResnetPathsError, UnravelError
 from resnet_paths.unraveling.context import context_of
+from resnet_paths.unraveling.merges import residual_additions
 from resnet_paths.unraveling.parts import Options, Part
 from resnet_paths.unraveling.plain import plain_parts
 from resnet_paths.unraveling.residual import residual_parts
-from resnet_paths.unraveling.tracing import Trace
+from resnet_paths.unraveling.tracing import IS_CONTEXT, Trace
 
 __all__ = ["find_parts"]
 
 
-def find_parts(traced: Trace, options: Options) -> tuple[list[Part], list[Node]]:
+def find_parts(traced: Trace, options: Options) -> tuple[Trace, list[Part], list[Node]]:
     """The blocks of a network, residual ones or else the modules of a plain net, and their context.
 
     Args:
@@ -29,13 +31,14 @@ def find_parts(traced: Trace, options: Options) -> tuple[list[Part], list[Node]]
         options: What the caller says of the structure.
 
     Returns:
-        The blocks in order, at least one; the values that the stem computes for blocks and head to read.
+        The graph, where it was changed that of the changed one; the blocks in order, at least one; the values that the
+        stem computes for blocks and head to read.
 
     Raises:
-        ResnetPathsError: If the network is not a chain; the node that breaks it is named.
+        UnravelError: If the network is not a chain; the node that breaks it is named.
     """
     if not traced.depends_on_input(traced.output):
-        raise ResnetPathsError("model", traced.output.name, "a model whose output depends on its input")
+        raise UnravelError("model", traced.output.name, "a model whose output depends on its input")
     found: list[list[Part]] = []
     refusal = None
     try:
@@ -43,15 +46,48 @@ def find_parts(traced: Trace, options: Options) -> tuple[list[Part], list[Node]]
     except ResnetPathsError as error:
         refusal = error
     for given in _subsets(traced.inputs):
-        reduced = Trace(traced.graph, traced.inputs, traced.output, traced.tensors, given)
-        found.append(_parts_given(reduced, options))
+        found.append(_parts_given(traced.seen_from(traced.inputs, given), options))
     # The first of those with the most blocks: given nothing, where that gives as many.
     best = max(found, key=_number, default=[])
+    additions = residual_additions(traced)
+    if additions and _number(best) < len(additions):
+        first, _ = additions[0]
+        best = max(best, _parts_given(traced.seen_from([first]), options), key=_number)
+    if len(best) < len(additions):
+        traced, best = _with_first_state_as_context(traced, additions, best, options)
     if best:
-        return best, context_of(traced, best)
+        return traced, best, context_of(traced, best)
     if refusal is not None:
         raise refusal
-    return plain_parts(traced), []
+    return traced, plain_parts(traced), []
+
+
+def _with_first_state_as_context(
+    traced: Trace, additions: Sequence[tuple[Node, Node]], found: list[Part], options: Options
+) -> tuple[Trace, list[Part]]:
+    """The graph and its blocks where several of these read the first state beside their own: ``x = a * x + b * x_0``.
+
+    What they read is a node of its own then. The old graph and the blocks found before, unless all residual additions
+    are blocks in series so.
+
+    Returns:
+        The graph and the blocks.
+    """
+    first, addition = additions[0]
+    late = [user for user in first.users if traced.comes_before(addition, user)]
+    if len(late) < 2:
+        return traced, found
+    with traced.graph.inserting_after(first):
+        read = traced.graph.call_function(torch.ops.aten.alias.default, (first,))
+    read.meta = {**first.meta, IS_CONTEXT: True}
+    first.replace_all_uses_with(read, delete_user_cb=late.__contains__)
+    changed = Trace(traced.graph, traced.inputs, traced.output, traced.tensors)
+    parts = _parts_given(changed.seen_from([first], [read]), options)
+    if len(parts) >= len(additions):
+        return changed, parts
+    read.replace_all_uses_with(first)
+    traced.graph.erase_node(read)
+    return traced, found
 
 
 def _number(parts: Sequence[Part]) -> int:

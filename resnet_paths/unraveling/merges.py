@@ -27,7 +27,16 @@ from resnet_paths.unraveling.parts import LadderStep, Lane
 from resnet_paths.unraveling.skips import skip_among
 from resnet_paths.unraveling.tracing import Trace, common_module, describe, is_within, module_path
 
-__all__ = ["Core", "core_of", "is_merge", "owner_of", "refuse_node", "refuse_other_merge", "trunk_between"]
+__all__ = [
+    "Core",
+    "core_of",
+    "is_merge",
+    "owner_of",
+    "refuse_node",
+    "refuse_other_merge",
+    "residual_additions",
+    "trunk_between",
+]
 
 _ADD = torch.ops.aten.add.Tensor
 _CAT = torch.ops.aten.cat.default
@@ -171,6 +180,47 @@ def core_of(traced: Trace, fork: Node, merge: Node, skips: Sequence[str] = ()) -
         refuse_node(node, f"a skip and a branch that share nothing between fork {fork.name} and merge {merge.name}")
     skip, guess = skip_among(traced, fork, operands, skips)
     return Core(fork, merge, skip, tuple(o for o in operands if o is not skip), guess=guess)
+
+
+def residual_additions(traced: Trace) -> list[tuple[Node, Node]]:
+    """All additions, wherever they stand, of a value and what a layer makes of it.
+
+    Args:
+        traced: The graph.
+
+    Returns:
+        (Value, addition) in the order of the graph.
+    """
+    found = []
+    for node in traced.graph.nodes:
+        if node.target is not _ADD:
+            continue
+        for value, other in itertools.permutations(traced.dependent_inputs(node), 2):
+            if traced.comes_before(value, other) and _is_made_by_a_layer(traced, value, other):
+                found.append((value, node))
+    return found
+
+
+def _is_made_by_a_layer(traced: Trace, value: Node, made: Node) -> bool:
+    """Whether a layer stands on a way from one node to another."""
+    reached: dict[Node, bool] = {}  # whether a layer stands on a way from the value to a node
+
+    def passes(node: Node) -> bool | None:
+        if node is value:
+            return False
+        return reached.get(node)
+
+    between, waiting = set(), [made]
+    while waiting:
+        node = waiting.pop()
+        if node not in between and traced.comes_before(value, node):
+            between.add(node)
+            waiting.extend(traced.dependent_inputs(node))
+    for node in traced.in_order(between):
+        before = [passed for arg in traced.dependent_inputs(node) if (passed := passes(arg)) is not None]
+        if before:
+            reached[node] = any(before) or makes_branch(node)
+    return reached.get(made, False)
 
 
 def owner_of(traced: Trace, core: Core) -> str:

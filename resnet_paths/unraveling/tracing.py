@@ -28,7 +28,7 @@ from resnet_paths.unraveling.gates import write_gates_as_branches
 from resnet_paths.unraveling.in_place import write_out_of_place
 from resnet_paths.unraveling.packing import Packed, values_of
 
-__all__ = ["FixedShape", "Trace", "module_path", "trace"]
+__all__ = ["IS_CONTEXT", "FixedShape", "Trace", "module_path", "trace"]
 
 _BATCH_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
 _RANDOM = {
@@ -42,6 +42,10 @@ _RANDOM = {
     torch.ops.aten._native_batch_norm_legit.default,
     torch.ops.aten._native_batch_norm_legit_functional.default,
 }
+
+
+IS_CONTEXT = "is_context"
+"""Marks, in a node's ``meta``, a value that blocks read as context although it is that of another node."""
 
 
 class FixedShape(nn.Module):
@@ -105,8 +109,26 @@ class Trace:
         self._position = {node: i for i, node in enumerate(graph.nodes)}
         self._dependent: set[Node] = set(inputs) - set(given)
         for node in graph.nodes:
-            if not is_shape(node) and any(arg in self._dependent for arg in node.all_input_nodes):
+            if node in given or is_shape(node):
+                continue
+            if any(arg in self._dependent for arg in node.all_input_nodes):
                 self._dependent.add(node)
+
+    def seen_from(self, inputs: Sequence[Node], given: Sequence[Node] = ()) -> Trace:
+        """The same graph, where only what is made from some nodes counts as dependent.
+
+        Args:
+            inputs: These nodes, such as the first state.
+            given: Nodes on which nothing counts as dependent.
+
+        Returns:
+            A trace of the same graph.
+        """
+        return Trace(self.graph, list(inputs), self.output, self.tensors, given)
+
+    def comes_before(self, one: Node, other: Node) -> bool:
+        """Whether a node stands before another in the graph."""
+        return self._position[one] < self._position[other]
 
     def depends_on_input(self, node: Node) -> bool:
         """Whether a node's values, not only its shape, depend on the module's input."""
@@ -119,16 +141,6 @@ class Trace:
     def region(self, sources: Iterable[Node], target: Node) -> set[Node]:
         """The dependent nodes on the way from `sources` to `target`: without the sources, with the target."""
         return _walk_back(target, set(sources), self.dependent_inputs)
-
-    def reads_tensors(self, nodes: Iterable[Node]) -> bool:
-        """Whether any of these nodes, which do not depend on the input, is a parameter or a buffer or made from one."""
-        waiting = list(nodes)
-        while waiting:
-            node = waiting.pop()
-            if node.op == "get_attr":
-                return True
-            waiting.extend(node.all_input_nodes if not is_shape(node) else ())
-        return False
 
     def in_order(self, nodes: Iterable[Node]) -> list[Node]:
         """`nodes` in the order of the graph."""
@@ -175,6 +187,9 @@ class Trace:
                     f"a chain; {wanted[0].name} ({describe(wanted[0])}) also reads its input",
                     "Only the stem may read the input.",
                 )
+            if IS_CONTEXT in node.meta:  # the same tensor under another name
+                copies[node] = copies[node.all_input_nodes[0]]
+                continue
             size = self._size_of(node, sources)
             if size is None:
                 copies[node] = graph.node_copy(node, copies.__getitem__)
