@@ -1,4 +1,4 @@
-"""Inputs that every block reads, such as an attention mask: carried along in the state."""
+"""What several blocks read and none changes: context, such as an attention mask, or a part of the state."""
 
 from __future__ import annotations
 
@@ -224,10 +224,15 @@ def test_the_time_of_a_diffusion_model_is_carried_into_the_blocks_inside():
     assert frame.gradient_share.sum() == pytest.approx(1, abs=1e-12)
 
 
-def test_a_number_that_blocks_read_is_refused_by_name():
-    model, x = build(Diffusion), inputs()
-    with pytest.raises(rp.ResnetPathsError, match=r"example_inputs: got 'time'; allowed: inputs that only the stem"):
-        rp.unravel(Scalar(model), {"x": x, "time": torch.tensor(0.5, dtype=torch.float64)})
+def test_a_number_that_blocks_read_is_context():
+    model, x = Scalar(build(Diffusion)), inputs()
+    batch = {"x": x, "time": torch.tensor(0.5, dtype=torch.float64)}
+    chain = rp.unravel(model, batch)
+    assert len(chain) == len(model.layers)
+    other = {**batch, "time": torch.tensor(-2.0, dtype=torch.float64)}
+    assert torch.equal(chain(**other), model(**other))
+    for i in range(len(chain)):
+        assert torch.equal(rp.delete_block(chain, i)(**other), model(**other, without=(i,)))
 
 
 class Scalar(nn.Module):
@@ -239,10 +244,10 @@ class Scalar(nn.Module):
         self.inp, self.out = nn.Linear(5, 2).double(), nn.Linear(2, 3).double()
         self.training = False
 
-    def forward(self, x, time):
+    def forward(self, x, time, without=()):
         x = self.inp(x)
-        for layer in self.layers:
-            x = x + time * layer(x)
+        for i, layer in enumerate(self.layers):
+            x = x if i in without else x + time * layer(x)
         return self.out(x)
 
 
@@ -366,10 +371,10 @@ def test_a_query_that_all_blocks_of_a_stage_read_is_carried_through_it():
     networks = [rp.path_network(chain, path)(x) for path in rp.enumerate_paths(chain, length=1)]
     assert state.shape == (4, 4)
     assert all(made.shape == (4, 3) for made in networks)
-    carrying = ((4,), (4,))
+    carrying = (8,)  # the state and the query, in one tensor
     assert [(b.in_shape, b.out_shape) for b in chain][:3] == [((4,), carrying), (carrying, carrying), (carrying, (4,))]
-    assert chain.to_frame()["shape"].tolist() == ["4"] * 6
+    assert chain.to_frame()["shape"].tolist() == ["4 -> 8", "8", "8 -> 4"] * 2
     assert [lesion.blocks for lesion in rp.duplications(chain)] == [(1,), (4,)]
     for pair in ((0, 1), (1, 2)):  # where the query is made, and where it is left
-        with pytest.raises(rp.ResnetPathsError, match=r"a block that takes .*\(4, 4\)|a block with"):
+        with pytest.raises(rp.ResnetPathsError, match=r"a block that takes 4, not 8"):
             rp.swap_blocks(chain, *pair)
