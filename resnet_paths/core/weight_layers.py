@@ -58,7 +58,7 @@ _FOURIER = {
     "aten::_fft_r2c",
     "aten::_fft_c2r",
 }
-_OTHERS = {"torchvision::deform_conv2d", "aten::scaled_dot_product_attention", "aten::_native_multi_head_attention"}
+_OTHERS = {"aten::scaled_dot_product_attention", "aten::_native_multi_head_attention", "aten::_grouped_mm"}
 _POOLINGS = {
     _ATEN.avg_pool1d.default,
     _ATEN.avg_pool2d.default,
@@ -85,7 +85,11 @@ def is_weighted(node: Node) -> bool:
     if node.target in _CONVOLUTIONS or node.target in _PRODUCTS or node.target in _RECURRENT:
         return True
     name = node.target._schema.name if isinstance(node.target, torch._ops.OpOverload) else ""
-    return name in _FOURIER or name in _OTHERS
+    if name in _FOURIER or name in _OTHERS:
+        return True
+    # An operation of another library that reads a weight, such as a deformable convolution.
+    is_foreign = bool(name) and not name.startswith(("aten::", "prim"))
+    return is_foreign and any(source.op == "get_attr" for source in node.all_input_nodes)
 
 
 def makes_branch(node: Node) -> bool:

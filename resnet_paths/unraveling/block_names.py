@@ -10,7 +10,7 @@ from torch.fx import Node
 from resnet_paths.core.weight_layers import is_weighted
 from resnet_paths.unraveling.packing import values_of
 from resnet_paths.unraveling.parts import Part
-from resnet_paths.unraveling.tracing import Trace, common_module
+from resnet_paths.unraveling.tracing import Trace, common_module, common_path
 
 __all__ = ["names_of"]
 
@@ -37,9 +37,7 @@ def names_of(traced: Trace, parts: Sequence[Part], taken: Collection[str] = ()) 
         if name not in used and by_merge.count(name) == 1:
             names.append(name)
             continue
-        region = _branch_region(traced, part)
-        weighted = [node for node in region if is_weighted(node)]
-        candidates = [common_module(region), common_module(weighted)]
+        candidates = _modules_of_branch(traced, part)
         free = [candidate for candidate in candidates if candidate not in used | set(by_merge)]
         known = next((candidate for candidate in [*candidates, name] if candidate), "")
         if free:
@@ -51,6 +49,19 @@ def names_of(traced: Trace, parts: Sequence[Part], taken: Collection[str] = ()) 
             several = (f"{name or 'block'}{'#' if name else ''}{k}" for k in itertools.count(index))
             names.append(next(each for each in several if each not in used))
     return names
+
+
+def _modules_of_branch(traced: Trace, part: Part) -> list[str]:
+    """Modules that hold the branch, from the widest part of it to its weight layers alone, and those of its weights."""
+    region = traced.in_order(_branch_region(traced, part))
+    behind: set[Node] = set()  # the weight layers and what is computed from them: a normalisation ahead is left out
+    for node in region:
+        if is_weighted(node) or any(arg in behind for arg in node.all_input_nodes):
+            behind.add(node)
+    weighted = [node for node in region if is_weighted(node)]
+    read = {arg for node in weighted for arg in node.all_input_nodes if arg.op == "get_attr"}
+    holders = [str(node.target).rpartition(".")[0] for node in read]
+    return [common_module(region), common_module(behind), common_module(weighted), common_path(filter(None, holders))]
 
 
 def _branch_region(traced: Trace, part: Part) -> set[Node]:

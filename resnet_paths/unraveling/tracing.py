@@ -414,8 +414,13 @@ def common_module(nodes: Iterable[Node]) -> str:
     Returns:
         Its name; empty if there is none.
     """
-    paths = [path.split(".") for path in map(module_path, nodes) if path]
-    levels = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*paths, strict=False))
+    return common_path(path for path in map(module_path, nodes) if path)
+
+
+def common_path(paths: Iterable[str]) -> str:
+    """The longest name of a module that all names begin with; empty if there is none."""
+    split = [path.split(".") for path in paths]
+    levels = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*split, strict=False))
     return ".".join(level[0] for level in levels)
 
 
