@@ -24,14 +24,14 @@ from .core.chain import (
 from .core.chain import (
     ResidualChain as ResidualChain,
 )
-from .core.chain import (
-    path_network as path_network,
-)
 from .core.edits import (
     duplicate_block as duplicate_block,
 )
 from .core.edits import (
     parallel_blocks as parallel_blocks,
+)
+from .core.edits import (
+    path_network as path_network,
 )
 from .core.edits import (
     permute_blocks as permute_blocks,

@@ -24,11 +24,11 @@ from resnet_paths._utils.errors import ResnetPathsError, nearest_names
 from resnet_paths.core.cache import ByBlock, Cache
 from resnet_paths.core.modes import depends_on_mode
 from resnet_paths.core.parts import Parallel, Placed, call_part, context_read_by
-from resnet_paths.core.paths import Entry, InBranch, branch_number, check_path, choices_of, num_paths
+from resnet_paths.core.paths import InBranch, num_paths
 from resnet_paths.core.summary import chain_table, dimensions, indented
 from resnet_paths.core.units import length_polynomial
 
-__all__ = ["Block", "ResidualChain", "path_network"]
+__all__ = ["Block", "ResidualChain"]
 
 
 class Block(nn.Module):
@@ -184,9 +184,9 @@ class Block(nn.Module):
     def summary(self) -> str:
         """One line: name, stage, skip, what is left of the branch, shapes."""
         skip = f"{self.skip_kind} skip" if self.skip is not None else "no skip"
-        branch = (
-            "branch deleted" if self.branch is None else f"{_count_parameters(self.branch):,} parameters in the branch"
-        )
+        branch = "branch deleted"
+        if self.branch is not None:
+            branch = f"{sum(p.numel() for p in self.branch.parameters()):,} parameters in the branch"
         shapes = " -> ".join(dimensions(shape) for shape in (self.in_shape, self.out_shape))
         said = [f"stage {self.stage}", skip, branch, *([] if self.in_shape is None else [shapes])]
         return f"{self.name or '(unnamed)'}: {', '.join(said)}"
@@ -390,7 +390,8 @@ class ResidualChain(nn.Module):
             Lines of text: name, stage, skip, what stands before skip and branch, in the branch and after the addition,
             weight layers on the longest route through the branch, parameters, shapes without the batch.
         """
-        first = f"ResidualChain of {len(self)} blocks, {self.num_paths:,} paths, {_count_parameters(self):,} parameters"
+        size = sum(p.numel() for p in self.parameters())
+        first = f"ResidualChain of {len(self)} blocks, {self.num_paths:,} paths, {size:,} parameters"
         if not len(self):
             return first
         table = indented(self.to_frame()).to_string(index=False, justify="left")
@@ -447,40 +448,6 @@ def _sum_of(skip: torch.Tensor | None, branch: torch.Tensor | None) -> torch.Ten
 def _read_by(*parts: nn.Module | None) -> tuple[str, ...]:
     """Names of the context that several parts read, each once."""
     return tuple(dict.fromkeys(name for part in parts for name in context_read_by(part)))
-
-
-def path_network(chain: ResidualChain, path: Sequence[Entry]) -> ResidualChain:
-    """One path run alone, forward: each block reduced to its skip or to its branch.
-
-    The forward pass does not split into a sum over paths, since branches are not linear; this is the network that Dong
-    et al. (2021, section 2.2) run for each path of a transformer.
-
-    Args:
-        chain: The chain.
-        path: One entry per block: False = skip, True = branch; a path where the branch is a chain.
-
-    Returns:
-        A chain of one path that shares all weights with `chain`.
-
-    Raises:
-        ResnetPathsError: If the path does not fit the chain.
-    """
-    path = check_path(choices_of(chain), path)
-    return chain.with_blocks(_take(block, entry) for block, entry in zip(chain, path, strict=True))
-
-
-def _take(block: Block, entry: Entry) -> Block:
-    if not isinstance(entry, tuple) and not entry:
-        return block.replace(branch=None)
-    if isinstance(entry, tuple):
-        branch: nn.Module = path_network(block.nested[branch_number(entry)], entry)
-    else:
-        branch = block.branches[entry - 1]
-    return block.replace(branch=branch, skip=None, skip_kind=None)
-
-
-def _count_parameters(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
 
 
 def refuse_other_than_chain(argument: str, value: object) -> None:

@@ -19,12 +19,14 @@ from torch import nn
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.core.chain import Block, ResidualChain, is_identity, refuse_other_than_chain
 from resnet_paths.core.parts import Parallel, Scaled
+from resnet_paths.core.paths import Entry, branch_number, check_path, choices_of
 
 __all__ = [
     "delete_block",
     "delete_blocks",
     "duplicate_block",
     "parallel_blocks",
+    "path_network",
     "permute_blocks",
     "reverse_blocks",
     "scale_block",
@@ -265,6 +267,36 @@ def parallel_blocks(
     rest = list(chain)
     rest[places[0] : places[-1] + 1] = [joined]
     return chain.with_blocks(rest)
+
+
+def path_network(chain: ResidualChain, path: Sequence[Entry]) -> ResidualChain:
+    """One path run alone, forward: each block reduced to its skip or to its branch.
+
+    The forward pass does not split into a sum over paths, since branches are not linear; this is the network that Dong
+    et al. (2021, section 2.2) run for each path of a transformer.
+
+    Args:
+        chain: The chain.
+        path: One entry per block: False = skip, True = branch; a path where the branch is a chain.
+
+    Returns:
+        A chain of one path that shares all weights with `chain`.
+
+    Raises:
+        ResnetPathsError: If the path does not fit the chain.
+    """
+    path = check_path(choices_of(chain), path)
+    return chain.with_blocks(_take(block, entry) for block, entry in zip(chain, path, strict=True))
+
+
+def _take(block: Block, entry: Entry) -> Block:
+    if not isinstance(entry, tuple) and not entry:
+        return block.replace(branch=None)
+    if isinstance(entry, tuple):
+        branch: nn.Module = path_network(block.nested[branch_number(entry)], entry)
+    else:
+        branch = block.branches[entry - 1]
+    return block.replace(branch=branch, skip=None, skip_kind=None)
 
 
 def _with_changed(chain: ResidualChain, block: int | str, change: Callable[[Block], Block]) -> ResidualChain:
