@@ -83,3 +83,14 @@ def test_published_results_are_there(name):
     errors = frame[[c for c in frame if c.startswith("error_percent")]]
     assert len(frame) > 5
     assert errors.apply(lambda column: column.between(0, 100)).all(axis=None)
+
+
+def test_modules_that_contributing_names_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    wings = "_utils|core|figures|gradients|lesions|reproduce|unraveling|zoo"
+    named = set(re.findall(rf"`((?:{wings})[./]\w+)", text))
+    assert len(named) > 10
+    for name in named:
+        path = ROOT / "resnet_paths" / name.replace(".", "/")
+        package = path.parent / "__init__.py"
+        assert path.with_suffix(".py").exists() or re.search(rf"\b{path.name}\b", package.read_text()), name
