@@ -132,8 +132,11 @@ def chain_table(blocks: Iterable[Any], depth: int = 0) -> pd.DataFrame:
     """
     rows: list[dict[Any, Any]] = []
     for index, block in enumerate(blocks):
-        # A graph names its weights as the model does, "blocks" among others.
-        inner = None if isinstance(block.branch, GraphModule) else getattr(block.branch, "blocks", None)
+        nested = block.nested
+        words = [
+            f"chain of {len(nested[number])} blocks" if number in nested else contents(branch)
+            for number, branch in enumerate(block.branches, start=1)
+        ]
         shapes = [dimensions(shape_of_x(shape)) for shape in (block.in_shape, block.out_shape)]
         rows.append({
             "index": index,
@@ -142,14 +145,14 @@ def chain_table(blocks: Iterable[Any], depth: int = 0) -> pd.DataFrame:
             "stage": block.stage,
             "skip": block.skip_kind or "none",
             "before": contents(block.pre) if _does(block.pre) else "",
-            "branch": f"chain of {len(inner)} blocks" if inner is not None else contents(block.branch),
+            "branch": " | ".join(words) if words else "deleted",
             "after": contents(block.post) if _does(block.post) else "",
             "num_branches": sum(map(bool, block.path_choices)),
             "weight_layers": weight_layers(block.branch),
             "parameters": sum(p.numel() for p in block.parameters()),
             "shape": shapes[0] if shapes[0] == shapes[1] else " -> ".join(shapes),
         })
-        if inner is not None:
+        for inner in nested.values():
             rows += chain_table(inner, depth + 1).to_dict("records")
     return pd.DataFrame(rows)
 

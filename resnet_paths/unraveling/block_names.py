@@ -10,7 +10,7 @@ from torch.fx import Node
 from resnet_paths.core.weight_layers import is_weighted
 from resnet_paths.unraveling.packing import values_of
 from resnet_paths.unraveling.parts import Part
-from resnet_paths.unraveling.tracing import Trace, common_module, common_path
+from resnet_paths.unraveling.tracing import Trace, common_module, common_path, module_path
 
 __all__ = ["names_of"]
 
@@ -52,7 +52,7 @@ def names_of(traced: Trace, parts: Sequence[Part], taken: Collection[str] = ()) 
 
 
 def _modules_of_branch(traced: Trace, part: Part) -> list[str]:
-    """Modules that hold the branch, from the widest part of it to its weight layers alone, and those of its weights."""
+    """Names for a branch: modules that hold all of it or its weight layers, its weights' modules, its last layer."""
     region = traced.in_order(_branch_region(traced, part))
     behind: set[Node] = set()  # the weight layers and what is computed from them: a normalisation ahead is left out
     for node in region:
@@ -61,7 +61,16 @@ def _modules_of_branch(traced: Trace, part: Part) -> list[str]:
     weighted = [node for node in region if is_weighted(node)]
     read = {arg for node in weighted for arg in node.all_input_nodes if arg.op == "get_attr"}
     holders = [str(node.target).rpartition(".")[0] for node in read]
-    return [common_module(region), common_module(behind), common_module(weighted), common_path(filter(None, holders))]
+    last = weighted[-1:] or region[-1:]
+    weights = [str(arg.target) for node in last for arg in node.all_input_nodes if arg.op == "get_attr"]
+    return [
+        common_module(region),
+        common_module(behind),
+        common_module(weighted),
+        common_path(filter(None, holders)),
+        *map(module_path, last),
+        *weights[:1],
+    ]
 
 
 def _branch_region(traced: Trace, part: Part) -> set[Node]:

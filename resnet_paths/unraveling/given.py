@@ -50,9 +50,9 @@ def find_parts(traced: Trace, options: Options) -> tuple[Trace, list[Part], list
     # The first of those with the most blocks: given nothing, where that gives as many.
     best = max(found, key=_number, default=[])
     additions = residual_additions(traced)
-    if additions and _number(best) < len(additions):
-        first, _ = additions[0]
-        best = max(best, _parts_given(traced.seen_from([first]), options), key=_number)
+    if len(best) < len(additions):
+        seen = _parts_given(traced.seen_from([additions[0][0]]), options)
+        best = max(best, seen, key=lambda parts: (_number(parts), len(parts)))
     if len(best) < len(additions):
         traced, best = _with_first_state_as_context(traced, additions, best, options)
     if best:
@@ -91,8 +91,14 @@ def _with_first_state_as_context(
 
 
 def _number(parts: Sequence[Part]) -> int:
-    """How many blocks there are, those inside branches counted."""
-    return sum(1 + sum(map(_number, part.inner)) for part in parts)
+    """How many blocks there are, those inside branches counted.
+
+    ``a * x + b * y`` with numbers a and b is no block: it mixes a second value into the state, such as the first one.
+
+    Returns:
+        Their number.
+    """
+    return sum((not part.is_mixture) + sum(map(_number, part.inner)) for part in parts)
 
 
 def _subsets(inputs: Sequence[Node]) -> Iterator[tuple[Node, ...]]:

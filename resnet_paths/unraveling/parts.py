@@ -47,6 +47,7 @@ class Part:
         joins: Whether the operands are concatenated, that is, added in a wider space.
         guess: How the skip was guessed; empty where it is certain.
         pre_stays: Whether what stands between start and fork belongs to no block.
+        is_mixture: Whether the skip is a multiple of the value at the fork.
     """
 
     module: str
@@ -61,6 +62,7 @@ class Part:
     joins: bool = False
     guess: str = ""
     pre_stays: bool = False
+    is_mixture: bool = False
 
     def starting_at(self, start: Node | Packed) -> Part:
         """The same block, with what stands before it taken in."""

@@ -25,6 +25,7 @@ from resnet_paths.unraveling.tracing import Trace, is_within, module_path
 __all__ = ["residual_parts"]
 
 _CAT = torch.ops.aten.cat.default
+_MULTIPLES = {torch.ops.aten.mul.Tensor, torch.ops.aten.div.Tensor, torch.ops.aten.neg.default}
 
 
 def residual_parts(traced: Trace, options: Options) -> list[Part]:
@@ -103,8 +104,23 @@ def _part(traced: Trace, core: Core, start: Node, end: Node, options: Options) -
         skip = None if core.skip is None else alone(core.skip)
         branches = tuple(map(alone, core.branches))
     stays = _stands_between(traced, module, start, core.fork)
+    is_mixture = False
+    if core.skip is not None and core.skip is not core.fork and not joins:
+        is_mixture = all(node.target in _MULTIPLES for node in traced.region([core.fork], core.skip))
     return Part(
-        module, start, core.fork, core.merge, end, skip, branches, inner, core.onto_skip, joins, core.guess, stays
+        module,
+        start,
+        core.fork,
+        core.merge,
+        end,
+        skip,
+        branches,
+        inner,
+        core.onto_skip,
+        joins,
+        core.guess,
+        stays,
+        is_mixture,
     )
 
 
