@@ -6,13 +6,17 @@ carried together, as a stack of cotangents from the last block to the first:
 
     v[k] at a block's input = P^T v[k] + J^T v[k-1]        P: Jacobian of post * skip, J: of post * branch
 
-which costs n (n + 1) / 2 block VJPs for all 2^n paths. Only states between blocks are kept from the forward pass; a
-block's inside is computed again when the backward pass reaches it.
+which costs n (n + 1) / 2 block VJPs for all 2^n paths. What a branch reads of the context has a gradient of the same
+lengths, c[k] = c[k] + C^T v[k-1] with C the Jacobian with respect to the context: it counts among the paths that take
+that branch last, and the skips of all blocks below. A block without a skip hands c on through its first branch.
+
+Only states between blocks are kept from the forward pass; a block's inside is computed again when the backward pass
+reaches it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -21,88 +25,90 @@ from torch import nn
 
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.core.chain import Block, ResidualChain
-from resnet_paths.core.inputs import call, each_tensor
-from resnet_paths.core.parts import Parallel
+from resnet_paths.core.inputs import each_tensor
+from resnet_paths.core.parts import Parallel, call_part, context_read_by
 from resnet_paths.core.paths import Path
-from resnet_paths.gradients.adjoints import Pullback, each_part, linearize, unchanged
-from resnet_paths.gradients.cotangents import Stack, combined, joined, parts_of, rows_of
+from resnet_paths.core.signature import arguments_of
+from resnet_paths.gradients.adjoints import Context, Pullback, linearize, unchanged
+from resnet_paths.gradients.cotangents import Cotangents, Stack, combined, joined, placed, with_more
 
 __all__ = [
     "Rules",
-    "head_cotangent",
+    "forward",
+    "head_cotangents",
     "parameter_cotangents",
     "parts_through_blocks",
     "pull_back",
     "pull_paths",
-    "states_of",
 ]
 
 
-def states_of(chain: ResidualChain, inputs: Any) -> list[Any]:
-    """The states between blocks of an ordinary forward pass.
+@torch.no_grad()
+def forward(chain: ResidualChain, inputs: Any) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    """The states between blocks of an ordinary forward pass, and the context.
 
     Args:
         chain: The chain.
         inputs: A batch, as the chain is called: a tensor, a tuple or a mapping.
 
     Returns:
-        The output of the stem, then that of each block.
+        The output of the stem, then that of each block; the context by name.
 
     Raises:
         ResnetPathsError: If a value is not finite; the first block whose output holds one is named.
     """
-    with torch.no_grad():
-        # Parts written by hand may begin with an operation in place: they get copies.
-        first = call(chain.stem, inputs if chain.eval_only else each_tensor(torch.clone, inputs))
-    _check_finite("the stem", first)
-    return _states_from(first, chain)
+    # Parts written by hand may begin with an operation in place: they get copies.
+    args, kwargs = arguments_of(inputs if chain.eval_only else each_tensor(torch.clone, inputs))
+    state, context = chain.begin(*args, **kwargs)
+    _check_finite("the stem", state)
+    return _states_from(state, chain, context), context
 
 
 @torch.no_grad()
-def _states_from(state: Any, chain: ResidualChain) -> list[Any]:
+def _states_from(state: torch.Tensor, chain: ResidualChain, context: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
     """The state at the first block, and that behind each."""
-    own = unchanged if chain.eval_only else _copy
     states = [state]
     for index, block in enumerate(chain):
-        states.append(block(own(states[-1])))
+        own = states[-1] if chain.eval_only else states[-1].clone()
+        states.append(call_part(block, own, context))
         _check_finite(f"block {block.name or index!r}", states[-1])
     return states
 
 
-def _copy(state: Any) -> Any:
-    return each_part(torch.clone, state)
+def _check_finite(place: str, state: torch.Tensor) -> None:
+    if state.is_floating_point() and not bool(torch.isfinite(state).all()):
+        raise ResnetPathsError(
+            "inputs",
+            f"NaN or infinity in the output of {place}",
+            "inputs whose activations are all finite",
+            "In half precision, large activations overflow: try float32.",
+        )
 
 
-def _check_finite(place: str, state: Any) -> None:
-    for part in parts_of(state):
-        if part.is_floating_point() and not bool(torch.isfinite(part).all()):
-            raise ResnetPathsError(
-                "inputs",
-                f"NaN or infinity in the output of {place}",
-                "inputs whose activations are all finite",
-                "In half precision, large activations overflow: try float32.",
-            )
-
-
-def head_cotangent(chain: ResidualChain, state: Any, losses_of: Callable[[Any], torch.Tensor]) -> Any:
-    """Gradient of each example's own loss at the last block's output.
+def head_cotangents(
+    chain: ResidualChain, state: torch.Tensor, context: Context, losses_of: Callable[[Any], torch.Tensor]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Gradient of each example's own loss at the last block's output, and at the context that the head reads.
 
     Args:
         chain: The chain; only its head is run.
         state: Output of the last block.
+        context: The context.
         losses_of: From what the head returns to losses [batch].
 
     Returns:
-        The gradient, in the shape of `state`.
+        The gradient in the shape of `state`; and one for each entry of the context that carries a gradient.
 
     Raises:
         ResnetPathsError: If the loss is not one number an example, or not finite.
     """
-    leaves = tuple(part.detach().clone().requires_grad_(part.is_floating_point()) for part in parts_of(state))
+    leaves = [t.detach().clone() for t in (state, *(context.values[name] for name in context.carrying))]
+    leaves = [leaf.requires_grad_(leaf.is_floating_point()) for leaf in leaves]
     with torch.enable_grad():
-        losses = losses_of(chain.head(_copy(leaves if isinstance(state, tuple) else leaves[0])))
+        given = {**context.values, **dict(zip(context.carrying, leaves[1:], strict=True))}
+        losses = losses_of(call_part(chain.head, leaves[0].clone(), given))
         total = losses.sum() if isinstance(losses, torch.Tensor) else None
-    size = len(leaves[0])
+    size = len(state)
     if not isinstance(losses, torch.Tensor) or losses.shape != (size,):
         found = list(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__
         raise ResnetPathsError(
@@ -117,8 +123,8 @@ def head_cotangent(chain: ResidualChain, state: Any, losses_of: Callable[[Any], 
     slopes: list[torch.Tensor | None] = [None] * len(leaves)
     if total is not None and total.requires_grad:
         slopes = list(torch.autograd.grad(total, leaves, allow_unused=True))
-    gradients = tuple(torch.zeros_like(x) if g is None else g for x, g in zip(leaves, slopes, strict=True))
-    return gradients if isinstance(state, tuple) else gradients[0]
+    first, *others = (torch.zeros_like(x) if g is None else g for x, g in zip(leaves, slopes, strict=True))
+    return first, dict(zip(context.carrying, others, strict=True))
 
 
 @dataclass(frozen=True)
@@ -139,50 +145,62 @@ class Rules:
 @torch.no_grad()
 def pull_back(
     chain: ResidualChain,
-    states: Sequence[Any],
-    stack: Stack,
+    states: Sequence[torch.Tensor],
+    context: Context,
+    above: Cotangents,
     rules: Rules,
     *,
     down_to: int = 0,
     up_from: int | None = None,
-) -> Stack:
-    """A stack of cotangents pulled back through blocks.
+) -> Cotangents:
+    """Cotangents pulled back through blocks.
 
     Args:
         chain: The chain.
-        states: From `states_of`.
-        stack: Cotangents at the output of block ``up_from - 1``.
+        states: From `forward`.
+        context: What the blocks read beside the states.
+        above: Cotangents at the output of block ``up_from - 1``.
         rules: What to keep apart.
         down_to: The block at whose input to stop.
         up_from: The block above which to start; None for the end of the chain.
 
     Returns:
-        The stack at the input of block `down_to`; of no length at all if `rules.longest` allows none.
+        The cotangents at the input of block `down_to`; of no length at all if `rules.longest` allows none.
     """
     for index in reversed(range(down_to, len(chain) if up_from is None else up_from)):
-        stack = _through_block(LinearBlock.at(chain[index], states[index]), stack, rules)
-        if rules.longest is not None:
-            stack = stack.rows(0, max(rules.longest - stack.shortest + 1, 0))
-        if not len(stack):
+        block = LinearBlock.at(chain[index], states[index], context)
+        above = _below_post(block, above.pulled(block.post), rules).up_to(rules.longest)
+        if not len(above.state):
             break
-    return stack
+    return above
 
 
-def _through_block(block: LinearBlock, stack: Stack, rules: Rules) -> Stack:
-    above = stack.pulled(block.post)
-    total = None if block.skip is None else above.pulled(block.skip)
+def _below_post(block: LinearBlock, above: Cotangents, rules: Rules) -> Cotangents:
+    """From behind the addition of a block to its input."""
+    state, context = None, above.without_context().context
+    if block.skip is not None:
+        through_skip = above.pulled(block.skip)
+        state, context = through_skip.state, through_skip.context
+        above = above.without_context()
     # Only lengths that may still grow.
-    to_branch = above if rules.longest is None else above.rows(0, max(rules.longest - above.shortest, 0))
-    for branch in block.branches if len(to_branch) else []:
+    to_branch = above if rules.longest is None else above.up_to(rules.longest - 1)
+    for branch in block.branches if len(to_branch.state) else []:
         signs = None if rules.draw_signs is None else rules.draw_signs()
-        source = branch.pulled(to_branch, rules) if isinstance(branch, NestedChain) else to_branch
-        if len(source):
-            pullback = unchanged if isinstance(branch, NestedChain) else branch
-            total = combined(total, source, pullback, signs, longer=int(rules.counted))
-    if total is None:
-        return above.rows(0, 0)
-    passed_unscaled = not len(to_branch) or not block.branches or block.pre is not unchanged
-    return total.pulled(block.pre).renormalised() if passed_unscaled else total.pulled(block.pre)
+        if isinstance(branch, NestedChain):
+            source, pullback = branch.pulled(to_branch, rules), unchanged
+        else:
+            source, pullback = to_branch, branch
+        if len(source.state):
+            state, read = combined(state, source.state, pullback, signs, int(rules.counted))
+            context = with_more(context, read, signs, int(rules.counted))
+        context = with_more(context, source.context, signs, int(rules.counted))
+        to_branch = to_branch.without_context()
+    if state is None:
+        return above.up_to(-1)
+    found = Cotangents(state, context).pulled(block.pre)
+    if not len(to_branch.state) or not block.branches or block.pre is not unchanged:
+        return Cotangents(found.state.renormalised(), found.context)
+    return found
 
 
 @dataclass(frozen=True)
@@ -195,20 +213,21 @@ class LinearBlock:
     post: Pullback
 
     @classmethod
-    def at(cls, block: Block, state: Any) -> LinearBlock:
+    def at(cls, block: Block, state: torch.Tensor, context: Context) -> LinearBlock:
         """The block at its input `state`."""
-        shared, pre = linearize(block.pre, state)
-        total, skip = (None, None) if block.skip is None else linearize(block.skip, shared)
+        shared, pre = linearize(block.pre, state, context)
+        total, skip = (None, None) if block.skip is None else linearize(block.skip, shared, context)
         branches: list[Pullback | NestedChain] = []
         for branch in _alternatives(block.branch):
             if isinstance(branch, ResidualChain) and len(branch):
-                nested = NestedChain.at(branch, shared)
+                nested = NestedChain.at(branch, shared, context)
                 output, pulls = nested.output, cast("Pullback | NestedChain", nested)
             else:
-                output, pulls = linearize(branch, shared)
+                output, pulls = linearize(branch, shared, context)
             total = output if total is None else total + output
             branches.append(pulls)
-        return cls(pre, skip, branches, linearize(block.post, total)[1])
+        assert total is not None  # held by Block
+        return cls(pre, skip, branches, linearize(block.post, total, context)[1])
 
 
 def _alternatives(branch: nn.Module | None) -> list[nn.Module]:
@@ -220,48 +239,56 @@ def _alternatives(branch: nn.Module | None) -> list[nn.Module]:
 
 @dataclass(frozen=True)
 class NestedChain:
-    """A chain inside a branch, at a point."""
+    """A chain inside a branch, at a point; it reads the context of the chain around it."""
 
     chain: ResidualChain
-    states: list[Any]
+    states: list[torch.Tensor]
+    context: Context
     stem: Pullback
     head: Pullback
-    output: Any
+    output: torch.Tensor
 
     @classmethod
-    def at(cls, chain: ResidualChain, state: Any) -> NestedChain:
+    def at(cls, chain: ResidualChain, state: torch.Tensor, context: Context) -> NestedChain:
         """The chain at its input `state`."""
-        first, stem = linearize(chain.stem, state)
-        states = _states_from(first, chain)
-        output, head = linearize(chain.head, states[-1])
-        return cls(chain, states, stem, head, output)
+        first, stem = linearize(chain.stem, state, context)
+        states = _states_from(first, chain, context.values)
+        output, head = linearize(chain.head, states[-1], context)
+        return cls(chain, states, context, stem, head, output)
 
-    def pulled(self, stack: Stack, rules: Rules) -> Stack:
+    def pulled(self, above: Cotangents, rules: Rules) -> Cotangents:
         """Cotangents of its output at its input."""
         # Its own branch is one block of the path already.
         inner = rules if rules.longest is None else replace(rules, longest=rules.longest - 1)
-        return pull_back(self.chain, self.states, stack.pulled(self.head), inner).pulled(self.stem)
+        return pull_back(self.chain, self.states, self.context, above.pulled(self.head), inner).pulled(self.stem)
 
 
 @torch.no_grad()
 def pull_paths(
-    chain: ResidualChain, states: Sequence[Any], stack: Stack, paths: Sequence[Path], *, down_to: int = 0
-) -> Stack:
+    chain: ResidualChain,
+    states: Sequence[torch.Tensor],
+    context: Context,
+    above: Cotangents,
+    paths: Sequence[Path],
+    *,
+    down_to: int = 0,
+) -> Cotangents:
     """Cotangents pulled back along single paths, all at once: a path of length k costs k block VJPs.
 
     Args:
         chain: The chain.
-        states: From `states_of`, or the states inside a nested chain.
-        stack: Cotangents at the last block's output, a row a path; its memory is used up.
+        states: From `forward`, or the states inside a nested chain.
+        context: What the blocks read beside the states.
+        above: Cotangents at the last block's output, a row a path; their memory is used up.
         paths: A path a row, through the blocks from `down_to` on.
         down_to: The block at whose input to stop.
 
     Returns:
-        The stack at the input of block `down_to`, a row a path.
+        The cotangents at the input of block `down_to`, a row a path.
     """
     for index in reversed(range(down_to, len(chain))):
-        block = LinearBlock.at(chain[index], states[index])
-        above = stack.pulled(block.post)
+        block = LinearBlock.at(chain[index], states[index], context)
+        above = above.pulled(block.post)
         entries = [path[index - down_to] for path in paths]
         rows_of_entry: dict[int, list[int]] = {}
         for row, entry in enumerate(entries):
@@ -270,67 +297,63 @@ def pull_paths(
         for entry, rows in rows_of_entry.items():
             if not entry and block.skip is unchanged:
                 continue  # they stay where they are
-            piece = above if len(rows) == len(paths) else rows_of(above, rows)
+            piece = above if len(rows) == len(paths) else above.chosen(rows)
+            if entry > 1 or (entry and block.skip is not None):  # the context takes the skip, or the first branch
+                piece = piece.with_zero_context()
             branch = block.branches[entry - 1] if entry else block.skip
             if isinstance(branch, NestedChain):
                 inner = [cast("Path", entries[row]) for row in rows]
-                inside = pull_paths(branch.chain, branch.states, piece.pulled(branch.head), inner)
+                inside = pull_paths(branch.chain, branch.states, context, piece.pulled(branch.head), inner)
                 pieces.append((rows, inside.pulled(branch.stem)))
             else:
                 assert branch is not None  # the paths were drawn from the block's choices
-                pieces.append((rows, piece.pulled(branch).renormalised()))
-        stack = _placed(above, pieces).pulled(block.pre)
-    return stack
-
-
-def _placed(stack: Stack, pieces: list[tuple[list[int], Stack]]) -> Stack:
-    """`stack` with some rows replaced; all of them where their shape changed."""
-    if sum(len(rows) for rows, _ in pieces) < len(stack):
-        for rows, piece in pieces:
-            index = torch.tensor(rows, device=stack.exponents.device)
-            stack.exponents.index_copy_(0, index, piece.exponents)
-            for whole, part in zip(parts_of(stack.values), parts_of(piece.values), strict=True):
-                whole.index_copy_(0, index, part)
-        return stack
-    order = [row for rows, _ in pieces for row in rows]
-    together = joined([piece for _, piece in pieces])
-    return together if order == sorted(order) else rows_of(together, sorted(range(len(order)), key=order.__getitem__))
+                piece = piece.pulled(branch)
+                pieces.append((rows, Cotangents(piece.state.renormalised(), piece.context)))
+        above = placed(above, pieces).pulled(block.pre)
+    return above
 
 
 @torch.no_grad()
-def parts_through_blocks(chain: ResidualChain, states: Sequence[Any], cotangent: Any, *, down_to: int = 0) -> Stack:
+def parts_through_blocks(
+    chain: ResidualChain, states: Sequence[torch.Tensor], context: Context, whole: Cotangents, *, down_to: int = 0
+) -> Cotangents:
     """The whole gradient, and the part of it that passes through each block's branch.
 
     Args:
         chain: The chain.
-        states: From `states_of`.
-        cotangent: Gradient at the last block's output.
+        states: From `forward`.
+        context: What the blocks read beside the states.
+        whole: Gradient at the last block's output, in one row.
         down_to: The block at whose input to stop.
 
     Returns:
-        A stack at the input of block `down_to`: a row for the whole gradient, then one a block, last block first.
+        Cotangents at the input of block `down_to`: a row for the whole gradient, then one a block, last block first.
     """
     together = Rules(counted=False)
-    stack = Stack.of(cotangent)
+    rows = whole
     for index in reversed(range(down_to, len(chain))):
-        block = LinearBlock.at(chain[index], states[index])
-        through_branch = rows_of(stack, [0])
-        if block.branches:
-            through_branch = _through_block(replace(block, skip=None), through_branch, together)
-        else:
-            nothing = each_part(torch.zeros_like, through_branch.values)
-            through_branch = _through_block(block, replace(through_branch, values=nothing).renormalised(), together)
-        stack = joined([_through_block(block, stack, together), through_branch])
-    return stack
+        block = LinearBlock.at(chain[index], states[index], context)
+        above = rows.pulled(block.post)
+        through_branch = above.chosen([0])
+        if not block.branches:
+            through_branch = through_branch.mapped(Stack.zeros)
+        elif block.skip is not None:
+            through_branch = through_branch.with_zero_context()
+        only = replace(block, skip=None) if block.branches else block
+        rows = joined([_below_post(block, above, together), _below_post(only, through_branch, together)])
+    return rows
 
 
 @torch.no_grad()
-def parameter_cotangents(block: Block, state: Any, stack: Stack) -> Stack:
+def parameter_cotangents(
+    block: Block, state: torch.Tensor, context_of: Callable[[int], Mapping[str, torch.Tensor]], stack: Stack
+) -> Stack:
     """Gradients of each example for a block's parameters, given cotangents of the block's output.
 
     Args:
         block: The block.
         state: Its input.
+        context_of: From the position of an example to the context of that example alone.
         stack: Cotangents of its output.
 
     Returns:
@@ -338,16 +361,17 @@ def parameter_cotangents(block: Block, state: Any, stack: Stack) -> Stack:
         ``block.named_parameters()`` gives them.
     """
     parameters = {name: p.detach() for name, p in block.named_parameters() if p.is_floating_point()}
+    names = context_read_by(block)
     columns = []
     for example in range(stack.exponents.shape[2]):
-        one = each_part(lambda t: t[example : example + 1], state)  # noqa: B023 - used at once
+        one = state[example : example + 1]
+        context = {name: value for name, value in context_of(example).items() if name in names} if names else {}
 
-        def output_of(values: dict[str, torch.Tensor], one: Any = one) -> Any:
-            return torch.func.functional_call(block, values, (_copy(one),))
+        def output_of(values: dict[str, torch.Tensor], one: Any = one, context: Any = context) -> Any:
+            return torch.func.functional_call(block, values, (one.clone(),), context)
 
         vjp = torch.func.vjp(output_of, parameters)[1]
-        rows = each_part(lambda t: t[:, :, example : example + 1].flatten(0, 1), stack.values)  # noqa: B023
-        (found,) = torch.vmap(vjp)(rows)
+        (found,) = torch.vmap(vjp)(stack.values[:, :, example : example + 1].flatten(0, 1))
         columns.append(torch.cat([found[name].flatten(1) for name in parameters], 1))
     values = torch.stack(columns, 1).view(*stack.exponents.shape, -1)
     return replace(stack, values=values).renormalised()

@@ -7,55 +7,41 @@ Stacks are kept as mantissas and exponents: in float32 the gradient of a path th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
-from resnet_paths.gradients.adjoints import Pullback, each_part, unchanged
+from resnet_paths.gradients.adjoints import Pullback, unchanged
 
-__all__ = ["Stack", "combined", "joined", "parts_of", "rows_of"]
+__all__ = ["Cotangents", "Stack", "aligned", "combined", "joined", "placed", "with_more"]
 
 _CHUNK_BYTES = 2**23  # small enough for the caches; larger is no faster
 _ZERO = -(2**20)  # the exponent of a row of zeros: below every other
 
 
-def parts_of(state: Any) -> tuple[torch.Tensor, ...]:
-    """The tensors that a state is made of.
-
-    Args:
-        state: A tensor or a tuple of tensors.
-
-    Returns:
-        A tuple of tensors.
-    """
-    return state if isinstance(state, tuple) else (state,)
-
-
 @dataclass(frozen=True)
 class Stack:
-    """Cotangents of one state, apart by path length.
+    """Cotangents of one tensor, apart by path length.
 
     Where lengths are not counted, the first dimension may stand for something else, such as single paths.
 
     Attributes:
-        values: Mantissas [length, draw, batch, ...]; a tuple of such where the state is a tuple.
+        values: Mantissas [length, draw, batch, ...].
         exponents: Row (k, d, b) stands for ``values[k, d, b] * 2**exponents[k, d, b]``; int32 [length, draw, batch].
         shortest: Path length of the first row.
     """
 
-    values: Any
+    values: torch.Tensor
     exponents: torch.Tensor
     shortest: int = 0
 
     @classmethod
-    def of(cls, cotangent: Any, num_rows: int = 1, num_draws: int = 1) -> Stack:
+    def of(cls, cotangent: torch.Tensor, num_rows: int = 1, num_draws: int = 1) -> Stack:
         """A stack of the empty path alone, so many times."""
-        first = parts_of(cotangent)[0]
-        exponents = torch.zeros(num_rows, num_draws, len(first), dtype=torch.int32, device=first.device)
-        values = each_part(lambda t: _repeated(t, num_rows, num_draws), cotangent)
-        return cls(values, exponents).renormalised()
+        exponents = torch.zeros(num_rows, num_draws, len(cotangent), dtype=torch.int32, device=cotangent.device)
+        rows = _room_for(cotangent[None, None], num_rows, num_draws)
+        return cls(rows.copy_(cotangent.expand(num_rows, num_draws, *cotangent.shape)), exponents).renormalised()
 
     def __len__(self) -> int:
         """Number of path lengths."""
@@ -68,25 +54,41 @@ class Stack:
 
     def rows(self, start: int, stop: int) -> Stack:
         """Some of its lengths, by position."""
-        return Stack(each_part(lambda t: t[start:stop], self.values), self.exponents[start:stop], self.shortest + start)
+        return Stack(self.values[start:stop], self.exponents[start:stop], self.shortest + start)
+
+    def up_to(self, longest: int) -> Stack:
+        """Its lengths up to `longest`, which may be none."""
+        return self.rows(0, max(longest - self.shortest + 1, 0))
+
+    def chosen(self, rows: Sequence[int]) -> Stack:
+        """Some rows in the order wanted, where rows are not lengths; the memory is their own."""
+        index = torch.tensor(rows, device=self.exponents.device)
+        return replace(self, values=self.values.index_select(0, index), exponents=self.exponents.index_select(0, index))
+
+    def zeros(self) -> Stack:
+        """As many rows of zeros."""
+        return replace(self, values=torch.zeros_like(self.values)).renormalised()
 
     def chunks(self) -> Iterator[Stack]:
         """Runs of lengths small enough for what a branch computes inside."""
-        row_bytes = sum(t[0].numel() * t.element_size() for t in parts_of(self.values))
+        row_bytes = self.values[0].numel() * self.values.element_size()
         size = max(_CHUNK_BYTES // max(row_bytes, 1), 1)
         return (self.rows(start, min(start + size, len(self))) for start in range(0, len(self), size))
 
-    def pulled(self, pullback: Pullback) -> Stack:
-        """The stack at the input of a part, given its transposed Jacobian."""
+    def pulled(self, pullback: Pullback) -> tuple[Stack, dict[str, Stack]]:
+        """The stack at the input of a part, given its transposed Jacobian, and what the part reads of the context."""
         if pullback is unchanged or not len(self):
-            return self
+            return self, {}
         pieces = [_pull(pullback, chunk.values) for chunk in self.chunks()]
-        values = pieces[0] if len(pieces) == 1 else each_part(lambda *parts: torch.cat(parts), *pieces)
-        return replace(self, values=values)
+        values, *read = (column[0] if len(column) == 1 else torch.cat(column) for column in zip(*pieces, strict=True))
+        of_context = {name: replace(self, values=v) for name, v in zip(pullback.context, read, strict=True)}
+        return replace(self, values=values), of_context
 
     def renormalised(self) -> Stack:
         """The same cotangents with mantissas far from the ends of the dtype's range."""
-        largest = torch.stack([_largest(part) for part in parts_of(self.values)]).amax(0)
+        if not len(self):
+            return self
+        largest = _largest(self.values)
         shift = torch.frexp(largest).exponent.to(torch.int32)
         room = 2 if largest.dtype == torch.float16 else 30
         shift = torch.where(shift.abs() > room, shift, 0)
@@ -95,67 +97,196 @@ class Stack:
             return replace(self, exponents=exponents)
         # In two steps: 2**140 is no float32, though the product may be.
         half = shift // 2
-        values = each_part(lambda t: t * _power_of_two(-half, t) * _power_of_two(half - shift, t), self.values)
+        values = self.values * _power_of_two(-half, self.values) * _power_of_two(half - shift, self.values)
         return Stack(values, exponents, self.shortest)
 
 
-def _repeated(cotangent: torch.Tensor, num_rows: int, num_draws: int) -> torch.Tensor:
-    rows = _room_for(cotangent[None, None], num_rows, num_draws)
-    return rows.copy_(cotangent.expand(num_rows, num_draws, *cotangent.shape))
+@dataclass(frozen=True)
+class Cotangents:
+    """Cotangents of a state, and of the context that the blocks above it and the head have read.
+
+    A cotangent of the context is that of the paths that end there. It passes a block through its skip, as it is, so
+    that it counts among the paths that take the skips of all blocks below.
+
+    Attributes:
+        state: The stack of the state.
+        context: A stack for each entry of the context that carries a gradient; of no rows where nothing read it.
+    """
+
+    state: Stack
+    context: Mapping[str, Stack]
+
+    @classmethod
+    def of(
+        cls, state: torch.Tensor, context: Mapping[str, torch.Tensor], num_rows: int = 1, num_draws: int = 1
+    ) -> Cotangents:
+        """Stacks of the empty path alone, so many times."""
+        stacks = {name: Stack.of(cotangent, num_rows, num_draws) for name, cotangent in context.items()}
+        return cls(Stack.of(state, num_rows, num_draws), stacks)
+
+    def pulled(self, pullback: Pullback) -> Cotangents:
+        """Those at the input of a part."""
+        state, read = self.state.pulled(pullback)
+        return Cotangents(state, with_more(self.context, read))
+
+    def mapped(self, function: Callable[[Stack], Stack]) -> Cotangents:
+        """A function taken of every stack."""
+        return Cotangents(function(self.state), {name: function(stack) for name, stack in self.context.items()})
+
+    def up_to(self, longest: int | None) -> Cotangents:
+        """The lengths up to `longest`; all of them if None."""
+        return self if longest is None else self.mapped(lambda stack: stack.up_to(longest))
+
+    def chosen(self, rows: Sequence[int]) -> Cotangents:
+        """Some rows in the order wanted, where rows are not lengths."""
+        return self.mapped(lambda stack: stack.chosen(rows))
+
+    def without_context(self) -> Cotangents:
+        """Those of the state alone, with no rows for the context."""
+        return Cotangents(self.state, {name: stack.rows(0, 0) for name, stack in self.context.items()})
+
+    def with_zero_context(self) -> Cotangents:
+        """Those of the state alone, with rows of zeros for the context."""
+        return Cotangents(self.state, {name: stack.zeros() for name, stack in self.context.items()})
 
 
-def _pull(pullback: Pullback, values: Any) -> Any:
-    """`pullback` with lengths and draws as one stack."""
-    shape = parts_of(values)[0].shape[:2]
-    return each_part(lambda t: t.unflatten(0, shape), pullback(each_part(lambda t: t.flatten(0, 1), values)))
+def with_more(
+    context: Mapping[str, Stack], more: Mapping[str, Stack], signs: torch.Tensor | None = None, longer: int = 0
+) -> dict[str, Stack]:
+    """Cotangents of the context with those added that a part has read; arguments as of `combined`."""
+    found = dict(context)
+    for name, stack in more.items():
+        if len(stack):
+            found[name] = combined(found[name], stack, unchanged, signs, longer)[0]
+    return found
 
 
 def combined(
     through_skip: Stack | None, source: Stack, pullback: Pullback, signs: torch.Tensor | None = None, longer: int = 1
-) -> Stack:
+) -> tuple[Stack, dict[str, Stack]]:
     """``through_skip[k] + signs * pullback(source[k - longer])`` for every length k: what leaves a residual block.
 
     Args:
-        through_skip: Cotangents that took the skip; None where there is none.
+        through_skip: Cotangents that took the skip; None, or no rows, where there are none.
         source: Cotangents above the branch.
         pullback: Transposed Jacobian of the branch.
         signs: Numbers [draw, batch], or None for 1.
         longer: What the branch adds to the length of a path.
 
     Returns:
-        The stack at the block's input.
+        The stack at the block's input; and what the branch has read of the context, at the lengths and without the
+        signs of `source`.
     """
     shortest, longest = source.shortest + longer, source.longest + longer
+    if through_skip is not None and not len(through_skip):
+        through_skip = None
     if through_skip is not None:
         shortest, longest = min(shortest, through_skip.shortest), max(longest, through_skip.longest)
     exponents = source.exponents.new_full((longest - shortest + 1, *source.exponents.shape[1:]), _ZERO)
     for stack, shift in [(source, longer)] if through_skip is None else [(through_skip, 0), (source, longer)]:
         place = slice(stack.shortest + shift - shortest, stack.longest + shift - shortest + 1)
         exponents[place] = torch.maximum(exponents[place], stack.exponents)
-    total: tuple[torch.Tensor, ...] = ()
-    is_pair = through_skip is not None and isinstance(through_skip.values, tuple)
+    total = None
     if through_skip is not None:
         start, stop = through_skip.shortest - shortest, through_skip.longest - shortest + 1
-        scale = through_skip.exponents - exponents[start:stop]
-        total = tuple(_room_for(part, len(exponents)) for part in parts_of(through_skip.values))
-        for whole, part in zip(total, parts_of(through_skip.values), strict=True):
-            whole[:start] = 0
-            torch.mul(part, _power_of_two(scale, part), out=whole[start:stop])
-            whole[stop:] = 0
+        scale = _power_of_two(through_skip.exponents - exponents[start:stop], through_skip.values)
+        total = _room_for(through_skip.values, len(exponents))
+        total[:start] = 0
+        torch.mul(through_skip.values, scale, out=total[start:stop])
+        total[stop:] = 0
+    read: list[list[torch.Tensor]] = []
     for chunk in source.chunks():
-        pulled = _pull(pullback, chunk.values)
-        if not total:
-            is_pair = isinstance(pulled, tuple)
-            total = tuple(_room_for(part, len(exponents)).zero_() for part in parts_of(pulled))
+        pulled, *of_context = _pull(pullback, chunk.values)
+        read.append(of_context)
+        if total is None:
+            total = _room_for(pulled, len(exponents)).zero_()
         place = slice(chunk.shortest + longer - shortest, chunk.longest + longer - shortest + 1)
-        scale = chunk.exponents - exponents[place]
-        for whole, part in zip(total, parts_of(pulled), strict=True):
-            factor = _power_of_two(scale, part)
-            if signs is not None:
-                factor = factor * signs.to(part.dtype).reshape(1, *signs.shape, *[1] * (part.dim() - 3))
-            whole[place].addcmul_(part, factor)
-    values = total if is_pair else total[0]
-    return Stack(values, exponents, shortest).renormalised()
+        factor = _power_of_two(chunk.exponents - exponents[place], pulled)
+        if signs is not None:
+            factor = factor * signs.to(pulled.dtype).reshape(1, *signs.shape, *[1] * (pulled.dim() - 3))
+        total[place].addcmul_(pulled, factor)
+    assert total is not None  # the source has rows
+    stacks = (replace(source, values=torch.cat(pieces)) for pieces in zip(*read, strict=True))
+    return Stack(total, exponents, shortest).renormalised(), dict(zip(pullback.context, stacks, strict=True))
+
+
+def _pull(pullback: Pullback, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """`pullback` with lengths and draws as one stack."""
+    return tuple(piece.unflatten(0, values.shape[:2]) for piece in pullback.of_all(values.flatten(0, 1)))
+
+
+def aligned(stacks: Sequence[Stack]) -> list[Stack]:
+    """The same cotangents with exponents and lengths in common.
+
+    Args:
+        stacks: Stacks of one number of draws and examples; some may have no rows.
+
+    Returns:
+        A stack for each, with zeros where it had no row.
+    """
+    present = [stack for stack in stacks if len(stack)]
+    if len(stacks) == 1 or not present:
+        return list(stacks)
+    shortest, longest = min(s.shortest for s in present), max(s.longest for s in present)
+    exponents = present[0].exponents.new_full((longest - shortest + 1, *present[0].exponents.shape[1:]), _ZERO)
+    places = [slice(s.shortest - shortest, s.longest - shortest + 1) if len(s) else slice(0) for s in stacks]
+    for stack, place in zip(stacks, places, strict=True):
+        exponents[place] = torch.maximum(exponents[place], stack.exponents)
+    found = []
+    for stack, place in zip(stacks, places, strict=True):
+        values = _room_for(stack.values, len(exponents)).zero_()
+        values[place] = stack.values * _power_of_two(stack.exponents - exponents[place], stack.values)
+        found.append(Stack(values, exponents, shortest))
+    return found
+
+
+def joined(stacks: Sequence[Cotangents]) -> Cotangents:
+    """The rows of several stacks one after the other, where rows are not lengths.
+
+    Args:
+        stacks: Cotangents of one state and one number of draws.
+
+    Returns:
+        Cotangents of all their rows, in this order.
+    """
+    if len(stacks) == 1:
+        return stacks[0]
+    names = stacks[0].context
+    return Cotangents(
+        _in_a_row([s.state for s in stacks]), {name: _in_a_row([s.context[name] for s in stacks]) for name in names}
+    )
+
+
+def _in_a_row(stacks: Sequence[Stack]) -> Stack:
+    values, exponents = torch.cat([s.values for s in stacks]), torch.cat([s.exponents for s in stacks])
+    return replace(stacks[0], values=values, exponents=exponents)
+
+
+def placed(stack: Cotangents, pieces: Sequence[tuple[list[int], Cotangents]]) -> Cotangents:
+    """Cotangents with some rows replaced; all of them where their shape changed.
+
+    Args:
+        stack: The cotangents; their memory is used up.
+        pieces: Positions of rows, and what stands there instead.
+
+    Returns:
+        Cotangents of as many rows.
+    """
+    if sum(len(rows) for rows, _ in pieces) < len(stack.state):
+        for rows, piece in pieces:
+            _place(stack.state, rows, piece.state)
+            for name, part in piece.context.items():
+                _place(stack.context[name], rows, part)
+        return stack
+    order = [row for rows, _ in pieces for row in rows]
+    together = joined([piece for _, piece in pieces])
+    return together if order == sorted(order) else together.chosen(sorted(range(len(order)), key=order.__getitem__))
+
+
+def _place(whole: Stack, rows: Sequence[int], part: Stack) -> None:
+    index = torch.tensor(rows, device=whole.exponents.device)
+    whole.exponents.index_copy_(0, index, part.exponents)
+    whole.values.index_copy_(0, index, part.values)
 
 
 def _largest(rows: torch.Tensor) -> torch.Tensor:
@@ -186,33 +317,3 @@ def _room_for(rows: torch.Tensor, size: int, num_draws: int | None = None) -> to
     shape = (math.prod(leading), *rows.shape[3:])
     empty = torch.empty(shape, dtype=rows.dtype, device=rows.device, memory_format=layout)
     return empty.view(*leading, *shape[1:])
-
-
-def rows_of(stack: Stack, rows: Sequence[int]) -> Stack:
-    """Some rows of a stack whose rows are no lengths but something else, such as single paths.
-
-    Args:
-        stack: The stack.
-        rows: Their positions, in the order wanted.
-
-    Returns:
-        A stack of these rows; the memory is its own.
-    """
-    index = torch.tensor(rows, device=stack.exponents.device)
-    values = each_part(lambda t: t.index_select(0, index), stack.values)
-    return replace(stack, values=values, exponents=stack.exponents.index_select(0, index))
-
-
-def joined(stacks: Sequence[Stack]) -> Stack:
-    """The rows of several stacks as one.
-
-    Args:
-        stacks: Stacks of one state and one number of draws.
-
-    Returns:
-        A stack of all their rows, in this order.
-    """
-    if len(stacks) == 1:
-        return stacks[0]
-    values = each_part(lambda *parts: torch.cat(parts), *[s.values for s in stacks])
-    return replace(stacks[0], values=values, exponents=torch.cat([s.exponents for s in stacks]))

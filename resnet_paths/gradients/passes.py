@@ -6,8 +6,9 @@ split changes nothing. Norms are float64, whatever the dtype of the network.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -23,17 +24,17 @@ from resnet_paths.core.inputs import each_tensor, num_examples, split
 from resnet_paths.core.paths import Choices, Path
 from resnet_paths.core.placement import device_of
 from resnet_paths.core.signature import Signature, arguments_of
-from resnet_paths.gradients.adjoints import each_part, linearize
+from resnet_paths.gradients.adjoints import Context, linearize, linearize_all
 from resnet_paths.gradients.backward import (
     Rules,
-    head_cotangent,
+    forward,
+    head_cotangents,
     parameter_cotangents,
     parts_through_blocks,
     pull_back,
     pull_paths,
-    states_of,
 )
-from resnet_paths.gradients.cotangents import Stack, parts_of
+from resnet_paths.gradients.cotangents import Cotangents, Stack, aligned
 
 __all__ = ["Place", "Point", "num_block_vjps"]
 
@@ -120,12 +121,15 @@ class Place:
         if not num_examples(inputs):
             raise ResnetPathsError("inputs", "no examples", "at least one example")
         one, _ = next(split(inputs, targets, 1))
-        size = self._examples_at_once(states_of(chain, one), memory_budget, rows)
+        size = self._examples_at_once(*forward(chain, one), memory_budget, rows)
         for part, some in split(inputs, targets, size):
             yield Point(self, part, some, loss or _cross_entropy)
 
-    def _examples_at_once(self, states: Sequence[Any], memory_budget: int, rows: int) -> int:
-        sizes = [sum(t.numel() * t.element_size() for t in parts_of(state)) for state in states]
+    def _examples_at_once(
+        self, states: Sequence[torch.Tensor], context: Mapping[str, torch.Tensor], memory_budget: int, rows: int
+    ) -> int:
+        beside = sum(t.numel() * t.element_size() for t in context.values())
+        sizes = [state.numel() * state.element_size() + beside for state in states]
         # A row for each block passed so far, up to `rows` in all.
         num_rows = [min(rows, (len(states) - i) * max(rows // len(states), 1)) for i in range(len(states))]
         stacks = max(n * size for n, size in zip(num_rows[self.down_to :], sizes[self.down_to :], strict=True))
@@ -188,92 +192,149 @@ class Point:
         self.place = place
         self.inputs = inputs
         self.num_examples = num_examples(inputs)
-        self.states = states_of(place.chain, inputs)
-        self.device = parts_of(self.states[0])[0].device
-        self.cotangent = head_cotangent(place.chain, self.states[-1], lambda logits: loss(logits, targets))
+        self.states, values = forward(place.chain, inputs)
+        self.device = self.states[0].device
+        # With respect to the output of the stem: what the stem hands on to all blocks is the first state itself.
+        self.first_states = [name for name, value in values.items() if value is self.states[0]]
+        self.context = self._with_gradients(values)
+        self.cotangents = head_cotangents(
+            place.chain, self.states[-1], self.context, lambda logits: loss(logits, targets)
+        )
+
+    def _with_gradients(self, values: Mapping[str, torch.Tensor]) -> Context:
+        """The context, with a row for each example where it carries a gradient."""
+        place = self.place
+        if place.down_to or not values:
+            return Context(values)
+        carrying = _carrying(place.chain, self.inputs)
+        carrying = [name for name in values if name in carrying or name in self.first_states]
+        expanded = dict(values)
+        for name in carrying:
+            value = values[name]
+            shared = value.dim() > 0 and len(value) == 1 and not place.of_input
+            if not shared and (not value.dim() or len(value) != self.num_examples):
+                raise ResnetPathsError(
+                    "inputs",
+                    f"{name!r} {list(value.shape)}, which the stem makes of them for all blocks",
+                    "inputs of which everything is made for each example alone",
+                    "All examples share it: it has no gradient of theirs. Take the output of a block.",
+                )
+            expanded[name] = value.expand(self.num_examples, *value.shape[1:])
+        return Context(expanded, tuple(carrying))
 
     def by_length(
         self, longest: int, num_draws: int = 1, draw_signs: Callable[[], torch.Tensor] | None = None
     ) -> Stack:
         """Gradients at the place, a row a path length, up to `longest`."""
         rules = Rules(longest=longest, draw_signs=draw_signs)
-        return self._at_place(self._through_blocks(Stack.of(self.cotangent, num_draws=num_draws), rules))
+        start = Cotangents.of(*self.cotangents, num_draws=num_draws)
+        return self._at_place(self._through_blocks(start, rules))
 
     @cached_property
     def whole(self) -> Stack:
         """The whole gradient at the place, in one row."""
-        return self._at_place(self._through_blocks(Stack.of(self.cotangent), Rules(counted=False)))
+        return self._at_place(self._through_blocks(Cotangents.of(*self.cotangents), Rules(counted=False)))
 
     def of_paths(self, paths: Sequence[Path]) -> Stack:
         """Gradients of single paths at the place, a row a path."""
-        start = Stack.of(self.cotangent, num_rows=len(paths))
-        place = self.place
-        return self._at_place(pull_paths(place.chain, self.states, start, paths, down_to=place.down_to))
+        start = Cotangents.of(*self.cotangents, num_rows=len(paths))
+        chain, down_to = self.place.chain, self.place.down_to
+        return self._at_place(pull_paths(chain, self.states, self.context, start, paths, down_to=down_to))
 
     def through_branches(self) -> Stack:
         """The whole gradient at the place, then its part through each block's branch, last block first."""
-        place = self.place
-        return self._at_place(parts_through_blocks(place.chain, self.states, self.cotangent, down_to=place.down_to))
+        chain, down_to = self.place.chain, self.place.down_to
+        whole = Cotangents.of(*self.cotangents)
+        return self._at_place(parts_through_blocks(chain, self.states, self.context, whole, down_to=down_to))
 
     def by_depth(self) -> Iterator[Stack]:
         """The whole gradient at the last block's output, then at each block's input, last block first."""
-        place, stack = self.place, Stack.of(self.cotangent)
-        yield stack
+        place, found = self.place, Cotangents.of(*self.cotangents)
         for index in reversed(range(place.down_to, len(place.chain))):
-            stack = pull_back(place.chain, self.states, stack, Rules(counted=False), down_to=index, up_from=index + 1)
-            yield stack
+            yield found.state
+            found = pull_back(
+                place.chain, self.states, self.context, found, Rules(counted=False), down_to=index, up_from=index + 1
+            )
+        yield self._at_place(found)
 
     def by_stage_lengths(self, stages: Sequence[range], memory_budget: int) -> Iterator[tuple[tuple[int, ...], Stack]]:
         """Gradients at the place by the length of the path in each stage, one by one; stages first to last."""
-        yield from self._down_stages(list(stages), Stack.of(self.cotangent), [()], memory_budget)
+        yield from self._down_stages(list(stages), Cotangents.of(*self.cotangents), [()], memory_budget)
 
     def _down_stages(
-        self, stages: list[range], stack: Stack, lengths: list[tuple[int, ...]], memory_budget: int
+        self, stages: list[range], above: Cotangents, lengths: list[tuple[int, ...]], memory_budget: int
     ) -> Iterator[tuple[tuple[int, ...], Stack]]:
         if not stages:
-            arrived = self._at_place(stack)
+            arrived = self._at_place(above)
             for draw, key in enumerate(lengths):
-                values = each_part(lambda t: t[:, draw : draw + 1], arrived.values)  # noqa: B023 - used at once
-                yield key, Stack(values, arrived.exponents[:, draw : draw + 1])
+                some = slice(draw, draw + 1)
+                yield key, Stack(arrived.values[:, some], arrived.exponents[:, some])
             return
         *earlier, stage = stages
         # Paths that differ in later stages do not meet again: some at a time, to stay within the memory.
-        widest = max(sum(t.numel() * t.element_size() for t in parts_of(self.states[i])) for i in stage)
+        widest = max(self.states[i].numel() * self.states[i].element_size() for i in stage)
         at_once = max(memory_budget // (_STACKS_AT_ONCE * (len(stage) + 1) * widest), 1)
         for start in range(0, len(lengths), at_once):
             some = slice(start, start + at_once)
-            group = Stack(each_part(lambda t: t[:, some], stack.values), stack.exponents[:, some])  # noqa: B023
-            pulled = pull_back(self.place.chain, self.states, group, Rules(), down_to=stage.start, up_from=stage.stop)
-            keys = [(pulled.shortest + k, *key) for k in range(len(pulled)) for key in lengths[some]]
-            flat = each_part(lambda t: t.flatten(0, 1)[None], pulled.values)
-            yield from self._down_stages(
-                earlier, Stack(flat, pulled.exponents.flatten(0, 1)[None]), keys, memory_budget
+            group = above.mapped(lambda s: Stack(s.values[:, some], s.exponents[:, some], s.shortest))  # noqa: B023
+            pulled = pull_back(
+                self.place.chain,
+                self.states,
+                self.context,
+                group,
+                Rules(),
+                down_to=stage.start,
+                up_from=stage.stop,
             )
+            state, *others = aligned([pulled.state, *pulled.context.values()])
+            keys = [(state.shortest + k, *key) for k in range(len(state)) for key in lengths[some]]
+            pulled = Cotangents(state, dict(zip(pulled.context, others, strict=True)))
+            flat = pulled.mapped(lambda s: Stack(s.values.flatten(0, 1)[None], s.exponents.flatten(0, 1)[None]))
+            yield from self._down_stages(earlier, flat, keys, memory_budget)
 
-    def _through_blocks(self, stack: Stack, rules: Rules) -> Stack:
-        return pull_back(self.place.chain, self.states, stack, rules, down_to=self.place.down_to)
+    def _through_blocks(self, start: Cotangents, rules: Rules) -> Cotangents:
+        return pull_back(self.place.chain, self.states, self.context, start, rules, down_to=self.place.down_to)
 
     @torch.no_grad()
-    def _at_place(self, stack: Stack) -> Stack:
+    def _at_place(self, found: Cotangents) -> Stack:
         place = self.place
         if place.of_parameters:
             block = place.down_to - 1
-            return parameter_cotangents(place.chain[block], self.states[block], stack)
-        if not place.of_input:
-            return stack
-        stem = place.chain.stem
+            return parameter_cotangents(place.chain[block], self.states[block], self._context_of, found.state)
+        state, *context = aligned([found.state, *found.context.values()])
+        if place.of_input:
+            return self._through_stem([state, *context]).renormalised()
+        beside = []
+        for name, stack in zip(found.context, context, strict=True):
+            if name in self.first_states:
+                state = replace(state, values=state.values + stack.values)
+            else:
+                beside.append(stack)
+        return _side_by_side([state, *beside]) if context else state
+
+    def _context_of(self, example: int) -> Mapping[str, torch.Tensor]:
+        """The context of one example alone."""
+        alone = next(itertools.islice(split(self.inputs, None, 1), example, None))[0]
+        args, kwargs = arguments_of(each_tensor(torch.clone, alone))
+        return self.place.chain.begin(*args, **kwargs)[1]
+
+    def _through_stem(self, stacks: Sequence[Stack]) -> Stack:
+        """Cotangents of all that the stem returns at the inputs, those of several inputs side by side."""
+        chain = self.place.chain
         signature, tensors = Signature.of(*arguments_of(self.inputs))
-        is_one = signature.is_plain and len(tensors) == 1
-        _, pullback = linearize(stem, tensors[0]) if is_one else linearize(_OfTensors(stem, signature), tensors)
-        return stack.pulled(pullback).renormalised()
+        if signature.is_plain and len(tensors) == 1 and not chain.context_names:
+            return stacks[0].pulled(linearize(chain.stem, tensors[0])[1])[0]
+        _, pull = linearize_all(_Beginning(chain, signature, self.context.carrying), tensors)
+        first = stacks[0]
+        pieces = pull([stack.values.flatten(0, 1) for stack in stacks])
+        return _side_by_side([replace(first, values=v.unflatten(0, first.exponents.shape[:2])) for v in pieces])
 
     @torch.no_grad()
     def norms(self, stack: Stack) -> tuple[np.ndarray, np.ndarray]:
         """Euclidean norms of a stack's rows, float64 [length, draw, batch], and where they are not 0 but stand so."""
         squares = wide(torch.zeros_like(stack.exponents))
-        for part in parts_of(stack.values):
-            for k, row in enumerate(part):  # row by row: a float64 copy of all would be twice the stack
-                squares[k] += wide(row.flatten(2)).square().sum(2) if row.dim() > 2 else wide(row).square()
+        for k, row in enumerate(stack.values):  # row by row: a float64 copy of all would be twice the stack
+            squares[k] = wide(row.flatten(2)).square().sum(2) if row.dim() > 2 else wide(row).square()
         mantissas = squares.sqrt().cpu().numpy()
         norms = np.ldexp(mantissas, stack.exponents.cpu().numpy())
         return norms, (mantissas > 0) & (norms == 0)
@@ -282,30 +343,54 @@ class Point:
     def shares(self, stack: Stack, whole: Stack) -> np.ndarray:
         """<row, G> / <G, G> for the whole gradient G, of the first draw; float64 [length, batch], NaN where G is 0."""
         dots = wide(torch.zeros_like(stack.exponents[:, 0]))
-        squares = dots.new_zeros(self.num_examples)
-        for part, total in zip(parts_of(stack.values), parts_of(whole.values), strict=True):
-            direction = wide(total[0, 0]).reshape(self.num_examples, -1)
-            squares += direction.square().sum(1)
-            for k, row in enumerate(part[:, 0]):
-                dots[k] += (wide(row.reshape(self.num_examples, -1)) * direction).sum(1)
+        direction = wide(whole.values[0, 0]).reshape(self.num_examples, -1)
+        squares = direction.square().sum(1)
+        for k, row in enumerate(stack.values[:, 0]):
+            dots[k] = (wide(row.reshape(self.num_examples, -1)) * direction).sum(1)
         powers = (stack.exponents[:, 0] - whole.exponents[0, 0]).cpu().numpy()
         with np.errstate(invalid="ignore", divide="ignore"):
             shares: np.ndarray = np.ldexp((dots / squares).cpu().numpy(), powers)
         return shares
 
 
-class _OfTensors(nn.Module):
-    """A stem as a module of the tensors among its arguments."""
+def _carrying(chain: ResidualChain, inputs: Any) -> set[str]:
+    """Names of the context that depends on inputs with a floating dtype."""
+    leaves = each_tensor(lambda t: t.detach().clone().requires_grad_(t.is_floating_point()), inputs)
+    sources = [t for t in Signature.of(*arguments_of(leaves))[1] if t.requires_grad]
+    with torch.enable_grad():
+        args, kwargs = arguments_of(each_tensor(torch.clone, leaves))
+        context = chain.begin(*args, **kwargs)[1]
 
-    def __init__(self, stem: nn.Module, signature: Signature) -> None:
+    def depends(value: torch.Tensor) -> bool:
+        if not value.requires_grad or not sources:
+            return False
+        found = torch.autograd.grad(value, sources, torch.ones_like(value), retain_graph=True, allow_unused=True)
+        return any(slope is not None for slope in found)
+
+    return {name for name, value in context.items() if depends(value)}
+
+
+def _side_by_side(stacks: Sequence[Stack]) -> Stack:
+    """Cotangents of several tensors, with exponents in common, as those of one that holds them all."""
+    if len(stacks) == 1:
+        return stacks[0]
+    return replace(stacks[0], values=torch.cat([stack.values.flatten(3) for stack in stacks], 3))
+
+
+class _Beginning(nn.Module):
+    """The first state, and some of the context, as a module of the tensors among a chain's arguments."""
+
+    def __init__(self, chain: ResidualChain, signature: Signature, names: Sequence[str]) -> None:
         super().__init__()
-        self.stem = stem
+        self.chain = chain
         self.signature = signature
-        self.training = stem.training
+        self.names = names
+        self.training = chain.training
 
-    def forward(self, tensors: tuple[torch.Tensor, ...]) -> Any:
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         args, kwargs = self.signature.arguments(tensors)
-        return self.stem(*args, **kwargs)
+        state, context = self.chain.begin(*args, **kwargs)
+        return (state, *(context[name] for name in self.names))
 
 
 def num_block_vjps(choices: Choices, longest: int) -> int:

@@ -90,20 +90,22 @@ def _num_paths(blocks: list[Recipe] | tuple[Recipe, ...]) -> int:
 
 
 class OnPair(nn.Module):
-    """A map of the state (x, sum), as in WaveNet, or from x to such a state; `keep` adds the sum to the second result.
+    """A map of the state (x, sum) in one tensor, as in WaveNet; `keep` adds the sum to the second result.
 
-    If it `joins`, it returns one tensor, of both parts.
+    If it `opens`, it makes such a state of x; if it `joins`, it returns the sum of both results.
     """
 
-    def __init__(self, first: nn.Module, second: nn.Module, keep: bool = False, joins: bool = False) -> None:
+    def __init__(
+        self, first: nn.Module, second: nn.Module, keep: bool = False, joins: bool = False, opens: bool = False
+    ) -> None:
         super().__init__()
-        self.first, self.second, self.keep, self.joins = first, second, keep, joins
+        self.first, self.second, self.keep, self.joins, self.opens = first, second, keep, joins, opens
 
-    def forward(self, state: Any) -> Any:
-        x, total = state if isinstance(state, tuple) else (state, 0)
+    def forward(self, state: torch.Tensor) -> torch.Tensor:
+        x, total = (state, state.new_zeros(())) if self.opens else (state[:, :-SUMS], state[:, -SUMS:])
         if self.joins:
             return self.first(x) + self.second(total)
-        return self.first(x), self.second(x) + (total if self.keep else 0)
+        return torch.cat([self.first(x), self.second(x) + (total if self.keep else 0)], 1)
 
 
 SUMS = 2  # width of the sum in a pair
@@ -113,7 +115,7 @@ def build(blocks: tuple[Recipe, ...], seed: int = 0, of_pairs: bool = False) -> 
     """The chain, of 5 features and 3 classes, float64, in eval mode, with names, shapes and stages."""
     with seeded(seed):
         made, width = _blocks(blocks, 3, of_pairs)
-        stem = OnPair(nn.Linear(5, 3), nn.Linear(5, SUMS)) if of_pairs else nn.Linear(5, 3)
+        stem = OnPair(nn.Linear(5, 3), nn.Linear(5, SUMS), opens=True) if of_pairs else nn.Linear(5, 3)
         head = OnPair(nn.Linear(width, 3), nn.Linear(SUMS, 3), joins=True) if of_pairs else nn.Linear(width, 3)
         return _edited(ResidualChain(stem, made, head), blocks).double().eval()
 
@@ -426,9 +428,7 @@ def by_length(chain: ResidualChain, inputs: Any, targets: Any, place: Any = "inp
 
 def vectors_of(stack: Stack) -> torch.Tensor:
     """The rows of a stack of one draw, [row, batch, features]."""
-    parts = stack.values if isinstance(stack.values, tuple) else (stack.values,)  # noqa: PD011 - no data frame
-    vectors = torch.cat([part[:, 0].flatten(2) for part in parts], 2)
-    return vectors.double() * torch.exp2(stack.exponents[:, 0].double())[..., None]
+    return stack.values[:, 0].flatten(2).double() * torch.exp2(stack.exponents[:, 0].double())[..., None]
 
 
 def assert_close(found: Any, expected: Any, tolerance: float = 1e-10, scale: float | None = None) -> None:
