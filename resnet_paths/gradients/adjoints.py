@@ -237,7 +237,7 @@ def _linearize_graph(
     return [values[result]], pull
 
 
-def _pull_through(steps: Mapping[Node, Step], result: Node, cotangents: torch.Tensor) -> dict[Node, torch.Tensor]:
+def _pull_through(steps: dict[Node, Step], result: Node, cotangents: torch.Tensor) -> dict[Node, torch.Tensor]:
     """Cotangents of the nodes with which the graph begins, given those of its result."""
     waiting: dict[Node, Any] = {result: cotangents}
     ours: set[Node] = set()  # those whose cotangents may be overwritten

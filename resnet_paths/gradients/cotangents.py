@@ -212,7 +212,8 @@ def combined(
 
 def _pull(pullback: Pullback, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """`pullback` with lengths and draws as one stack."""
-    return tuple(piece.unflatten(0, values.shape[:2]) for piece in pullback.of_all(values.flatten(0, 1)))
+    pieces = pullback.of_all(values.flatten(0, 1))
+    return tuple(piece.view(*values.shape[:2], *piece.shape[1:]) for piece in pieces)
 
 
 def aligned(stacks: Sequence[Stack]) -> list[Stack]:

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from resnet_paths._utils.devices import wide
 from resnet_paths._utils.errors import ResnetPathsError
@@ -35,6 +34,7 @@ from resnet_paths.gradients.backward import (
     pull_paths,
 )
 from resnet_paths.gradients.cotangents import Cotangents, Stack, aligned
+from resnet_paths.gradients.losses import cross_entropy
 
 __all__ = ["Place", "Point", "num_block_vjps"]
 
@@ -123,7 +123,7 @@ class Place:
         one, _ = next(split(inputs, targets, 1))
         size = self._examples_at_once(*forward(chain, one), memory_budget, rows)
         for part, some in split(inputs, targets, size):
-            yield Point(self, part, some, loss or _cross_entropy)
+            yield Point(self, part, some, loss or cross_entropy)
 
     def _examples_at_once(
         self, states: Sequence[torch.Tensor], context: Mapping[str, torch.Tensor], memory_budget: int, rows: int
@@ -166,25 +166,6 @@ def _laid_out(inputs: torch.Tensor) -> torch.Tensor:
     return inputs
 
 
-def _cross_entropy(logits: Any, targets: Any) -> torch.Tensor:
-    if not isinstance(targets, torch.Tensor):
-        raise ResnetPathsError(
-            "targets",
-            type(targets).__name__,
-            "class indices [batch], or another loss",
-            "Pass targets, or loss=lambda logits, targets: ... that needs none.",
-        )
-    try:
-        return F.cross_entropy(logits, targets, reduction="none")
-    except (RuntimeError, IndexError, ValueError, TypeError) as error:
-        raise ResnetPathsError(
-            "targets",
-            f"{targets.dtype} {list(targets.shape)}",
-            "what cross-entropy takes with the network's logits",
-            f"It answered: {error}",
-        ) from error
-
-
 class Point:
     """Some examples at a place: their states between blocks, and what can be pulled back to it."""
 
@@ -206,8 +187,8 @@ class Point:
         place = self.place
         if place.down_to or not values:
             return Context(values)
-        carrying = _carrying(place.chain, self.inputs)
-        carrying = [name for name in values if name in carrying or name in self.first_states]
+        depending = _depending_on(place.chain, self.inputs)
+        carrying = [name for name in values if name in depending or name in self.first_states]
         expanded = dict(values)
         for name in carrying:
             value = values[name]
@@ -326,8 +307,9 @@ class Point:
             return stacks[0].pulled(linearize(chain.stem, tensors[0])[1])[0]
         _, pull = linearize_all(_Beginning(chain, signature, self.context.carrying), tensors)
         first = stacks[0]
+        leading = first.exponents.shape[:2]
         pieces = pull([stack.values.flatten(0, 1) for stack in stacks])
-        return _side_by_side([replace(first, values=v.unflatten(0, first.exponents.shape[:2])) for v in pieces])
+        return _side_by_side([replace(first, values=v.reshape(*leading, *v.shape[1:])) for v in pieces])
 
     @torch.no_grad()
     def norms(self, stack: Stack) -> tuple[np.ndarray, np.ndarray]:
@@ -353,7 +335,7 @@ class Point:
         return shares
 
 
-def _carrying(chain: ResidualChain, inputs: Any) -> set[str]:
+def _depending_on(chain: ResidualChain, inputs: Any) -> set[str]:
     """Names of the context that depends on inputs with a floating dtype."""
     leaves = each_tensor(lambda t: t.detach().clone().requires_grad_(t.is_floating_point()), inputs)
     sources = [t for t in Signature.of(*arguments_of(leaves))[1] if t.requires_grad]

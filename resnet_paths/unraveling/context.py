@@ -48,7 +48,8 @@ def context_of(traced: Trace, parts: Sequence[Part]) -> list[Node]:
         alone = len(owners[node]) == 1 and _STEM not in owners[node] and node.op != "placeholder"
         if alone and all(map(_is_tensor, given)):
             inside.add(node)
-    read = (node for node in beside if node not in inside and any(u in readers or u in inside for u in users[node]))
+    inner = {node for node, index in readers.items() if index != _STEM} | inside
+    read = (node for node in beside if node not in inside and not inner.isdisjoint(users[node]))
     return traced.in_order(read)
 
 

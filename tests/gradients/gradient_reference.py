@@ -428,7 +428,8 @@ def by_length(chain: ResidualChain, inputs: Any, targets: Any, place: Any = "inp
 
 def vectors_of(stack: Stack) -> torch.Tensor:
     """The rows of a stack of one draw, [row, batch, features]."""
-    return stack.values[:, 0].flatten(2).double() * torch.exp2(stack.exponents[:, 0].double())[..., None]
+    mantissas = stack.values  # noqa: PD011 - no data frame
+    return mantissas[:, 0].flatten(2).double() * torch.exp2(stack.exponents[:, 0].double())[..., None]
 
 
 def assert_close(found: Any, expected: Any, tolerance: float = 1e-10, scale: float | None = None) -> None:

@@ -242,7 +242,7 @@ def exported(name, dtype=torch.float64):
                 nn.init.uniform_(part.running_var, 0.5, 2.0)
         inputs = torch.randn(shape, dtype=dtype)
     traced = trace(model, (inputs,))
-    return model, traced.segment(traced.inputs, traced.output), inputs
+    return model, traced.segment(traced.inputs[0], traced.output), inputs
 
 
 def row_by_row(model, inputs, cotangents):
