@@ -21,13 +21,12 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-from torch import nn
 
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.core.chain import Block, ResidualChain
 from resnet_paths.core.inputs import each_tensor
-from resnet_paths.core.parts import Parallel, call_part, context_read_by
-from resnet_paths.core.paths import Path
+from resnet_paths.core.parts import call_part, context_read_by
+from resnet_paths.core.paths import Path, branch_number
 from resnet_paths.core.signature import arguments_of
 from resnet_paths.gradients.adjoints import Context, Pullback, linearize, unchanged
 from resnet_paths.gradients.cotangents import Cotangents, Stack, combined, joined, placed, with_more
@@ -218,7 +217,7 @@ class LinearBlock:
         shared, pre = linearize(block.pre, state, context)
         total, skip = (None, None) if block.skip is None else linearize(block.skip, shared, context)
         branches: list[Pullback | NestedChain] = []
-        for branch in _alternatives(block.branch):
+        for branch in block.branches:
             if isinstance(branch, ResidualChain) and len(branch):
                 nested = NestedChain.at(branch, shared, context)
                 output, pulls = nested.output, cast("Pullback | NestedChain", nested)
@@ -228,13 +227,6 @@ class LinearBlock:
             branches.append(pulls)
         assert total is not None  # held by Block
         return cls(pre, skip, branches, linearize(block.post, total, context)[1])
-
-
-def _alternatives(branch: nn.Module | None) -> list[nn.Module]:
-    """What a path may take instead of the skip; a chain among parallel branches counts as one branch."""
-    if isinstance(branch, Parallel):
-        return [nn.Sequential(b) if isinstance(b, ResidualChain) else b for b in branch]
-    return [] if branch is None else [branch]
 
 
 @dataclass(frozen=True)
@@ -292,7 +284,7 @@ def pull_paths(
         entries = [path[index - down_to] for path in paths]
         rows_of_entry: dict[int, list[int]] = {}
         for row, entry in enumerate(entries):
-            rows_of_entry.setdefault(1 if isinstance(entry, tuple) else int(entry), []).append(row)
+            rows_of_entry.setdefault(branch_number(entry), []).append(row)
         pieces = []
         for entry, rows in rows_of_entry.items():
             if not entry and block.skip is unchanged:

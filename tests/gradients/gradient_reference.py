@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import resnet_paths as rp
 from resnet_paths.core.chain import Block, ResidualChain
 from resnet_paths.core.parts import Parallel, Placed, Scaled
-from resnet_paths.core.paths import path_length, path_polynomial
+from resnet_paths.core.paths import InBranch, path_length, path_polynomial
 from resnet_paths.gradients.cotangents import Stack
 from resnet_paths.gradients.passes import Place
 
@@ -39,9 +39,9 @@ MOST_PATHS = 1100
 class Recipe:
     """What one block is made of.
 
-    `branch` is "one", "scaled", the number of parallel branches, "chain" (a parallel pair, of which one is a chain that
-    counts as one branch), or a tuple of recipes: those of a chain inside the branch. `width` is that of the output;
-    "concat" adds it to that of the input.
+    `branch` is "one", "scaled", the number of parallel branches, "chain" (a parallel pair, of which one is a chain), or
+    a tuple of recipes: those of a chain inside the branch. `width` is that of the output; "concat" adds it to that of
+    the input.
     """
 
     width: int
@@ -84,7 +84,7 @@ def _num_paths(blocks: list[Recipe] | tuple[Recipe, ...]) -> int:
     def of_branch(branch: Any) -> int:
         if isinstance(branch, tuple):
             return _num_paths(branch)
-        return branch if isinstance(branch, int) else 2 if branch == "chain" else 1
+        return branch if isinstance(branch, int) else 3 if branch == "chain" else 1
 
     return math.prod((int(r.skip != "none") + (0 if r.deleted else of_branch(r.branch))) ** r.copies for r in blocks)
 
@@ -251,6 +251,12 @@ def jacobian(function: Callable[[Any], Any], state: Any) -> tuple[Any, torch.Ten
     return tuple(t.detach() for t in output) if isinstance(output, tuple) else output.detach(), dense
 
 
+def _branches(block: Block) -> list[nn.Module]:
+    if isinstance(block.branch, Parallel):
+        return list(block.branch)
+    return [] if block.branch is None else [block.branch]
+
+
 def sides(block: Block, state: Any) -> tuple[Any, dict[Any, torch.Tensor]]:
     """A block's output, and for each entry of a path the Jacobian [batch, out, in] of the side that it takes."""
     shared, before = jacobian(block.pre, state)
@@ -259,19 +265,19 @@ def sides(block: Block, state: Any) -> tuple[Any, dict[Any, torch.Tensor]]:
     if block.skip is not None:
         output, found[False] = jacobian(block.skip, shared)
         outputs.append(output)
-    if isinstance(block.branch, ResidualChain) and len(block.branch):
-        inner, stem = jacobian(block.branch.stem, shared)
+    for number, branch in enumerate(_branches(block), 1):
+        if not isinstance(branch, ResidualChain) or not len(branch):
+            output, found[number] = jacobian(branch, shared)
+            outputs.append(output)
+            continue
+        inner, stem = jacobian(branch.stem, shared)
         through: dict[Any, torch.Tensor] = {(): stem}
-        for part in block.branch:
+        for part in branch:
             inner, taken = sides(part, inner)
             through = {(*path, entry): m @ rest for path, rest in through.items() for entry, m in taken.items()}
-        output, head = jacobian(block.branch.head, inner)
-        found |= {path: head @ m for path, m in through.items()}
+        output, head = jacobian(branch.head, inner)
+        found |= {InBranch(path, number): head @ m for path, m in through.items()}
         outputs.append(output)
-    elif block.branch is not None:
-        for number, branch in enumerate(block.branch if isinstance(block.branch, Parallel) else [block.branch]):
-            output, found[number + 1] = jacobian(branch, shared)
-            outputs.append(output)
     total = outputs[0]
     for other in outputs[1:]:
         total = tuple(a + b for a, b in zip(total, other, strict=True)) if isinstance(total, tuple) else total + other
@@ -380,23 +386,24 @@ def _gated(chain: ResidualChain, state: Any, gate: torch.Tensor) -> tuple[Any, C
     for block in chain:
         shared, pre = _vjp(block.pre, state)
         skip = None if block.skip is None else _vjp(block.skip, shared)[1]
-        branch: Any = None
-        if isinstance(block.branch, ResidualChain) and len(block.branch):
-            inner, stem = _vjp(block.branch.stem, shared)
-            inner, inside = _gated(block.branch, inner, gate)
-            head = _vjp(block.branch.head, inner)[1]
-            branch = functools.partial(lambda v, s, i, h: s(i(h(v))), s=stem, i=inside, h=head)
-        elif block.branch is not None:
-            branch = _vjp(block.branch, shared)[1]
+        branches: list[Any] = []
+        for branch in _branches(block):
+            if isinstance(branch, ResidualChain) and len(branch):
+                inner, stem = _vjp(branch.stem, shared)
+                inner, inside = _gated(branch, inner, gate)
+                head = _vjp(branch.head, inner)[1]
+                branches.append(functools.partial(lambda v, s, i, h: s(i(h(v))), s=stem, i=inside, h=head))
+            else:
+                branches.append(_vjp(branch, shared)[1])
         without_post = block.replace(pre=None, post=None)(shared)
         state, post = _vjp(block.post, without_post)
-        pulls.append((pre, skip, branch, post))
+        pulls.append((pre, skip, branches, post))
 
     def pull(v: torch.Tensor) -> torch.Tensor:
-        for pre, skip, branch, post in reversed(pulls):
+        for pre, skip, branches, post in reversed(pulls):
             v = post(v)
             through_skip = 0 if skip is None else skip(v)
-            v = pre(through_skip + (0 if branch is None else gate[:, None] * branch(v)))
+            v = pre(through_skip + sum(gate[:, None] * branch(v) for branch in branches))
         return v
 
     return state, pull
@@ -465,10 +472,11 @@ def product_paths(chain: ResidualChain) -> list[Any]:
 
 def _entries(block: Block) -> list[Any]:
     skip: list[Any] = [] if block.skip is None else [False]
-    if isinstance(block.branch, ResidualChain):
-        return skip + product_paths(block.branch)
-    branches = len(block.branch) if isinstance(block.branch, Parallel) else int(block.branch is not None)
-    return [*skip, *range(1, branches + 1)]
+    found = skip
+    for number, branch in enumerate(_branches(block), 1):
+        nested = isinstance(branch, ResidualChain) and len(branch)
+        found = found + ([InBranch(p, number) for p in product_paths(branch)] if nested else [number])
+    return found
 
 
 # Another device

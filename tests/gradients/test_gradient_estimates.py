@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import resnet_paths as rp
 from resnet_paths.core.chain import ResidualChain
-from resnet_paths.core.parts import Parallel, Scaled
+from resnet_paths.core.parts import Scaled
 from resnet_paths.core.paths import path_length
 from resnet_paths.gradients.passes import Place, Point
 from tests.chains import assert_same, snapshot
@@ -67,10 +67,8 @@ def num_signs(chain):
     """Branches that take a sign of their own."""
     total = 0
     for block in chain:
-        if isinstance(block.branch, ResidualChain):
-            total += 1 + num_signs(block.branch)
-        elif block.branch is not None:
-            total += len(block.branch) if isinstance(block.branch, Parallel) else 1
+        for branch in block.branches:
+            total += 1 + (num_signs(branch) if isinstance(branch, ResidualChain) else 0)
     return total
 
 
