@@ -37,7 +37,7 @@ def names_of(traced: Trace, parts: Sequence[Part], taken: Collection[str] = ()) 
         if name not in used and by_merge.count(name) == 1:
             names.append(name)
             continue
-        candidates = _modules_of_branch(traced, part)
+        candidates, last = _modules_of_branch(traced, part)
         free = [candidate for candidate in candidates if candidate not in used | set(by_merge)]
         known = next((candidate for candidate in [*candidates, name] if candidate), "")
         if free:
@@ -45,14 +45,16 @@ def names_of(traced: Trace, parts: Sequence[Part], taken: Collection[str] = ()) 
         elif known in {*taken, *names}:
             again = (f"{known}@{k}" for k in itertools.count(1))
             names.append(next(each for each in again if each not in used))
+        elif unused := [candidate for candidate in last if candidate not in used]:
+            names.append(unused[0])
         else:
             several = (f"{name or 'block'}{'#' if name else ''}{k}" for k in itertools.count(index))
             names.append(next(each for each in several if each not in used))
     return names
 
 
-def _modules_of_branch(traced: Trace, part: Part) -> list[str]:
-    """Names for a branch: modules that hold all of it or its weight layers, its weights' modules, its last layer."""
+def _modules_of_branch(traced: Trace, part: Part) -> tuple[list[str], list[str]]:
+    """Modules that hold all of a branch, its weight layers or their weights; and names of its last weight layer."""
     region = traced.in_order(_branch_region(traced, part))
     behind: set[Node] = set()  # the weight layers and what is computed from them: a normalisation ahead is left out
     for node in region:
@@ -63,14 +65,8 @@ def _modules_of_branch(traced: Trace, part: Part) -> list[str]:
     holders = [str(node.target).rpartition(".")[0] for node in read]
     last = weighted[-1:] or region[-1:]
     weights = [str(arg.target) for node in last for arg in node.all_input_nodes if arg.op == "get_attr"]
-    return [
-        common_module(region),
-        common_module(behind),
-        common_module(weighted),
-        common_path(filter(None, holders)),
-        *map(module_path, last),
-        *weights[:1],
-    ]
+    holding = [common_module(nodes) for nodes in (region, behind, weighted)]
+    return [*holding, common_path(filter(None, holders))], [*map(module_path, last), *weights[:1]]
 
 
 def _branch_region(traced: Trace, part: Part) -> set[Node]:
