@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any, Protocol, SupportsIndex, TypeAlias
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -175,12 +176,9 @@ def multiplied(one: list[int], other: list[int]) -> list[int]:
     Returns:
         Coefficients of the product, exact ints.
     """
-    result = [0] * (len(one) + len(other) - 1)
-    for shift, factor in enumerate(other):
-        if factor:
-            for k, coefficient in enumerate(one):
-                result[k + shift] += factor * coefficient
-    return result
+    # Arrays of objects hold Python's own ints, which do not overflow.
+    product: list[int] = np.convolve(np.array(one, dtype=object), np.array(other, dtype=object)).tolist()
+    return product
 
 
 def path_histogram(chain: HasPathChoices | int, unit: str = "block") -> pd.DataFrame:

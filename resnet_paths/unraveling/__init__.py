@@ -23,7 +23,6 @@ from resnet_paths.core.parts import call_part
 from resnet_paths.core.signature import Call, Signature, arguments_of, chosen
 from resnet_paths.unraveling.assembly import assemble
 from resnet_paths.unraveling.by_hand import chain_of_named_blocks, unlike
-from resnet_paths.unraveling.concatenations import nest_concatenations, write_partial_additions
 from resnet_paths.unraveling.given import find_parts
 from resnet_paths.unraveling.parts import Options, Part
 from resnet_paths.unraveling.tracing import Trace, name_of, trace
@@ -101,7 +100,7 @@ def unravel(
         return chain
     is_plain = signature.is_plain and returned is expected
     called = model if is_plain else Call(model, signature, output)
-    traced = nest_concatenations(write_partial_additions(trace(called, tensors)))
+    traced = trace(called, tensors)
     traced, parts, context = find_parts(traced, Options(max_depth, (skip,) if isinstance(skip, str) else tuple(skip)))
     chain = assemble(traced, parts, None if is_plain else signature, context)
     with torch.no_grad():

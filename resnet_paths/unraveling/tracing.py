@@ -24,13 +24,12 @@ from torch.fx import Graph, Node
 
 from resnet_paths._utils.errors import ResnetPathsError, UnravelError
 from resnet_paths.core.segments import Segment
-from resnet_paths.unraveling.gates import write_gates_as_branches
-from resnet_paths.unraveling.in_place import write_out_of_place
+from resnet_paths.unraveling.graphs import dependents, is_shape, walk_back
 from resnet_paths.unraveling.packing import Packed, values_of
+from resnet_paths.unraveling.rewrites import apply_rewrites, write_out_of_place
 
 __all__ = ["IS_CONTEXT", "FixedShape", "Trace", "module_path", "trace"]
 
-_BATCH_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
 _RANDOM = {
     torch.ops.aten.dropout.default,
     torch.ops.aten.native_dropout.default,
@@ -107,12 +106,7 @@ class Trace:
         self.tensors = tensors
         self.given = given
         self._position = {node: i for i, node in enumerate(graph.nodes)}
-        self._dependent: set[Node] = set(inputs) - set(given)
-        for node in graph.nodes:
-            if node in given or is_shape(node):
-                continue
-            if any(arg in self._dependent for arg in node.all_input_nodes):
-                self._dependent.add(node)
+        self._dependent = dependents(graph, inputs, given)
 
     def seen_from(self, inputs: Sequence[Node], given: Sequence[Node] = ()) -> Trace:
         """The same graph, where only what is made from some nodes counts as dependent.
@@ -140,7 +134,7 @@ class Trace:
 
     def region(self, sources: Iterable[Node], target: Node) -> set[Node]:
         """The dependent nodes on the way from `sources` to `target`: without the sources, with the target."""
-        return _walk_back(target, set(sources), self.dependent_inputs)
+        return walk_back(target, set(sources), self.dependent_inputs)
 
     def in_order(self, nodes: Iterable[Node]) -> list[Node]:
         """`nodes` in the order of the graph."""
@@ -178,7 +172,7 @@ class Trace:
             return node.all_input_nodes if self._size_of(node, sources) is None else []
 
         wanted = [node for target in targets for node in values_of(target)]
-        needed = set().union(*(_walk_back(node, set(sources), needed_by) for node in wanted))
+        needed = set().union(*(walk_back(node, set(sources), needed_by) for node in wanted))
         for node in self.in_order(needed):
             if node.op == "placeholder":
                 raise UnravelError(
@@ -222,18 +216,6 @@ class Trace:
             return None
         times, source, dim = min(found, key=lambda each: each[0])
         return source, dim, times
-
-
-def _walk_back(target: Node, stop: set[Node], before: Callable[[Node], Iterable[Node]]) -> set[Node]:
-    """All nodes met on the way back from `target`, itself included, up to those in `stop`, which are left out."""
-    found: set[Node] = set()
-    waiting = [target]
-    while waiting:
-        node = waiting.pop()
-        if node not in found and node not in stop:
-            found.add(node)
-            waiting.extend(before(node))
-    return found
 
 
 def trace(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Trace:
@@ -325,53 +307,9 @@ def _flatten(model: nn.Module, program: torch.export.ExportedProgram) -> Trace:
                 "a model that takes any batch size",
                 "Write sizes as x.shape[0] or -1, not as a number or len(x); give a single example as x.unsqueeze(0).",
             )
-    _restore_batch_norm(graph)
-    _nest_concatenations(graph)
-    write_gates_as_branches(graph)
-    for node in graph.nodes:
-        # The same values, for tensors of any layout: images with their channels last cannot be viewed as vectors.
-        if node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
-            node.target = torch.ops.aten.reshape.default
+    apply_rewrites(graph)
     # Read again: what the model returns may just have been replaced.
     return Trace(graph, inputs, output_node.args[0][0], tensors)
-
-
-def _restore_batch_norm(graph: Graph) -> None:
-    """Put back the operation that the model runs: same kernels, same bits, same derivative on every device."""
-    for node in list(graph.nodes):
-        if node.target is not _BATCH_NORM:
-            continue
-        x, weight, bias, mean, variance, momentum, eps = node.args
-        for item in list(node.users):
-            with graph.inserting_before(item):
-                restored = graph.call_function(
-                    torch.ops.aten.batch_norm.default,
-                    (x, weight, bias, mean, variance, False, momentum, eps, torch.backends.cudnn.enabled),
-                )
-            restored.meta = dict(item.meta)
-            item.replace_all_uses_with(restored)
-            graph.erase_node(item)
-        graph.erase_node(node)
-
-
-def _nest_concatenations(graph: Graph) -> None:
-    """Write ``cat(x, f1, f2)`` as ``cat(cat(x, f1), f2)`` where the graph holds ``cat(x, f1)``.
-
-    A DenseNet concatenates all earlier features anew in every layer; written so, each layer extends the one before.
-    """
-    earlier: dict[tuple[Any, ...], Node] = {}
-    for node in list(graph.nodes):
-        if node.target is not torch.ops.aten.cat.default:
-            continue
-        operands, dim = list(node.args[0]), node.args[1] if len(node.args) > 1 else 0
-        if len(operands) == 1:
-            node.replace_all_uses_with(operands[0])
-            graph.erase_node(node)
-            continue
-        before = earlier.get((dim, *operands[:-1]))
-        earlier[dim, *operands] = node
-        if before is not None:
-            node.args = ([before, operands[-1]], dim)
 
 
 def _tensor_of(model: nn.Module, program: torch.export.ExportedProgram, name: str) -> Any:
@@ -432,11 +370,6 @@ def describe(node: Node) -> str:
     outside = [line for line in lines if "/torch/nn/" not in line]
     line = f", {outside[-1].strip()}" if outside else ""
     return f"{operation} in {where}{line}"
-
-
-def is_shape(node: Node) -> bool:
-    """Whether a node's value is a number read off a shape, not a tensor."""
-    return isinstance(node.meta.get("val"), torch.SymInt | torch.SymBool | torch.SymFloat | int | bool | float)
 
 
 def _is_active(node: Node) -> bool:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import resnet_paths as rp
-from resnet_paths.unraveling.in_place import write_out_of_place
+from resnet_paths.unraveling.rewrites import write_out_of_place
 from tests.chains import inputs
 
 
@@ -84,8 +84,20 @@ def dtype_kept(m, h):
     return h + m.b(y.double())
 
 
-IN_FULL = [statement, old_name, onto_the_branch, no_op_between, view_read_before]
-IN_PART = [view_read_later, written_into_a_part, half_read_later, dtype_kept]
+def compared(m, h):
+    y = m.a(h)
+    y.gt_(0)  # stays a number; y > 0 would be a truth value
+    return h + m.b(y)
+
+
+def integers_added(m, h):
+    y = m.a(h)
+    y.add_(torch.arange(4))
+    return h + m.b(y)
+
+
+IN_FULL = [statement, old_name, onto_the_branch, no_op_between, view_read_before, integers_added]
+IN_PART = [view_read_later, written_into_a_part, half_read_later, dtype_kept, compared]
 
 
 @pytest.mark.parametrize("step", IN_FULL + IN_PART)

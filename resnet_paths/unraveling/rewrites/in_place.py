@@ -103,13 +103,14 @@ def _ordinary(node: Node) -> OpOverload | None:
     packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
     if written != [0] or not name.endswith("_") or name == "copy_" or packet is None:
         return None
-    # In place, a result keeps its dtype; otherwise the operands' dtypes decide.
-    dtypes = {n.meta["val"].dtype for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)}
-    if len(dtypes) > 1 or schema.overload_name not in [o.replace("default", "") for o in packet.overloads()]:
+    if schema.overload_name not in [o.replace("default", "") for o in packet.overloads()]:
         return None
     found = getattr(packet, schema.overload_name or "default")
-    same = [a.name for a in found._schema.arguments] == [a.name for a in schema.arguments]
-    return found if same and not found._schema.is_mutable else None
+    if found._schema.is_mutable or [a.name for a in found._schema.arguments] != [a.name for a in schema.arguments]:
+        return None
+    # In place, a result keeps its dtype; otherwise the operands' dtypes, or the operation (y > 0), decide.
+    values: Any = map_arg((node.args, node.kwargs), lambda operand: operand.meta["val"])
+    return found if found(*values[0], **values[1]).dtype is values[0][0].dtype else None
 
 
 def _storages(node: Any) -> set[int]:
