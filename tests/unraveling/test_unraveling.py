@@ -406,18 +406,18 @@ def concatenated(self, x):
 
 def difference(self, x):
     x = self.inp(x)
-    return self.out(x - self.f[0](x))
+    return self.out(self.f[0](x) - x)
 
 
 def interpolation(self, x):
     x = self.inp(x)
-    return self.out(torch.lerp(x, self.f[0](x), 0.5))
+    return self.out(torch.lerp(self.f[0](x), self.f[1](x), 0.5))
 
 
-def one_difference_among_sums(self, x):
+def one_maximum_among_sums(self, x):
     x = self.inp(x)
     x = x + self.f[0](x)
-    x = torch.addcmul(x, self.f[1](x), self.norm.weight)
+    x = torch.maximum(x, self.f[1](x))
     return self.out(x + self.f[2](x))
 
 
@@ -440,7 +440,7 @@ REFUSED = {
     "concatenated": (concatenated, r"model: got .cat\w* \(cat.default.*not concatenate"),
     "difference": (difference, r"model: got .sub\w* .*not join it by sub"),
     "interpolation": (interpolation, r"model: got .lerp\w* .*not join it by lerp"),
-    "addcmul among sums": (one_difference_among_sums, r"model: got .addcmul\w* .*not join it by addcmul"),
+    "maximum among sums": (one_maximum_among_sums, r"model: got .maximum\w* .*not join it by maximum"),
     "random": (random_branch, r"dropout.*without random or training-mode operations.*model.eval\(\)"),
     "a constant": (lambda self, x: self.out.weight * 2, r"output depends on its input|returns"),
     "no weights": (lambda self, x: torch.relu(x), r"no block found"),
