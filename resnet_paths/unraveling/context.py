@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch.fx import Node
 
+from resnet_paths.unraveling.graphs import is_shape
 from resnet_paths.unraveling.packing import values_of
 from resnet_paths.unraveling.parts import Part
-from resnet_paths.unraveling.tracing import IS_CONTEXT, Trace, is_shape
+from resnet_paths.unraveling.tracing import IS_CONTEXT, Trace
 
 __all__ = ["context_of"]
 

@@ -6,6 +6,7 @@ with a model without the branch; gradients by length with one backward pass per 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -142,13 +143,19 @@ FORMS = {
     ),
 }
 
-every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+every_form = pytest.mark.parametrize("name", FORMS)
+
+
+@functools.cache
+def unraveled(name):
+    """The form, a model that is written in it, and its chain."""
+    model = build(FORMS[name].step)
+    return FORMS[name], model, rp.unravel(model, inputs())
 
 
 @every_form
-def test_function_and_structure(form):
-    model = build(form.step)
-    chain = rp.unravel(model, inputs())
+def test_function_and_structure(name):
+    form, model, chain = unraveled(name)
     assert [block.skip_kind for block in chain] == ["identity"] * 3
     assert chain.num_paths == 8
     for batch in (1, 4, 7):
@@ -159,9 +166,8 @@ def test_function_and_structure(form):
 
 
 @every_form
-def test_deletions_leave_the_skip(form):
-    model, x = build(form.step), inputs()
-    chain = rp.unravel(model, x)
+def test_deletions_leave_the_skip(name):
+    (form, model, chain), x = unraveled(name), inputs()
     for deleted in itertools.product((False, True), repeat=3):
         state = model.inp(x)
         for gone, layers in zip(deleted, model.layers(), strict=True):
@@ -172,8 +178,8 @@ def test_deletions_leave_the_skip(form):
 
 
 @every_form
-def test_gradients_by_length(form):
-    model, x, targets = build(form.step), inputs(), torch.tensor([0, 1, 2, 0])
+def test_gradients_by_length(name):
+    (form, model, chain), x, targets = unraveled(name), inputs(), torch.tensor([0, 1, 2, 0])
     gradients = dict.fromkeys(range(4), 0)
     for path in itertools.product((False, True), repeat=3):
         leaf = x.clone().requires_grad_()
@@ -186,7 +192,7 @@ def test_gradients_by_length(form):
         gradients[sum(path)] += torch.autograd.grad(loss, leaf)[0]
     total = sum(gradients.values())
     shares = [((g * total).sum(1) / (total * total).sum(1)).mean() for g in gradients.values()]
-    frame = rp.gradient_by_path_length(rp.unravel(model, x), x, targets, progress=False)
+    frame = rp.gradient_by_path_length(chain, x, targets, progress=False)
     assert frame.gradient_share.tolist() == pytest.approx([float(share) for share in shares], abs=1e-12)
     norms = [g.norm(dim=1).mean() for g in gradients.values()]
     assert frame.summed_path_gradient_norm.tolist() == pytest.approx([float(norm) for norm in norms], rel=1e-10)

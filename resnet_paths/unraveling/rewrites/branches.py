@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from resnet_paths.core.weight_layers import is_weighted
+from resnet_paths.core.weight_layers import makes_branch
 from resnet_paths.unraveling.graphs import between
 
 __all__ = ["KEEPING_ORDER", "PERMUTING", "rearranges", "source_of_branch"]
@@ -68,7 +68,8 @@ def source_of_branch(added_to: Node, added: Node) -> Node | None:
         added: The value that may be a branch.
 
     Returns:
-        The value in `added_to` from which `added` is computed through a weight layer; None if there is none.
+        The value in `added_to` from which `added` is computed through a weight layer or pooling, as a branch is; None
+        if there is none.
     """
     candidates = [added_to]
     for value in candidates:
@@ -76,5 +77,5 @@ def source_of_branch(added_to: Node, added: Node) -> Node | None:
         is_partial_sum = value.target is _ATEN.add.Tensor and len(value.users) == 1
         if is_partial_sum or rearranges(value) or value.target is _ATEN.detach.default:
             candidates += value.all_input_nodes
-    found = (x for x in candidates if any(is_weighted(node) for node in between(x, added)))
+    found = (x for x in candidates if any(makes_branch(node) for node in between(x, added)))
     return next(found, None)
