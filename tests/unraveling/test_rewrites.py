@@ -119,8 +119,8 @@ FORMS = {
         lambda h, f, g, w: torch.addmm(h, f(h), w, alpha=0.3), lambda h, f, g, w: 0.3 * f(h) @ w, exact=False
     ),
     "baddbmm": Form(
-        lambda h, f, g, w: torch.baddbmm(h[:, None], f(h)[:, None], w.expand(h.shape[0], 4, 4)).squeeze(1),
-        lambda h, f, g, w: f(h) @ w,
+        lambda h, f, g, w: torch.baddbmm(h[:, None], f(h)[:, None], torch.diag_embed(g(h))).squeeze(1),
+        lambda h, f, g, w: f(h) * g(h),
         exact=False,
     ),
     "addcmul": Form(
