@@ -24,7 +24,7 @@ from torch.fx import Graph, Node
 
 from resnet_paths._utils.errors import ResnetPathsError, UnravelError
 from resnet_paths.core.segments import Segment
-from resnet_paths.unraveling.graphs import dependents, is_shape, walk_back
+from resnet_paths.unraveling.graphs import dependents, walk_back
 from resnet_paths.unraveling.packing import Packed, values_of
 from resnet_paths.unraveling.rewrites import apply_rewrites, write_out_of_place
 
