@@ -2,9 +2,11 @@
 
 Networks of torchvision, timm and transformers, as they are, with random weights: blocks found beside the number that
 the architecture's paper or configuration states, paths, kinds of skip, the largest difference between chain and model,
-and the CPU seconds of one core that unraveling takes. A failure or a refusal stands in the table with its reason.
+the CPU seconds of one core that unraveling takes, three deletions and the gradient at the input (or at the parameters)
+against plain PyTorch (`tests.benchmarks.plain_checks`). A failure or a refusal stands in the table with its reason.
 
-Needs ``pip install timm transformers``. A network a line may be named to run these only; the others keep their rows.
+Needs ``pip install timm transformers``. Every row is written as soon as it is made: ``--only NAME ...`` runs these
+networks alone and keeps the other rows, ``--resume`` runs those that have no row in the output yet.
 """
 
 from __future__ import annotations
@@ -25,8 +27,14 @@ from torch import nn
 
 import resnet_paths as rp
 from resnet_paths._utils.files import write_then_rename
+from tests.benchmarks.plain_checks import TOLERANCE, chosen, deletions, gradient_difference, spread
 
 TABLE = Path(__file__).parents[2] / "data" / "architectures.csv"
+COUNTS = ["blocks", "blocks_stated", "deletions_right", "deletions_checked"]
+COLUMNS = [
+    *("library", "architecture", "blocks", "blocks_stated", "paths", "skips", "max_difference"),
+    *("deletions_right", "deletions_checked", "gradient_difference", "seconds", "reason"),
+]
 
 
 def compound(depth: float) -> int:
@@ -374,20 +382,16 @@ def row_of(library: str, name: str, make: Callable[[], tuple[nn.Module, Any]], s
         }
     row["seconds"] = round(time.process_time() - start, 1)
     with torch.no_grad():
-        returned = model(example)
-        expected = (
-            next((returned[k] for k in ("logits", "last_hidden_state") if k in returned), None)
-            if isinstance(returned, dict)
-            else returned
-        )
-        row["max_difference"] = float((chain(example) - expected).abs().max())
+        row["max_difference"] = float((chain(example) - chosen(model(example))).abs().max())
+    spread(model)  # and with it the chain, which shares the parameters
+    row["deletions_right"], row["deletions_checked"] = deletions(chain, model, example)
+    row["gradient_difference"] = gradient_difference(chain, model, example)
     kinds = pd.Series([str(block.skip_kind or "none") for block in chain]).value_counts()
-    row |= {
+    return row | {
         "blocks": len(chain),
         "paths": str(chain.num_paths),
         "skips": ", ".join(f"{count} {kind}" for kind, count in kinds.items()),
     }
-    return row
 
 
 def summary(frame: pd.DataFrame) -> str:
@@ -397,11 +401,14 @@ def summary(frame: pd.DataFrame) -> str:
         frame: The whole table.
 
     Returns:
-        Markdown: counts by library, networks with other blocks than stated, families of transformers, refusals with the
-        place that makes them none.
+        Markdown: counts by library, networks with other blocks than stated, deletions and gradients that agree with
+        plain PyTorch, families of transformers, refusals with the place that makes them none.
     """
-    lines = ["| library | networks | chain equals model exactly | blocks as stated | refused |"]
-    lines += ["| --- | ---: | ---: | ---: | --- |"]
+    lines = [
+        "| library | networks | chain equals model exactly | blocks as stated | deletions right | gradient right "
+        "| refused |"
+    ]
+    lines += ["| --- | ---: | ---: | ---: | ---: | ---: | --- |"]
     for library, rows in frame.groupby("library", sort=False):
         stated = rows[rows.blocks_stated.notna() & rows.blocks.notna()].astype({"blocks": int, "blocks_stated": int})
         other = stated[stated.blocks != stated.blocks_stated]
@@ -413,7 +420,9 @@ def summary(frame: pd.DataFrame) -> str:
         refused = [text for text, reason in zip(refused, rows.reason.notna(), strict=True) if reason]
         lines.append(
             f"| {library} | {len(rows)} | {(rows.max_difference == 0).sum()} | "
-            f"{', '.join(agreeing)} | {', '.join(refused) or 'none'} |"
+            f"{', '.join(agreeing)} | {rows.deletions_right.sum():.0f} of {rows.deletions_checked.sum():.0f} | "
+            f"{(rows.gradient_difference <= TOLERANCE).sum()} of {rows.gradient_difference.notna().sum()} | "
+            f"{', '.join(refused) or 'none'} |"
         )
     families = frame.architecture[frame.library == "transformers"]
     return "\n".join([*lines, "", f"Families of transformers, in tiny configurations: {', '.join(families)}."])
@@ -421,7 +430,8 @@ def summary(frame: pd.DataFrame) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", help="networks to run; all by default")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="run these networks; the others keep their rows")
+    parser.add_argument("--resume", action="store_true", help="run the networks that have no row in the output yet")
     parser.add_argument("--output", type=Path, default=TABLE)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -430,33 +440,20 @@ def main() -> None:
     work += [("timm", n, lambda n=n: timm_model(n), stated) for n, stated in TIMM.items()]
     for name, (make, example, stated) in transformers_models().items():
         work.append(("transformers", name, lambda make=make, example=example: (make(), example), stated))
-    rows = {}
-    if options.names and options.output.exists():
+    order = {(library, name): i for i, (library, name, _, _) in enumerate(work)}
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    if (options.only or options.resume) and options.output.exists():
         rows = {(r["library"], r["architecture"]): r for r in pd.read_csv(options.output).to_dict("records")}
     for library, name, make, stated in work:
-        if options.names and name not in options.names:
-            if (library, name) in rows:
-                rows[library, name]["blocks_stated"] = stated
+        if (library, name) in rows:
+            rows[library, name]["blocks_stated"] = stated
+        if (options.only and name not in options.only) or (options.resume and (library, name) in rows):
             continue
         rows[library, name] = row_of(library, name, make, stated)
         print(rows[library, name], flush=True)
-        order = {(library, name): i for i, (library, name, _, _) in enumerate(work)}
-        columns = [
-            "library",
-            "architecture",
-            "blocks",
-            "blocks_stated",
-            "paths",
-            "skips",
-            "max_difference",
-            "seconds",
-            "reason",
-        ]
         frame = pd.DataFrame(sorted(rows.values(), key=lambda r: order[r["library"], r["architecture"]]))
         with write_then_rename(options.output) as temporary:
-            frame.reindex(columns=columns).astype({"blocks": "Int64", "blocks_stated": "Int64"}).to_csv(
-                temporary, index=False
-            )
+            frame.reindex(columns=COLUMNS).astype(dict.fromkeys(COUNTS, "Int64")).to_csv(temporary, index=False)
     print(summary(pd.read_csv(options.output)))
     exact = sum(row.get("max_difference") == 0 for row in rows.values())
     agree = [row.get("blocks") == row["blocks_stated"] for row in rows.values() if row.get("blocks_stated") is not None]
