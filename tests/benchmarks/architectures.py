@@ -420,7 +420,8 @@ def summary(frame: pd.DataFrame) -> str:
         refused = [text for text, reason in zip(refused, rows.reason.notna(), strict=True) if reason]
         lines.append(
             f"| {library} | {len(rows)} | {(rows.max_difference == 0).sum()} | "
-            f"{', '.join(agreeing)} | {rows.deletions_right.sum():.0f} of {rows.deletions_checked.sum():.0f} | "
+            f"{', '.join(agreeing)} | {rows.deletions_right.sum():.0f} of {rows.deletions_checked.sum():.0f} "
+            f"in {(rows.deletions_checked > 0).sum()} networks | "
             f"{(rows.gradient_difference <= TOLERANCE).sum()} of {rows.gradient_difference.notna().sum()} | "
             f"{', '.join(refused) or 'none'} |"
         )
