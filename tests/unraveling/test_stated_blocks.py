@@ -24,6 +24,7 @@ from tests.benchmarks.architectures import (
     torchvision_model,
     transformers_models,
 )
+from tests.benchmarks.plain_checks import TOLERANCE
 
 ALWAYS = {
     "torchvision": {
@@ -185,3 +186,9 @@ def test_the_table_shows_what_is_stated():
     for library, stated in (("torchvision", TORCHVISION), ("timm", TIMM)):
         written = table[library].astype(object).where(table[library].notna(), None)
         assert written.to_dict() == stated
+
+
+def test_deletions_and_gradients_in_the_table_are_right():
+    checked = pd.read_csv(TABLE).dropna(subset=["deletions_checked"])
+    assert (checked.deletions_right == checked.deletions_checked).all()
+    assert (checked.gradient_difference <= TOLERANCE).all()
