@@ -159,7 +159,6 @@ def last_token(m, tokens, add=torch.add):
     return m.head(x)[torch.arange(tokens.shape[0], device=tokens.device), last]
 
 
-@not_yet("an input that the head reads is refused")
 def test_a_head_that_looks_for_the_last_token():
     model = network(last_token, words=lambda: nn.Embedding(40, WIDTH), layers=linears(3), head=linear(WIDTH, 3))
     tokens = tokens_of()
@@ -189,7 +188,6 @@ class Pooled(nn.Module):
         return self.head((x * kept).sum(1) / kept.sum(1))
 
 
-@not_yet("a raw error")
 @pytest.mark.parametrize("norm_first", [True, False])
 def test_padding_mask_of_a_transformer_encoder(norm_first):
     with torch.random.fork_rng():

@@ -62,7 +62,6 @@ def chosen(output):
     return output.logits if "logits" in output else output.last_hidden_state
 
 
-@not_yet("the batch sizes of inputs are taken for different ones")
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_mask_and_positions_together(side):
     model = made("LlamaForCausalLM", "LlamaConfig", **LLAMA)
@@ -77,7 +76,6 @@ def test_a_mask_and_positions_together(side):
         close(chain(**more), model(**more).logits)
 
 
-@not_yet("the head reads the tokens")
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 @pytest.mark.parametrize("with_mask", [False, True])
 def test_sequence_classification_of_padded_tokens(kind, with_mask):
