@@ -109,7 +109,6 @@ def masked(m, x, mask, add=torch.add):
     return m.head(x)
 
 
-@not_yet("a TypeError of Identity.forward")
 @pytest.mark.parametrize("shape", [(4, 1), (4, WIDTH)])
 def test_no_stem_and_a_mask(shape):
     model, mask = network(masked, layers=linears(3), head=linear(WIDTH, 3)), draw(*shape, seed=2)
@@ -120,7 +119,6 @@ def test_no_stem_and_a_mask(shape):
     for i in range(3):
         with zeroed(model.layers[i]):
             close(deleted_by_name(chain, f"layers.{i}", X, mask), model(X, mask))
-    assert_shares(chain, model, [X, mask], 3)
 
 
 def mask_and_positions(m, x, mask, positions, add=torch.add):
@@ -132,7 +130,6 @@ def mask_and_positions(m, x, mask, positions, add=torch.add):
     return m.head(x)
 
 
-@not_yet("the batch sizes of inputs are taken for different ones")
 def test_mask_and_positions_together():
     model = network(mask_and_positions, stem=linear(), layers=linears(3), head=linear(WIDTH, 3))
     inputs = X, draw(4, WIDTH, seed=2), draw(4, WIDTH, seed=3)
@@ -142,7 +139,14 @@ def test_mask_and_positions_together():
     assert rp.path_histogram(chain).num_paths.tolist() == [1, 3, 3, 1]
     for i in range(3):
         close(rp.delete_block(chain, i)(*inputs), model.run(model, *inputs, add=without(i)))
-    assert_shares(chain, model, inputs, 3)
+
+
+@not_yet("gradients do not pass context to blocks")
+@pytest.mark.parametrize(("run", "shapes"), [(masked, [(4, 1)]), (mask_and_positions, [(4, WIDTH), (4, WIDTH)])])
+def test_gradients_at_all_inputs_of_blocks_that_read_some(run, shapes):
+    model = network(run, stem=linear(), layers=linears(3), head=linear(WIDTH, 3))
+    batch = X, *(draw(*shape, seed=seed) for seed, shape in enumerate(shapes, 2))
+    assert_shares(rp.unravel(model, batch), model, batch, 3)
 
 
 def tokens_of(batch=4, length=7, seed=0):
@@ -266,9 +270,8 @@ def test_what_every_layer_reads_again_is_counted_right_or_refused_by_name(run, a
         assert len(names_in(chain)) == additions
         if run is not value_residual:  # there the first block is read by all others, in another way than by the state
             assert rp.path_histogram(chain).num_paths.sum() == 2**additions
-        for i in range(additions):
-            layer = f"{'ab'[i % 2]}.{i // 2}"
-            close(deleted_by_name(chain, layer, X), model.run(model, X, add=without(i)))
+        for i, name in enumerate(names_in(chain)):
+            close(rp.delete_block(chain, name)(X), model.run(model, X, add=without(i)))
         assert_shares(chain, model, [X], additions)
 
 
