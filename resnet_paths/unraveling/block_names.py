@@ -45,7 +45,7 @@ def names_of(traced: Trace, parts: Sequence[Part], taken: Collection[str] = ()) 
         elif known in {*taken, *names}:
             again = (f"{known}@{k}" for k in itertools.count(1))
             names.append(next(each for each in again if each not in used))
-        elif unused := [candidate for candidate in last if candidate not in used]:
+        elif unused := [each for each in last if each not in used | set(by_merge)]:
             names.append(unused[0])
         else:
             several = (f"{name or 'block'}{'#' if name else ''}{k}" for k in itertools.count(index))
