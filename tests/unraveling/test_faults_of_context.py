@@ -42,7 +42,6 @@ def to_half(number):
     return lambda: nn.ModuleList(nn.Linear(WIDTH, 3) for _ in range(number))
 
 
-@not_yet("a chain in one of several alternatives is not looked into")
 def test_chains_in_alternatives_of_a_cross_stage_network():
     model = network(
         cross_stage,
@@ -69,7 +68,6 @@ def atrous_pyramid(m, x, add=torch.add):
     return m.head(torch.cat([m.low(low), torch.tanh(m.project(pyramid))], 1))
 
 
-@not_yet("a chain in one of several alternatives is not looked into")
 def test_the_encoder_beside_a_low_level_feature():
     parts = {"stem": linear(), "layers": linears(6), "pyramid": linears(3), "low": linear(WIDTH, 2)}
     model = network(atrous_pyramid, project=linear(3 * WIDTH, WIDTH), head=linear(WIDTH + 2, 3), **parts)
@@ -249,9 +247,7 @@ def value_residual(m, x, add=torch.add):
 @pytest.mark.parametrize(
     ("run", "additions", "named"),
     [
-        pytest.param(
-            x0_skips, 12, ("stem", "mul"), marks=not_yet("what is added of the first state counts as a block")
-        ),
+        (x0_skips, 12, ("stem", "mul")),
         (per_layer_embeddings, 8, ("embed", "chunk", "split")),
         pytest.param(value_residual, 8, ("gate.0",), marks=not_yet("blocks are missing")),
     ],
@@ -334,7 +330,6 @@ def bare_function(m, x):
     return x + F.linear(F.gelu(F.linear(m.norm2(x), m.up)), m.down)
 
 
-@not_yet("a block has the name and number of its addition, as in layers.2#5")
 def test_a_bare_function_is_named_for_its_place():
     parameters = {name: lambda: nn.Parameter(torch.randn(WIDTH, WIDTH)) for name in ("up", "down")}
     model = network(stacked, stem=linear(), layers=layers_of(None, **parameters), head=linear(WIDTH, 3))
