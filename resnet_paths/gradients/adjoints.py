@@ -19,10 +19,10 @@ import torch
 from torch import nn
 from torch.fx import Node
 
+from resnet_paths.core.input_sizes import CheckedInputs
 from resnet_paths.core.parts import Placed, Scaled, context_read_by
 from resnet_paths.core.segments import Segment
 from resnet_paths.gradients.operations import Step, linearize_operation, without_vmap_warnings
-from resnet_paths.unraveling.tracing import FixedShape
 
 __all__ = ["Context", "Pullback", "linearize", "linearize_all", "unchanged"]
 
@@ -88,7 +88,7 @@ def linearize(
     """
     if isinstance(module, nn.Identity):
         return state, unchanged
-    if isinstance(module, FixedShape):
+    if isinstance(module, CheckedInputs):
         return linearize(module.module, module.check(state)[0], context)
     if isinstance(module, Placed):
         start, dim, size = module.before, module.dim + 1, state.shape[module.dim]

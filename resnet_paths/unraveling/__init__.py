@@ -17,12 +17,14 @@ import torch
 from torch import nn
 from torch.fx import Interpreter, Node
 
-from resnet_paths._utils.errors import ResnetPathsError
+from resnet_paths._utils.errors import ResnetPathsError, UnravelError
 from resnet_paths.core.chain import ResidualChain, refuse_training_mode
+from resnet_paths.core.input_sizes import InputSizes
 from resnet_paths.core.parts import call_part
 from resnet_paths.core.signature import Call, Signature, arguments_of, chosen
 from resnet_paths.unraveling.assembly import assemble
 from resnet_paths.unraveling.by_hand import chain_of_named_blocks, unlike
+from resnet_paths.unraveling.export import has_free_sizes
 from resnet_paths.unraveling.given import find_parts
 from resnet_paths.unraveling.parts import Options, Part
 from resnet_paths.unraveling.tracing import Trace, name_of, trace
@@ -42,8 +44,9 @@ def unravel(
     """The chain of residual blocks that a model is (Veit et al. 2016, section 3).
 
     Works for any model whose forward `torch.export` can trace and whose blocks stand in series. Nothing is copied: the
-    chain shares every parameter and buffer with the model, and works for any batch size; another image size is
-    refused, since sizes may stand in the exported graph as numbers. What forward hooks of the model return is part of
+    chain shares every parameter and buffer with the model, and works for any batch size. Image sizes and sequence
+    lengths are free where the model's code leaves them free and the export can tell in time; the summary of the chain
+    says which are, and others are refused. What forward hooks of the model return is part of
     the chain; whatever else they do, such as storing activations, happens only while the model is read. A model without
     any skips becomes a chain of its modules, with one path. An input that every block reads, such as an attention mask,
     is carried along in the state, which is a tuple then.
@@ -100,13 +103,26 @@ def unravel(
         return chain
     is_plain = signature.is_plain and returned is expected
     called = model if is_plain else Call(model, signature, output)
-    traced = trace(called, tensors)
-    traced, parts, context = find_parts(traced, Options(max_depth, (skip,) if isinstance(skip, str) else tuple(skip)))
-    chain = assemble(traced, parts, None if is_plain else signature, context)
-    with torch.no_grad():
-        found = chain(*args, **kwargs)
-    _check_chain(chain, called, traced, parts, tensors, found, expected)
-    return chain
+    options = Options(max_depth, (skip,) if isinstance(skip, str) else tuple(skip))
+    free_sizes = has_free_sizes(tensors)
+    while True:
+        try:
+            traced = trace(called, tensors, free_sizes=free_sizes)
+            sizes = traced.sizes
+            assert sizes is not None  # as for every trace of a whole model
+            free_sizes = bool(sizes.free)
+            traced, parts, context = find_parts(traced, options)
+            chain = assemble(traced, parts, sizes, None if is_plain else signature, context)
+            with torch.no_grad():
+                found = chain(*args, **kwargs)
+            _check_chain(chain, called, traced, parts, tensors, found, expected)
+            _check_other_sizes(chain, model, signature, tensors, output, sizes)
+        except Exception:
+            if not free_sizes:
+                raise
+            free_sizes = False  # whatever it was: the model may be a chain for one size
+        else:
+            return chain
 
 
 def _check_arguments(model: nn.Module, example_inputs: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -150,6 +166,28 @@ def _run(model: nn.Module, signature: Signature, tensors: Sequence[torch.Tensor]
             f"inputs that {type(model).__name__} takes",
             f"It answered: {type(error).__name__}: {error}",
         ) from error
+
+
+def _check_other_sizes(
+    chain: ResidualChain,
+    model: nn.Module,
+    signature: Signature,
+    tensors: tuple[torch.Tensor, ...],
+    output: str | int | None,
+    sizes: InputSizes,
+) -> None:
+    """Raise unless the chain returns what the model returns for inputs of another size, the first that it takes."""
+    for others in sizes.others(tensors):
+        try:
+            expected = chosen(_run(model, signature, others), output)
+        except ResnetPathsError:
+            continue  # a position table may end, or an image be too small for its convolutions
+        args, kwargs = signature.arguments(others)
+        with torch.no_grad():
+            if not _agree(chain(*args, **kwargs), expected):
+                shapes = [list(tensor.shape) for tensor in others]
+                raise UnravelError("model", f"another output for {shapes}", "a model that unravels exactly")
+        return
 
 
 def _unlike_in_one(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:

@@ -8,36 +8,42 @@ from torch import nn
 from torch.fx import Node
 
 from resnet_paths.core.chain import Block, ResidualChain
+from resnet_paths.core.input_sizes import CheckedInputs, InputSizes
 from resnet_paths.core.parts import Parallel
 from resnet_paths.core.signature import Signature
 from resnet_paths.unraveling.block_names import names_of
 from resnet_paths.unraveling.packing import Packed
 from resnet_paths.unraveling.parts import Part
-from resnet_paths.unraveling.tracing import FixedShape, Trace
+from resnet_paths.unraveling.sizes import on_example
+from resnet_paths.unraveling.tracing import Trace
 
 __all__ = ["assemble"]
 
 
 def assemble(
-    traced: Trace, parts: Sequence[Part], signature: Signature | None = None, context: Sequence[Node] = ()
+    traced: Trace,
+    parts: Sequence[Part],
+    sizes: InputSizes,
+    signature: Signature | None = None,
+    context: Sequence[Node] = (),
 ) -> ResidualChain:
     """The chain that the parts of a graph make.
 
     Args:
         traced: The graph.
         parts: Its blocks, in order.
+        sizes: The sizes that the inputs may have.
         signature: How the chain is to be called; None for tensors in a row.
         context: Values that the stem computes for blocks and head to read.
 
     Returns:
         A chain in eval mode.
     """
-    shapes = [tuple(node.meta["val"].shape[1:]) for node in traced.inputs]
     tensors_of = None if signature is None else signature.tensors
-    stem = FixedShape(traced.segment(traced.inputs, parts[0].start, *context), shapes, tensors_of)
+    stem = CheckedInputs(traced.segment(traced.inputs, parts[0].start, *context), sizes, tensors_of)
     assembler = _Assembler(traced, context)
     chain = assembler.chain(stem, parts, traced.output, context_names=[node.name for node in context])
-    chain.notes = tuple(assembler.notes)
+    chain.notes = (*assembler.notes, f"Input sizes: {sizes}.")
     return chain
 
 
@@ -73,7 +79,7 @@ class _Assembler:
         blocks: list[Block] = []
         stage, state = 0, parts[0].start
         for part, made, name in zip(parts, branches, names, strict=True):
-            if blocks and _shape(part.end) != _shape(state):
+            if blocks and self._shape(part.end) != self._shape(state):
                 stage += 1
             # Nodes that stand between two blocks of a plain net and belong to neither go before the later one.
             blocks.append(self._block(part.starting_at(state), made, name, stage))
@@ -95,8 +101,8 @@ class _Assembler:
             name=name,
             skip_kind="concat" if part.joins and part.skip is not None else None,
             stage=stage,
-            in_shape=_shape(part.start),
-            out_shape=_shape(part.end),
+            in_shape=self._shape(part.start),
+            out_shape=self._shape(part.end),
         )
         block.training = False
         return block
@@ -111,8 +117,7 @@ class _Assembler:
                 made.append(self.cut(part.fork, branch))
         return made
 
-
-def _shape(state: Node | Packed) -> tuple[int, ...]:
-    """Shape without the batch; a dimension that varies with the batch is -1."""
-    shape = state.shape if isinstance(state, Packed) else state.meta["val"].shape
-    return tuple(int(d) if isinstance(d, int) else -1 for d in shape[1:])
+    def _shape(self, state: Node | Packed) -> tuple[int, ...]:
+        """Shape without the batch, on the example; a dimension that varies with the batch is -1."""
+        shape = state.shape if isinstance(state, Packed) else state.meta["val"].shape
+        return on_example(shape[1:], self.traced.inputs)

@@ -20,6 +20,7 @@ from resnet_paths.unraveling.lanes import find_lane, same_batch
 from resnet_paths.unraveling.merges import Core, core_of, is_merge, owner_of, refuse_other_merge, trunk_between
 from resnet_paths.unraveling.packing import Packed
 from resnet_paths.unraveling.parts import Options, Part
+from resnet_paths.unraveling.sizes import same_shape
 from resnet_paths.unraveling.tracing import Trace, is_within, module_path
 
 __all__ = ["residual_parts"]
@@ -207,7 +208,7 @@ class _Line:
             if self._makes_several(own):
                 # The module does not tell: an activation or a normalisation that keeps the shape belongs to the merge
                 # before it, but at the end of the chain only if one like it follows the merge before.
-                if is_weighted(node) or node.meta["val"].shape != merge.meta["val"].shape:
+                if is_weighted(node) or not same_shape(node, merge):
                     break
                 if last and not self._follows_the_merge_before(node):
                     break

@@ -7,14 +7,10 @@ module that was traced, under their own names.
 
 from __future__ import annotations
 
-import contextlib
-import inspect
-import io
 import itertools
-import logging
 import operator
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +19,15 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from resnet_paths._utils.errors import ResnetPathsError, UnravelError
+from resnet_paths.core.input_sizes import InputSizes
 from resnet_paths.core.segments import Segment
+from resnet_paths.unraveling.export import export, quiet
 from resnet_paths.unraveling.graphs import dependents, walk_back
 from resnet_paths.unraveling.packing import Packed, values_of
 from resnet_paths.unraveling.rewrites import apply_rewrites, write_out_of_place
+from resnet_paths.unraveling.sizes import SizeReader, input_sizes
 
-__all__ = ["IS_CONTEXT", "FixedShape", "Trace", "module_path", "trace"]
+__all__ = ["IS_CONTEXT", "Trace", "module_path", "trace"]
 
 _RANDOM = {
     torch.ops.aten.dropout.default,
@@ -47,45 +46,6 @@ IS_CONTEXT = "is_context"
 """Marks, in a node's ``meta``, a value that blocks read as context although it is that of another node."""
 
 
-class FixedShape(nn.Module):
-    """A module that takes the shapes it was traced with, but for the batch: sizes may stand in its graph as numbers.
-
-    Args:
-        module: The module; it takes tensors in a row.
-        shapes: Their shapes, without the batch.
-        tensors_of: The tensors among positional and keyword arguments; None where the arguments are the tensors.
-    """
-
-    def __init__(
-        self,
-        module: nn.Module,
-        shapes: list[tuple[int, ...]],
-        tensors_of: Callable[[tuple[Any, ...], dict[str, Any]], tuple[torch.Tensor, ...]] | None = None,
-    ) -> None:
-        super().__init__()
-        self.module = module
-        self.shapes = shapes
-        self.tensors_of = tensors_of
-        self.training = False
-
-    def check(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The inputs, once they are known to have the right shapes."""
-        found = [tuple(x.shape[1:]) for x in inputs]
-        if found != self.shapes:
-            raise ResnetPathsError(
-                "inputs",
-                [["batch", *shape] for shape in found],
-                f"{[['batch', *shape] for shape in self.shapes]}, as in the example that was unraveled",
-                "Unravel the model again with an example of this shape.",
-            )
-        return inputs
-
-    def forward(self, *inputs: Any, **keywords: Any) -> Any:
-        """What the module returns, for inputs of the right shapes."""
-        tensors = inputs if self.tensors_of is None else self.tensors_of(inputs, keywords)
-        return self.module(*self.check(*tensors))
-
-
 class Trace:
     """The flat graph of a module.
 
@@ -95,16 +55,25 @@ class Trace:
         output: The node that the module returns.
         tensors: Parameters, buffers and constants by the names that the graph uses.
         given: Inputs on which nothing counts as dependent, such as an attention mask that every block reads.
+        sizes: What sizes the inputs may have, for the trace of a whole model; None for a part of one.
     """
 
     def __init__(
-        self, graph: Graph, inputs: list[Node], output: Node, tensors: dict[str, Any], given: Sequence[Node] = ()
+        self,
+        graph: Graph,
+        inputs: list[Node],
+        output: Node,
+        tensors: dict[str, Any],
+        given: Sequence[Node] = (),
+        *,
+        sizes: InputSizes | None = None,
     ) -> None:
         self.graph = graph
         self.inputs = inputs
         self.output = output
         self.tensors = tensors
         self.given = given
+        self.sizes = sizes
         self._position = {node: i for i, node in enumerate(graph.nodes)}
         self._dependent = dependents(graph, inputs, given)
 
@@ -168,8 +137,16 @@ class Trace:
         copies |= {node: graph.placeholder(node.name) for node in beside}
         sources = list(copies)
 
+        reader = SizeReader(sources)
+        sizes: dict[Node, Any] = {}
+
         def needed_by(node: Node) -> list[Node]:
-            return node.all_input_nodes if self._size_of(node, sources) is None else []
+            value = node.meta.get("val")
+            found = reader.read(value) if isinstance(value, torch.SymInt) else None
+            if found is None:
+                return node.all_input_nodes
+            sizes[node] = found
+            return []
 
         wanted = [node for target in targets for node in values_of(target)]
         needed = set().union(*(walk_back(node, set(sources), needed_by) for node in wanted))
@@ -184,14 +161,10 @@ class Trace:
             if IS_CONTEXT in node.meta:  # the same tensor under another name
                 copies[node] = copies[node.all_input_nodes[0]]
                 continue
-            size = self._size_of(node, sources)
-            if size is None:
-                copies[node] = graph.node_copy(node, copies.__getitem__)
+            if node in sizes:
+                copies[node] = reader.write(sizes[node], graph, copies)
             else:
-                read, dim, times = size
-                copies[node] = graph.call_function(torch.ops.aten.sym_size.int, (copies[read], dim))
-                if times > 1:
-                    copies[node] = graph.call_function(operator.floordiv, (copies[node], times))
+                copies[node] = graph.node_copy(node, copies.__getitem__)
         results = [target.packed(graph, copies) if isinstance(target, Packed) else copies[target] for target in targets]
         graph.output(results[0] if len(results) == 1 else tuple(results))
         for node in beside:
@@ -200,62 +173,46 @@ class Trace:
         names = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
         return Segment({name: self.tensors[name] for name in names}, graph, class_name="Segment").eval()
 
-    @staticmethod
-    def _size_of(node: Node, sources: list[Node]) -> tuple[Node, int, int] | None:
-        """Source, dimension and times over where a size can be read that the graph reads off another tensor."""
-        wanted = node.meta.get("val")
-        if node.target is not torch.ops.aten.sym_size.int or not isinstance(wanted, torch.SymInt):
-            return None
-        found = []
-        for source in sources:
-            for dim, size in enumerate(getattr(source.meta.get("val"), "shape", ())):
-                times = size.node.expr / wanted.node.expr if isinstance(size, torch.SymInt) else 0
-                if times == int(times if getattr(times, "is_number", True) else 0) > 0:
-                    found.append((int(times), source, dim))
-        if not found:
-            return None
-        times, source, dim = min(found, key=lambda each: each[0])
-        return source, dim, times
 
-
-def trace(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Trace:
+def trace(model: nn.Module, inputs: tuple[torch.Tensor, ...], *, free_sizes: bool = False) -> Trace:
     """The flat graph of `model`, for any batch size.
 
     Args:
         model: The module, in eval mode as far as the mode matters.
         inputs: Example tensors, the batch in dimension 0.
+        free_sizes: Whether sizes beside the batch are left free, as far as the model's code does.
 
     Returns:
         Its graph; nothing of the module is copied or changed.
 
     Raises:
-        ResnetPathsError: If the module cannot be exported (naming where), is bound to one batch size, holds operations
+        UnravelError: If the module cannot be exported (naming where), is bound to one batch size, holds operations
             of training mode, changes its buffers, or does not return one tensor.
     """
-    batch = max((x.shape[0] for x in inputs if x.dim()), default=1)
-    # A batch of one would be traced as if it were the number 1.
-    example = tuple(torch.cat([x, x]) if x.dim() and batch == 1 else x for x in inputs)
-    # One row for all examples, such as positions, stays one.
-    dynamic: Any = tuple({0: torch.export.Dim.AUTO} if x.dim() and x.shape[0] > 1 else {} for x in example)
     try:
-        if _takes_any_number_of_inputs(model):
-            dynamic = (dynamic,)
-        with torch.no_grad(), _quiet():
-            program = torch.export.export(model, example, dynamic_shapes=dynamic, strict=False)
-            if not write_out_of_place(program.graph):
+        program = export(model, inputs, free_sizes=free_sizes)
+        sizes = input_sizes(_user_inputs(program))
+        if not write_out_of_place(program.graph):
+            with torch.no_grad(), quiet():
                 program = program.run_decompositions({})
     except Exception as error:
-        raise ResnetPathsError(
+        raise UnravelError(
             "model",
             f"{name_of(model)}: {_first_line(error)}",
             f"a model whose operations do not depend on the data; export failed at {_user_frame(error, model)}",
             "Replace the data-dependent branch by tensor operations such as torch.where; or name the residual modules "
             'of a model that is a stack of them: unravel(model, x, blocks=["layer1.0", ...]).',
         ) from error
-    return _flatten(model, program)
+    return _flatten(model, program, sizes)
 
 
-def _flatten(model: nn.Module, program: torch.export.ExportedProgram) -> Trace:
+def _user_inputs(program: torch.export.ExportedProgram) -> list[Node]:
+    is_input = [spec.kind.name == "USER_INPUT" for spec in program.graph_signature.input_specs]
+    placeholders = (node for node in program.graph.nodes if node.op == "placeholder")
+    return list(itertools.compress(placeholders, is_input))
+
+
+def _flatten(model: nn.Module, program: torch.export.ExportedProgram, sizes: InputSizes) -> Trace:
     kinds = torch.export.graph_signature.InputKind
     graph, inputs, tensors = program.graph, [], {}
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
@@ -309,7 +266,7 @@ def _flatten(model: nn.Module, program: torch.export.ExportedProgram) -> Trace:
             )
     apply_rewrites(graph)
     # Read again: what the model returns may just have been replaced.
-    return Trace(graph, inputs, output_node.args[0][0], tensors)
+    return Trace(graph, inputs, output_node.args[0][0], tensors, sizes=sizes)
 
 
 def _tensor_of(model: nn.Module, program: torch.export.ExportedProgram, name: str) -> Any:
@@ -378,25 +335,8 @@ def _is_active(node: Node) -> bool:
     return True
 
 
-def _takes_any_number_of_inputs(model: nn.Module) -> bool:
-    return any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(model.forward).parameters.values())
-
-
 def _varies(size: int | torch.SymInt) -> bool:
     return isinstance(size, torch.SymInt) and not size.node.expr.is_number
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter from printing the whole graph when it fails: the error says what is needed."""
-    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
-    was_disabled = logger.disabled
-    logger.disabled = True
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logger.disabled = was_disabled
 
 
 def _first_line(error: BaseException) -> str:
