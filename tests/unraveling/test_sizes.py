@@ -184,6 +184,7 @@ def test_an_export_that_takes_too_long_is_given_up(monkeypatch):
     assert summary_line(chain).endswith("only batch is free")
 
 
+@pytest.mark.slow
 def test_windows_of_a_padded_image_are_given_up_early():
     class Windows(Images):
         """As in Swin: padded to whole windows, taken apart and put together again."""
