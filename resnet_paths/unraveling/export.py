@@ -36,12 +36,12 @@ class _Limited(TorchFunctionMode):
     """Ends an export whose sizes become too involved, or that takes too long.
 
     Args:
-        seconds: The most seconds that it may take.
+        seconds: The most seconds that this thread may compute, whatever else the machine does.
     """
 
     def __init__(self, seconds: float) -> None:
         super().__init__()
-        self.deadline = time.monotonic() + seconds
+        self.deadline = time.thread_time() + seconds
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         returned = func(*args, **(kwargs or {}))
@@ -49,7 +49,7 @@ class _Limited(TorchFunctionMode):
         tensors = [leaf for leaf in pytree.tree_leaves(returned) if isinstance(leaf, torch.Tensor)]
         sizes = (expression(size) for tensor in tensors for size in tensor.shape)
         involved = (factor.count_ops() > _MOST_OPERATIONS for size in sizes for factor in sympy.Mul.make_args(size))
-        if any(involved) or time.monotonic() > self.deadline:
+        if any(involved) or time.thread_time() > self.deadline:
             raise SizesTooInvolved
         return returned
 
