@@ -73,15 +73,13 @@ def _readers(traced: Trace, parts: Sequence[Part], sources: Iterable[Node]) -> d
 
 
 def _needed(target: Node, stop: Iterable[Node]) -> set[Node]:
-    """All nodes that a target is computed from, itself included, up to those in `stop`, which are left out.
-
-    Tensors that only their sizes are read of are left out too: parts read sizes off what they are given anyway.
-    """
+    """All nodes whose values a target is computed from, itself included, up to those in `stop`, which are left out."""
     stop, found, waiting = set(stop), set(), [target]
     while waiting:
         node = waiting.pop()
         if node not in found and node not in stop:
             found.add(node)
+            # Parts read sizes off the state.
             waiting.extend(node.all_input_nodes if not is_shape(node) else ())
     return found
 
