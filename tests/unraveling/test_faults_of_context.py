@@ -88,7 +88,6 @@ def two_flips(m, x):
     return (net(x) + net(x.flip(1))) / 2
 
 
-@not_yet("a chain in one of several alternatives is not looked into")
 def test_the_mean_over_two_flips():
     model = network(two_flips, stem=linear(), layers=linears(3), head=linear(WIDTH, 3))
     chain = rp.unravel(model, X)
