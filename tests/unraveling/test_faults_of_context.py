@@ -138,7 +138,6 @@ def test_mask_and_positions_together():
         close(rp.delete_block(chain, i)(*inputs), model.run(model, *inputs, add=without(i)))
 
 
-@not_yet("gradients do not pass context to blocks")
 @pytest.mark.parametrize(("run", "shapes"), [(masked, [(4, 1)]), (mask_and_positions, [(4, WIDTH), (4, WIDTH)])])
 def test_gradients_at_all_inputs_of_blocks_that_read_some(run, shapes):
     model = network(run, stem=linear(), layers=linears(3), head=linear(WIDTH, 3))

@@ -161,7 +161,6 @@ def test_an_encoder_does_not_vanish(kind, with_mask):
         close(chain(alone), encoder(alone).last_hidden_state)
 
 
-@not_yet("the block is named for its router")
 @pytest.mark.parametrize(
     ("family", "settings"),
     [
