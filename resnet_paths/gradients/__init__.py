@@ -37,8 +37,8 @@ from resnet_paths.gradients.effective import (
     effective_window,
     fit_decay,
 )
-from resnet_paths.gradients.passes import Place, Point, num_block_vjps
-from resnet_paths.gradients.readings import Reading
+from resnet_paths.gradients.measurements import Measurements
+from resnet_paths.gradients.points import Place, Point, num_block_vjps
 from resnet_paths.gradients.scalar import scalar_gradients
 
 __all__ = [
@@ -82,7 +82,8 @@ def gradient_by_path_length(
 ) -> pd.DataFrame:
     """The gradient of the loss, split by the number of residual branches that it passes through.
 
-    See the head of `resnet_paths.gradients` for the four quantities. Each example has its own loss and its own
+    See the head of `resnet_paths.gradients` for the four quantities. What a branch reads of the context has a gradient
+    of its own: it counts among the paths that take that branch last. Each example has its own loss and its own
     gradient; norms and shares are taken for each, then averaged. All batches of a loader count as one set of examples.
 
     Args:
@@ -90,12 +91,14 @@ def gradient_by_path_length(
         inputs: A batch, as the chain is called: a tensor, a tuple of positional arguments or a mapping of keyword
             arguments; or a loader of (inputs, targets) with inputs of any such form, or of mappings. ``labels`` in a
             mapping, as in those of Hugging Face, are its targets, unless `targets` are given.
-        targets: What `loss` takes beside the logits, such as class indices [batch]; None with a loader.
+        targets: What `loss` takes beside the logits; None with a loader. For the default loss, class indices [batch] or
+            class probabilities [batch, class].
         method: ``"exact"``, ``"energy"`` (which gives what ``"exact"`` does too) or ``"sampled"``.
         loss: From (logits, targets) to a loss for each example, [batch]; cross-entropy if None.
         max_length: The longest paths of interest: longer ones are not computed. None for all.
-        with_respect_to: ``"input"``; ``"stem"``, the output of the stem; position or name of a block, for its output;
-            or ``("parameters", block)``, for all parameters of a block, by the length of the path above it.
+        with_respect_to: ``"input"``; ``"stem"``, the output of the stem, with the context that depends on floating
+            inputs; position or name of a block, for its output; or ``("parameters", block)``, for all parameters of a
+            block, by the length of the path above it.
         per_example: Whether the norm is that of an example's gradient. If not, a batch counts as one measurement: the
             norm is that of the gradient of the batch's mean loss, and standard errors are over batches.
         num_draws: Draws of signs, or of paths of each length, for each batch. If None: 20 paths, each measured on all
@@ -110,14 +113,14 @@ def gradient_by_path_length(
         progress: Whether to show a bar over the batches of a loader.
 
     Returns:
-        A row a path length: ``path_length``; ``num_paths``, an exact int; the quantities of the method, each with a
+        One row per path length: ``path_length``; ``num_paths``, an exact int; the quantities of the method, each with a
         standard error ``..._se``. For exact quantities that is over examples (NaN for a single one); for estimates it
         is the error due to the draws, for these examples, and ``..._examples_se`` is the error due to both.
-        ``underflown`` tells whether a norm that is not 0 was too small for a float64. ``attrs`` hold ``method``,
+        ``underflowed`` tells whether a norm that is not 0 was too small for a float64. ``attrs`` hold ``method``,
         ``with_respect_to``, ``num_examples``, ``num_draws``, ``num_block_vjps`` (for an example; the whole gradient, to
-        which shares refer, takes one more a block), ``share_left_out`` (the share of the gradient on paths longer than
+        which shares refer, takes one more per block), ``omitted_share`` (the share of the gradient on paths longer than
         `max_length`; None for ``"sampled"``) and ``num_without_gradient`` (examples whose whole gradient is 0: they
-        have no shares), and of all lengths ``longest_path`` and ``num_paths_in_all``.
+        have no shares), and of all lengths ``longest_path`` and ``total_num_paths``.
 
     Raises:
         ResnetPathsError: If the chain is in training mode, the method, place or length is unknown, the inputs are of
@@ -143,19 +146,19 @@ def gradient_by_path_length(
     lengths = _lengths_up_to(counts, max_length)
     if generator is None:
         generator = torch.Generator().manual_seed(0)
-    readings = []
+    all_measured = []
     for batch_inputs, batch_targets in _with_bar("gradient", inputs, targets, progress):
 
         def points(rows: int, batch: Any = batch_inputs, truth: Any = batch_targets) -> Any:
             return place.points(batch, truth, loss, memory_budget, rows)
 
         if method == "sampled":
-            reading = _read_sampled(place, points, lengths, num_draws or 20, generator)
+            measured = _measure_sampled(place, points, lengths, num_draws or 20, generator)
         else:
             draws = None if method == "exact" else (num_draws, relative_error, generator)
-            reading = Reading.joined([_read_exact(p, lengths, draws) for p in points(_rows(lengths, draws))])
-        readings.append(reading if per_example else reading.of_batch())
-    whole = Reading.joined(readings)
+            measured = Measurements.joined([_measure_exactly(p, lengths, draws) for p in points(_rows(lengths, draws))])
+        all_measured.append(measured if per_example else measured.of_batch())
+    whole = Measurements.joined(all_measured)
     frame = pd.DataFrame({
         "path_length": lengths,
         "num_paths": pd.Series([counts[k] for k in lengths], dtype=object),
@@ -171,8 +174,8 @@ def gradient_by_path_length(
         "num_draws": whole.num_draws,
         "num_block_vjps": vjps * (whole.num_draws if method == "sampled" else 1 + whole.num_draws),
         "longest_path": len(counts) - 1,
-        "num_paths_in_all": sum(counts),
-        "share_left_out": whole.share_left_out,
+        "total_num_paths": sum(counts),
+        "omitted_share": whole.omitted_share,
         "num_without_gradient": whole.num_without_gradient,
     }
     return frame
@@ -204,7 +207,7 @@ def gradient_by_stage_lengths(
         progress: Whether to show a bar over the batches of a loader.
 
     Returns:
-        A row a combination of lengths: ``path_length_stage0`` and so on; ``num_paths``, exact;
+        One row per combination of lengths: ``path_length_stage0`` and so on; ``num_paths``, exact;
         ``summed_path_gradient_norm`` and ``gradient_share`` with standard errors over examples, ``..._se``.
 
     Raises:
@@ -217,24 +220,26 @@ def gradient_by_stage_lengths(
     polynomials = [path_polynomial(_Offering(chain.path_choices[r.start : r.stop])) for r in ranges]
     keys = sorted(itertools.product(*([k for k, count in enumerate(p) if count] for p in polynomials)))
     row_of = {key: row for row, key in enumerate(keys)}
-    readings = []
+    all_measured = []
     for batch_inputs, batch_targets in _with_bar("gradient by stage", inputs, targets, progress):
         for point in place.points(batch_inputs, batch_targets, loss, memory_budget // 4, len(chain) + 1):
             norms, shares = np.zeros((2, len(keys), point.num_examples))
-            underflown = np.zeros(len(keys), dtype=bool)
+            underflowed = np.zeros(len(keys), dtype=bool)
             for key, stack in point.by_stage_lengths(ranges, memory_budget // 2):
                 if key in row_of:
                     found, lost = point.norms(stack)
-                    norms[row_of[key]], underflown[row_of[key]] = found[0, 0], lost.any()
+                    norms[row_of[key]], underflowed[row_of[key]] = found[0, 0], lost.any()
                     shares[row_of[key]] = point.shares(stack, point.whole)[0]
-            readings.append(Reading(point.num_examples, underflown, norms, shares, point.norms(point.whole)[0][0, 0]))
+            all_measured.append(
+                Measurements(point.num_examples, underflowed, norms, shares, point.norms(point.whole)[0][0, 0])
+            )
     counts = [math.prod(p[k] for p, k in zip(polynomials, key, strict=True)) for key in keys]
     names = [f"path_length_stage{chain[r.start].stage}" for r in ranges]
     if len(set(names)) < len(names):  # stages that were moved about
         names = [f"path_length_stage{s}" for s in range(len(ranges))]
     frame = pd.DataFrame({name: [key[s] for key in keys] for s, name in enumerate(names)})
     frame["num_paths"] = pd.Series(counts, dtype=object)
-    for name, column in Reading.joined(readings).columns(counts, "mean").items():
+    for name, column in Measurements.joined(all_measured).columns(counts, "mean").items():
         frame[name] = column
     return frame
 
@@ -266,7 +271,7 @@ def gradient_through_block(
         progress: Whether to show a bar over the batches of a loader.
 
     Returns:
-        A row a block above the place, first to last: ``block_index``, ``block`` (name), ``stage``;
+        One row per block above the place, first to last: ``block_index``, ``block`` (name), ``stage``;
         ``gradient_share_through_branch``, the mean over examples, with its standard error ``..._se``;
         ``path_gradient_norm_through_branch``, the norm of G_i, likewise.
 
@@ -317,7 +322,7 @@ def gradient_by_depth(
         progress: Whether to show a bar over the batches of a loader.
 
     Returns:
-        A row a depth: ``depth``, the number of blocks in front, from 0, the output of the stem, to n, the output of
+        One row per depth: ``depth``, the number of blocks in front, from 0, the output of the stem, to n, the output of
         the last block; ``block`` (name of the block that reads this state; ``"head"`` for the last row), ``stage`` (of
         that block; <NA> for the head); ``gradient_norm``, the mean over examples, with its standard error
         ``gradient_norm_se``.
@@ -326,12 +331,12 @@ def gradient_by_depth(
         ResnetPathsError: As `gradient_by_path_length`.
     """
     place = Place.of(chain, "stem")
-    readings = []
+    all_measured = []
     for batch_inputs, batch_targets in _with_bar("gradient by depth", inputs, targets, progress):
         for point in place.points(batch_inputs, batch_targets, loss, memory_budget, 1):
             norms = [point.norms(stack)[0][0, 0] for stack in point.by_depth()]
-            readings.append(np.stack(norms[::-1]))
-    mean, error = mean_over_examples(np.concatenate(readings, 1))
+            all_measured.append(np.stack(norms[::-1]))
+    mean, error = mean_over_examples(np.concatenate(all_measured, 1))
     return pd.DataFrame({
         "depth": range(len(chain) + 1),
         "block": [*(block.name for block in chain), "head"],
@@ -391,12 +396,12 @@ def _rows(lengths: Sequence[int], draws: Draws | None) -> int:
     return (lengths[-1] + 1) * (1 if draws is None else min(draws[0] or _DRAWS_AT_ONCE, _DRAWS_AT_ONCE))
 
 
-def _read_exact(point: Point, lengths: Sequence[int], draws: Draws | None) -> Reading:
+def _measure_exactly(point: Point, lengths: Sequence[int], draws: Draws | None) -> Measurements:
     """Norms and shares of the sums over paths; with `draws`, the energies over paths too."""
     stack = point.by_length(lengths[-1])
     norms, lost = point.norms(stack)
     rows = [k - stack.shortest for k in lengths]
-    reading = Reading(
+    measured = Measurements(
         point.num_examples,
         np.asarray(lost[rows].any((1, 2))),
         norms[rows, 0],
@@ -405,7 +410,7 @@ def _read_exact(point: Point, lengths: Sequence[int], draws: Draws | None) -> Re
     )
     del stack
     if draws is None:
-        return reading
+        return measured
     num_draws, relative_error, generator = draws
     energies = np.empty((len(lengths), 0, point.num_examples))
     while energies.shape[1] < (num_draws or _MOST_DRAWS):
@@ -417,36 +422,36 @@ def _read_exact(point: Point, lengths: Sequence[int], draws: Draws | None) -> Re
 
         drawn = point.norms(point.by_length(lengths[-1], now, draw_signs))[0][rows] ** 2
         energies = np.concatenate([energies, drawn], 1)
-        reading.energies = energies.mean(1)
-        reading.energy_variances = energies.var(1, ddof=1) / energies.shape[1] if energies.shape[1] > 1 else None
-        if num_draws is None and energies.shape[1] > _DRAWS_AT_ONCE and _is_settled(reading, relative_error):
+        measured.energies = energies.mean(1)
+        measured.energy_variances = energies.var(1, ddof=1) / energies.shape[1] if energies.shape[1] > 1 else None
+        if num_draws is None and energies.shape[1] > _DRAWS_AT_ONCE and _is_settled(measured, relative_error):
             break
-    reading.num_draws = energies.shape[1]
-    reading.underflown |= ((energies.mean(1) == 0) & (norms[rows, 0] > 0)).any(1)
-    return reading
+    measured.num_draws = energies.shape[1]
+    measured.underflowed |= ((energies.mean(1) == 0) & (norms[rows, 0] > 0)).any(1)
+    return measured
 
 
-def _is_settled(reading: Reading, relative_error: float) -> bool:
+def _is_settled(measured: Measurements, relative_error: float) -> bool:
     """Whether the roots of the energies are known well enough, at all lengths that hold a thousandth of the energy."""
-    assert reading.energies is not None
-    assert reading.energy_variances is not None
-    total, variance = reading.energies.sum(1), reading.energy_variances.sum(1)
+    assert measured.energies is not None
+    assert measured.energy_variances is not None
+    total, variance = measured.energies.sum(1), measured.energy_variances.sum(1)
     counted = total >= total.sum() / 1000
     return bool((np.sqrt(variance[counted]) <= 2 * relative_error * total[counted]).all())
 
 
-def _read_sampled(
+def _measure_sampled(
     place: Place, points: Callable[[int], Any], lengths: Sequence[int], num_draws: int, generator: torch.Generator
-) -> Reading:
+) -> Measurements:
     """Norms of single paths; all examples of a batch take the same paths, as in the paper."""
     paths = [path for k in lengths for path in sample_paths(place, k, num_draws, generator)]
     found, lost, num_examples = [], np.zeros(len(lengths), dtype=bool), 0
     for point in points(min(len(paths), _PATHS_AT_ONCE)):
         norms = []
         for start in range(0, len(paths), _PATHS_AT_ONCE):
-            some, underflown = point.norms(point.of_paths(paths[start : start + _PATHS_AT_ONCE]))
+            some, underflowed = point.norms(point.of_paths(paths[start : start + _PATHS_AT_ONCE]))
             norms.append(some[:, 0])
-            lost[np.unique((start + np.nonzero(underflown)[0]) // num_draws)] = True
+            lost[np.unique((start + np.nonzero(underflowed)[0]) // num_draws)] = True
         found.append(np.concatenate(norms).reshape(len(lengths), num_draws, -1))
         num_examples += point.num_examples
-    return Reading(num_examples, lost, by_draw=[np.concatenate(found, 2)], num_draws=num_draws)
+    return Measurements(num_examples, lost, by_draw=[np.concatenate(found, 2)], num_draws=num_draws)

@@ -99,7 +99,7 @@ def head_cotangents(
         The gradient in the shape of `state`; and one for each entry of the context that carries a gradient.
 
     Raises:
-        ResnetPathsError: If the loss is not one number an example, or not finite.
+        ResnetPathsError: If the loss is not one number per example, or not finite.
     """
     leaves = [t.detach().clone() for t in (state, *(context.values[name] for name in context.carrying))]
     leaves = [leaf.requires_grad_(leaf.is_floating_point()) for leaf in leaves]
@@ -113,7 +113,7 @@ def head_cotangents(
         raise ResnetPathsError(
             "loss",
             found,
-            f"one number an example, a tensor of shape [{size}]",
+            f"one number per example, a tensor of shape [{size}]",
             "Pass loss=lambda logits, targets: ... with reduction='none'.",
         )
     if not bool(torch.isfinite(losses).all()):
@@ -271,12 +271,12 @@ def pull_paths(
         chain: The chain.
         states: From `forward`, or the states inside a nested chain.
         context: What the blocks read beside the states.
-        above: Cotangents at the last block's output, a row a path; their memory is used up.
+        above: Cotangents at the last block's output, one row per path; their memory is used up.
         paths: A path a row, through the blocks from `down_to` on.
         down_to: The block at whose input to stop.
 
     Returns:
-        The cotangents at the input of block `down_to`, a row a path.
+        The cotangents at the input of block `down_to`, one row per path.
     """
     for index in reversed(range(down_to, len(chain))):
         block = LinearBlock.at(chain[index], states[index], context)
@@ -319,7 +319,7 @@ def parts_through_blocks(
         down_to: The block at whose input to stop.
 
     Returns:
-        Cotangents at the input of block `down_to`: a row for the whole gradient, then one a block, last block first.
+        Cotangents at the input of block `down_to`: a row for the whole gradient, then one per block, last block first.
     """
     together = Rules(counted=False)
     rows = whole

@@ -87,7 +87,7 @@ def effective_window(frame: pd.DataFrame, quantity: str, share: float = 0.95) ->
         int(lengths[first + width - 1]),
         float(held.max()),
         int(lengths[int(np.argmax(values))]),
-        in_window / int(frame.attrs.get("num_paths_in_all", sum(paths))),
+        in_window / int(frame.attrs.get("total_num_paths", sum(paths))),
     )
 
 

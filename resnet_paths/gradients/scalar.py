@@ -28,8 +28,8 @@ def scalar_gradients(weights: Iterable[float], activation: str = "sigmoid", star
         start: The input y_0.
 
     Returns:
-        A row a kind of chain and depth: ``network`` (``"plain"``, ``"residual"``); ``depth``, from 0 to the number of
-        layers; ``state``, y at this depth; ``factor``, F' or 1 + F' of the layer that leads here (1 at depth 0);
+        One row per kind of chain and depth: ``network`` (``"plain"``, ``"residual"``); ``depth``, from 0 to the number
+        of layers; ``state``, y at this depth; ``factor``, F' or 1 + F' of the layer that leads here (1 at depth 0);
         ``gradient``, the derivative of the state by the input, the product of all factors so far.
 
     Raises:

@@ -28,7 +28,7 @@ from resnet_paths.core.chain import Block, ResidualChain
 from resnet_paths.core.parts import Parallel, Placed, Scaled
 from resnet_paths.core.paths import InBranch, path_length, path_polynomial
 from resnet_paths.gradients.cotangents import Stack
-from resnet_paths.gradients.passes import Place
+from resnet_paths.gradients.points import Place
 
 MOST_PATHS = 1100
 

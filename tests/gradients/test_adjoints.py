@@ -17,7 +17,7 @@ import resnet_paths as rp
 from resnet_paths.core.chain import Block, ResidualChain
 from resnet_paths.core.segments import Segment
 from resnet_paths.gradients.adjoints import linearize
-from resnet_paths.gradients.passes import Place
+from resnet_paths.gradients.points import Place
 from resnet_paths.unraveling.tracing import trace
 from resnet_paths.zoo import build_network
 from tests.gradients.gradient_reference import (
@@ -483,12 +483,12 @@ def test_the_range_of_the_dtype_is_no_limit(slope, nested):
             holds = size > math.log(1e-300)
             assert abs(log(frame[name]) - expected)[holds].max() < tolerance
             # What even a float64 cannot hold is told apart from what is nothing.
-            assert not frame.underflown[holds].any()
-            assert frame.underflown[size < math.log(5e-324) - 1].all()
-            assert frame.underflown.any() == (slope == 1e-7)
+            assert not frame.underflowed[holds].any()
+            assert frame.underflowed[size < math.log(5e-324) - 1].all()
+            assert frame.underflowed.any() == (slope == 1e-7)
         shares = counts + lengths * math.log(slope) - 64 * math.log1p(slope)
         assert_close(exact.gradient_share, np.exp(shares), 10 * tolerance)
-        assert ((energy.rms_path_gradient_norm > 0) != energy.underflown).all()
+        assert ((energy.rms_path_gradient_norm > 0) != energy.underflowed).all()
         energies.append(energy.rms_path_gradient_norm[abs(of_paths + counts) < math.log(1e150)] / first)
     np.testing.assert_allclose(*energies[-2:], rtol=1e-4)
 

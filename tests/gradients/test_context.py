@@ -16,7 +16,7 @@ from resnet_paths.core.chain import Block, ResidualChain
 from resnet_paths.core.parts import Parallel, Scaled, call_part
 from resnet_paths.core.paths import path_length
 from resnet_paths.gradients import gradient_by_stage_lengths, gradient_through_block
-from resnet_paths.gradients.passes import Place
+from resnet_paths.gradients.points import Place
 from tests.gradients.gradient_reference import assert_close, seeded, vectors_of
 
 WIDTH = 3

@@ -18,7 +18,7 @@ import resnet_paths as rp
 from resnet_paths.core.chain import ResidualChain
 from resnet_paths.core.parts import Scaled
 from resnet_paths.core.paths import path_length
-from resnet_paths.gradients.passes import Place, Point
+from resnet_paths.gradients.points import Place, Point
 from tests.chains import assert_same, snapshot
 from tests.gradients.gradient_reference import (
     Recipe,
@@ -259,7 +259,7 @@ def test_estimates_at_other_places(place):
     frame = gradients_of(chain, *batch(), method="sampled", **options)
     mean = np.array([float(v.mean()) for v in expected.values()])
     assert (abs(frame.mean_path_gradient_norm - mean) <= 4 * frame.mean_path_gradient_norm_se + 1e-9 * mean).all()
-    assert frame.attrs["share_left_out"] is None
+    assert frame.attrs["omitted_share"] is None
 
 
 def test_signs_are_drawn_until_the_error_is_reached():
@@ -435,7 +435,7 @@ REFUSED = [
     (lambda f, x, y: f(residual(), x.long(), y), r"with_respect_to: .*torch.int64 have no gradient.*'stem'"),
     (
         lambda f, x, y: f(residual(), x, y, loss=torch.nn.functional.cross_entropy),
-        r"loss: got \[\]; allowed: one number an example, a tensor of shape \[3\].*reduction='none'",
+        r"loss: got \[\]; allowed: one number per example, a tensor of shape \[3\].*reduction='none'",
     ),
     (lambda f, x, y: f(residual(), x, loss=lambda z, _: z), r"loss: got \[3, 3\]"),
     (lambda f, x, y: f(residual(), x, loss=lambda z, _: 1.0), r"loss: got 'float'"),

@@ -19,7 +19,7 @@ import resnet_paths as rp
 from resnet_paths.core.chain import Block, ResidualChain
 from resnet_paths.core.paths import path_length, path_polynomial
 from resnet_paths.gradients import cotangents, gradient_by_stage_lengths, gradient_through_block
-from resnet_paths.gradients.passes import Place, num_block_vjps
+from resnet_paths.gradients.points import Place, num_block_vjps
 from tests.gradients.gradient_reference import (
     Recipe,
     assert_close,
@@ -71,7 +71,7 @@ def check_frame(frame, sums, num_paths):
     norms, shares = norms_and_shares(sums)
     assert_column(frame, "summed_path_gradient_norm", norms)
     assert_column(frame, "gradient_share", shares)
-    assert not frame.underflown.any()
+    assert not frame.underflowed.any()
 
 
 def check_everything(chain):
@@ -94,7 +94,7 @@ def check_everything(chain):
 
     frame = gradients_of(chain, inputs, targets)
     check_frame(frame, sums, Counter(map(path_length, expected)))
-    assert frame.attrs["share_left_out"] == pytest.approx(0, abs=1e-9 * max(1, frame.gradient_share.abs().max()))
+    assert frame.attrs["omitted_share"] == pytest.approx(0, abs=1e-9 * max(1, frame.gradient_share.abs().max()))
 
 
 @settings(max_examples=140, deadline=None, derandomize=True)
@@ -236,7 +236,7 @@ def test_a_limit_to_the_length_leaves_the_shorter_paths_as_they_were(recipe, dat
         assert_close(frame[name], rows[name])
     assert_close(frame.gradient_share, rows.gradient_share, scale=largest)
     rest = full.gradient_share[full.path_length > limit].sum()
-    assert frame.attrs["share_left_out"] == pytest.approx(rest, abs=1e-9 * max(1, largest))
+    assert frame.attrs["omitted_share"] == pytest.approx(rest, abs=1e-9 * max(1, largest))
 
 
 def test_the_batch_as_one_measurement():

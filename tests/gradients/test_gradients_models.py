@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import resnet_paths as rp
-from resnet_paths.gradients.passes import Place
+from resnet_paths.gradients.points import Place
 
 NUM_CLASSES = 5
 
@@ -114,7 +114,7 @@ def test_the_shipped_network_in_float32():
     x, y = torch.stack([images[i][0] for i in range(8)]), torch.tensor([images[i][1] for i in range(8)])
     frame = rp.gradient_by_path_length(chain, x, y)
     assert frame.gradient_share.sum() == pytest.approx(1, abs=1e-5)
-    assert abs(frame.attrs["share_left_out"]) < 1e-5
+    assert abs(frame.attrs["omitted_share"]) < 1e-5
     window = rp.effective_window(frame, "gradient_share")
     assert (window.shortest, window.longest) == (4, 11)
     assert window.peak in (7, 8)

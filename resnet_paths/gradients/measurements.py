@@ -11,16 +11,16 @@ import numpy as np
 
 from resnet_paths._utils.statistics import mean_over_examples
 
-__all__ = ["Reading"]
+__all__ = ["Measurements"]
 
 
 @dataclass
-class Reading:
+class Measurements:
     """What was measured on some examples; each array ends in the measurement, an example or a batch.
 
     Attributes:
         num_examples: How many examples they were.
-        underflown: Where a number that is not 0 stands as 0, [length].
+        underflowed: Where a number that is not 0 stands as 0, [length].
         norms: Norms of the sums over paths, [length, measurement].
         shares: Their shares of the whole gradient, [length, measurement].
         whole: Norms of the whole gradient, [measurement].
@@ -31,7 +31,7 @@ class Reading:
     """
 
     num_examples: int
-    underflown: np.ndarray
+    underflowed: np.ndarray
     norms: np.ndarray | None = None
     shares: np.ndarray | None = None
     whole: np.ndarray | None = None
@@ -41,27 +41,27 @@ class Reading:
     num_draws: int = 0
 
     @classmethod
-    def joined(cls, readings: Sequence[Reading]) -> Reading:
-        """The measurements of several readings as one."""
+    def joined(cls, parts: Sequence[Measurements]) -> Measurements:
+        """The measurements of several batches, or parts of one, as one."""
 
         def all_of(name: str) -> Any:
-            arrays = [getattr(r, name) for r in readings]
+            arrays = [getattr(r, name) for r in parts]
             return None if arrays[0] is None else np.concatenate(arrays, -1)
 
         names = ("norms", "shares", "whole", "energies", "energy_variances")
-        by_draw = [array for r in readings for array in r.by_draw or []]
+        by_draw = [array for r in parts for array in r.by_draw or []]
         return cls(
-            sum(r.num_examples for r in readings),
-            np.any([r.underflown for r in readings], axis=0),
+            sum(r.num_examples for r in parts),
+            np.any([r.underflowed for r in parts], axis=0),
             **{name: all_of(name) for name in names},
             by_draw=by_draw or None,
-            num_draws=max(r.num_draws for r in readings),
+            num_draws=max(r.num_draws for r in parts),
         )
 
-    def of_batch(self) -> Reading:
+    def of_batch(self) -> Measurements:
         """One measurement of the whole batch: the gradient of the mean loss, all examples' inputs side by side."""
         n = self.num_examples
-        one = Reading(n, self.underflown, num_draws=self.num_draws)
+        one = Measurements(n, self.underflowed, num_draws=self.num_draws)
         if self.by_draw is not None:
             one.by_draw = [_norm(array) / n for array in self.by_draw]
         if self.norms is not None and self.shares is not None and self.whole is not None:
@@ -75,7 +75,7 @@ class Reading:
         return one
 
     @property
-    def share_left_out(self) -> float | None:
+    def omitted_share(self) -> float | None:
         """The share of the gradient that no row holds."""
         return None if self.shares is None else float(1 - mean_over_examples(self.shares)[0].sum())
 
@@ -94,7 +94,7 @@ class Reading:
             columns |= self._energy_columns(counts)
         if self.by_draw is not None:
             columns |= self._sampled_columns(counts, average)
-        return columns | {"underflown": self.underflown}
+        return columns | {"underflowed": self.underflowed}
 
     def _energy_columns(self, counts: Sequence[int]) -> dict[str, np.ndarray]:
         assert self.energies is not None

@@ -206,7 +206,7 @@ class Point:
     def by_length(
         self, longest: int, num_draws: int = 1, draw_signs: Callable[[], torch.Tensor] | None = None
     ) -> Stack:
-        """Gradients at the place, a row a path length, up to `longest`."""
+        """Gradients at the place, one row per path length, up to `longest`."""
         rules = Rules(longest=longest, draw_signs=draw_signs)
         start = Cotangents.of(*self.cotangents, num_draws=num_draws)
         return self._at_place(self._through_blocks(start, rules))
@@ -217,7 +217,7 @@ class Point:
         return self._at_place(self._through_blocks(Cotangents.of(*self.cotangents), Rules(counted=False)))
 
     def of_paths(self, paths: Sequence[Path]) -> Stack:
-        """Gradients of single paths at the place, a row a path."""
+        """Gradients of single paths at the place, one row per path."""
         start = Cotangents.of(*self.cotangents, num_rows=len(paths))
         chain, down_to = self.place.chain, self.place.down_to
         return self._at_place(pull_paths(chain, self.states, self.context, start, paths, down_to=down_to))
