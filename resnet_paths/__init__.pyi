@@ -79,7 +79,7 @@ from .lesions import (
 from .lesions import (
     predicted_effects as predicted_effects,
 )
-from .lesions.plans import (
+from .lesions.lesion import (
     Lesion as Lesion,
 )
 from .lesions.plans import (

@@ -31,7 +31,8 @@ from resnet_paths.core.unraveled_graph import unraveled_graph
 from resnet_paths.gradients import scalar_gradients
 from resnet_paths.gradients.scalar import ACTIVATIONS
 from resnet_paths.lesions import lesion_study
-from resnet_paths.lesions.plans import Lesion, scalings, single_deletions
+from resnet_paths.lesions.lesion import Lesion
+from resnet_paths.lesions.plans import scalings, single_deletions
 
 with requires_extra("notebooks"):
     import ipywidgets as ipw
@@ -107,8 +108,7 @@ def explore_blocks(chain: ResidualChain, loader: Loader) -> ipw.VBox:
     def answer(axes: Sequence[Axes], block: int, factor: float) -> str:
         if (block, factor) not in known:
             plan = [lesion for lesion in scalings(chain, [factor]) if lesion.blocks == (block,)]
-            study = lesion_study(chain, loader, plan, progress=False)
-            known[block, factor] = study.assign(block=chain[block].name, factor=factor)
+            known[block, factor] = lesion_study(chain, loader, plan, progress=False)
         row, sizes = known[block, factor].iloc[0], norms.iloc[block]
         words = (
             f"<b>{html.escape(chain[block].name)}</b>: |x| = {sizes.input_norm:.3g}, |F(x)| = {sizes.branch_norm:.3g}, "
@@ -150,7 +150,7 @@ def explore_lesions(chain: ResidualChain, loader: Loader) -> ipw.VBox:
         deleted = tuple(index for index in deletable if pressed[str(index)])
         lesioned = delete_blocks(chain, deleted)
         if deleted not in known:
-            lesion = Lesion("delete", lambda _: lesioned, deleted, kind="delete")
+            lesion = Lesion("delete", deleted, name="delete")
             known[deleted] = lesion_study(chain, loader, [lesion], progress=False)
         row = known[deleted].iloc[0]
         names = ", ".join(html.escape(chain[index].name) for index in deleted) or "none"

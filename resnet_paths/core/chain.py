@@ -284,10 +284,10 @@ class ResidualChain(nn.Module):
         states, skips, branches = [state], [], []
         for block in self:
             shared = call_part(block.pre, own(state), context)
-            skip = None if block.skip is None else call_part(block.skip, own(shared), context)
-            branch = None if block.branch is None else call_part(block.branch, own(shared), context)
-            total = block.added_up(own(shared), context) if _adds_one_by_one(block) else _sum_of(skip, branch)
-            state = call_part(block.post, own(total), context)
+            total = block.added_up(own(shared), context) if _adds_one_by_one(block) else None
+            skip = None if block.skip is None else call_part(block.skip, shared, context)
+            branch = None if block.branch is None else call_part(block.branch, shared, context)
+            state = call_part(block.post, own(_sum_of(skip, branch) if total is None else total), context)
             states.append(state)
             skips.append(skip)
             branches.append(branch)

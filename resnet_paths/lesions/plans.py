@@ -1,7 +1,7 @@
 """Which lesions to study: every single deletion, random deletions, swaps, pairs, schedules of layers.
 
-A plan is a list of `Lesion`s for `resnet_paths.lesion_study`; making one runs nothing. Any function from chain to chain
-may stand among them.
+A plan is a list of `Lesion` values for `resnet_paths.lesion_study`; making one runs nothing. Functions from chain to
+chain may be added to the list.
 """
 
 from __future__ import annotations
@@ -9,28 +9,19 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, SupportsIndex
 
 import torch
-from scipy import stats
 
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.core.chain import ResidualChain, is_identity, refuse_other_than_chain, refuse_training_mode
-from resnet_paths.core.edits import (
-    delete_block,
-    delete_blocks,
-    duplicate_block,
-    parallel_blocks,
-    permute_blocks,
-    scale_block,
-)
 from resnet_paths.core.inputs import checked_inputs, each_tensor, num_examples
 from resnet_paths.core.parts import Constant
 from resnet_paths.core.placement import device_of
 from resnet_paths.core.signature import arguments_of
+from resnet_paths.lesions.lesion import Lesion
 
 __all__ = [
     "Lesion",
@@ -47,30 +38,6 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class Lesion:
-    """An edit with a name.
-
-    Attributes:
-        name: What people read, such as ``"delete layer2.0"``.
-        edit: From the intact chain to the lesioned one.
-        blocks: Positions of the blocks that it touches; None where that is not known.
-        kendall_tau: Kendall's rank correlation of the blocks' order with the intact one; 1 where none moved, NaN where
-            that is not known.
-        seed: Seed that the generator which drew the lesion started from; None if none did.
-        kind: What is done to `blocks`, and nothing else: ``"delete"``, ``"duplicate"``, ``"scale"``, ``"swap"``,
-            ``"permute"``, ``"replace"``, ``"repeat"`` or ``"parallel"``; empty where it is none of these. What reads a
-            study's frame goes by it.
-    """
-
-    name: str
-    edit: Callable[[ResidualChain], ResidualChain]
-    blocks: tuple[int, ...] | None
-    kendall_tau: float = 1.0
-    seed: int | None = None
-    kind: str = ""
-
-
 def single_deletions(chain: ResidualChain) -> list[Lesion]:
     """The deletion of each block in turn (Veit et al. 2016, section 4.1, figure 3).
 
@@ -78,7 +45,8 @@ def single_deletions(chain: ResidualChain) -> list[Lesion]:
         chain: The intact chain.
 
     Returns:
-        A lesion a block, first to last. Blocks without skip that change the shape cannot be deleted and are left out.
+        One lesion per block, first to last; blocks without skip that change the shape cannot be deleted and are left
+        out.
     """
     return [_deletion(chain, (index,)) for index in _deletable(chain)]
 
@@ -144,7 +112,7 @@ def random_swaps(chain: ResidualChain, counts: Iterable[int], repeats: int, gene
         `repeats` lesions of each count, in the order of `counts`.
 
     Raises:
-        ResnetPathsError: If no two blocks may trade places, or `repeats` is negative.
+        ResnetPathsError: If no two blocks can be swapped, or `repeats` is negative.
     """
     pairs = _exchangeable(chain)
     if not pairs:
@@ -158,8 +126,9 @@ def random_swaps(chain: ResidualChain, counts: Iterable[int], repeats: int, gene
             chosen = torch.randint(len(pairs), (count,), generator=generator, device=generator.device).tolist()
             for first, second in (pairs[i] for i in chosen):
                 order[first], order[second] = order[second], order[first]
-            swaps = _reordering("swap", f"{count} random swaps", order)
-            lesions.append(replace(swaps, seed=generator.initial_seed()))
+            moved = tuple(place for place, block in enumerate(order) if place != block)
+            name, seed = f"{count} random swaps", generator.initial_seed()
+            lesions.append(Lesion("swap", moved, name=name, order=tuple(order), seed=seed))
     return lesions
 
 
@@ -170,7 +139,7 @@ def duplications(chain: ResidualChain) -> list[Lesion]:
         chain: The intact chain.
 
     Returns:
-        A lesion a block.
+        One lesion per block.
     """
     refuse_other_than_chain("chain", chain)
     return [_duplication(chain, (index,)) for index, block in enumerate(chain) if block.keeps_shape]
@@ -207,12 +176,12 @@ def scalings(chain: ResidualChain, factors: Iterable[float]) -> list[Lesion]:
         factors: Finite numbers; 0 is as deletion where a block has a skip.
 
     Returns:
-        A lesion a block and factor, block by block.
+        One lesion per block and factor, block by block.
     """
     refuse_other_than_chain("chain", chain)
     factors = list(factors)
     return [
-        _scaling(chain, index, factor)
+        Lesion("scale", (index,), name=f"{factor:g} x {_name(chain, index)}", factor=factor)
         for index, block in enumerate(chain)
         if block.branch is not None
         for factor in factors
@@ -232,7 +201,7 @@ def branch_replacements(chain: ResidualChain, source: ResidualChain, name: str =
         name: First word of the lesions' names, such as ``"re-initialise"``.
 
     Returns:
-        A lesion a block that has a branch in both.
+        One lesion per block that has a branch in both.
 
     Raises:
         ResnetPathsError: If the chains' blocks do not have the same shapes.
@@ -260,7 +229,7 @@ def mean_replacements(chain: ResidualChain, inputs: Any) -> list[Lesion]:
             positional arguments or a mapping of keyword arguments.
 
     Returns:
-        A lesion a block that has a branch.
+        One lesion per block that has a branch.
 
     Raises:
         ResnetPathsError: If the chain is in training mode, or there is no example.
@@ -322,58 +291,25 @@ def layer_schedules(
     shuffled[places[0] : places[-1] + 1] = [places[i] for i in draw]
     touched = tuple(places)
     return [
-        Lesion("skip", partial(delete_blocks, blocks=places), touched, kind="delete"),
-        Lesion("middle repeat", partial(_repeat_the_middle, places=places), touched, kind="repeat"),
-        _reordering("permute", "reverse", backwards, touched),
-        replace(_reordering("permute", "random order", shuffled, touched), seed=generator.initial_seed()),
-        Lesion("parallel", partial(parallel_blocks, blocks=places), touched, kind="parallel"),
-        Lesion("looped parallel", partial(_loop_parallel, places=places, loops=loops), touched, kind="parallel"),
+        Lesion("delete", touched, name="skip"),
+        Lesion("repeat", touched, name="middle repeat"),
+        Lesion("permute", touched, name="reverse", order=tuple(backwards)),
+        Lesion("permute", touched, name="random order", order=tuple(shuffled), seed=generator.initial_seed()),
+        Lesion("parallel", touched, name="parallel"),
+        Lesion("parallel", touched, name="looped parallel", loops=loops),
     ]
 
 
 def _replacement(name: str, index: int, branch: torch.nn.Module) -> Lesion:
-    return Lesion(name, partial(_replace_branch, index=index, branch=branch), (index,), kind="replace")
-
-
-def _replace_branch(chain: ResidualChain, index: int, branch: torch.nn.Module) -> ResidualChain:
-    return chain.with_blocks(b.replace(branch=branch) if i == index else b for i, b in enumerate(chain))
-
-
-def _repeat_the_middle(chain: ResidualChain, places: Sequence[int]) -> ResidualChain:
-    middle = chain[places[len(places) // 2]]
-    return chain.with_blocks(
-        middle.replace(name=f"{middle.name}@{index}") if index in places else block for index, block in enumerate(chain)
-    )
-
-
-def _loop_parallel(chain: ResidualChain, places: Sequence[int], loops: int) -> ResidualChain:
-    together = parallel_blocks(chain, list(places))
-    for _ in range(loops - 1):
-        together = duplicate_block(together, places[0])
-    return together
+    return Lesion("replace", (index,), name=name, branch=branch)
 
 
 def _deletion(chain: ResidualChain, blocks: tuple[int, ...]) -> Lesion:
-    name = "delete " + ", ".join(_name(chain, index) for index in blocks)
-    edit = partial(delete_block, block=blocks[0]) if len(blocks) == 1 else partial(delete_blocks, blocks=list(blocks))
-    return Lesion(name, edit, blocks, kind="delete")
-
-
-def _scaling(chain: ResidualChain, index: int, factor: float) -> Lesion:
-    name = f"{factor:g} x {_name(chain, index)}"
-    return Lesion(name, partial(scale_block, block=index, factor=factor), (index,), kind="scale")
+    return Lesion("delete", blocks, name="delete " + ", ".join(_name(chain, index) for index in blocks))
 
 
 def _duplication(chain: ResidualChain, blocks: tuple[int, ...]) -> Lesion:
-    name = "duplicate " + ", ".join(_name(chain, index) for index in blocks)
-    return Lesion(name, partial(_duplicate_blocks, blocks=blocks), blocks, kind="duplicate")
-
-
-def _duplicate_blocks(chain: ResidualChain, blocks: tuple[int, ...]) -> ResidualChain:
-    # From the last to the first: a copy shifts those behind it.
-    for index in sorted(blocks, reverse=True):
-        chain = duplicate_block(chain, index)
-    return chain
+    return Lesion("duplicate", blocks, name="duplicate " + ", ".join(_name(chain, index) for index in blocks))
 
 
 def _random_sets(
@@ -386,13 +322,6 @@ def _random_sets(
             order = torch.randperm(len(possible), generator=generator, device=generator.device)[:count].tolist()
             sets.append(tuple(sorted(possible[i] for i in order)))
     return sets
-
-
-def _reordering(kind: str, name: str, order: list[int], touched: tuple[int, ...] | None = None) -> Lesion:
-    if touched is None:
-        touched = tuple(place for place, block in enumerate(order) if place != block)
-    tau = float(stats.kendalltau(range(len(order)), order).statistic) if len(order) > 1 else 1.0
-    return Lesion(name, partial(permute_blocks, order=order), touched, tau, kind=kind)
 
 
 def _name(chain: ResidualChain, index: int) -> str:
@@ -414,7 +343,7 @@ def _is_exchangeable(chain: ResidualChain, index: int) -> bool:
 
 
 def _exchangeable(chain: ResidualChain) -> list[tuple[int, int]]:
-    """Pairs of blocks that may trade places."""
+    """Pairs of blocks that can be swapped."""
     refuse_other_than_chain("chain", chain)
     keep = [index for index, block in enumerate(chain) if block.keeps_shape]
     return [

@@ -26,7 +26,7 @@ from resnet_paths.core.parts import call_part
 from resnet_paths.core.placement import device_of, place_modules
 from resnet_paths.core.signature import arguments_of
 from resnet_paths.lesions.frames import deletions_of
-from resnet_paths.lesions.pieces import refuse_labels
+from resnet_paths.lesions.results import validate_logits
 
 __all__ = ["SCORES", "predicted_effects", "score_correlations"]
 
@@ -43,7 +43,7 @@ def predicted_effects(
     device: str | torch.device = "auto",
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Cheap scores of every block, from one forward and one backward pass a batch; nothing is deleted.
+    """Cheap scores of every block, from one forward and one backward pass per batch; nothing is deleted.
 
     Let T be what a block adds up and S what would be there without its branch: skip(h), or h itself in a plain block
     that keeps the shape. Means over examples, each with its standard error ``..._se``:
@@ -55,7 +55,7 @@ def predicted_effects(
     ``relative_branch_norm``        norm of T - S over norm of S (Jastrzebski et al. 2018, section 4)
     ==============================  ================================================================================
 
-    The cosine of two states that are 0 is taken as 1, and of one that is as 0.
+    The cosine of two states that are 0 is taken as 1, and if only one is, as 0.
 
     Args:
         chain: The intact chain, in eval mode.
@@ -66,8 +66,8 @@ def predicted_effects(
         progress: Whether to show a bar over batches.
 
     Returns:
-        A row a block: ``block_index``, ``block`` (name), the scores and their standard errors over examples (NaN where
-        the block cannot be deleted), ``num_examples``.
+        One row per block: ``block_index``, ``block`` (name), the scores and their standard errors over examples (NaN
+        where the block cannot be deleted), ``num_examples``.
 
     Raises:
         ResnetPathsError: If the chain is in training mode, the loader is empty or does not give such batches, labels
@@ -108,8 +108,8 @@ def score_correlations(predicted: pd.DataFrame, study: pd.DataFrame) -> pd.DataF
         study: From `resnet_paths.lesion_study`, with single deletions among its rows; others are left out.
 
     Returns:
-        A row a score and effect (``error_increase``, ``loss``): ``spearman`` and ``kendall``, rank correlations over
-        blocks, with ``spearman_p`` and ``kendall_p``, two-sided p-values against no correlation; ``num_blocks``.
+        One row per score and effect (``error_increase``, ``loss``): ``spearman`` and ``kendall``, rank correlations
+        over blocks, with ``spearman_p`` and ``kendall_p``, two-sided p-values against no correlation; ``num_blocks``.
 
     Raises:
         ResnetPathsError: If a frame is of another kind, the study's rows are those of two, or fewer than three blocks
@@ -153,7 +153,7 @@ def _scores(chain: ResidualChain, inputs: Any, labels: torch.Tensor, dim: int | 
     rest = ResidualChain(nn.Identity(), chain, chain.head)
     with torch.enable_grad():
         logits, cache = rest.run_with_cache(start.requires_grad_(start.is_floating_point()), **context)
-        refuse_labels(logits, labels)
+        validate_logits(logits, labels)
         loss = F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), labels, reduction="sum")
         states = [state for state in cache.state if state is not None]  # every block has one
         gradients = torch.autograd.grad(loss, states[1:], materialize_grads=True)
@@ -162,16 +162,23 @@ def _scores(chain: ResidualChain, inputs: Any, labels: torch.Tensor, dim: int | 
         chain, states[:-1], cache.skip, cache.branch, gradients, strict=True
     ):
         _refuse_other_dim(dim, state.dim())
-        alone = skip
-        if skip is None and block.keeps_shape:
-            with torch.no_grad():
-                alone = call_part(block.pre, state.clone(), context)
+        alone = skip if chain.eval_only and skip is not None else _without_branch(block, state, context)
         if alone is None:
             rows.append(torch.full((len(SCORES), len(labels)), math.nan, dtype=torch.float64))
             continue
-        total = alone if branch is None else branch if skip is None else skip + branch
+        total = skip if branch is None else branch if skip is None else skip + branch
+        assert total is not None  # every block has a skip or a branch
         rows.append(_scores_of_block(block, alone.detach(), total.detach(), gradient, context, dim).cpu())
     return torch.stack(rows)
+
+
+@torch.no_grad()
+def _without_branch(block: Block, state: torch.Tensor, context: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """What a block would add up without its branch, which may work in place; None if it cannot do without."""
+    shared = call_part(block.pre, state.clone(), context)
+    if block.skip is not None:
+        return call_part(block.skip, shared, context)
+    return shared if block.keeps_shape else None
 
 
 def _scores_of_block(

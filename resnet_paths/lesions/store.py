@@ -1,13 +1,13 @@
-"""A folder of finished pieces: a study that was stopped goes on where it was.
+"""A folder of finished batches: a study that was stopped resumes where it was.
 
-    STORE/CONTEXT/study.json                what the pieces have in common, for people
+    STORE/CONTEXT/study.json                what the results have in common, for people
     STORE/CONTEXT/BATCH-LESIONS.safetensors what some lesions did on one batch
 
 CONTEXT is a fingerprint of precision, layout, BatchNorm treatment and code version; BATCH one of the images and labels;
-each lesion in a part goes by a fingerprint of the whole lesioned network. So results of another model or data set may
-lie in the same folder and are never mixed in. Parts hold a checksum, and are written under a temporary name and
-renamed; two studies at once write the same rows to the same names. What a killed study was writing stays behind under
-its temporary name, which no study takes for a part; a study that begins an hour later removes it.
+each lesion in a part has a fingerprint of the whole lesioned network (`resnet_paths.lesions.keys`). So results of other
+models or data sets may be in the same folder and are never mixed in. Parts hold a checksum, and are written under a
+temporary name and renamed; two studies at once write the same rows to the same names. What a killed study was writing
+remains under its temporary name, which no study takes for a part; a study that begins an hour later removes it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import resnet_paths
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths._utils.files import write_then_rename
 from resnet_paths._utils.fingerprint import fingerprint
-from resnet_paths.lesions.pieces import Piece
+from resnet_paths.lesions.results import BatchResult
 from resnet_paths.zoo.weights import read_metadata, read_tensors, write_tensors
 
 __all__ = ["Store"]
@@ -38,11 +38,11 @@ _STALE_AFTER = 3600.0  # seconds; a part is written in far less
 
 
 class Store:
-    """The pieces of one context in a folder.
+    """The results of one context in a folder.
 
     Args:
         folder: Made if it is not there.
-        settings: What all pieces have in common besides the version of the code; JSON-able.
+        settings: What all results have in common besides the version of the code; JSON-able.
 
     Raises:
         ResnetPathsError: If the folder cannot be written to.
@@ -84,7 +84,7 @@ class Store:
         """
         return fingerprint(inputs, labels)[:_DIGITS]
 
-    def read(self, batch: str, lesions: Sequence[str]) -> dict[str, Piece]:
+    def read(self, batch: str, lesions: Sequence[str]) -> dict[str, BatchResult]:
         """What is known of a batch.
 
         Args:
@@ -92,27 +92,27 @@ class Store:
             lesions: Fingerprints of lesioned networks.
 
         Returns:
-            A piece of one row for each lesion that was finished; a part that cannot be read is left out, with a
+            A result of one row for each lesion that was finished; a part that cannot be read is left out, with a
             warning.
         """
         wanted = set(lesions)
-        found: dict[str, Piece] = {}
+        found: dict[str, BatchResult] = {}
         for path in self._parts.get(batch, ()):
             try:
-                names, piece = _read_part(path)
+                names, result = _read_part(path)
             except (ResnetPathsError, KeyError, ValueError, RuntimeError, TypeError, OSError) as error:
                 warnings.warn(f"store: {path} cannot be read and is computed again: {error}", stacklevel=3)
                 continue
-            found |= {name: piece.row(row) for row, name in enumerate(names) if name in wanted}
+            found |= {name: result.row(row) for row, name in enumerate(names) if name in wanted}
         return found
 
-    def write(self, batch: str, lesions: Sequence[str], piece: Piece) -> None:
-        """Keep a finished piece.
+    def write(self, batch: str, lesions: Sequence[str], result: BatchResult) -> None:
+        """Keep the result of a batch.
 
         Args:
             batch: From `batch_key`.
-            lesions: Fingerprints of lesioned networks, one a row of the piece.
-            piece: The piece.
+            lesions: Fingerprints of lesioned networks, one per row of the result.
+            result: The result.
 
         Raises:
             ResnetPathsError: If it cannot be written, such as to a full disk; what was kept before stays.
@@ -122,11 +122,11 @@ class Store:
         names = [lesions[row] for row in order]
         path = self.folder / f"{batch}-{fingerprint(names)[:_DIGITS]}.safetensors"
         tensors = {
-            "wrong": torch.from_numpy(np.packbits(piece.wrong[order], axis=1)),
+            "wrong": torch.from_numpy(np.packbits(result.wrong[order], axis=1)),
             # As bits: a lesion may well make the loss infinite, which a file of weights refuses.
-            "loss_sum_bits": torch.from_numpy(piece.loss_sum[order].astype(np.float64)).view(torch.int64),
-            "num_not_finite": torch.from_numpy(piece.num_not_finite[order].astype(np.int64)),
-            "num_examples": torch.tensor(piece.wrong.shape[1]),
+            "loss_sum_bits": torch.from_numpy(result.loss_sum[order].astype(np.float64)).view(torch.int64),
+            "num_not_finite": torch.from_numpy(result.num_not_finite[order].astype(np.int64)),
+            "num_examples": torch.tensor(result.wrong.shape[1]),
         }
         try:
             write_tensors(path, tensors, {"lesions": names, "checksum": _checksum(names, tensors)})
@@ -135,7 +135,7 @@ class Store:
                 "store",
                 str(path),
                 "a folder with space left that can be written to",
-                f"{error}. Finished pieces are kept: make room and run the study again.",
+                f"{error}. Finished batches are kept: make room and run the study again.",
             ) from error
         self._parts.setdefault(batch, []).append(path)
 
@@ -156,7 +156,7 @@ class Store:
         others.discard(f"resnet_paths {about['resnet_paths']} with torch {about['torch']}")
         if others:
             warnings.warn(
-                f"store {self.folder.parent}: results of {', '.join(sorted(others))} lie there too; they are not used",
+                f"store {self.folder.parent}: results of {', '.join(sorted(others))} are stored there too; not used",
                 stacklevel=4,
             )
 
@@ -165,17 +165,17 @@ def _checksum(names: Sequence[str], tensors: Mapping[str, torch.Tensor]) -> str:
     return fingerprint(list(names), sorted(tensors.items()))
 
 
-def _read_part(path: Path) -> tuple[list[str], Piece]:
+def _read_part(path: Path) -> tuple[list[str], BatchResult]:
     metadata, tensors = read_metadata(path), read_tensors(path)
     names = metadata["lesions"]
     if metadata["checksum"] != _checksum(names, tensors):
         raise ResnetPathsError("store", str(path), "a part as it was written")
     num_examples = int(tensors["num_examples"])
-    piece = Piece(
+    result = BatchResult(
         np.unpackbits(tensors["wrong"].numpy(), axis=1, count=num_examples).astype(bool),
         tensors["loss_sum_bits"].view(torch.float64).numpy(),
         tensors["num_not_finite"].numpy(),
     )
-    if not len(names) == len(piece.wrong) == len(piece.loss_sum) == len(piece.num_not_finite):
+    if not len(names) == len(result.wrong) == len(result.loss_sum) == len(result.num_not_finite):
         raise ResnetPathsError("store", str(path), "a part with as many rows as lesions")
-    return names, piece
+    return names, result

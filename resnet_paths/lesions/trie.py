@@ -6,7 +6,7 @@ on the same inputs. Activations live while a branch of the trie still needs them
 the one that holds most states last, so that few are alive at once whatever the number of chains.
 
 Where one batch leaves the device idle, states that wait for the same step are stacked into one batch for it: then some
-chains move forward side by side, so many that a step of theirs fills the budget of examples.
+chains move forward side by side, as many as fill the budget of examples.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from resnet_paths.core.inputs import each_tensor, num_examples
 from resnet_paths.core.parts import Constant, Parallel, Placed, Scaled, call_part, context_read_by
 from resnet_paths.core.placement import place_modules
 from resnet_paths.core.signature import arguments_of
-from resnet_paths.lesions.batchnorm import Statistics
-from resnet_paths.lesions.functions import Functions
+from resnet_paths.lesions.batchnorm import averaged_statistics, batch_statistics, given_statistics
+from resnet_paths.lesions.functions import step_function
 
 __all__ = ["Trie", "chain_key", "steps_of"]
 
 
 @dataclass(slots=True)
-class _Node:
-    """A step that several chains make from one state."""
+class TrieNode:
+    """A step that several chains take from one state."""
 
     step: int  # index of the step; nodes whose steps compute the same thing share one
     place: int  # of the step in its chain
@@ -46,17 +46,12 @@ class _Node:
     ends: list[int] = field(default_factory=list)
 
 
-@dataclass(frozen=True, slots=True)
-class _Task:
-    """A step that waits to be made from a state; the state of a stem is a batch."""
-
-    node: int
-    state: Any
-    context: Mapping[str, torch.Tensor]
+_Task = tuple[int, Any, Mapping[str, torch.Tensor]]
+"""A step that waits: index of the node, the state that it reads (of a stem, a batch of inputs), and the context."""
 
 
 class Trie:
-    """Chains as one tree of steps. It holds no state between batches, but for BatchNorm statistics estimated anew.
+    """Chains as one tree of steps. It holds no state between batches, except re-estimated BatchNorm statistics.
 
     Args:
         chains: Edits of one chain, and the chain itself. Taken one at a time: of each only the steps are kept that no
@@ -65,17 +60,19 @@ class Trie:
     Attributes:
         num_chains: How many.
         block_evaluations: Steps of the tree that are blocks: what all chains together cost on a batch.
-        block_evaluations_one_by_one: What they cost each by itself.
+        block_evaluations_naive: What they cost each by itself.
         steps: Modules that the tree is made of, each once.
-        statistics: BatchNorm statistics of each step, if `estimate` was called.
+        statistics: Re-estimated BatchNorm statistics of each node; empty unless `estimate` was called.
+        num_estimated: Batches that they are averaged over.
     """
 
     def __init__(self, chains: Iterable[ResidualChain]) -> None:
-        self.num_chains = self.block_evaluations = self.block_evaluations_one_by_one = 0
+        self.num_chains = self.block_evaluations = self.block_evaluations_naive = 0
         self.steps: list[nn.Module] = []
-        self.nodes: list[_Node] = []
+        self.nodes: list[TrieNode] = []
         self.roots: list[int] = []
-        self.statistics: dict[int, Statistics] = {}
+        self.statistics: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self.num_estimated = 0
         found: dict[tuple[int | None, int], int] = {}
         numbers: dict[Hashable, int] = {}
         for chain in chains:
@@ -90,11 +87,11 @@ class Trie:
                 if (node, number) not in found:
                     found[node, number] = len(self.nodes)
                     (self.roots if node is None else self.nodes[node].children).append(len(self.nodes))
-                    self.nodes.append(_Node(number, place, _has_batch_first(chain, place)))
+                    self.nodes.append(TrieNode(number, place, _has_batch_first(chain, place)))
                     self.block_evaluations += isinstance(step, Block)
                 node = found[node, number]
                 self.nodes[node].members |= 1 << self.num_chains
-                self.block_evaluations_one_by_one += isinstance(step, Block)
+                self.block_evaluations_naive += isinstance(step, Block)
             assert node is not None  # every chain has a stem and a head
             self.nodes[node].ends.append(self.num_chains)
             self.num_chains += 1
@@ -103,8 +100,8 @@ class Trie:
     @cached_property
     def _functions(self) -> list[Any]:
         """What each step computes; the steps are not moved any more."""
-        functions = Functions()
-        return [step if context_read_by(step) else functions.of(step) for step in self.steps]
+        known: dict[Any, Any] = {}
+        return [step if context_read_by(step) else step_function(step, known) for step in self.steps]
 
     @cached_property
     def _may_write(self) -> list[bool]:
@@ -158,7 +155,7 @@ class Trie:
         while pool:
             tasks = self._next_tasks(pool, at_once, mask)
             for task, (state, context) in zip(tasks, self._run(tasks, batch), strict=True):
-                node = self.nodes[task.node]
+                node = self.nodes[task[0]]
                 for index in node.ends:
                     if mask >> index & 1:
                         yield index, state
@@ -166,67 +163,71 @@ class Trie:
             del tasks, task, state
 
     def estimate(self, inputs: Any) -> None:
-        """Take BatchNorm statistics from a batch, anew for each step of the tree; further batches are averaged in.
+        """Re-estimate the BatchNorm statistics of every node on a batch; further batches are averaged in.
 
-        Each step normalises by the batch's own statistics meanwhile, as in training; with `logits` by their averages.
+        Each step normalises by the batch's own statistics meanwhile, as in training; `logits` then uses the averages.
 
         Args:
             inputs: A batch for the stem, as for `logits`.
         """
-        for number in range(len(self.nodes)):
-            self.statistics.setdefault(number, Statistics())
         pool = self._tasks(self.roots, inputs, {}, -1)
         while pool:
             task = pool.pop()
-            with self.statistics[task.node].measured():
+            number = task[0]
+            with batch_statistics() as found:
                 state, context = self._step(task)
-            pool += self._tasks(self.nodes[task.node].children, state, context, -1)
+            self.statistics[number] = averaged_statistics(self.statistics.get(number, []), self.num_estimated, found)
+            pool += self._tasks(self.nodes[number].children, state, context, -1)
             del task, state
+        self.num_estimated += 1
 
     def _next_tasks(self, pool: list[_Task], at_once: int, mask: int) -> list[_Task]:
         """Take out of the pool what is run next: one task, or several whose steps are the same."""
         if at_once == 1:
             return [pool.pop()]
-        # The last tasks move on side by side, the hindmost first, so that the others are caught up with: as many as
+        # The last tasks move on side by side, the one furthest behind first, so that it catches up: as many as
         # lead to twice the chains that a step may take. All others wait, whatever their number.
         room, active = 2 * at_once, list[int]()
         for i in reversed(range(len(pool))):
-            room -= (self.nodes[pool[i].node].members & mask).bit_count()
+            room -= (self.nodes[pool[i][0]].members & mask).bit_count()
             if active and room < 0:
                 break
             active.append(i)
-        first = min(active, key=lambda i: self.nodes[pool[i].node].place)
-        step = self.nodes[pool[first].node].step
-        same = [i for i in active if self.nodes[pool[i].node].step == step][:at_once]
+        first = min(active, key=lambda i: self.nodes[pool[i][0]].place)
+        step = self.nodes[pool[first][0]].step
+        same = [i for i in active if self.nodes[pool[i][0]].step == step][:at_once]
         return [pool.pop(i) for i in same]  # from the last to the first
 
     def _run(self, tasks: list[_Task], batch: int) -> list[tuple[Any, Mapping[str, torch.Tensor]]]:
-        node = self.nodes[tasks[0].node]
+        number, _, _ = tasks[0]
+        node = self.nodes[number]
         if self.statistics:
-            with self.statistics[tasks[0].node].applied():
+            with given_statistics(self.statistics[number]):
                 return [self._step(tasks[0])]
-        if len(tasks) > 1 and node.stacks and all(_length(task.state) == batch for task in tasks):
-            context = _stacked_context([task.context for task in tasks], context_read_by(self.steps[node.step]), batch)
-            if context is not None:
-                stacked = torch.cat([task.state for task in tasks])
-                together = call_part(self._functions[node.step], stacked, context)
+        if len(tasks) > 1 and node.stacks and all(_length(state) == batch for _, state, _ in tasks):
+            contexts = [context for _, _, context in tasks]
+            stacked = _stacked_context(contexts, context_read_by(self.steps[node.step]), batch)
+            if stacked is not None:
+                states = torch.cat([state for _, state, _ in tasks])
+                together = call_part(self._functions[node.step], states, stacked)
                 if _length(together) == len(tasks) * batch:
-                    return list(zip(together.chunk(len(tasks)), (task.context for task in tasks), strict=True))
-            node.stacks = False  # it mixes the batch with another dimension: in which order is not known
+                    return list(zip(together.chunk(len(tasks)), contexts, strict=True))
+                node.stacks = False  # it mixes the batch with another dimension: in which order is not known
         return [self._step(task) for task in tasks]
 
     def _step(self, task: _Task) -> tuple[Any, Mapping[str, torch.Tensor]]:
-        """State and context that a task leads to; its own state stays as it is, since others may read it."""
-        node = self.nodes[task.node]
-        state = each_tensor(torch.clone, task.state) if self._may_write[node.step] else task.state
+        """State and context after a step; the state that it reads stays as it is, since others may read it."""
+        number, state, context = task
+        node = self.nodes[number]
+        state = each_tensor(torch.clone, state) if self._may_write[node.step] else state
         if node.place == 0:
             args, kwargs = arguments_of(state)
             return cast("ResidualChain", self.steps[node.step]).begin(*args, **kwargs)
-        return call_part(self._functions[node.step], state, task.context), task.context
+        return call_part(self._functions[node.step], state, context), context
 
     def _tasks(self, nodes: Sequence[int], state: Any, context: Mapping[str, torch.Tensor], mask: int) -> list[_Task]:
         """A task for each of the nodes that leads to a wanted chain."""
-        return [_Task(node, state, context) for node in nodes if self.nodes[node].members & mask]
+        return [(node, state, context) for node in nodes if self.nodes[node].members & mask]
 
 
 def steps_of(chain: ResidualChain) -> list[tuple[int, nn.Module]]:
@@ -248,7 +249,7 @@ def steps_of(chain: ResidualChain) -> list[tuple[int, nn.Module]]:
 
 
 def chain_key(chain: ResidualChain, key_of: Callable[[nn.Module], Hashable]) -> Hashable:
-    """Equal for chains that compute the same thing, if `key_of` is for the parts that edits do not make anew."""
+    """Equal for chains that compute the same thing, if `key_of` is for the parts that edits keep."""
     return tuple(_step_key(step, key_of) for _, step in steps_of(chain))
 
 
@@ -259,7 +260,7 @@ def _step_key(step: nn.Module, key_of: Callable[[nn.Module], Hashable] = id) -> 
 
 
 def _part_key(part: nn.Module | None, key_of: Callable[[nn.Module], Hashable]) -> Hashable:
-    """Wrappers are made anew by each edit, so their content counts."""
+    """Each edit makes new wrappers, so their content counts."""
     if part is None or is_identity(part):
         return type(part).__name__
     if isinstance(part, Scaled):

@@ -46,7 +46,7 @@ def sharing(chain: rp.ResidualChain, most: int) -> list[dict[str, Any]]:
     """Block evaluations of random deletions: as a study counts them, and the distinct prefixes counted by hand."""
     plan = random_deletions(chain, most, 20)
     attrs = rp.lesion_study(chain, batches(1, 2), plan, progress=False).attrs
-    counted = attrs["block_evaluations"], attrs["block_evaluations_one_by_one"]
+    counted = attrs["block_evaluations"], attrs["block_evaluations_naive"]
     by_hand = evaluations_by_hand(chain, [(), *(lesion.blocks for lesion in plan)])
     if counted != by_hand:
         raise AssertionError(f"the study counts {counted} block evaluations, by hand there are {by_hand}")

@@ -175,7 +175,7 @@ def test_pieces_of_folded_networks_are_kept_apart(chain, loader, tmp_path):
         rp.lesion_study(chain, loader, rp.single_deletions(chain), store=tmp_path, progress=False, fold_batchnorm=fold)
         for fold in (False, True, True)
     ]
-    assert [frame.attrs["pieces_found"] for frame in found] == [0, 0, 2]
+    assert [frame.attrs["batches_found"] for frame in found] == [0, 0, 2]
 
 
 def test_without_exported_parts_nothing_is_folded():

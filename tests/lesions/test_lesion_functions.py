@@ -13,7 +13,7 @@ import resnet_paths as rp
 from resnet_paths.core.chain import Block, ResidualChain
 from resnet_paths.core.parts import Constant, Parallel, Scaled
 from resnet_paths.core.placement import place_modules
-from resnet_paths.lesions.functions import Functions
+from resnet_paths.lesions.functions import step_function
 from resnet_paths.zoo import build_network
 from tests.chains import inputs, plans, random_chain
 from tests.core.test_folding import exported
@@ -43,7 +43,7 @@ def unraveled(name):
 def assert_same(step, x):
     """The function of a step gives what the step gives, and leaves its input as it was."""
     given = [part.clone() for part in (x if isinstance(x, tuple) else (x,))]
-    found, wanted = Functions().of(step)(x), step(tuple(given) if isinstance(x, tuple) else given[0])
+    found, wanted = step_function(step, {})(x), step(tuple(given) if isinstance(x, tuple) else given[0])
     for one, other in zip(*(y if isinstance(y, tuple) else (y,) for y in (found, wanted)), strict=True):
         assert torch.equal(one, other)
         assert one.stride() == other.stride()
@@ -150,7 +150,7 @@ def test_a_part_with_hooks_runs_as_it_is():
     chain[2].register_forward_pre_hook(lambda *_: calls.append("block"))
     with torch.inference_mode():
         for block in chain:
-            x = Functions().of(block)(x)
+            x = step_function(block, {})(x)
     assert calls == ["branch", "block"]
 
 
@@ -170,7 +170,7 @@ class Made(TorchDispatchMode):
 @pytest.mark.parametrize(("name", "over"), [("preact-resnet-20", 3), ("resnet-20", 3)])
 def test_what_can_be_written_over_is(name, over):
     chain = unraveled(name)
-    step = Functions().of(chain[1])
+    step = step_function(chain[1], {})
     with torch.no_grad():
         state = chain.stem(torch.randn(2, 1, 28, 28))
         with Made() as made:

@@ -16,7 +16,7 @@ from torch.utils import data
 import resnet_paths as rp
 from resnet_paths.core.chain import ResidualChain
 from resnet_paths.core.inputs import inputs_of
-from resnet_paths.lesions.plans import Lesion
+from resnet_paths.lesions.lesion import Lesion
 from tests.chains import inputs, random_chain
 from tests.lesions.test_lesion_options import near, study
 from tests.lesions.test_lesions import STEADY, labelled
@@ -88,7 +88,7 @@ def test_labels_are_held_against_every_head():
     [
         (["block1"], r"lesions: got 'block1'; allowed: a Lesion, or a function from chain to chain.*single_deletions"),
         ([3], r"lesions: got 3"),
-        (Lesion("one", lambda c: c, ()), r"lesions: got Lesion\(name='one'.*allowed: a list of lesions"),
+        (Lesion("delete", (), name="one"), r"lesions: got Lesion\(kind='delete'.*allowed: a list of lesions"),
         ("block1", r"lesions: got 'block1'; allowed: a list of lesions"),
         (rp.delete_block, r"lesions: got <function delete_block.*allowed: a list"),
     ],
@@ -226,7 +226,8 @@ def test_a_study_that_is_stopped_returns_the_rows_so_far():
 
 def test_a_study_may_be_stopped_inside_a_step(tmp_path):
     plain, batches = random_chain(STEADY), list(labelled())
-    chain = ResidualChain(Pressed(plain.stem, 3), plain, plain.head).eval()  # the stem runs once a batch
+    # The stem runs once for the probe, then once per batch.
+    chain = ResidualChain(Pressed(plain.stem, 4), plain, plain.head).eval()
     resumes = r"stopped after 2 batches\. The rows.* Run the same study again to resume from"
     with pytest.raises(rp.StudyInterrupted, match=resumes) as caught:
         study(chain, batches, store=tmp_path)
@@ -240,7 +241,7 @@ def test_a_study_from_a_loader_that_was_stopped_goes_on_from_its_store(tmp_path)
     with pytest.raises(rp.StudyInterrupted):
         study(chain, stopping(batches, 2), store=tmp_path)
     frame = study(chain, batches, store=tmp_path)
-    assert (frame.attrs["pieces_found"], frame.attrs["pieces_computed"]) == (2, 3)
+    assert (frame.attrs["batches_found"], frame.attrs["batches_computed"]) == (2, 3)
     pd.testing.assert_frame_equal(frame, study(chain, batches))
 
 
@@ -345,7 +346,7 @@ def test_inputs_of_every_form_that_a_model_is_called_with(form, tmp_path):
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         near(study(chain, loader, executor=pool), frame)
     again = study(chain, loader, store=tmp_path)
-    assert again.attrs["pieces_computed"] == 0
+    assert again.attrs["batches_computed"] == 0
     # Statistics of these very batches, from the whole batch or from its inputs alone.
     renewed = study(chain, loader, reestimate_batchnorm=loader)
     assert renewed.batchnorm_statistics.tolist() == ["re-estimated"] * 3

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import resnet_paths as rp
 from resnet_paths.core.chain import Block, ResidualChain
-from resnet_paths.lesions.plans import Lesion
+from resnet_paths.lesions.lesion import Lesion
 from resnet_paths.lesions.trie import Trie
 from tests.chains import Plan, assert_same, inputs, plans, random_chain, random_model, snapshot
 from tests.gradients.gradient_reference import build, recipes, seeded
@@ -72,9 +72,9 @@ def test_a_budget_changes_no_number(plan, edits, budget):
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.booleans(), st.data(), EDITS, st.integers(9, 60))
-def test_a_budget_for_chains_inside_branches_and_pairs_as_states(of_pairs, draws, edits, budget):
-    chain, loader = build(draws.draw(recipes(of_pairs=of_pairs, max_blocks=5)), of_pairs=of_pairs), labelled(20)
+@given(recipes(max_blocks=5), EDITS, st.integers(9, 60))
+def test_a_budget_for_chains_inside_branches(recipe, edits, budget):
+    chain, loader = build(recipe), labelled(20)
     lesions = [lambda c, e=edit: edited(c, *e) for edit in edits]
     near(study(chain, loader, lesions, batch_budget=budget), study(chain, loader, lesions))
 
@@ -249,7 +249,7 @@ def test_an_infinite_loss_survives_the_store(tmp_path):
 
 @pytest.mark.parametrize("seed", [None, 0, 2**63 - 1, 2**63, 2**64 - 1])
 def test_any_seed_of_a_generator_fits_the_frame(seed):
-    frame = study(random_chain(STEADY), labelled(), [Lesion("nothing", lambda c: c, (), seed=seed)])
+    frame = study(random_chain(STEADY), labelled(), [Lesion("delete", (), name="nothing", seed=seed)])
     assert frame.seed.isna()[0] if seed is None else int(frame.seed[0]) == seed
     drawn = torch.Generator().manual_seed(-1)
     frame = study(random_chain(STEADY), labelled(), rp.random_deletions(random_chain(STEADY), [1], 1, drawn))
@@ -355,7 +355,7 @@ def test_batchnorm_statistics_of_exported_chains():
     model, batches, loader = random_model(plan), statistics_batches(), labelled(60)
     chain = rp.unravel(model, inputs())
     before = snapshot(model)
-    nothing = rp.Lesion("nothing", lambda c: c, ())
+    nothing = rp.Lesion("delete", (), name="nothing")
     frame = study(chain, loader, [*rp.single_deletions(chain), nothing], reestimate_batchnorm=batches)
     assert_same(before, snapshot(model))
     for row in frame.itertuples():

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections import Counter
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,7 +15,7 @@ from scipy import stats
 from torch.utils.data import DataLoader, TensorDataset
 
 import resnet_paths as rp
-from resnet_paths.core.chain import Block, ResidualChain
+from resnet_paths.core.chain import ResidualChain
 from resnet_paths.core.parts import Parallel
 from tests.chains import Plan, assert_same, inputs, random_chain, snapshot
 
@@ -111,7 +112,7 @@ def test_lesions_say_of_what_kind_they_are():
         "scale": rp.scalings(chain, [0.5]),
         "swap": rp.random_swaps(chain, [2], 1, seeded()),
         "replace": [*rp.branch_replacements(chain, chain), *rp.mean_replacements(chain, inputs())],
-        "": [rp.Lesion("mine", lambda c: c, (1,))],
+        "": [rp.Lesion("", (1,), name="mine", function=lambda c: c)],
     }
     for kind, plan in plans.items():
         assert {lesion.kind for lesion in plan} == {kind}
@@ -130,9 +131,9 @@ def test_of_a_function_nothing_but_its_effect_is_known():
     lesions = [lambda c: rp.swap_blocks(c, 1, 4), rp.single_deletions(chain)[2]]
     frame = rp.lesion_study(chain, loader(), lesions, progress=False)
     assert frame.kind.tolist() == ["", "delete"]
-    assert frame[["blocks", "num_lesions", "kendall_tau"]].isna().to_numpy().tolist() == [[True] * 3, [False] * 3]
-    assert frame.loc[1, ["blocks", "num_lesions", "kendall_tau"]].tolist() == [(2,), 1, 1]
-    for column, plot in (("num_lesions", rp.figures.plot_lesion_counts), ("kendall_tau", rp.figures.plot_reorderings)):
+    assert frame[["blocks", "num_blocks", "kendall_tau"]].isna().to_numpy().tolist() == [[True] * 3, [False] * 3]
+    assert frame.loc[1, ["blocks", "num_blocks", "kendall_tau"]].tolist() == [(2,), 1, 1]
+    for column, plot in (("num_blocks", rp.figures.plot_lesion_counts), ("kendall_tau", rp.figures.plot_reorderings)):
         with pytest.raises(rp.ResnetPathsError, match=rf"frame\['{column}'\]: got 'no value in 1 of 2 rows'"):
             plot(frame)
 
@@ -239,20 +240,8 @@ def test_branches_replaced_by_their_means():
     assert frame.lesion.tolist() == [lesion.name for lesion in lesions]
 
 
-class OnPair(torch.nn.Module):
-    """From a pair to what `first` and `second` make of it."""
-
-    def __init__(self, first, second):
-        super().__init__()
-        self.first, self.second = first, second
-
-    def forward(self, state):
-        x, total = state if isinstance(state, tuple) else (state, state)
-        return self.first(x), self.second(total)
-
-
 @torch.no_grad()
-def test_means_of_parts_in_place_and_of_pairs():
+def test_means_of_parts_in_place():
     plain = random_chain(STEADY)
     spoiling = ResidualChain(
         torch.nn.Sequential(torch.nn.ReLU(inplace=True), plain.stem),
@@ -268,9 +257,6 @@ def test_means_of_parts_in_place_and_of_pairs():
     def keep():
         return torch.nn.Identity()
 
-    pairs = ResidualChain(OnPair(keep(), keep()), [Block(OnPair(keep(), keep()), keep(), name="a")], keep()).eval()
-    with pytest.raises(rp.ResnetPathsError, match=r"chain: got 'a state of 2 tensors'; allowed: .* one tensor"):
-        rp.mean_replacements(pairs, x)
     with pytest.raises(rp.ResnetPathsError, match=r"inputs: got '0 examples'; allowed: at least one"):
         rp.mean_replacements(plain, x[:0])
     inner = ResidualChain(keep(), list(plain)[:3], keep()).eval()
@@ -350,7 +336,7 @@ def test_a_study_of_all_kinds_has_one_frame():
     frame = rp.lesion_study(chain, loader(), lesions, progress=False)
     assert frame.lesion.tolist() == [lesion.name for lesion in lesions]
     assert frame.kendall_tau.tolist() == [lesion.kendall_tau for lesion in lesions]
-    assert frame.attrs["block_evaluations"] < frame.attrs["block_evaluations_one_by_one"]
+    assert frame.attrs["block_evaluations"] < frame.attrs["block_evaluations_naive"]
 
 
 @pytest.mark.parametrize(
@@ -370,3 +356,48 @@ def test_a_study_of_all_kinds_has_one_frame():
 def test_bad_input(call, message):
     with pytest.raises(rp.ResnetPathsError, match=message):
         call(random_chain(STAGES))
+
+
+def test_a_frame_has_scalar_columns_of_blocks():
+    chain = random_chain(STEADY)
+    lesions = [
+        *rp.scalings(chain, [0.5])[:2],
+        rp.Lesion("swap", (2, 3), name="swap 2 and 3"),
+        rp.Lesion("delete", (), name="nothing"),
+        lambda c: c,
+    ]
+    frame = rp.lesion_study(chain, loader(), lesions, progress=False)
+    assert frame.block_index[:3].tolist() == [0, 1, 2]
+    assert frame.block_index[3:].isna().all()
+    assert frame.block.tolist()[:3] == ["block0", "block1", "block2"]
+    assert frame.block[3:].isna().all()
+    assert frame.factor[:2].tolist() == [0.5, 0.5]
+    assert frame.factor[2:].isna().all()
+    assert frame.num_blocks[:4].tolist() == [1, 1, 2, 0]
+    assert frame.kendall_tau.isna().tolist() == [False, False, True, False, True]
+    single = rp.lesion_study(chain, loader(), rp.single_deletions(chain), progress=False)
+    assert single.block_index.dtype == np.int64
+    rp.figures.plot_single_deletions(single, plt.figure().gca())
+    plt.close("all")
+
+
+def test_lesions_are_values():
+    chain = random_chain(STEADY)
+    one, other = rp.single_deletions(chain)[1], rp.Lesion("delete", (1,), name="delete block1")
+    assert one == other
+    assert hash(one) == hash(other)
+    assert one != rp.Lesion("delete", (2,), name="delete block1")
+    swapped = rp.Lesion("swap", (1, 4)).edit(chain)
+    assert [block.name for block in swapped] == [f"block{i}" for i in (0, 4, 2, 3, 1, 5)]
+    bad = {
+        "kind": ({"kind": "remove"}, "got 'remove'; allowed: one of 'delete', 'duplicate'"),
+        "factor": ({"kind": "scale", "blocks": (1,)}, "got None; allowed: the factor"),
+        "order": ({"kind": "permute", "blocks": (1,)}, "got None; allowed: the order"),
+        "function": ({"kind": ""}, "got None; allowed: the function"),
+        "blocks": ({"kind": "swap", "blocks": (1,)}, "allowed: two positions to swap"),
+    }
+    for argument, (fields, message) in bad.items():
+        with pytest.raises(rp.ResnetPathsError, match=f"^{argument}: .*{message}"):
+            rp.Lesion(**fields)
+    with pytest.raises(rp.ResnetPathsError, match=r"^blocks: got None; allowed: a tuple of positions"):
+        rp.Lesion("delete")

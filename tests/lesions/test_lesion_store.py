@@ -53,7 +53,7 @@ def looks_of(folder):
 
 
 def counts(frame):
-    return frame.attrs["pieces_computed"], frame.attrs["pieces_found"]
+    return frame.attrs["batches_computed"], frame.attrs["batches_found"]
 
 
 def test_a_study_that_is_run_again_computes_nothing(tmp_path):
@@ -76,7 +76,7 @@ def test_a_study_that_is_run_again_computes_nothing(tmp_path):
 def test_nothing_runs_when_everything_is_there(tmp_path, monkeypatch):
     chain, loader = random_chain(STEADY), labelled()
     first = study(chain, loader, store=tmp_path)
-    monkeypatch.setattr("resnet_paths.lesions.pieces.Workshop.run", None)
+    monkeypatch.setattr("resnet_paths.lesions.runner.Runner.run", None)
     same(study(chain, loader, store=tmp_path), first)
 
 
@@ -290,7 +290,7 @@ def test_a_read_only_folder_is_found_out_before_any_work(tmp_path, monkeypatch):
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr("resnet_paths._utils.files.tempfile.mkstemp", refuse)
-    monkeypatch.setattr("resnet_paths.lesions.pieces.Workshop.run", None)
+    monkeypatch.setattr("resnet_paths.lesions.runner.Runner.run", None)
     with pytest.raises(rp.ResnetPathsError, match=r"store: .*Read-only file system\. Pass another folder"):
         study(chain, loader, store=tmp_path)
     assert looks_of(tmp_path) == before
@@ -336,7 +336,7 @@ def test_results_of_another_version_are_not_used(tmp_path, monkeypatch):
     (tmp_path / "strange").mkdir()
     (tmp_path / "strange" / "study.json").write_text("{")
     with pytest.warns(
-        UserWarning, match=r"results of resnet_paths 0\.0\.9 with torch .*, unknown \(strange\) lie there"
+        UserWarning, match=r"results of resnet_paths 0\.0\.9 with torch .*, unknown \(strange\) are stored there"
     ):
         study(chain, loader, store=tmp_path)
 

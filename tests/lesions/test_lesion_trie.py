@@ -19,7 +19,7 @@ from resnet_paths.core.chain import Block, ResidualChain
 from resnet_paths.core.parts import Scaled
 from resnet_paths.lesions.trie import Trie, steps_of
 from tests.chains import Plan, inputs, plans, random_chain
-from tests.gradients.gradient_reference import OnPair, build, recipes, seeded
+from tests.gradients.gradient_reference import build, recipes, seeded
 
 STEADY = (3, tuple(Plan(3, "identity", False, False) for _ in range(6)))
 
@@ -78,10 +78,9 @@ def test_exact_for_any_edits(plan, edits):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.booleans(), st.data(), EDITS)
-def test_exact_for_chains_inside_branches_and_pairs_as_states(of_pairs, data, edits):
-    chain = build(data.draw(recipes(of_pairs=of_pairs, max_blocks=6)), of_pairs=of_pairs)
-    assert_exact(chains_of(chain, edits), inputs())
+@given(recipes(max_blocks=6), EDITS)
+def test_exact_for_chains_inside_branches(recipe, edits):
+    assert_exact(chains_of(build(recipe), edits), inputs())
 
 
 class AddsInPlace(nn.Module):
@@ -96,18 +95,6 @@ class AddsInPlace(nn.Module):
         return self.linear(x)
 
 
-class WritesPair(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 2)
-
-    def forward(self, state):
-        x, total = state
-        x.mul_(0.5)
-        total += 1
-        return self.first(x), self.second(x)
-
-
 def in_place_chain(kind):
     with seeded():
         parts = {
@@ -116,7 +103,6 @@ def in_place_chain(kind):
             "post": lambda: (nn.Linear(3, 3), nn.ReLU(inplace=True)),
             "traced": lambda: (torch.fx.symbolic_trace(AddsInPlace(3)), None),
             "hook": lambda: (nn.Linear(3, 3), None),
-            "pair": lambda: (WritesPair(), None),
         }[kind]
         made = [parts() for _ in range(5)]
         blocks = [
@@ -127,13 +113,11 @@ def in_place_chain(kind):
             for block in blocks:
                 block.branch.register_forward_pre_hook(lambda _, args: args[0].mul_(0.9))
         stem, head = nn.Linear(5, 3), nn.Linear(3, 3)
-        if kind == "pair":
-            stem, head = OnPair(stem, nn.Linear(5, 2)), OnPair(head, nn.Linear(2, 3), joins=True)
         return ResidualChain(stem, blocks, head).double().eval()
 
 
 @pytest.mark.parametrize("eval_only", [False, True])  # True: put into a chain that was read from a model
-@pytest.mark.parametrize("kind", ["branch", "relu", "post", "traced", "hook", "pair"])
+@pytest.mark.parametrize("kind", ["branch", "relu", "post", "traced", "hook"])
 def test_parts_that_work_in_place(kind, eval_only):
     chain = in_place_chain(kind)
     chain.eval_only = eval_only

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import resnet_paths as rp
 from resnet_paths.core.chain import ResidualChain
-from resnet_paths.lesions.plans import Lesion
+from resnet_paths.lesions.lesion import Lesion
 from tests.chains import Plan, assert_same, plans, random_chain, snapshot
 
 STEADY = (3, tuple(Plan(3, "identity", False, False) for _ in range(6)))
@@ -78,7 +78,7 @@ def test_single_deletions_of_any_chain(plan, batch_size):
     if deletions:
         frame = rp.lesion_study(chain, loader, deletions, progress=False)
         assert frame.blocks.tolist() == [(i,) for i in possible]
-        assert (frame.num_lesions == 1).all()
+        assert (frame.num_blocks == 1).all()
         for row in frame.itertuples():
             assert row.error_rate == one_by_one(rp.delete_block(chain, row.blocks[0]), loader)[0].double().mean().item()
 
@@ -105,7 +105,7 @@ def test_no_step_is_computed_twice():
     # Intact: n. Deleting block i: the n - 1 - i blocks behind it, on their own; those before it are shared.
     assert sum(b.branch.calls for b in counted) == n + n * (n - 1) // 2
     assert frame.attrs["block_evaluations"] == n + n * (n - 1) // 2
-    assert frame.attrs["block_evaluations_one_by_one"] == n + n * (n - 1)
+    assert frame.attrs["block_evaluations_naive"] == n + n * (n - 1)
 
 
 def test_a_step_repeated_by_several_lesions_is_shared():
@@ -187,7 +187,7 @@ def test_what_is_no_chain_is_refused():
     with pytest.raises(rp.ResnetPathsError, match=r"chain: got 'Linear'"):
         rp.single_deletions(torch.nn.Linear(2, 2))
     with pytest.raises(rp.ResnetPathsError, match=r"lesion 'nothing'.*got 'NoneType'"):
-        rp.lesion_study(random_chain(STEADY), labelled(), [Lesion("nothing", lambda c: None, ())])
+        rp.lesion_study(random_chain(STEADY), labelled(), [Lesion("", (), name="nothing", function=lambda c: None)])
 
 
 def test_training_mode_is_refused():
@@ -198,6 +198,6 @@ def test_training_mode_is_refused():
 
 
 def test_a_lesion_may_be_named():
-    lesion = Lesion("half of block 2", lambda c: rp.scale_block(c, 2, 0.5), (2,))
+    lesion = Lesion("", (2,), name="half of block 2", function=lambda c: rp.scale_block(c, 2, 0.5))
     frame = rp.lesion_study(random_chain(STEADY), labelled(), [lesion], progress=False)
-    assert frame[["lesion", "blocks", "num_lesions"]].to_numpy().tolist() == [["half of block 2", (2,), 1]]
+    assert frame[["lesion", "blocks", "num_blocks"]].to_numpy().tolist() == [["half of block 2", (2,), 1]]

@@ -21,7 +21,7 @@ from resnet_paths.core.chain import Block, ResidualChain
 from resnet_paths.lesions import score_correlations
 from resnet_paths.lesions.predicted import SCORES
 from tests.chains import Plan, assert_same, inputs, plans, random_chain, random_model, snapshot
-from tests.gradients.gradient_reference import Recipe, build, recipes, seeded
+from tests.gradients.gradient_reference import build, recipes, seeded
 from tests.lesions.test_lesion_options import study
 from tests.lesions.test_lesions import STEADY, labelled
 
@@ -281,11 +281,6 @@ def test_what_cannot_be_scored():
         effects(nn.Linear(2, 2), labelled())
     with pytest.raises(rp.ResnetPathsError, match=r"chain: got \"?'?BatchNorm1d.*in training mode"):
         effects(chain.with_head(nn.Sequential(nn.BatchNorm1d(3).double(), chain.head)), labelled())
-    pairs = build((Recipe(2, "identity"),), of_pairs=True)
-    with pytest.raises(
-        rp.ResnetPathsError, match=r"chain: got 'a state of 2 tensors'; allowed: blocks that work on one tensor"
-    ):
-        effects(pairs, labelled())
 
 
 # Rank correlations

@@ -1,7 +1,6 @@
-"""One piece of a study: all lesions still wanted on one batch. It runs here, in a thread, or on another machine.
+"""Runs the lesions of a study on a batch: in this process, in a thread, or on another machine.
 
-A piece is what an executor is given and what the store keeps. What comes back is small: for each lesion which images
-it gets wrong, and its loss. All statistics are made of that, by whoever asked for the study.
+What comes back is small: for each lesion which images it gets wrong, and its loss.
 """
 
 from __future__ import annotations
@@ -21,44 +20,18 @@ import torch
 from torch.nn import functional as F
 
 from resnet_paths._utils.errors import ResnetPathsError
+from resnet_paths._utils.fingerprint import fingerprint
 from resnet_paths.core.inputs import each_tensor, num_examples, split
 from resnet_paths.core.placement import PRECISIONS, device_of
+from resnet_paths.lesions.results import BatchResult, validate_logits
 from resnet_paths.lesions.trie import Trie
 
-__all__ = ["Piece", "Workshop", "hand_out", "num_workers", "refuse_labels", "run_piece"]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What lesions did on one batch.
-
-    Attributes:
-        wrong: Which images each lesion gets wrong, those with logits that are not finite included; bool
-            [lesion, example].
-        loss_sum: Sum of the cross-entropy over the batch in nats, [lesion].
-        num_not_finite: Images with logits that are not finite, [lesion].
-    """
-
-    wrong: np.ndarray[Any, Any]
-    loss_sum: np.ndarray[Any, Any]
-    num_not_finite: np.ndarray[Any, Any]
-
-    def row(self, index: int) -> Piece:
-        """The piece of one lesion."""
-        one = slice(index, index + 1)
-        return Piece(self.wrong[one], self.loss_sum[one], self.num_not_finite[one])
-
-    @staticmethod
-    def joined(pieces: Sequence[Piece], axis: int = 0) -> Piece:
-        """Pieces of other lesions (axis 0) or of other examples (axis 1) as one."""
-        counts = [(p.loss_sum, p.num_not_finite) for p in pieces]
-        losses, not_finite = (np.concatenate(c) if axis == 0 else np.sum(c, axis=0) for c in zip(*counts, strict=True))
-        return Piece(np.concatenate([p.wrong for p in pieces], axis=axis), losses, not_finite)
+__all__ = ["Runner", "num_workers", "run_batch", "shared_with_workers"]
 
 
 @dataclass
-class Workshop:
-    """Chains, and where and how to run them. It travels to each worker once, and settles on a device there.
+class Runner:
+    """Chains, and where and how to run them. It is sent to each worker once, and placed on a device there.
 
     Attributes:
         trie: Edits of one chain.
@@ -82,7 +55,7 @@ class Workshop:
     _pickled: bytes | None = None
     _lock: Any = field(default_factory=threading.Lock)
 
-    def run(self, inputs: Any, labels: torch.Tensor, wanted: Sequence[int]) -> Piece:
+    def run(self, inputs: Any, labels: torch.Tensor, wanted: Sequence[int]) -> BatchResult:
         """What the chains with indices `wanted` do on a batch; rows come in the order of `wanted`.
 
         Args:
@@ -91,7 +64,7 @@ class Workshop:
             wanted: Indices of chains.
 
         Returns:
-            The piece.
+            The result.
 
         Raises:
             ResnetPathsError: If labels do not fit the logits, or one example alone does not fit into memory.
@@ -110,11 +83,22 @@ class Workshop:
                 break
             except torch.OutOfMemoryError as error:
                 self._halve_budget(budget, len(labels), error)
-        return Piece.joined(parts, axis=1)
+        return BatchResult.joined(parts, axis=1)
+
+    def output_keys(self, inputs: Any, wanted: Sequence[int]) -> dict[int, str]:
+        """Fingerprints of what the chains with indices `wanted` return for some inputs."""
+        with self._lock:
+            trie, device, dtype = self._settled()
+        with (
+            _refusing_mixed_precision(self.precision),
+            torch.no_grad() if trie.statistics else torch.inference_mode(),
+        ):
+            outputs = trie.logits(self._as_wanted(inputs, device, dtype), wanted)
+            return {index: fingerprint(output) for index, output in outputs}
 
     def _run_part(
         self, trie: Trie, inputs: Any, labels: torch.Tensor, wanted: Sequence[int], budget: int | None
-    ) -> Piece:
+    ) -> BatchResult:
         # In one place from the start: small tensors between large ones would keep the memory of these from being used
         # again.
         rows = {index: row for row, index in enumerate(wanted)}
@@ -126,7 +110,7 @@ class Workshop:
             checked: set[torch.Size] = set()  # once for each head: the device is waited for
             for index, logits in trie.logits(inputs, wanted, budget):
                 if not isinstance(logits, torch.Tensor) or logits.shape not in checked:
-                    refuse_labels(logits, labels)
+                    validate_logits(logits, labels)
                     checked.add(logits.shape)
                 finite = torch.isfinite(logits).all(1)
                 row = rows[index]
@@ -137,10 +121,10 @@ class Workshop:
                 of_not_finite[row] = (~finite).sum()
         # The device is waited for once.
         wrong, loss, not_finite = (values.cpu().numpy() for values in (of_wrong, of_loss, of_not_finite))
-        return Piece(wrong, loss.astype(np.float64), not_finite)
+        return BatchResult(wrong, loss.astype(np.float64), not_finite)
 
     def _settled(self) -> tuple[Trie, torch.device, torch.dtype | None]:
-        """The trie on its device; made at the first piece, where the piece runs."""
+        """The trie on its device; made at the first batch, where it runs."""
         if self._placed is None:
             trie = self.trie.placed(
                 device=self.device,
@@ -176,7 +160,7 @@ class Workshop:
         return each_tensor(wanted, inputs)
 
     def _halve_budget(self, failed: int | None, batch: int, error: torch.OutOfMemoryError) -> None:
-        """Go on with half as many examples at a time, now and for the batches to come."""
+        """Halve the number of examples at a time, for this batch and those to come."""
         smaller = (failed or batch) // 2
         if smaller < 1:
             raise ResnetPathsError(
@@ -191,7 +175,7 @@ class Workshop:
             getattr(torch.accelerator, "memory", torch.cuda).empty_cache()  # not in torch 2.7
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled once, and unpickled once in each process, however many pieces are sent there."""
+        """Pickled once, and unpickled once in each process, however many batches are sent there."""
         if self._pickled is None:
             settings = (
                 self.trie,
@@ -207,52 +191,52 @@ class Workshop:
         return _unpickled_once, (self._token, self._pickled)
 
 
-_SETTLED: dict[str, Workshop] = {}
+_SETTLED: dict[str, Runner] = {}
 _UNPICKLING = threading.Lock()
 
 
-def _unpickled_once(token: str, pickled: bytes) -> Workshop:
-    """This process's copy of a workshop; the one before it is given up."""
+def _unpickled_once(token: str, pickled: bytes) -> Runner:
+    """This process's copy of a runner; the one before it is dropped."""
     with _UNPICKLING:
         if token not in _SETTLED:
             _SETTLED.clear()
             # Not a file: the bytes come from the process that asked this one to work, over the executor's own channel.
-            workshop = Workshop(*pickle.loads(pickled))  # noqa: S301
-            workshop._pickled = pickled
-            _SETTLED[token] = workshop
+            runner = Runner(*pickle.loads(pickled))  # noqa: S301
+            runner._pickled = pickled
+            _SETTLED[token] = runner
         return _SETTLED[token]
 
 
-def run_piece(workshop: Workshop, inputs: Any, labels: torch.Tensor, wanted: Sequence[int]) -> Piece:
-    """`Workshop.run` as a function that an executor can be given."""
-    return workshop.run(inputs, labels, wanted)
+def run_batch(runner: Runner, inputs: Any, labels: torch.Tensor, wanted: Sequence[int]) -> BatchResult:
+    """`Runner.run` as a function that an executor can be given."""
+    return runner.run(inputs, labels, wanted)
 
 
-def hand_out(executor: Executor, workshop: Workshop) -> Any:
-    """What to give an executor with each piece, so that the chains go to each worker once.
+def shared_with_workers(executor: Executor, runner: Runner) -> Any:
+    """What to give an executor with each batch, so that the chains go to each worker once.
 
     Dask keeps a value with its workers and passes a reference. Of other executors each process unpickles the chains
     once; threads share them.
 
     Args:
         executor: Any executor; ``distributed.Client.get_executor()`` for Dask.
-        workshop: The chains.
+        runner: The chains.
 
     Returns:
-        The first argument for `run_piece`.
+        The first argument for `run_batch`.
     """
     client = getattr(executor, "_client", None)
     if client is None:
-        return workshop
+        return runner
     # A task, not scattered data: its result is passed from worker to worker, and made again if those that hold it die.
-    rebuild, arguments = workshop.__reduce__()
+    rebuild, arguments = runner.__reduce__()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sending large graph")  # that is what is done here, and done once
         return client.submit(rebuild, *arguments, pure=False)
 
 
 def num_workers(executor: Executor) -> int:
-    """How many pieces an executor works on at a time; 1 if it does not say."""
+    """How many batches an executor works on at a time; 1 if it does not say."""
     client: Any = getattr(executor, "_client", None)
     if client is not None:
         return max(1, int(sum(client.nthreads().values())))
@@ -272,27 +256,3 @@ def _refusing_mixed_precision(precision: str | None) -> Iterator[None]:
             "a precision that every operation of the network can run in",
             f"One answered: {error}",
         ) from error
-
-
-def refuse_labels(logits: Any, labels: torch.Tensor) -> None:
-    """Refuse logits that are none, and labels that are no classes of theirs.
-
-    Args:
-        logits: What a chain returned, [batch, class].
-        labels: Class indices [batch].
-
-    Raises:
-        ResnetPathsError: If they do not fit one another.
-    """
-    if not isinstance(logits, torch.Tensor):
-        raise ResnetPathsError("chain", f"a chain that returns a {type(logits).__name__}", "logits [batch, class]")
-    if logits.dim() != 2 or len(logits) != len(labels):
-        raise ResnetPathsError(
-            "loader", f"labels {list(labels.shape)} for logits {list(logits.shape)}", "one label a row of logits"
-        )
-    if labels.is_floating_point() or labels.dim() != 1:
-        raise ResnetPathsError("labels", f"{labels.dtype} {list(labels.shape)}", "class indices, integers [batch]")
-    if bool(((labels < 0) | (labels >= logits.shape[1])).any()):
-        raise ResnetPathsError(
-            "labels", [int(labels.min()), int(labels.max())], f"class indices from 0 to {logits.shape[1] - 1}"
-        )

@@ -1,0 +1,139 @@
+"""A lesion as data: what is done to which blocks, interpreted by the edits of `resnet_paths.core.edits`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
+
+from scipy import stats
+from torch import nn
+
+from resnet_paths._utils.errors import ResnetPathsError
+from resnet_paths.core.chain import ResidualChain
+from resnet_paths.core.edits import (
+    delete_blocks,
+    duplicate_block,
+    parallel_blocks,
+    permute_blocks,
+    scale_block,
+    swap_blocks,
+)
+
+__all__ = ["KINDS", "Lesion"]
+
+KINDS = ("delete", "duplicate", "scale", "swap", "permute", "replace", "repeat", "parallel")
+"""What a lesion may do to its blocks."""
+
+# The parameters that a kind needs.
+_NEEDS = {"scale": "factor", "permute": "order", "replace": "branch", "": "function"}
+
+
+@dataclass(frozen=True)
+class Lesion:
+    """An edit of a chain as a value.
+
+    Attributes:
+        kind: What is done to `blocks`, and nothing else: ``"delete"``, ``"duplicate"`` (each run twice in a row),
+            ``"scale"`` (their branches times `factor`), ``"swap"`` (two in each other's place, or all blocks in
+            `order`), ``"permute"`` (all blocks in `order`),
+            ``"replace"`` (their branches by `branch`), ``"repeat"`` (the middle one in the place of each) or
+            ``"parallel"`` (run side by side and averaged, `loops` times); empty for a `function`.
+        blocks: Positions of the blocks; None where they are not known.
+        name: What people read, such as ``"delete layer2.0"``.
+        factor: Of ``"scale"``, a finite number.
+        order: Of ``"swap"`` and ``"permute"``: for each place the position of the block that is moved there.
+        branch: Of ``"replace"``, the new branch.
+        loops: Of ``"parallel"``, how often.
+        seed: Seed that the generator which drew the lesion started from; None if none did.
+        function: From the intact chain to the lesioned one, where the lesion is of no kind above.
+
+    Raises:
+        ResnetPathsError: If the kind is another, or lacks its parameter.
+
+    Example:
+        >>> Lesion("delete", (3, 7)).num_blocks, Lesion("permute", (0, 1), order=(1, 0, 2)).kendall_tau.round(3)
+        (2, 0.333)
+    """
+
+    kind: str
+    blocks: tuple[int, ...] | None = None
+    _: KW_ONLY
+    name: str = ""
+    factor: float | None = None
+    order: tuple[int, ...] | None = None
+    branch: nn.Module | None = None
+    loops: int = 1
+    seed: int | None = None
+    function: Callable[[ResidualChain], ResidualChain] | None = None
+
+    def __post_init__(self) -> None:
+        """Validate kind and parameters."""
+        if self.kind and self.kind not in KINDS:
+            allowed = f"one of {', '.join(map(repr, KINDS))}, or '' with a function"
+            raise ResnetPathsError("kind", self.kind, allowed)
+        needed = _NEEDS.get(self.kind)
+        if needed and getattr(self, needed) is None:
+            raise ResnetPathsError(needed, None, f"the {needed} of a lesion of kind {self.kind!r}")
+        if self.kind and (self.blocks is None or not hasattr(self.blocks, "__iter__")):
+            raise ResnetPathsError("blocks", self.blocks, "a tuple of positions of blocks")
+        if self.kind == "swap" and self.order is None and len(self.blocks or ()) != 2:
+            raise ResnetPathsError("blocks", self.blocks, "two positions to swap", "Pass order for several swaps.")
+
+    @property
+    def num_blocks(self) -> int | None:
+        """How many blocks it changes; None where that is not known."""
+        return None if self.blocks is None else len(self.blocks)
+
+    @property
+    def kendall_tau(self) -> float:
+        """Kendall's rank correlation of the blocks' order with the intact one: 1 where none moved, NaN if not known."""
+        if self.order is not None and len(self.order) > 1:
+            return float(stats.kendalltau(range(len(self.order)), self.order).statistic)
+        known = self.function is None and (self.kind != "swap" or self.order is not None)
+        return 1.0 if known else math.nan
+
+    def edit(self, chain: ResidualChain) -> ResidualChain:
+        """The lesioned chain, which shares every weight with the intact one.
+
+        Args:
+            chain: The intact chain.
+
+        Returns:
+            A chain.
+
+        Raises:
+            ResnetPathsError: If the chain has no such blocks, or they do not allow such an edit.
+        """
+        if self.function is not None:
+            return self.function(chain)
+        blocks = list(self.blocks or ())
+        if self.kind == "delete":
+            return delete_blocks(chain, blocks)
+        if self.kind == "swap" and self.order is None:
+            return swap_blocks(chain, *blocks)
+        if self.kind in ("swap", "permute"):
+            return permute_blocks(chain, self.order or ())
+        if self.kind == "replace":
+            return chain.with_blocks(b.replace(branch=self.branch) if i in blocks else b for i, b in enumerate(chain))
+        if self.kind == "repeat":
+            return _with_repeated_middle(chain, blocks)
+        if self.kind == "parallel":
+            chain = parallel_blocks(chain, blocks)
+            for _ in range(self.loops - 1):
+                chain = duplicate_block(chain, min(blocks))
+            return chain
+        for index in sorted(blocks, reverse=True):  # from the last to the first: a copy shifts those behind it
+            if self.kind == "duplicate":
+                chain = duplicate_block(chain, index)
+            else:
+                assert self.factor is not None  # held by __post_init__
+                chain = scale_block(chain, index, self.factor)
+        return chain
+
+
+def _with_repeated_middle(chain: ResidualChain, blocks: Sequence[int]) -> ResidualChain:
+    middle = chain[blocks[len(blocks) // 2]]
+    return chain.with_blocks(
+        middle.replace(name=f"{middle.name}@{index}") if index in blocks else block for index, block in enumerate(chain)
+    )

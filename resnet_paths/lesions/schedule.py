@@ -1,0 +1,175 @@
+"""The batches of a study, run here or by an executor, except what the store has.
+
+Batches are handed to the executor in order, at most two for each of its workers at a time.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future
+from typing import Any
+
+import numpy as np
+import torch
+
+from resnet_paths._utils.errors import ResnetPathsError
+from resnet_paths.core.inputs import unpack
+from resnet_paths.lesions.keys import with_probe
+from resnet_paths.lesions.results import BatchResult
+from resnet_paths.lesions.runner import Runner, num_workers, run_batch, shared_with_workers
+from resnet_paths.lesions.store import Store
+
+__all__ = ["finished_batches"]
+
+_Finished = tuple[int, np.ndarray[Any, Any], BatchResult, bool]
+_Job = tuple[tuple[Any, torch.Tensor, list[int]], Callable[[BatchResult | None], _Finished]]
+"""Arguments of `Runner.run`, and what is done with its result, or with None where nothing is missing."""
+
+
+def finished_batches(
+    runner: Runner,
+    loader: Iterable[Any],
+    *,
+    store: Store | None = None,
+    keys: Sequence[str] = (),
+    undetermined: Sequence[int] = (),
+    executor: Executor | None = None,
+) -> Iterator[_Finished]:
+    """The result of each batch, as it is finished; results that are computed are stored first.
+
+    Args:
+        runner: Runs the chains.
+        loader: Batches of inputs and labels; empty ones are left out.
+        store: Where results are kept; None for nowhere.
+        keys: From `resnet_paths.lesions.keys.network_key`, one per chain, where there is a store.
+        undetermined: Chains whose key does not say all that they compute.
+        executor: Runs the batches; None for here.
+
+    Yields:
+        Position of the batch, labels [batch], result of all chains, and whether all of it came from the store.
+    """
+    jobs = _jobs(runner, loader, store, keys, undetermined)
+    yield from _run_here(runner, jobs) if executor is None else _run_on(executor, runner, jobs)
+
+
+def _jobs(
+    runner: Runner, loader: Iterable[Any], store: Store | None, keys: Sequence[str], undetermined: Sequence[int]
+) -> Iterator[_Job]:
+    batches = (unpack(batch) for batch in loader)
+    everything = list(range(runner.trie.num_chains))
+    for number, (inputs, labels) in enumerate(batch for batch in batches if batch[1].numel()):
+        if store is None:
+            yield (inputs, labels, everything), _finisher(number, labels)
+            continue
+        if not number:
+            keys = with_probe(keys, runner, undetermined, inputs)
+        batch = Store.batch_key(inputs, labels)
+        known = store.read(batch, keys)
+        # Lesions that come to the same network are computed once.
+        missing = list({keys[i]: i for i in reversed(everything) if keys[i] not in known}.values())[::-1]
+        yield (inputs, labels, missing), _stored_finisher(number, labels, store, batch, keys, known, missing)
+
+
+def _finisher(number: int, labels: torch.Tensor) -> Callable[[BatchResult | None], _Finished]:
+    def finish(result: BatchResult | None) -> _Finished:
+        assert result is not None  # without a store everything is missing
+        return number, labels.cpu().numpy(), result, False
+
+    return finish
+
+
+def _stored_finisher(
+    number: int,
+    labels: torch.Tensor,
+    store: Store,
+    batch: str,
+    keys: Sequence[str],
+    known: dict[str, BatchResult],
+    missing: list[int],
+) -> Callable[[BatchResult | None], _Finished]:
+    def finish(result: BatchResult | None) -> _Finished:
+        rows = dict(known)
+        if result is not None:
+            store.write(batch, [keys[i] for i in missing], result)
+            rows |= {keys[index]: result.row(row) for row, index in enumerate(missing)}
+        return number, labels.cpu().numpy(), BatchResult.joined([rows[key] for key in keys]), result is None
+
+    return finish
+
+
+def _run_here(runner: Runner, jobs: Iterable[_Job]) -> Iterator[_Finished]:
+    for (inputs, labels, missing), finish in jobs:
+        yield finish(runner.run(inputs, labels, missing) if missing else None)
+
+
+def _run_on(executor: Executor, runner: Runner, jobs: Iterable[_Job]) -> Iterator[_Finished]:
+    with _refusing_what_cannot_be_sent():
+        shared = shared_with_workers(executor, runner)
+    # Enough to keep all workers busy, and no more: the data may be larger than memory.
+    most = 2 * num_workers(executor)
+    pending: dict[Future[BatchResult], Callable[[BatchResult | None], _Finished]] = {}
+
+    def wait(until: int) -> Iterator[_Finished]:
+        while len(pending) > until:
+            done = concurrent.futures.wait(pending, return_when="FIRST_COMPLETED").done
+            # Those that failed come last, so that no finished batch is lost.
+            for future in sorted((f for f in pending if f in done), key=_failed):
+                finish = pending.pop(future)
+                yield finish(_result_of(future))
+
+    try:
+        for arguments, finish in jobs:
+            if not arguments[2]:
+                yield finish(None)
+                continue
+            with _refusing_broken_executor():
+                future = executor.submit(run_batch, shared, *arguments)
+            pending[future] = finish
+            yield from wait(until=most - 1)
+        yield from wait(until=0)
+    finally:
+        for future in pending:
+            future.cancel()
+
+
+@contextlib.contextmanager
+def _refusing_broken_executor() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        of_executor = isinstance(error, concurrent.futures.BrokenExecutor | concurrent.futures.CancelledError)
+        if not of_executor and type(error).__module__.split(".")[0] != "distributed":
+            raise
+        raise ResnetPathsError(
+            "executor",
+            f"{type(error).__name__}: {error}",
+            "an executor whose workers live",
+            "Finished batches are kept where there is a store: make a new executor and run the study again.",
+        ) from error
+
+
+@contextlib.contextmanager
+def _refusing_what_cannot_be_sent() -> Iterator[None]:
+    try:
+        yield
+    except (TypeError, AttributeError, pickle.PicklingError) as error:
+        if "pickle" not in str(error) and "Can't get" not in str(error):
+            raise
+        raise ResnetPathsError(
+            "executor",
+            str(error),
+            "a chain that can be sent to another process",
+            "Define its modules at the top of a file, not inside a function, or use a ThreadPoolExecutor.",
+        ) from error
+
+
+def _failed(future: Future[BatchResult]) -> bool:
+    return future.cancelled() or future.exception() is not None
+
+
+def _result_of(future: Future[BatchResult]) -> BatchResult:
+    with _refusing_broken_executor(), _refusing_what_cannot_be_sent():
+        return future.result()
