@@ -393,12 +393,6 @@ def crossing(self, x):
     return self.out(self.f[2](a + b) + self.f[3](b))
 
 
-def around(self, x):
-    h = self.inp(x)
-    h = h + self.f[0](h)
-    return self.out(h) * x[:, :1]
-
-
 def concatenated(self, x):
     h = self.inp(x)
     return self.out(torch.cat([h[:, :2], h[:, 2:4], self.f[0](h)[:, 4:]], 1))  # two skips
@@ -436,7 +430,6 @@ REFUSED = {
     "data-dependent": (data_dependent, r"data; export failed at test_unraveling.py:\d+ in data_dependent: if x.sum"),
     "one batch size": (one_batch_size, r"batch of 4 only.; allowed: a model that takes any batch size"),
     "crossing": (crossing, r"model: got .linear\w* \(linear.default in f.1.0.*share nothing"),
-    "around": (around, r"model: got .add\w* \(add.Tensor in the model.*some route leads around"),
     "concatenated": (concatenated, r"model: got .cat\w* \(cat.default.*not concatenate"),
     "difference": (difference, r"model: got .sub\w* .*not join it by sub"),
     "interpolation": (interpolation, r"model: got .lerp\w* .*not join it by lerp"),
@@ -506,3 +499,19 @@ def test_the_report_says_what_each_block_is():
     text = repr(rp.unravel(torchvision_model("resnet18"), images(2)))
     assert text.splitlines()[0] == "ResidualChain of 8 blocks, 256 paths"
     assert "layer2.0: stage 1, projection skip, 221,696 parameters in the branch, 64x8x8 -> 128x4x4" in text
+
+
+def test_a_head_may_read_the_input():
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inp, self.f, self.out = (nn.Linear(4, 4, dtype=torch.float64) for _ in range(3))
+
+        def forward(self, x, f=1):
+            h = self.inp(x)
+            return self.out(h + f * self.f(h)) * x[:, :1]
+
+    model, x = Around().eval(), torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    chain = rp.unravel(model, x)
+    assert (len(chain), chain.num_paths) == (1, 2)
+    assert torch.equal(rp.delete_block(chain, "f")(x), model(x, f=0))
