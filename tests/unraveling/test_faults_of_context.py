@@ -12,7 +12,18 @@ from torch import nn
 from torch.nn import functional as F
 
 import resnet_paths as rp
-from tests.unraveling.networks import WIDTH, Net, draw, linear, linears, network, without, zeroed
+from tests.unraveling.networks import (
+    TARGETS,
+    WIDTH,
+    Net,
+    draw,
+    gradient_shares,
+    linear,
+    linears,
+    network,
+    without,
+    zeroed,
+)
 from tests.unraveling.test_faults import X, assert_shares, close, found_or_refused, names_in, not_yet
 
 
@@ -57,6 +68,15 @@ def test_chains_in_alternatives_of_a_cross_stage_network():
     for i in range(5):
         with zeroed(model.body[i]):
             close(deleted_by_name(chain, f"body.{i}", X), model(X))
+
+
+def test_the_gradient_through_alternatives_that_hold_chains():
+    parts = {"stem": linear(), "first": to_half(2), "second": to_half(2), "last": linears(2)}
+    model = network(cross_stage, body=linears(5, 3), head=linear(WIDTH, 3), **parts)
+    frame = rp.gradient_by_path_length(rp.unravel(model, X), X, TARGETS, progress=False)
+    # Every path takes one alternative of each of the two stages, and so has two blocks more than bottlenecks.
+    assert frame.path_length.tolist() == [2, 3, 4, 5, 6, 7]
+    assert frame.gradient_share.tolist() == pytest.approx(gradient_shares(model, [X], 5), abs=1e-10)
 
 
 def atrous_pyramid(m, x, add=torch.add):
