@@ -11,23 +11,30 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import Interpreter, Node
+from torch._subclasses import FakeTensor
 
 from resnet_paths._utils.errors import ResnetPathsError, UnravelError
 from resnet_paths.core.chain import ResidualChain, refuse_training_mode
 from resnet_paths.core.input_sizes import InputSizes
-from resnet_paths.core.parts import call_part
 from resnet_paths.core.signature import Call, Signature, arguments_of, chosen
+from resnet_paths.unraveling.adapters import keep_adapters_in_layers
 from resnet_paths.unraveling.assembly import assemble
-from resnet_paths.unraveling.by_hand import chain_of_named_blocks, unlike
+from resnet_paths.unraveling.by_hand import chain_of_named_blocks
 from resnet_paths.unraveling.export import has_free_sizes
 from resnet_paths.unraveling.given import find_parts
-from resnet_paths.unraveling.parts import Options, Part
-from resnet_paths.unraveling.tracing import Trace, name_of, trace
+from resnet_paths.unraveling.hooks import untouched
+from resnet_paths.unraveling.parts import Options
+from resnet_paths.unraveling.preconditions import refuse_arguments, refuse_model, refuse_output
+from resnet_paths.unraveling.tracing import takes_any_number_of_inputs, trace
+from resnet_paths.unraveling.verification import Claim, agree, check_output, has_values, run_model
+from resnet_paths.unraveling.verification import verify as verify_chain
+from resnet_paths.unraveling.verification.alone import unlike
 
 __all__ = ["unravel"]
 
@@ -40,6 +47,8 @@ def unravel(
     max_depth: int | None = None,
     blocks: Sequence[str] | None = None,
     skip: str | Sequence[str] = (),
+    adapters: bool = False,
+    verify: bool = True,
 ) -> ResidualChain:
     """The chain of residual blocks that a model is (Veit et al. 2016, section 3).
 
@@ -48,8 +57,8 @@ def unravel(
     lengths are free where the model's code leaves them free and the export can tell in time; the summary of the chain
     says which are, and others are refused. What forward hooks of the model return is part of
     the chain; whatever else they do, such as storing activations, happens only while the model is read. A model without
-    any skips becomes a chain of its modules, with one path. An input that every block reads, such as an attention mask,
-    is carried along in the state, which is a tuple then.
+    any skips becomes a chain of its modules, with one path. An input that several blocks read, such as an attention
+    mask, is context, which the stem hands to them beside the state.
 
     Args:
         model: The network, in eval mode. A `ResidualChain` is returned as it is.
@@ -64,18 +73,25 @@ def unravel(
             exported as a whole. They run once each, on one tensor, one right after the other, and are exported one by
             one. What runs before and after them is run as it is; what runs after them may read the input in no other
             way than through them.
-
         skip: Names of modules that are skips, such as ``"layer1.0.proj"``, for additions of values that carry as much:
             of these neither is known to be the skip otherwise.
+        adapters: Whether low-rank adapters (LoRA) are branches of their own. By default each is part of the layer that
+            it adapts, so that the model has the blocks of the model without adapters.
+        verify: Whether to run the model and the chain on other small batches as well, forward and backward: the chain
+            must return what the model returns on one example alone, must treat each example of a batch alone, and must
+            have the gradient that the model has by its own autograd. This takes less than half the time of the export.
+            What needs no further run is checked in any case: the output on the example, the sizes for which the
+            exported code holds, and that every weight layer and every residual addition stands where it belongs.
 
     Returns:
-        A chain with ``chain(x) == model(x)``, which is checked on `example_inputs`; a chain of named `blocks` also on
-        inputs made from these, each flipped along its last dimension in turn, with noise on floating numbers.
+        A chain with ``chain(x) == model(x)``. Of a model on the device ``"meta"``, or made of fake tensors, the
+        structure alone is checked, since there are no values.
 
     Raises:
-        ResnetPathsError: If the model is in training mode where that matters (naming the module), does not take the
-            example, cannot be exported (naming where), is not a chain (naming the node), or the chain does not return
-            what the model returns (naming the first block that differs).
+        UnravelError: If the model cannot be exported (naming where), is not a chain (naming the node), or a check fails
+            (naming the node or module that breaks it).
+        ResnetPathsError: If the model is in training mode where that matters (naming the module), or does not take the
+            example.
 
     Example:
         >>> import torch, torchvision
@@ -88,22 +104,36 @@ def unravel(
         return model
     args, kwargs = _check_arguments(model, example_inputs)
     signature, tensors = Signature.of(args, kwargs)
-    returned = _run(model, signature, tensors)
-    expected = chosen(returned, output)
-    if blocks is not None:
-        names = _listed(blocks)
-        chain = chain_of_named_blocks(model, names, signature, tensors, output, unravel)
-        _check_named(chain, names, signature, tensors, expected)
-        for others in _unlike_in_one(tensors):
-            try:
-                expected = chosen(_run(model, signature, others), output)
-            except ResnetPathsError:
-                continue  # what is made up may be nothing that the model takes
-            _check_named(chain, names, signature, others, expected)
-        return chain
-    is_plain = signature.is_plain and returned is expected
+    with untouched(model) as hooks:
+        returned = _run(model, signature, tensors)
+        hooks.silence()
+        expected = chosen(returned, output)
+        refuse_output(expected, max((x.shape[0] for x in tensors if x.dim()), default=1), output)
+        if blocks is not None:
+            claim = _named(
+                model, _listed(blocks), signature, tensors, output, expected, adapters=adapters, verify=verify
+            )
+        else:
+            options = Options(max_depth, (skip,) if isinstance(skip, str) else tuple(skip))
+            is_plain = signature.is_plain and returned is expected and not takes_any_number_of_inputs(model)
+            claim = _read(model, is_plain, signature, tensors, output, expected, options, adapters=adapters)
+        verify_chain(claim, costly=verify)
+    return claim.chain
+
+
+def _read(
+    model: nn.Module,
+    is_plain: bool,
+    signature: Signature,
+    tensors: tuple[torch.Tensor, ...],
+    output: str | int | None,
+    expected: torch.Tensor,
+    options: Options,
+    *,
+    adapters: bool,
+) -> Claim:
+    """The chain of a model that is exported as a whole, of as many sizes as possible."""
     called = model if is_plain else Call(model, signature, output)
-    options = Options(max_depth, (skip,) if isinstance(skip, str) else tuple(skip))
     free_sizes = has_free_sizes(tensors)
     while True:
         try:
@@ -111,24 +141,52 @@ def unravel(
             sizes = traced.sizes
             assert sizes is not None  # as for every trace of a whole model
             free_sizes = bool(sizes.free)
+            traced = traced if adapters else keep_adapters_in_layers(traced)
             traced, parts, context = find_parts(traced, options)
             chain = assemble(traced, parts, sizes, None if is_plain else signature, context)
-            with torch.no_grad():
-                found = chain(*args, **kwargs)
-            _check_chain(chain, called, traced, parts, tensors, found, expected)
-            _check_other_sizes(chain, model, signature, tensors, output, sizes)
+            claim = Claim(chain, model, signature, tensors, output, expected, traced, parts)
+            if has_values([expected, *tensors]):
+                check_output(claim)
+                _check_other_sizes(claim, sizes)
         except Exception:
             if not free_sizes:
                 raise
             free_sizes = False  # whatever it was: the model may be a chain for one size
         else:
-            return chain
+            return claim
+
+
+def _named(
+    model: nn.Module,
+    names: list[str],
+    signature: Signature,
+    tensors: tuple[torch.Tensor, ...],
+    output: str | int | None,
+    expected: torch.Tensor,
+    *,
+    adapters: bool,
+    verify: bool,
+) -> Claim:
+    """The chain of named blocks, checked on inputs in which each tensor of the example is replaced in turn."""
+    chain = chain_of_named_blocks(
+        model, names, signature, tensors, output, partial(unravel, adapters=adapters, verify=verify)
+    )
+    claim = Claim(chain, model, signature, tensors, output, expected)
+    for others in _unlike_in_one(tensors):
+        try:
+            expected = chosen(_run(model, signature, others), output)
+        except ResnetPathsError:
+            continue  # what is made up may be nothing that the model takes
+        verify_chain(replace(claim, tensors=tuple(others), expected=expected), costly=False)
+    return claim
 
 
 def _check_arguments(model: nn.Module, example_inputs: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if not isinstance(model, nn.Module):
         raise ResnetPathsError("model", type(model).__name__, "a torch.nn.Module")
+    refuse_model(model)
     args, kwargs = arguments_of(example_inputs)
+    refuse_arguments(args, kwargs)
     signature, tensors = Signature.of(args, kwargs)
     if not tensors:
         raise ResnetPathsError(
@@ -138,10 +196,14 @@ def _check_arguments(model: nn.Module, example_inputs: object) -> tuple[tuple[An
             "Pass a batch such as torch.zeros(2, 3, 224, 224).",
         )
     refuse_training_mode("model", model)
-    devices = {tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())}
+    own = list(itertools.chain(model.parameters(), model.buffers()))
+    devices = {tensor.device for tensor in own}
     if len(devices) == 1:
         (device,) = devices
         tensors = tuple(tensor.to(device) for tensor in tensors)
+    modes = [tensor.fake_mode for tensor in own if isinstance(tensor, FakeTensor)]
+    if modes:
+        tensors = tuple(modes[0].from_tensor(tensor) for tensor in tensors)
     return signature.arguments(tensors)
 
 
@@ -153,11 +215,9 @@ def _listed(blocks: Sequence[str]) -> list[str]:
 
 def _run(model: nn.Module, signature: Signature, tensors: Sequence[torch.Tensor]) -> Any:
     """What the model returns. It runs on copies of inputs and buffers: it may write over them, or count its calls."""
-    args, kwargs = signature.arguments(tensor.clone() for tensor in tensors)
     try:
-        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         with torch.no_grad():
-            return torch.func.functional_call(model, buffers, args, kwargs)
+            return run_model(model, signature, tensors)
     except Exception as error:
         shapes = ", ".join(f"{x.dtype} {list(x.shape)} on {x.device}" for x in tensors)
         raise ResnetPathsError(
@@ -168,23 +228,15 @@ def _run(model: nn.Module, signature: Signature, tensors: Sequence[torch.Tensor]
         ) from error
 
 
-def _check_other_sizes(
-    chain: ResidualChain,
-    model: nn.Module,
-    signature: Signature,
-    tensors: tuple[torch.Tensor, ...],
-    output: str | int | None,
-    sizes: InputSizes,
-) -> None:
+def _check_other_sizes(claim: Claim, sizes: InputSizes) -> None:
     """Raise unless the chain returns what the model returns for inputs of another size, the first that it takes."""
-    for others in sizes.others(tensors):
+    for others in sizes.others(claim.tensors):
         try:
-            expected = chosen(_run(model, signature, others), output)
+            expected = chosen(_run(claim.model, claim.signature, others), claim.output)
         except ResnetPathsError:
             continue  # a position table may end, or an image be too small for its convolutions
-        args, kwargs = signature.arguments(others)
         with torch.no_grad():
-            if not _agree(chain(*args, **kwargs), expected):
+            if not agree(claim.run_chain(others), expected):
                 shapes = [list(tensor.shape) for tensor in others]
                 raise UnravelError("model", f"another output for {shapes}", "a model that unravels exactly")
         return
@@ -195,91 +247,3 @@ def _unlike_in_one(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tenso
     generator = torch.Generator().manual_seed(0)
     for index, tensor in enumerate(tensors):
         yield [*tensors[:index], unlike(tensor, generator), *tensors[index + 1 :]]
-
-
-@torch.no_grad()
-def _check_named(
-    chain: ResidualChain,
-    names: list[str],
-    signature: Signature,
-    tensors: Sequence[torch.Tensor],
-    expected: torch.Tensor,
-) -> None:
-    """Raise unless a chain of named blocks returns what the model returns."""
-    args, kwargs = signature.arguments(tensor.clone() for tensor in tensors)
-    if not _agree(chain(*args, **kwargs), expected):
-        raise ResnetPathsError(
-            "blocks",
-            names,
-            "modules between which and behind which nothing else reads the input",
-            "The chain does not return what the model returns, on the example or on one made from it.",
-        )
-
-
-def _check_chain(
-    chain: ResidualChain,
-    model: nn.Module,
-    traced: Trace,
-    parts: Sequence[Part],
-    inputs: tuple[torch.Tensor, ...],
-    found: torch.Tensor,
-    expected: torch.Tensor,
-) -> None:
-    """Raise, naming the first block that differs, unless the chain returns what the model returns."""
-    if _agree(found, expected):
-        return
-    ends = [end for end in (parts[0].start, *(part.end for part in parts)) if isinstance(end, Node)]
-    with torch.no_grad():
-        values = _Recorder(traced, ends).values_on(inputs)
-        made = chain.stem.module(*inputs)  # type: ignore[operator]
-        state, *rest = made if chain.context_names else (made,)
-        context = dict(zip(chain.context_names, rest, strict=True))
-        place = "the stem"
-        if not isinstance(parts[0].start, Node) or _agree(state, values[parts[0].start]):
-            for block, part in zip(chain, parts, strict=True):
-                state, place = call_part(block, state, context), f"block {block.name!r}"
-                if isinstance(part.end, Node) and not _agree(state, values[part.end]):
-                    break
-            else:
-                place = "the head, or the export itself"
-    raise ResnetPathsError(
-        "model",
-        f"{name_of(model)}: the chain's output differs from the model's",
-        "a model that unravels exactly",
-        f"The first difference is in {place}. Please report the model.",
-    )
-
-
-class _Recorder(Interpreter):
-    """Runs the flat graph on real inputs and keeps the values of some nodes."""
-
-    def __init__(self, traced: Trace, wanted: list[Node]) -> None:
-        self._tensors = traced.tensors
-        self._wanted = set(wanted)
-        self._kept: dict[Node, torch.Tensor] = {}
-        super().__init__(nn.Module(), graph=traced.graph, garbage_collect_values=False)
-
-    def fetch_attr(self, target: str) -> object:
-        return self._tensors[target]
-
-    def run_node(self, n: Node) -> object:
-        value = super().run_node(n)
-        if n in self._wanted and isinstance(value, torch.Tensor):
-            self._kept[n] = value
-        return value
-
-    def values_on(self, inputs: tuple[torch.Tensor, ...]) -> dict[Node, torch.Tensor]:
-        self.run(*inputs)
-        return self._kept
-
-
-def _agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Equal bit for bit, or, where kernels are not deterministic, to rounding of the dtype."""
-    if torch.equal(found, expected):
-        return True
-    if found.shape != expected.shape or found.dtype != expected.dtype or not found.is_floating_point():
-        return False
-    tolerance = min(1000 * torch.finfo(found.dtype).eps, 0.05)
-    largest = expected.abs().max().clamp_min(torch.finfo(found.dtype).tiny)
-    same_holes = torch.equal(torch.isfinite(found), torch.isfinite(expected))
-    return same_holes and bool(((found - expected).abs().nan_to_num() <= tolerance * largest.nan_to_num()).all())

@@ -21,7 +21,7 @@ from resnet_paths.core.chain import Block, ResidualChain
 from resnet_paths.core.signature import Signature, chosen
 from resnet_paths.core.summary import shape_of_x
 
-__all__ = ["chain_of_named_blocks", "unlike"]
+__all__ = ["chain_of_named_blocks"]
 
 
 class _Reached(Exception):  # noqa: N818 - no error: it stops a model where the first block begins
@@ -160,25 +160,6 @@ def chain_of_named_blocks(
     chain.training = chain.blocks.training = False
     chain.eval_only = True
     return chain
-
-
-def unlike(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Another example of the same kind: flipped along its last dimension, and not the same.
-
-    Args:
-        tensor: An input; not changed.
-        generator: Where the noise on floating numbers comes from.
-
-    Returns:
-        A new tensor. Floating numbers get noise from [0, 1). Whole numbers and truth values stay those of the example,
-        such as tokens that a model knows; but the last are 0, or 1 where they were, since order alone may not matter.
-    """
-    other = tensor.flip(-1) if tensor.dim() else tensor.clone()
-    if other.is_floating_point():
-        return other + torch.rand(other.shape, generator=generator).to(other)
-    last = other[..., -1:] if other.dim() else other
-    last.copy_(last == 0)
-    return other
 
 
 def _named_after(name: str, chain: ResidualChain, state: torch.Tensor, returned: torch.Tensor) -> Iterator[Block]:

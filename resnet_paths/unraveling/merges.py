@@ -11,6 +11,7 @@ away by themselves.
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -48,6 +49,7 @@ _PRODUCTS = {
     torch.ops.aten.mm.default,
     torch.ops.aten.einsum.default,
     torch.ops.aten.scaled_dot_product_attention.default,
+    operator.add,  # of a layer and its adapter
 }
 
 

@@ -7,6 +7,7 @@ module that was traced, under their own names.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import operator
 import traceback
@@ -18,25 +19,21 @@ import torch
 from torch import nn
 from torch.fx import Graph, Node
 
-from resnet_paths._utils.errors import ResnetPathsError, UnravelError
+from resnet_paths._utils.errors import UnravelError
 from resnet_paths.core.input_sizes import InputSizes
 from resnet_paths.core.segments import Segment
+from resnet_paths.unraveling.batch_sizes import refuse_guards_of_the_batch
 from resnet_paths.unraveling.export import export, quiet
 from resnet_paths.unraveling.graphs import dependents, walk_back
 from resnet_paths.unraveling.packing import Packed, values_of
+from resnet_paths.unraveling.preconditions import refuse_operations
 from resnet_paths.unraveling.rewrites import apply_rewrites, write_out_of_place
+from resnet_paths.unraveling.rewrites.in_place import draws_random_numbers
 from resnet_paths.unraveling.sizes import SizeReader, input_sizes
 
-__all__ = ["IS_CONTEXT", "Trace", "module_path", "trace"]
+__all__ = ["IS_CONTEXT", "Trace", "module_path", "takes_any_number_of_inputs", "trace", "user_frame"]
 
-_RANDOM = {
-    torch.ops.aten.dropout.default,
-    torch.ops.aten.native_dropout.default,
-    torch.ops.aten.bernoulli.p,
-    torch.ops.aten.rand.default,
-    torch.ops.aten.randn.default,
-    torch.ops.aten.rand_like.default,
-    torch.ops.aten.randn_like.default,
+_TRAINING = {
     torch.ops.aten._native_batch_norm_legit.default,
     torch.ops.aten._native_batch_norm_legit_functional.default,
 }
@@ -191,15 +188,18 @@ def trace(model: nn.Module, inputs: tuple[torch.Tensor, ...], *, free_sizes: boo
     """
     try:
         program = export(model, inputs, free_sizes=free_sizes)
+        refuse_operations(name_of(model), program.graph)
         sizes = input_sizes(_user_inputs(program))
         if not write_out_of_place(program.graph):
             with torch.no_grad(), quiet():
                 program = program.run_decompositions({})
+    except UnravelError:
+        raise
     except Exception as error:
         raise UnravelError(
             "model",
             f"{name_of(model)}: {_first_line(error)}",
-            f"a model whose operations do not depend on the data; export failed at {_user_frame(error, model)}",
+            f"a model whose operations do not depend on the data; export failed at {user_frame(error, model)}",
             "Replace the data-dependent branch by tensor operations such as torch.where; or name the residual modules "
             'of a model that is a stack of them: unravel(model, x, blocks=["layer1.0", ...]).',
         ) from error
@@ -232,7 +232,7 @@ def _flatten(model: nn.Module, program: torch.export.ExportedProgram, sizes: Inp
     values = output_node.args[0]
     changed = [s.target for s in specs if s.kind != torch.export.graph_signature.OutputKind.USER_OUTPUT]
     if changed:
-        raise ResnetPathsError(
+        raise UnravelError(
             "model",
             f"{name_of(model)} changes {changed[0]!r} when it runs",
             "a model that only computes",
@@ -240,30 +240,33 @@ def _flatten(model: nn.Module, program: torch.export.ExportedProgram, sizes: Inp
         )
     leaf = program.call_spec.out_spec
     if len(values) != 1 or leaf is None or not leaf.is_leaf():
-        raise ResnetPathsError(
+        raise UnravelError(
             "model",
             f"{name_of(model)} returns {len(values)} values in a container",
             "a model that returns one tensor",
             "Wrap it in a module whose forward returns the tensor you study.",
         )
     for node in list(graph.nodes):
-        if node.target in _RANDOM and _is_active(node):
-            raise ResnetPathsError(
+        if node.target in _TRAINING or draws_random_numbers(node):
+            raise UnravelError(
                 "model",
                 f"{node.name} ({describe(node)})",
                 "a model without random or training-mode operations",
-                "Call model.eval() first; a functional dropout needs training=self.training.",
+                "Call model.eval() first; a functional dropout needs training=self.training, and "
+                "scaled_dot_product_attention dropout_p=0 in eval mode. Draw random inputs outside the model.",
             )
     for node in inputs:
         value = node.meta.get("val")
         # One row is one for all examples: the batch that was traced has two at least.
         if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] != 1 and not _varies(value.shape[0]):
-            raise ResnetPathsError(
+            raise UnravelError(
                 "model",
                 f"{name_of(model)} works for a batch of {value.shape[0]} only",
                 "a model that takes any batch size",
-                "Write sizes as x.shape[0] or -1, not as a number or len(x); give a single example as x.unsqueeze(0).",
+                "Write sizes as x.shape[0] or -1, not as a number or len(x); give a single example as x.unsqueeze(0). "
+                "If dimension 0 holds the parts of one example, such as the nodes of a graph, add one for the batch.",
             )
+    refuse_guards_of_the_batch(name_of(model), program, [node.meta.get("val") for node in inputs])
     apply_rewrites(graph)
     # Read again: what the model returns may just have been replaced.
     return Trace(graph, inputs, output_node.args[0][0], tensors, sizes=sizes)
@@ -329,10 +332,9 @@ def describe(node: Node) -> str:
     return f"{operation} in {where}{line}"
 
 
-def _is_active(node: Node) -> bool:
-    if node.target is torch.ops.aten.dropout.default:
-        return bool(node.args[2])
-    return True
+def takes_any_number_of_inputs(model: nn.Module) -> bool:
+    """Whether a module's forward has a parameter such as ``*inputs``."""
+    return any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(model.forward).parameters.values())
 
 
 def _varies(size: int | torch.SymInt) -> bool:
@@ -343,17 +345,21 @@ def _first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _user_frame(error: BaseException, model: nn.Module) -> str:
-    """The deepest frame of the traceback that is not torch's own."""
-    library = str(Path(torch.__file__).parent)
+def user_frame(error: BaseException, model: nn.Module) -> str:
+    """Where an error came up in a model's code.
+
+    Args:
+        error: The error.
+        model: The model.
+
+    Returns:
+        The deepest line of the traceback that is neither PyTorch's nor of this package, for a message.
+    """
+    libraries = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), "<")
     frames: list[traceback.FrameSummary] = []
     cause: BaseException | None = error
     while cause is not None and not frames:
-        frames = [
-            f
-            for f in traceback.extract_tb(cause.__traceback__)
-            if not f.filename.startswith(library) and f.filename != __file__ and not f.filename.startswith("<")
-        ]
+        frames = [f for f in traceback.extract_tb(cause.__traceback__) if not f.filename.startswith(libraries)]
         cause = cause.__cause__ or cause.__context__
     if not frames:
         return f"{name_of(model)}.forward"

@@ -14,7 +14,7 @@ from torch._ops import OpOverload
 from torch.fx import Graph, Node, map_arg
 from torch.utils import _pytree as pytree
 
-__all__ = ["write_out_of_place"]
+__all__ = ["draws_random_numbers", "write_out_of_place"]
 
 
 def write_out_of_place(graph: Graph) -> bool:
@@ -71,11 +71,25 @@ def _is_known(node: Node) -> bool:
     if not isinstance(node.target, OpOverload):
         return not isinstance(node.target, torch._ops.HigherOrderOperator)
     arguments = _arguments(node)
-    is_training = arguments.get("train", arguments.get("training"))
-    if is_training is not None:
-        return not is_training
-    is_random = torch.Tag.nondeterministic_seeded in node.target.tags
-    return not is_random or arguments.get("dropout_p", 1) == 0  # attention is random only with dropout
+    return not arguments.get("train", arguments.get("training", False)) and not draws_random_numbers(node)
+
+
+def draws_random_numbers(node: Node) -> bool:
+    """Whether an operation draws random numbers as it is called; dropout does not in eval mode.
+
+    Args:
+        node: A node of an exported graph.
+
+    Returns:
+        Whether another run may give another result.
+    """
+    if not isinstance(node.target, OpOverload):
+        return False
+    if torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    arguments = _arguments(node)
+    is_training = arguments.get("train", arguments.get("training", True))
+    return is_training is not False and arguments.get("dropout_p", 1) != 0  # attention is random only with dropout
 
 
 def _arguments(node: Node) -> dict[str, Any]:
