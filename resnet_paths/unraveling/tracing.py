@@ -132,6 +132,8 @@ class Trace:
             copies |= node.unpacked(graph, made) if isinstance(node, Packed) else {node: made}
         beside = [node for node in context if node not in copies]
         copies |= {node: graph.placeholder(node.name) for node in beside}
+        for node, copy in copies.items():
+            copy.meta = dict(node.meta)
         sources = list(copies)
 
         reader = SizeReader(sources)
