@@ -79,7 +79,7 @@ def unravel(
             it adapts, so that the model has the blocks of the model without adapters.
         verify: Whether to run the model and the chain on other small batches as well, forward and backward: the chain
             must return what the model returns on one example alone, must treat each example of a batch alone, and must
-            have the gradient that the model has by its own autograd. This takes less than half the time of the export.
+            have the gradient that the model has by its own autograd. Mostly this takes less time than the export.
             What needs no further run is checked in any case: the output on the example, the sizes for which the
             exported code holds, and that every weight layer and every residual addition stands where it belongs.
 
@@ -134,7 +134,8 @@ def _read(
 ) -> Claim:
     """The chain of a model that is exported as a whole, of as many sizes as possible."""
     called = model if is_plain else Call(model, signature, output)
-    free_sizes = has_free_sizes(tensors)
+    # Without values another size cannot be checked.
+    free_sizes = has_free_sizes(tensors) and has_values([expected, *tensors])
     while True:
         try:
             traced = trace(called, tensors, free_sizes=free_sizes)

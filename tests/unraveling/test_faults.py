@@ -80,9 +80,7 @@ def late_fusion(m, a, b, add=torch.add):
     return m.head(tower(m.f, m.left(a) + tower(m.g, m.right(b), add), add))
 
 
-@pytest.mark.parametrize(
-    "depth", [pytest.param(1, marks=not_yet("the tower of the second input is taken into the stem")), 2]
-)
+@pytest.mark.parametrize("depth", [1, 2])
 def test_siamese_towers(depth):
     model, pair = network(siamese, f=linears(depth), head=linear(WIDTH, 3)), (X, draw(4, WIDTH, seed=1))
     chain = found_or_refused(model, pair, "argument 1", "tower", "f.0")

@@ -10,7 +10,7 @@ import torch
 
 import resnet_paths as rp
 from tests.unraveling.networks import zeroed
-from tests.unraveling.test_faults import close, names_in, not_yet
+from tests.unraveling.test_faults import close, names_in
 
 hf = pytest.importorskip("transformers")
 
@@ -135,7 +135,6 @@ def encoder_decoder(kind):
     return model, {"input_ids": tokens, "decoder_input_ids": answer}, encoder
 
 
-@not_yet("the summary does not name the encoder, or a mask is refused by another name")
 @pytest.mark.parametrize(
     ("kind", "with_mask"), [("t5", False), ("t5", True), ("bart", False), ("bart", True), ("whisper", False)]
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import networkx as nx
@@ -13,6 +13,8 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from resnet_paths._utils.errors import UnravelError
+from resnet_paths.core.chain import ResidualChain
+from resnet_paths.core.parts import context_read_by
 from resnet_paths.core.weight_layers import is_weighted
 from resnet_paths.unraveling.tracing import common_module, describe, is_within, module_stack
 from resnet_paths.unraveling.verification.claim import Claim
@@ -37,13 +39,40 @@ def check_structure(claim: Claim) -> None:
     _check_weight_layers(claim)
     for place, module in _outside_branches(claim):
         hidden = [node for segment in _segments(module) for node in _residual_additions(segment.graph)]
-        if hidden:
+        if hidden and module is claim.chain.stem and _only_blocks_read(claim.chain, hidden):
+            tower = _tower(hidden)
+            note = "The stem holds residual additions whose output the blocks read as context"
+            advice = f": unravel(model.{tower}, ...) makes a chain of them." if tower else "."
+            claim.chain.notes += (note + advice,)
+        elif hidden:
             raise UnravelError(
                 "model",
                 f"{hidden[0].name} ({describe(hidden[0])})",
                 f"residual additions between the blocks; this one is inside {place}",
                 _advice(place, _tower(hidden)),
             )
+
+
+def _only_blocks_read(chain: ResidualChain, hidden: Sequence[Node]) -> bool:
+    """Whether blocks alone read what some nodes of the stem make, as those of a decoder read an encoder's output."""
+    (result,) = hidden[0].graph.output_node().args
+    outputs: list[Node] = list(result) if isinstance(result, tuple | list) else [result]  # type: ignore[arg-type, list-item]
+    if len(outputs) != 1 + len(chain.context_names):
+        return False
+    made = [not set(hidden).isdisjoint(_needed(output)) for output in outputs]
+    names = {name for name, depends in zip(chain.context_names, made[1:], strict=True) if depends}
+    read = {name for block in chain for name in block.reads_context}
+    return not made[0] and names <= read and names.isdisjoint(context_read_by(chain.head))
+
+
+def _needed(target: Node) -> set[Node]:
+    found, waiting = set[Node](), [target]
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting.extend(node.all_input_nodes)
+    return found
 
 
 def _advice(place: str, tower: str) -> str:
@@ -59,12 +88,7 @@ def _advice(place: str, tower: str) -> str:
 def _check_weight_layers(claim: Claim) -> None:
     """Raise unless the segments of the chain hold every weight layer that leads from the inputs to the output."""
     assert claim.traced is not None  # held by check_structure
-    needed, waiting = set[Node](), [claim.traced.output]
-    while waiting:
-        node = waiting.pop()
-        if node not in needed:
-            needed.add(node)
-            waiting.extend(node.all_input_nodes)
+    needed = _needed(claim.traced.output)
     varying = [node for node in _varying(claim.traced.graph) if node in needed]
     wanted = Counter(map(_kind, filter(is_weighted, varying)))
     # What several branches share may be computed by each of them; nothing may be missing.
