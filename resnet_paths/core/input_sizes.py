@@ -1,7 +1,7 @@
 """Which sizes of a chain's inputs are free, and the check that inputs have sizes that the chain was read for.
 
 A chain is cut out of a graph that `torch.export` recorded on one example. Sizes that the export left free are symbols
-in it; all others stand in it as numbers. What the model's code asked of the free ones, such as ``height % 8 == 0``, is
+in it; all others are numbers in it. What the model's code asked of the free ones, such as ``height % 8 == 0``, is
 a condition: other sizes would have taken another way through the code.
 """
 
@@ -159,7 +159,7 @@ def _shown(condition: Any) -> str:
 
 
 class CheckedInputs(nn.Module):
-    """A module that first checks the sizes of its inputs: sizes may stand in its graph as numbers.
+    """A module that first checks the sizes of its inputs: its graph may hold sizes as numbers.
 
     Args:
         module: The module; it takes tensors in a row.

@@ -102,7 +102,7 @@ def gradient_by_path_length(
         per_example: Whether the norm is that of an example's gradient. If not, a batch counts as one measurement: the
             norm is that of the gradient of the batch's mean loss, and standard errors are over batches.
         num_draws: Draws of signs, or of paths of each length, for each batch. If None: 20 paths, each measured on all
-            examples of the batch; signs until `relative_error` is reached, 1000 draws at the most.
+            examples of the batch; signs until `relative_error` is reached, 1000 draws at most.
         relative_error: For ``"energy"``: the relative standard error of ``rms_path_gradient_norm``, due to the signs,
             at which to stop, reached at every length that holds at least a thousandth of the energy. Where paths are
             nearly all alike (coherence of hundreds and more) few draws show too little of the spread: the energy

@@ -264,7 +264,7 @@ def _sum_of(one: Any, other: Any) -> Any:
 
 
 def _fused(step: Step, steps: dict[Node, Step]) -> Step:
-    """Two multiplications in a row as one, where nothing else reads what stands between."""
+    """Two multiplications in a row as one, where nothing else reads what is between."""
     if step.factor is None:
         return step
     (before,) = step.operands

@@ -268,7 +268,7 @@ def placed(stack: Cotangents, pieces: Sequence[tuple[list[int], Cotangents]]) ->
 
     Args:
         stack: The cotangents; their memory is used up.
-        pieces: Positions of rows, and what stands there instead.
+        pieces: Positions of rows, and what replaces these.
 
     Returns:
         Cotangents of as many rows.
@@ -294,7 +294,7 @@ def _largest(rows: torch.Tensor) -> torch.Tensor:
     """Largest magnitude in each row, [length, draw, batch]."""
     if rows.dim() == 3:
         return rows.abs()
-    # In the order in which they lie in memory, which is several times faster.
+    # In the order of their memory, which is several times faster.
     flat = rows.permute(0, 1, 2, 4, 5, 3).flatten(3) if _is_channels_last(rows) else rows.flatten(3)
     return torch.maximum(flat.amax(3), -flat.amin(3))
 

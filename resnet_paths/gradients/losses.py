@@ -51,7 +51,7 @@ def cross_entropy(logits: object, targets: object) -> torch.Tensor:
 
 
 def _check(logits: torch.Tensor, targets: torch.Tensor) -> None:
-    """Refuse what cross-entropy would take, but for something that it is not."""
+    """Refuse targets that cross-entropy would read as something else."""
     num_classes = logits.shape[1]
     if num_classes == 1:
         raise ResnetPathsError("loss", None, "a loss for the one logit that the network returns", _ONE_LOGIT)

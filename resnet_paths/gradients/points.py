@@ -71,7 +71,7 @@ class Place:
             The place.
 
         Raises:
-            ResnetPathsError: If the chain is none or in training mode, or there is no such place.
+            ResnetPathsError: If the chain is not a `ResidualChain`, is in training mode, or there is no such place.
         """
         refuse_other_than_chain("chain", chain)
         refuse_training_mode("chain", chain)
@@ -144,7 +144,7 @@ def _refuse_without_gradient(inputs: Any) -> None:
     for tensor in Signature.of(*arguments_of(inputs))[1]:
         why = "" if tensor.is_floating_point() else f"inputs of {tensor.dtype} have no gradient"
         if not tensor.dim() or len(tensor) != num_examples(inputs):
-            why = why or "an input that all examples share has no gradient of theirs"
+            why = why or "an input that all examples share has no gradient of its own for each of them"
         if why:
             raise ResnetPathsError(
                 "with_respect_to",
@@ -198,7 +198,7 @@ class Point:
                     "inputs",
                     f"{name!r} {list(value.shape)}, which the stem makes of them for all blocks",
                     "inputs of which everything is made for each example alone",
-                    "All examples share it: it has no gradient of theirs. Take the output of a block.",
+                    "All examples share it: none has a gradient of its own. Take the output of a block.",
                 )
             expanded[name] = value.expand(self.num_examples, *value.shape[1:])
         return Context(expanded, tuple(carrying))

@@ -2,7 +2,7 @@
 
 The model is called in one way, tensors in and one tensor out (`core.signature`), and exported to one flat graph
 (`tracing`). Its forks and merges are found there (`merges`), and with them the blocks (`residual`, or `plain` where
-there are no skips), for given values of inputs that all blocks read (`given`). What stands between forks and merges
+there are no skips), for given values of inputs that all blocks read (`given`). What is between forks and merges
 becomes the parts of blocks (`assembly`). What is not a chain is refused with the name of the node that breaks it: never
 guessed.
 """
@@ -52,7 +52,7 @@ def unravel(
 ) -> ResidualChain:
     """The chain of residual blocks that a model is (Veit et al. 2016, section 3).
 
-    Works for any model whose forward `torch.export` can trace and whose blocks stand in series. Nothing is copied: the
+    Works for any model whose forward `torch.export` can trace and whose blocks are in series. Nothing is copied: the
     chain shares every parameter and buffer with the model, and works for any batch size. Image sizes and sequence
     lengths are free where the model's code leaves them free and the export can tell in time; the summary of the chain
     says which are, and others are refused. What forward hooks of the model return is part of
@@ -81,7 +81,7 @@ def unravel(
             must return what the model returns on one example alone, must treat each example of a batch alone, and must
             have the gradient that the model has by its own autograd. Mostly this takes less time than the export.
             What needs no further run is checked in any case: the output on the example, the sizes for which the
-            exported code holds, and that every weight layer and every residual addition stands where it belongs.
+            exported code holds, and that every weight layer and every residual addition is where it belongs.
 
     Returns:
         A chain with ``chain(x) == model(x)``. Of a model on the device ``"meta"``, or made of fake tensors, the

@@ -81,7 +81,7 @@ class _Assembler:
         for part, made, name in zip(parts, branches, names, strict=True):
             if blocks and self._shape(part.end) != self._shape(state):
                 stage += 1
-            # Nodes that stand between two blocks of a plain net and belong to neither go before the later one.
+            # Nodes that are between two blocks of a plain net and belong to neither go before the later one.
             blocks.append(self._block(part.starting_at(state), made, name, stage))
             state = part.end
             if part.guess:

@@ -38,7 +38,7 @@ class _Stop(nn.Module):
 
 
 class _State:
-    """Stands where a block's output stands in what it returns."""
+    """Marks the position of a block's output in what the block returns."""
 
 
 _GIVEN: contextvars.ContextVar[torch.Tensor] = contextvars.ContextVar("given")

@@ -1,7 +1,7 @@
 """Lanes: blocks in a row that read, beside their own value, what none of them changes.
 
 The class token of CaiT attends to patches that stay as they are; every block of a GCViT stage reads one global query.
-What they read is made from the state before them, not from the inputs alone, so it stands in their state.
+What they read is made from the state before them, not from the inputs alone, so it is in their state.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def _trunk_to(target: Node, source: Node | None, dominators: dict[Any, Any]) -> 
     trunk = [target]
     while trunk[-1] is not source and dominators[trunk[-1]] != "inputs":
         trunk.append(dominators[trunk[-1]])
-    # Pieces, such as the halves of a state, stand between two tensors; no block begins or ends there.
+    # Pieces, such as the halves of a state, are between two tensors; no block begins or ends there.
     return [node for node in trunk[::-1] if isinstance(node.meta.get("val"), torch.Tensor)]
 
 
@@ -122,7 +122,7 @@ def is_merge(traced: Trace, fork: Node, node: Node, *, parts_too: bool) -> bool:
 
 
 def _holds_weights(traced: Trace, fork: Node, merge: Node) -> bool:
-    """Whether a layer stands between fork and merge: x + sin(a x) / a is an activation, not a block."""
+    """Whether a layer is between fork and merge: x + sin(a x) / a is an activation, not a block."""
     return fork.meta["val"].is_floating_point() and any(map(makes_branch, traced.region([fork], merge)))
 
 
@@ -204,8 +204,8 @@ def residual_additions(traced: Trace) -> list[tuple[Node, Node]]:
 
 
 def _is_made_by_a_layer(traced: Trace, value: Node, made: Node) -> bool:
-    """Whether a layer stands on a way from one node to another."""
-    reached: dict[Node, bool] = {}  # whether a layer stands on a way from the value to a node
+    """Whether a layer is on a way from one node to another."""
+    reached: dict[Node, bool] = {}  # whether a layer is on a way from the value to a node
 
     def passes(node: Node) -> bool | None:
         if node is value:
@@ -309,5 +309,5 @@ def refuse_node(node: Node, allowed: str) -> NoReturn:
         "model",
         f"{node.name} ({describe(node)})",
         allowed,
-        "Only networks whose blocks stand in series can be unraveled.",
+        "Only networks whose blocks are in series can be unraveled.",
     )

@@ -22,7 +22,7 @@ _ATEN = torch.ops.aten
 
 @dataclass(frozen=True)
 class Packed:
-    """Values that stand in one tensor.
+    """Values that are in one tensor.
 
     Attributes:
         like: Nodes of the same shapes, one per part; their places in the tensor follow from them.

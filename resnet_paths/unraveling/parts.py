@@ -46,7 +46,7 @@ class Part:
         onto_skip: Whether the branches are added to the skip one after the other, not their sum at once.
         joins: Whether the operands are concatenated, that is, added in a wider space.
         guess: How the skip was guessed; empty where it is certain.
-        pre_stays: Whether what stands between start and fork belongs to no block.
+        pre_stays: Whether what is between start and fork belongs to no block.
         is_mixture: Whether the skip is a multiple of the value at the fork.
     """
 

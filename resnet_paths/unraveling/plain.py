@@ -30,7 +30,7 @@ def plain_parts(traced: Trace) -> list[Part]:
         ResnetPathsError: If the network is not a chain; the node that breaks it is named.
     """
     trunk = trunk_between(traced, None, traced.output)
-    # Those on the trunk were judged before: nothing with weights stands in them.
+    # Those on the trunk have been examined before: they hold no weight layer.
     for node in traced.in_order(traced.region([], traced.output) - set(trunk)):
         if node.target in _MERGES and len(traced.dependent_inputs(node)) > 1 and _weighs(traced, node):
             refuse_node(node, "merges that every route passes; some route leads around this one")

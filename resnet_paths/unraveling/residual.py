@@ -1,6 +1,6 @@
 """The blocks of a network with skips, read off its trunk.
 
-What stands between fork and branch is looked at in the same way, for chains inside branches; where blocks in a row read
+Chains inside branches are found in the same way between fork and branch; where blocks in a row read
 what none of them changes, it is carried along.
 """
 
@@ -94,7 +94,7 @@ def _part(traced: Trace, core: Core, start: Node, end: Node, options: Options) -
     module = owner_of(traced, core)
     joins = core.merge.target is _CAT
     if joins:
-        # Concatenation is addition in a wider space. It stands in the layer that reads it, not in the block's module.
+        # Concatenation is addition in a wider space. It is in the layer that reads it, not in the block's module.
         module = ""
         operands = tuple(core.merge.args[0])  # type: ignore[arg-type]
         layout = Packed(operands, operands, dimension(core.merge))
@@ -218,7 +218,7 @@ class _Line:
         return next((node for node in later if same_batch(node, self.trunk[0])), end)
 
     def start_of_first(self) -> Node:
-        """Where the first block begins: at the trunk nodes before its fork that stand in its module."""
+        """Where the first block begins: at the trunk nodes before its fork that are in its module."""
         own = self.modules[0]
         start = self.position[self.forks[0]]
         if not self._makes_several(own):

@@ -296,7 +296,7 @@ def module_path(node: Node) -> str:
 def module_stack(node: Node) -> list[tuple[str, str]]:
     """Names and types of the modules that a node was made in, outermost first."""
     stack = node.meta.get("nn_module_stack") or {}
-    # A module that is called twice is told apart by "@1"; the name is the same.
+    # A module that is called twice is distinguished by "@1"; the name is the same.
     return [(str(name).split("@")[0], getattr(kind, "__name__", str(kind))) for name, kind in stack.values()]
 
 

@@ -30,7 +30,7 @@ _FUSED = {
 def remove_neutral_numbers(graph: Graph) -> None:
     """Remove additions of 0 and multiplications by 1: ``sum([x, f])`` begins with ``x + 0``.
 
-    The values are the same but for the sign of zero: -0 + 0 is +0.
+    The values are the same except for the sign of zero: -0 + 0 is +0.
 
     Args:
         graph: The graph; it is changed.

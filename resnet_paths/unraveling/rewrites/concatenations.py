@@ -43,7 +43,7 @@ def extend_concatenations(graph: Graph) -> None:
 def write_partial_additions(graph: Graph) -> None:
     """Write ``cat(y[:, :k] + x, y[:, k:])`` as ``y + pad(x)``: an addition whose skip is padded with zeros.
 
-    So does ReXNet. Entries are the same but for the sign of zero: -0 + 0 is +0.
+    So does ReXNet. Entries are the same except for the sign of zero: -0 + 0 is +0.
 
     Args:
         graph: The graph; it is changed.

@@ -1,7 +1,7 @@
 """Skips that only rearrange the entries of x, such as ``x.flatten(1)`` or ``x.clone()``: the addition is made first.
 
 A rearrangement R keeps every entry, so ``R(x) + f`` is ``R(x + R^-1(f))``, bit for bit, and the skip of that addition
-is x itself. ``x.detach()`` is none: it keeps the entries and not their gradient.
+is x itself. ``x.detach()`` is not a view in this sense: it keeps the entries and not their gradient.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Checks that a chain computes what the model computes, has its structure and its gradient, from cheap to costly.
 
 - `outputs`: the output on the example.
-- `structure`: every weight layer stands in the chain, and no residual addition is hidden outside the blocks.
+- `structure`: every weight layer is in the chain, and no residual addition is hidden outside the blocks.
 - `rows`: the output for an example does not depend on the other examples of its batch.
 - `alone`: the output on one other example alone.
 - `gradients`: the chain's gradient is the model's own. `torch.export` records the forward pass only, so that custom

@@ -93,7 +93,7 @@ def run_or_refuse(
     inputs: Sequence[torch.Tensor],
     what: str,
 ) -> torch.Tensor:
-    """The output of the model or of the chain; an error of theirs is explained.
+    """The output of the model or of the chain; an error raised by either is explained.
 
     Args:
         claim: The chain and the model.

@@ -27,7 +27,7 @@ _ADVICE = (
 
 @torch.no_grad()
 def check_rows(claim: Claim, returned: torch.Tensor) -> Beside:
-    """Check that an example's output does not depend on what stands beside it.
+    """Check that an example's output does not depend on the other examples.
 
     Args:
         claim: The chain and the model.
@@ -84,7 +84,7 @@ def _is_equal(found: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 def _is_near(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether two outputs are equal but for rounding, which differs between batch sizes."""
+    """Whether two outputs are equal except for rounding, which differs between batch sizes."""
     if found.shape != expected.shape or not found.is_floating_point():
         return torch.equal(found, expected)
     difference = (found - expected).nan_to_num().norm()

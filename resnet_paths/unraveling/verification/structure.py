@@ -25,7 +25,7 @@ _ADDITIONS = {torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor}
 
 
 def check_structure(claim: Claim) -> None:
-    """Check that every weight layer stands in the chain, and that no residual addition is hidden in it.
+    """Check that every weight layer is in the chain, and that no residual addition is hidden in it.
 
     Args:
         claim: The chain and its graph. Nothing is checked where the chain was not cut from one.
@@ -99,7 +99,7 @@ def _check_weight_layers(claim: Claim) -> None:
         raise UnravelError(
             "model",
             f"{node.name} ({describe(node)}), which is missing in the chain",
-            "a model whose weight layers stand in its stem, blocks and head",
+            "a model whose weight layers are in its stem, blocks and head",
             "Please report the model.",
         )
 
@@ -160,7 +160,7 @@ def _is_floating(node: Node) -> bool:
 
 
 def _passes_weights(flow: nx.DiGraph, fork: Node, operand: Node) -> bool:
-    """Whether a weight layer stands on a way from the fork to an operand."""
+    """Whether a weight layer is on a way from the fork to an operand."""
     waiting: list[Any] = [operand]
     seen = {fork}
     while waiting:
