@@ -124,7 +124,7 @@ def gradient_by_path_length(
 
     Raises:
         ResnetPathsError: If the chain is in training mode, the method, place or length is unknown, the inputs are of
-            no such form, or integers (take ``with_respect_to="stem"``, the embedding), the loss is not one number an
+            no such form, or integers (take ``with_respect_to="stem"``, the embedding), the loss is not one number per
             example, or an activation is not finite (naming the first block).
 
     Example:

@@ -63,7 +63,7 @@ def unravel(
     Args:
         model: The network, in eval mode. A `ResidualChain` is returned as it is.
         example_inputs: A tensor, a tuple of positional arguments, or a mapping of keyword arguments, with the batch in
-            dimension 0 of every tensor, of the model's dtype. They are taken to the model's device, if it lies on one
+            dimension 0 of every tensor, of the model's dtype. They are moved to the model's device, if it has one
             only. The chain is called in the same way, with tensors on that device.
         output: Which of the model's outputs the chain returns, by name or position; None for the only tensor, else
             ``logits``, ``last_hidden_state``, ``out``, or the first.

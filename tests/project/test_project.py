@@ -93,4 +93,6 @@ def test_modules_that_contributing_names_exist():
     for name in named:
         path = ROOT / "resnet_paths" / name.replace(".", "/")
         package = path.parent / "__init__.py"
-        assert path.with_suffix(".py").exists() or re.search(rf"\b{path.name}\b", package.read_text()), name
+        assert (
+            path.is_dir() or path.with_suffix(".py").exists() or re.search(rf"\b{path.name}\b", package.read_text())
+        ), name
