@@ -4,8 +4,8 @@
 - ``cat(a(x), b(x), c(x))``, an Inception module: alternatives without a skip; pooling without weights is one.
 - ``cat(left half of x, f(right half))``, a ShuffleNet unit: the half that is carried over is the skip.
 
-A concatenation of mere slices (the patch merging of Swin) or with a constant (a class token) is no block, and neither is
-one that puts a convolution in groups together again (MixNet): they stand inside a segment.
+A concatenation of mere slices (the patch merging of Swin) or with a constant (a class token) is no block, and neither
+is one that puts a convolution in groups together again (MixNet): they are inside a segment.
 """
 
 from __future__ import annotations
