@@ -23,7 +23,7 @@ from torch import nn
 from resnet_paths._utils.errors import ResnetPathsError, nearest_names
 from resnet_paths.core.cache import ByBlock, Cache
 from resnet_paths.core.modes import depends_on_mode
-from resnet_paths.core.parts import Parallel, Placed, call_part, context_read_by
+from resnet_paths.core.parts import Parallel, Placed, added, call_part, context_read_by
 from resnet_paths.core.paths import InBranch, num_paths
 from resnet_paths.core.summary import chain_table, dimensions, indented
 from resnet_paths.core.units import length_polynomial
@@ -102,9 +102,9 @@ class Block(nn.Module):
         total = call_part(self.skip, x, context)
         if isinstance(self.branch, Parallel) and self.branch.onto_skip:
             for branch in self.branch:
-                total = total + call_part(branch, x, context)
+                total = added(total, call_part(branch, x, context))
             return total
-        return total + call_part(self.branch, x, context)
+        return added(total, call_part(self.branch, x, context))
 
     @property
     def path_choices(self) -> tuple[Any, ...]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import GraphModule
 
-__all__ = ["Constant", "Parallel", "Placed", "Scaled", "call_part", "context_read_by"]
+from resnet_paths._utils.errors import ResnetPathsError
+
+__all__ = ["Constant", "Parallel", "Placed", "Scaled", "added", "call_part", "context_read_by"]
 
 
 def context_read_by(part: nn.Module | None) -> tuple[str, ...]:
@@ -42,6 +45,31 @@ def call_part(part: nn.Module, x: torch.Tensor, context: Mapping[str, torch.Tens
     if not context:
         return part(x)  # type: ignore[no-any-return]
     return part(x, **{name: context[name] for name in context_read_by(part)})  # type: ignore[no-any-return]
+
+
+def added(one: Any, other: Any) -> torch.Tensor:
+    """The sum of two states.
+
+    Args:
+        one: What a skip or a branch returns.
+        other: Likewise.
+
+    Returns:
+        Their sum.
+
+    Raises:
+        ResnetPathsError: If one of them is several tensors; tuples would be joined and not added.
+    """
+    for state in (one, other):
+        if isinstance(state, tuple | list):
+            raise ResnetPathsError(
+                "state",
+                f"{len(state)} tensors",
+                "one tensor",
+                "Concatenate them, or let the stem return what no block changes as context.",
+            )
+    total: torch.Tensor = one + other
+    return total
 
 
 class Scaled(nn.Module):
@@ -127,5 +155,5 @@ class Parallel(nn.ModuleList):
         first, *others = self
         total = call_part(first, x, context)
         for branch in others:
-            total = total + call_part(branch, x, context)
+            total = added(total, call_part(branch, x, context))
         return total

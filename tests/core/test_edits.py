@@ -294,3 +294,13 @@ def test_blocks_of_other_shapes_do_not_trade_places():
         rp.swap_blocks(chain, 0, 2)
     with pytest.raises(rp.ResnetPathsError, match="takes 3, not 2"):
         rp.duplicate_block(chain, 1)
+
+
+def test_a_state_of_several_tensors_is_refused_not_joined():
+    class Pair(nn.Module):
+        def forward(self, x):
+            return x, x
+
+    chain = ResidualChain(nn.Identity(), [Block(Pair(), Pair(), name="pair")], nn.Identity())
+    with pytest.raises(rp.ResnetPathsError, match=r"state: got '2 tensors'; allowed: one tensor. Concatenate them"):
+        chain(torch.zeros(2, 3))

@@ -451,42 +451,6 @@ def test_parameters_of_blocks_that_work_in_place():
     check_frame(gradients_of(inplace, *batch(), with_respect_to=place), expected, [1, 1])
 
 
-class Part(nn.Module):
-    """A linear map between a tensor and a pair; the second of a pair is a number for each example."""
-
-    def __init__(self, kind):
-        super().__init__()
-        self.kind, self.f = kind, nn.Linear(3, 3)
-
-    def forward(self, state):
-        x, number = state if isinstance(state, tuple) else (state, None)
-        return {
-            "of number": lambda: (self.f(x[:, None].expand(-1, 3)), x),
-            "to pair": lambda: (self.f(x), x.sum(1, keepdim=True)),
-            "to tensor": lambda: self.f(x) * (1 + number.reshape(-1, 1)),
-            "flow": lambda: (torch.tanh(self.f(x)), x.square().sum(1)),
-        }[self.kind]()
-
-
-@pytest.mark.parametrize("kind", ["opens", "closes", "input", "stem"])
-def test_pairs_that_open_and_close_and_numbers_that_are_carried_along(kind):
-    """A number for each example is what a flow carries: its log-determinant."""
-    (inputs, targets), place = batch(), kind if kind in ("input", "stem") else "input"
-    with seeded():
-        parts = {k: [Part(k) for _ in range(2)] for k in ("of number", "to pair", "to tensor", "flow")}
-        stem, sides, head = {
-            "opens": (nn.Linear(5, 3), [parts["to pair"]], parts["to tensor"][0]),
-            "closes": (nn.Sequential(nn.Linear(5, 3), parts["to pair"][0]), [parts["to tensor"]], nn.Linear(3, 3)),
-        }.get(kind, (parts["of number"][0], [(f, nn.Identity()) for f in parts["flow"]], parts["to tensor"][0]))
-        blocks = [Block(*pair, name=str(i)) for i, pair in enumerate(sides)]
-        if kind == "closes":
-            blocks.append(Block(nn.Linear(3, 3), nn.Identity(), name="last"))
-        chain = ResidualChain(stem, blocks, head).double().eval()
-    inputs = inputs[:, 0] if kind == place else inputs
-    expected = summed(path_gradients(chain, inputs, targets, place))
-    check_frame(gradients_of(chain, inputs, targets, with_respect_to=place), expected, path_polynomial(chain))
-
-
 class Named(NamedTuple):
     classes: torch.Tensor
     weights: torch.Tensor
