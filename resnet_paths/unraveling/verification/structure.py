@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -127,7 +128,10 @@ def _varying(graph: Graph) -> list[Node]:
     """The nodes whose values depend on a placeholder."""
     found: dict[Node, None] = {}
     for node in graph.nodes:
-        is_number = isinstance(node.meta.get("val"), torch.SymInt | int)
+        # Sizes that a segment reads off its own input have no value yet.
+        is_computed = getattr(node.target, "__module__", "") == "_operator" and node.target is not operator.getitem
+        is_size = is_computed or node.target is torch.ops.aten.sym_size.int
+        is_number = is_size or isinstance(node.meta.get("val"), torch.SymInt | int)
         if node.op == "placeholder" or (not is_number and any(n in found for n in node.all_input_nodes)):
             found[node] = None
     return list(found)
