@@ -24,7 +24,7 @@ __all__ = ["computes_what_it_says", "network_key", "probe_of", "with_probe"]
 _PROBE_EXAMPLES = 2
 # Where modules are defined that compute nothing but what their parts and plain attributes say. The wrappers around a
 # user's model are elsewhere: they do not hold it as a submodule.
-_OURS = ("resnet_paths.core.chain", "resnet_paths.core.parts", "resnet_paths.unraveling.tracing")
+_OURS = ("resnet_paths.core.chain", "resnet_paths.core.parts", "resnet_paths.core.input_sizes")
 
 
 def network_key(chain: ResidualChain, known: dict[int, bytes]) -> str:

@@ -138,7 +138,7 @@ def markdown(frame: pd.DataFrame) -> str:
     rest = _exponents(frame[frame["quantity"] == "exponent"])
     rest += _values(frame[frame["task"].isin(_shown_as_values(frame))])
     if rest:
-        title = "How time and memory grow, how far it is to the limit of the machine, what starting costs"
+        title = "Growth of time and memory, limits of the machine, start-up time"
         lines += ["<details>", f"<summary>{title}</summary>", "", *rest, "</details>", ""]
     told = frame.groupby(["machine", "versions", "date"], sort=False)["part"].unique()
     lines += [f"{', '.join(parts)}: {'; '.join(where)}.  " for where, parts in told.items()]
