@@ -50,10 +50,12 @@ def find_parts(traced: Trace, options: Options) -> tuple[Trace, list[Part], list
     # The first of those with the most blocks: given nothing, where that gives as many.
     best = max(found, key=_number, default=[])
     additions = residual_additions(traced)
-    if len(best) < len(additions):
+    # Chains that `max_depth` leaves out are not found in another way.
+    is_whole = options.max_depth is None or not best
+    if is_whole and len(best) < len(additions):
         seen = _parts_given(traced.seen_from([additions[0][0]]), options)
         best = max(best, seen, key=lambda parts: (_number(parts), len(parts)))
-    if len(best) < len(additions):
+    if is_whole and len(best) < len(additions):
         traced, best = _with_first_state_as_context(traced, additions, best, options)
     if best:
         return traced, best, context_of(traced, best)
