@@ -406,7 +406,7 @@ def test_wavenet_is_a_chain_on_the_pair_of_value_and_sum(scaled, gathered):
     assert frame.gradient_share.sum() == pytest.approx(1, abs=1e-10)
     assert frame.gradient_share[0] == 0  # no way to the output but through a branch
     # The first makes the pair and the last leaves it: the others may trade places, or run twice.
-    pair = ((4,), (6,))
+    pair = (10,)  # 4 of the value and 6 of the sum
     shapes = [(block.in_shape, block.out_shape) for block in chain]
     assert shapes[:3] == [((4,), pair), (pair, pair), (pair, pair)]
     assert shapes[3][0] == pair

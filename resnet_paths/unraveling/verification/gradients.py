@@ -55,7 +55,7 @@ def check_gradients(claim: Claim, alone: Alone) -> None:
         return  # the model itself cannot be differentiated here
     found = _gradients(alone.of_chain, leaves)
     # Where both compute the same bits, so does backward; else a ReLU near zero may switch by rounding.
-    eps = torch.finfo(alone.of_model.dtype).eps
+    eps = max(torch.finfo(dtype).eps for dtype in _dtypes(claim) | {alone.of_model.dtype})
     tolerance = min(1000 * eps, 0.05) if torch.equal(alone.of_chain, alone.of_model) else 0.05
     if _distance(found, expected) <= tolerance * _norm(expected):
         return
@@ -76,6 +76,12 @@ def _gradients(output: torch.Tensor, leaves: Sequence[torch.Tensor]) -> list[tor
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(output.shape, generator=generator).to(output)
     return list(torch.autograd.grad(output, leaves, direction, allow_unused=True, materialize_grads=True))
+
+
+def _dtypes(claim: Claim) -> set[torch.dtype]:
+    """The floating dtypes in which the model computes; it may round in a coarser one than that of its output."""
+    values = [] if claim.traced is None else [node.meta.get("val") for node in claim.traced.graph.nodes]
+    return {value.dtype for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()}
 
 
 def _distance(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
