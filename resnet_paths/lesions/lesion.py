@@ -52,8 +52,10 @@ class Lesion:
         ResnetPathsError: If the kind is another, or lacks its parameter.
 
     Example:
-        >>> Lesion("delete", (3, 7)).num_blocks, Lesion("permute", (0, 1), order=(1, 0, 2)).kendall_tau.round(3)
-        (2, 0.333)
+        >>> Lesion("delete", (3, 7)).num_blocks
+        2
+        >>> round(Lesion("permute", (0, 1), order=(1, 0, 2)).kendall_tau, 3)
+        0.333
     """
 
     kind: str

@@ -48,16 +48,16 @@ def walk_back(target: Node, stop: set[Node], before: Callable[[Node], Iterable[N
 
 
 def between(source: Node, target: Node) -> set[Node]:
-    """The nodes on all routes from one node to another.
+    """The nodes on all routes from one node to another; a value that depends on a shape alone lies on none.
 
     Args:
         source: Where the routes begin; not included.
         target: Where they end; included.
 
     Returns:
-        The nodes; none where `target` is not computed from `source`.
+        The nodes; none where `target` is not computed from the values of `source`.
     """
-    behind = walk_back(target, {source}, lambda node: node.all_input_nodes)
+    behind = walk_back(target, {source}, lambda node: (arg for arg in node.all_input_nodes if not is_shape(arg)))
     found: set[Node] = set()
     waiting = [source]
     while waiting:

@@ -6,7 +6,7 @@ import torch
 from torch.fx import Node
 
 from resnet_paths.core.weight_layers import makes_branch
-from resnet_paths.unraveling.graphs import between
+from resnet_paths.unraveling.graphs import between, is_shape
 
 __all__ = ["KEEPING_ORDER", "PERMUTING", "rearranges", "source_of_branch"]
 
@@ -76,6 +76,6 @@ def source_of_branch(added_to: Node, added: Node) -> Node | None:
         # A sum that others read as well is the end of an earlier block.
         is_partial_sum = value.target is _ATEN.add.Tensor and len(value.users) == 1
         if is_partial_sum or rearranges(value) or value.target is _ATEN.detach.default:
-            candidates += value.all_input_nodes
+            candidates += [node for node in value.all_input_nodes if not is_shape(node)]
     found = (x for x in candidates if any(makes_branch(node) for node in between(x, added)))
     return next(found, None)
