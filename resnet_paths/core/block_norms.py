@@ -15,7 +15,7 @@ import torch
 from resnet_paths._utils.devices import wide
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths._utils.statistics import mean_over_examples
-from resnet_paths.core.chain import ResidualChain, refuse_other_than_chain, refuse_training_mode
+from resnet_paths.core.chain import ResidualChain, require_chain, require_eval_mode
 from resnet_paths.core.inputs import batches_of, each_tensor, num_examples
 from resnet_paths.core.parts import call_part
 from resnet_paths.core.placement import device_of
@@ -49,8 +49,8 @@ def block_norms(chain: ResidualChain, inputs: Any) -> pd.DataFrame:
     Raises:
         ResnetPathsError: If the chain is in training mode, there is no example, or blocks work on several tensors.
     """
-    refuse_other_than_chain("chain", chain)
-    refuse_training_mode("chain", chain)
+    require_chain("chain", chain)
+    require_eval_mode("chain", chain)
     device = device_of(chain)
     found = []
     for batch, _ in batches_of(inputs):

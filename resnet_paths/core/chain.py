@@ -450,15 +450,15 @@ def _read_by(*parts: nn.Module | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for part in parts for name in context_read_by(part)))
 
 
-def refuse_other_than_chain(argument: str, value: object) -> None:
-    """Refuse what is no chain, such as a model that was not unraveled.
+def require_chain(argument: str, value: object) -> None:
+    """Validate that an argument is a chain, and not a model that was not unraveled.
 
     Args:
-        argument: Its name, for the message.
-        value: What was given.
+        argument: Name of the argument, for the message.
+        value: The value received.
 
     Raises:
-        ResnetPathsError: If it is no `ResidualChain`.
+        ResnetPathsError: If it is not a `ResidualChain`.
     """
     if not isinstance(value, ResidualChain):
         raise ResnetPathsError(
@@ -469,11 +469,11 @@ def refuse_other_than_chain(argument: str, value: object) -> None:
         )
 
 
-def refuse_training_mode(argument: str, module: nn.Module) -> None:
-    """Refuse a module that would compute something else than in eval mode: dropout would act, BatchNorm move.
+def require_eval_mode(argument: str, module: nn.Module) -> None:
+    """Validate that a module computes what it computes in eval mode: no dropout, no updates of running statistics.
 
     Args:
-        argument: Its name, for the message.
+        argument: Name of the argument, for the message.
         module: A model or a chain.
 
     Raises:

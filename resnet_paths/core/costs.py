@@ -20,7 +20,7 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from resnet_paths._utils.errors import ResnetPathsError
-from resnet_paths.core.chain import refuse_training_mode
+from resnet_paths.core.chain import require_eval_mode
 from resnet_paths.core.inputs import checked_inputs, num_examples
 from resnet_paths.core.signature import arguments_of
 
@@ -63,7 +63,7 @@ def forward_cost(module: nn.Module, inputs: Any, *, min_seconds: float = 0.2) ->
     batch = num_examples((args, kwargs))
     if not batch:
         raise ResnetPathsError("inputs", "no examples", "at least one example")
-    refuse_training_mode("module", module)
+    require_eval_mode("module", module)
     with FlopCounterMode(display=False) as counter:
         module(*args, **kwargs)
     called = {"module": module, "args": args, "kwargs": kwargs}

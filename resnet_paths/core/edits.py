@@ -17,7 +17,7 @@ from typing import Literal
 from torch import nn
 
 from resnet_paths._utils.errors import ResnetPathsError
-from resnet_paths.core.chain import Block, ResidualChain, is_identity, refuse_other_than_chain
+from resnet_paths.core.chain import Block, ResidualChain, is_identity, require_chain
 from resnet_paths.core.parts import Parallel, Scaled
 from resnet_paths.core.paths import Entry, branch_number, check_path, choices_of
 
@@ -73,7 +73,7 @@ def delete_blocks(chain: ResidualChain, blocks: Iterable[int | str]) -> Residual
     Raises:
         ResnetPathsError: As `delete_block`.
     """
-    refuse_other_than_chain("chain", chain)
+    require_chain("chain", chain)
     for block in _listed(blocks):
         chain = _with_changed(chain, block, _without_branch)
     return chain
@@ -92,7 +92,7 @@ def permute_blocks(chain: ResidualChain, order: Sequence[int | str]) -> Residual
     Raises:
         ResnetPathsError: If `order` is not a permutation, or shapes do not fit.
     """
-    refuse_other_than_chain("chain", chain)
+    require_chain("chain", chain)
     positions = [chain.block_index(block) for block in _listed(order)]
     if sorted(positions) != list(range(len(chain))):
         raise ResnetPathsError("order", list(order), f"a permutation of the {len(chain)} blocks")
@@ -122,7 +122,7 @@ def swap_blocks(chain: ResidualChain, first: int | str, second: int | str) -> Re
     Raises:
         ResnetPathsError: If there is no such block, they are in different chains, or shapes do not match.
     """
-    refuse_other_than_chain("chain", chain)
+    require_chain("chain", chain)
     names = {b.name for b in chain}
     inside = [block for block in (first, second) if isinstance(block, str) and block not in names]
     if inside and not (isinstance(first, str) and isinstance(second, str)):
@@ -213,7 +213,7 @@ def reverse_blocks(chain: ResidualChain, stage: int) -> ResidualChain:
     Raises:
         ResnetPathsError: If there is no such stage.
     """
-    refuse_other_than_chain("chain", chain)
+    require_chain("chain", chain)
     stages = sorted({b.stage for b in chain})
     if stage not in stages:
         raise ResnetPathsError("stage", stage, f"one of {stages}")
@@ -250,7 +250,7 @@ def parallel_blocks(
     """
     if combine not in ("mean", "sum"):
         raise ResnetPathsError("combine", combine, "'mean' or 'sum'")
-    refuse_other_than_chain("chain", chain)
+    require_chain("chain", chain)
     places = sorted(chain.block_index(block) for block in _listed(blocks))
     if len(places) < 2 or places != list(range(places[0], places[-1] + 1)):
         raise ResnetPathsError("blocks", list(blocks), "at least two blocks that stand side by side")
@@ -313,7 +313,7 @@ def _at_depth_of(
     chain: ResidualChain, block: int | str, edit: Callable[[ResidualChain], ResidualChain]
 ) -> ResidualChain:
     """The chain with an edit made to the chain that holds a block: itself, or one inside a branch."""
-    refuse_other_than_chain("chain", chain)
+    require_chain("chain", chain)
     if isinstance(block, str) and block not in (b.name for b in chain):
         for index, outer in enumerate(chain):
             for number, nested in outer.nested.items():

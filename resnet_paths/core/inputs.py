@@ -24,7 +24,7 @@ __all__ = [
     "inputs_of",
     "is_one_batch",
     "num_examples",
-    "refuse_other_than_loader",
+    "require_loader",
     "split",
     "unpack",
 ]
@@ -33,14 +33,14 @@ _LABELS = "labels"
 _FORMS = "a tensor, a tuple of positional arguments or a mapping of keyword arguments with tensors among them"
 
 
-def refuse_other_than_loader(loader: object) -> None:
-    """Refuse what cannot be read batch by batch.
+def require_loader(loader: object) -> None:
+    """Validate that an argument can be iterated over batch by batch.
 
     Args:
-        loader: What a caller gave.
+        loader: The value received.
 
     Raises:
-        ResnetPathsError: If it is no loader.
+        ResnetPathsError: If it is not iterable.
     """
     if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
         raise ResnetPathsError(

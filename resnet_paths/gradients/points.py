@@ -18,7 +18,7 @@ from torch import nn
 
 from resnet_paths._utils.devices import wide
 from resnet_paths._utils.errors import ResnetPathsError
-from resnet_paths.core.chain import ResidualChain, refuse_other_than_chain, refuse_training_mode
+from resnet_paths.core.chain import ResidualChain, require_chain, require_eval_mode
 from resnet_paths.core.inputs import each_tensor, num_examples, split
 from resnet_paths.core.paths import Choices, Path
 from resnet_paths.core.placement import device_of
@@ -73,8 +73,8 @@ class Place:
         Raises:
             ResnetPathsError: If the chain is not a `ResidualChain`, is in training mode, or there is no such place.
         """
-        refuse_other_than_chain("chain", chain)
-        refuse_training_mode("chain", chain)
+        require_chain("chain", chain)
+        require_eval_mode("chain", chain)
         if with_respect_to == "input":
             return cls(chain, of_input=True)
         if with_respect_to == "stem":

@@ -30,8 +30,8 @@ from tqdm.auto import tqdm
 
 from resnet_paths._utils.errors import ResnetPathsError, StudyInterrupted
 from resnet_paths._utils.fingerprint import fingerprint
-from resnet_paths.core.chain import ResidualChain, refuse_other_than_chain, refuse_training_mode
-from resnet_paths.core.inputs import inputs_of, refuse_other_than_loader
+from resnet_paths.core.chain import ResidualChain, require_chain, require_eval_mode
+from resnet_paths.core.inputs import inputs_of, require_loader
 from resnet_paths.core.placement import PRECISIONS
 from resnet_paths.lesions.frames import pair_interactions
 from resnet_paths.lesions.keys import computes_what_it_says, network_key
@@ -122,8 +122,8 @@ def lesion_study(
             sent to the executor's workers, or one of these breaks down.
         StudyInterrupted: If it is interrupted.
     """
-    refuse_other_than_chain("chain", chain)
-    refuse_training_mode("chain", chain)
+    require_chain("chain", chain)
+    require_eval_mode("chain", chain)
     batch_budget = _checked_settings(precision, batch_budget)
     _look_at_loader(loader, store)
     named = _named(lesions)
@@ -211,7 +211,7 @@ def _edits(
     # The intact chain comes first: increases are taken against it on the same images.
     named = itertools.chain([("chain", chain)], ((f"lesion {one.name!r}", one.edit(chain)) for one in lesions))
     for index, (argument, edited) in enumerate(named):
-        refuse_other_than_chain(argument, edited)
+        require_chain(argument, edited)
         yield edited
         if keys is not None:
             keys[0].append(network_key(edited, known))
@@ -262,7 +262,7 @@ def _named(lesions: Iterable[Any]) -> list[Lesion]:
 
 
 def _look_at_loader(loader: Any, store: str | Path | None) -> None:
-    refuse_other_than_loader(loader)
+    require_loader(loader)
     batches = getattr(loader, "batch_sampler", None)
     batches = loader if batches is None else batches
     sampler = getattr(batches, "sampler", None)

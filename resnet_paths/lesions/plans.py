@@ -16,7 +16,7 @@ from typing import Any, SupportsIndex
 import torch
 
 from resnet_paths._utils.errors import ResnetPathsError
-from resnet_paths.core.chain import ResidualChain, is_identity, refuse_other_than_chain, refuse_training_mode
+from resnet_paths.core.chain import ResidualChain, is_identity, require_chain, require_eval_mode
 from resnet_paths.core.inputs import checked_inputs, each_tensor, num_examples
 from resnet_paths.core.parts import Constant
 from resnet_paths.core.placement import device_of
@@ -141,7 +141,7 @@ def duplications(chain: ResidualChain) -> list[Lesion]:
     Returns:
         One lesion per block.
     """
-    refuse_other_than_chain("chain", chain)
+    require_chain("chain", chain)
     return [_duplication(chain, (index,)) for index, block in enumerate(chain) if block.keeps_shape]
 
 
@@ -162,7 +162,7 @@ def random_duplications(
     Raises:
         ResnetPathsError: If more blocks are to be duplicated than can be, or `repeats` is negative.
     """
-    refuse_other_than_chain("chain", chain)
+    require_chain("chain", chain)
     possible = [index for index, block in enumerate(chain) if block.keeps_shape]
     sets = _random_sets(possible, counts, repeats, generator, "blocks that can be duplicated")
     return [replace(_duplication(chain, blocks), seed=generator.initial_seed()) for blocks in sets]
@@ -178,7 +178,7 @@ def scalings(chain: ResidualChain, factors: Iterable[float]) -> list[Lesion]:
     Returns:
         One lesion per block and factor, block by block.
     """
-    refuse_other_than_chain("chain", chain)
+    require_chain("chain", chain)
     factors = list(factors)
     return [
         Lesion("scale", (index,), name=f"{factor:g} x {_name(chain, index)}", factor=factor)
@@ -207,7 +207,7 @@ def branch_replacements(chain: ResidualChain, source: ResidualChain, name: str =
         ResnetPathsError: If the chains' blocks do not have the same shapes.
     """
     for each in (chain, source):
-        refuse_other_than_chain("chain", each)
+        require_chain("chain", each)
     shapes, others = ([(block.in_shape, block.out_shape) for block in each] for each in (chain, source))
     if shapes != others:
         raise ResnetPathsError(
@@ -234,8 +234,8 @@ def mean_replacements(chain: ResidualChain, inputs: Any) -> list[Lesion]:
     Raises:
         ResnetPathsError: If the chain is in training mode, or there is no example.
     """
-    refuse_other_than_chain("chain", chain)
-    refuse_training_mode("chain", chain)
+    require_chain("chain", chain)
+    require_eval_mode("chain", chain)
     inputs = checked_inputs(inputs)
     if not num_examples(inputs):
         raise ResnetPathsError("inputs", "0 examples", "at least one example")
@@ -274,7 +274,7 @@ def layer_schedules(
     Raises:
         ResnetPathsError: If there are fewer than two such blocks, or they do not stand side by side.
     """
-    refuse_other_than_chain("chain", chain)
+    require_chain("chain", chain)
     places = _middle(chain) if blocks is None else sorted(chain.block_index(block) for block in blocks)
     side_by_side = places == list(range(places[0], places[-1] + 1)) if places else False
     if len(places) < 2 or not side_by_side or not all(_is_exchangeable(chain, i) for i in places):
@@ -329,7 +329,7 @@ def _name(chain: ResidualChain, index: int) -> str:
 
 
 def _deletable(chain: ResidualChain) -> list[int]:
-    refuse_other_than_chain("chain", chain)
+    require_chain("chain", chain)
     return [
         index
         for index, block in enumerate(chain)
@@ -344,7 +344,7 @@ def _is_exchangeable(chain: ResidualChain, index: int) -> bool:
 
 def _exchangeable(chain: ResidualChain) -> list[tuple[int, int]]:
     """Pairs of blocks that can be swapped."""
-    refuse_other_than_chain("chain", chain)
+    require_chain("chain", chain)
     keep = [index for index, block in enumerate(chain) if block.keeps_shape]
     return [
         (i, j)

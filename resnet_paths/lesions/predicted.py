@@ -20,8 +20,8 @@ from tqdm.auto import tqdm
 
 from resnet_paths._utils.devices import wide
 from resnet_paths._utils.errors import ResnetPathsError
-from resnet_paths.core.chain import Block, ResidualChain, refuse_other_than_chain, refuse_training_mode
-from resnet_paths.core.inputs import each_tensor, refuse_other_than_loader, unpack
+from resnet_paths.core.chain import Block, ResidualChain, require_chain, require_eval_mode
+from resnet_paths.core.inputs import each_tensor, require_loader, unpack
 from resnet_paths.core.parts import call_part
 from resnet_paths.core.placement import device_of, place_modules
 from resnet_paths.core.signature import arguments_of
@@ -73,9 +73,9 @@ def predicted_effects(
         ResnetPathsError: If the chain is in training mode, the loader is empty or does not give such batches, labels
             are out of range, or states have no dimension `feature_dim`.
     """
-    refuse_other_than_chain("chain", chain)
-    refuse_training_mode("chain", chain)
-    refuse_other_than_loader(loader)
+    require_chain("chain", chain)
+    require_eval_mode("chain", chain)
+    require_loader(loader)
     (placed,) = place_modules([chain], device=device)
     of_batches = []
     for batch in tqdm(loader, desc="predicted effects", unit="batch", disable=not progress):

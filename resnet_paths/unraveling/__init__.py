@@ -20,7 +20,7 @@ from torch import nn
 from torch._subclasses import FakeTensor
 
 from resnet_paths._utils.errors import ResnetPathsError, UnravelError
-from resnet_paths.core.chain import ResidualChain, refuse_training_mode
+from resnet_paths.core.chain import ResidualChain, require_eval_mode
 from resnet_paths.core.input_sizes import InputSizes
 from resnet_paths.core.signature import Call, Signature, arguments_of, chosen
 from resnet_paths.unraveling.adapters import keep_adapters_in_layers
@@ -196,7 +196,7 @@ def _check_arguments(model: nn.Module, example_inputs: object) -> tuple[tuple[An
             "a tensor, a tuple of arguments or a mapping of keyword arguments with tensors among them",
             "Pass a batch such as torch.zeros(2, 3, 224, 224).",
         )
-    refuse_training_mode("model", model)
+    require_eval_mode("model", model)
     own = list(itertools.chain(model.parameters(), model.buffers()))
     devices = {tensor.device for tensor in own}
     if len(devices) == 1:

@@ -48,7 +48,7 @@ def walk_back(target: Node, stop: set[Node], before: Callable[[Node], Iterable[N
 
 
 def between(source: Node, target: Node) -> set[Node]:
-    """The nodes on all routes from one node to another; a value that depends on a shape alone lies on none.
+    """The nodes on all routes from one node to another; a value that depends on a shape alone is on none.
 
     Args:
         source: Where the routes begin; not included.
