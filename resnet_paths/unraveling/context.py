@@ -79,8 +79,8 @@ def _needed(target: Node, stop: Iterable[Node]) -> set[Node]:
         node = waiting.pop()
         if node not in found and node not in stop:
             found.add(node)
-            # Parts read sizes off the state.
-            waiting.extend(node.all_input_nodes if not is_shape(node) else ())
+            # Parts read sizes off the state, and the stem computes what is context.
+            waiting.extend(() if is_shape(node) or IS_CONTEXT in node.meta else node.all_input_nodes)
     return found
 
 

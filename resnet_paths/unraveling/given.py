@@ -56,7 +56,7 @@ def find_parts(traced: Trace, options: Options) -> tuple[Trace, list[Part], list
         seen = _parts_given(traced.seen_from([additions[0][0]]), options)
         best = max(best, seen, key=lambda parts: (_number(parts), len(parts)))
     if is_whole and len(best) < len(additions):
-        traced, best = _with_first_state_as_context(traced, additions, best, options)
+        traced, best = _with_early_values_as_context(traced, additions, best, options)
     if best:
         return traced, best, context_of(traced, best)
     if refusal is not None:
@@ -64,31 +64,40 @@ def find_parts(traced: Trace, options: Options) -> tuple[Trace, list[Part], list
     return traced, plain_parts(traced), []
 
 
-def _with_first_state_as_context(
+def _with_early_values_as_context(
     traced: Trace, additions: Sequence[tuple[Node, Node]], found: list[Part], options: Options
 ) -> tuple[Trace, list[Part]]:
-    """The graph and its blocks where several of these read the first state beside their own: ``x = a * x + b * x_0``.
+    """The graph and its blocks where several of these read what stands before the first addition.
 
-    What they read is a node of its own then. The old graph and the blocks found before, unless all residual additions
-    are blocks in series so.
+    It is the first state, as in ``x = a * x + b * x_0``, or a value computed from it, such as the first layer's value
+    in RWKV-7. What they read is a node of its own then. The old graph and the blocks found before, unless all residual
+    additions are blocks in series so.
 
     Returns:
         The graph and the blocks.
     """
     first, addition = additions[0]
-    late = [user for user in first.users if traced.comes_before(addition, user)]
-    if len(late) < 2:
+    early = (traced.region([first], addition) - {addition}) | {first}
+    late = {node: [user for user in node.users if user not in early and user is not addition] for node in early}
+    late = {node: users for node, users in late.items() if any(traced.comes_before(addition, user) for user in users)}
+    if sum(map(len, late.values())) < 2:
         return traced, found
-    with traced.graph.inserting_after(first):
-        read = traced.graph.call_function(torch.ops.aten.alias.default, (first,))
-    read.meta = {**first.meta, IS_CONTEXT: True}
-    first.replace_all_uses_with(read, delete_user_cb=late.__contains__)
+    reads = {}
+    for node in traced.in_order(late):
+        with traced.graph.inserting_after(node):
+            read = traced.graph.call_function(torch.ops.aten.alias.default, (node,))
+        read.meta = {**node.meta, IS_CONTEXT: True}
+        # The first block reads the first state as its state. Any other value is computed once, by the stem.
+        readers = late[node] if node is first else list(node.users)
+        node.replace_all_uses_with(read, delete_user_cb={*readers}.difference({read}).__contains__)
+        reads[read] = node
     changed = Trace(traced.graph, traced.inputs, traced.output, traced.tensors)
-    parts = _parts_given(changed.seen_from([first], [read]), options)
+    parts = _parts_given(changed.seen_from([first], list(reads)), options)
     if len(parts) >= len(additions):
         return changed, parts
-    read.replace_all_uses_with(first)
-    traced.graph.erase_node(read)
+    for read, node in reads.items():
+        read.replace_all_uses_with(node)
+        traced.graph.erase_node(read)
     return traced, found
 
 

@@ -24,7 +24,7 @@ from tests.unraveling.networks import (
     without,
     zeroed,
 )
-from tests.unraveling.test_faults import X, assert_shares, close, found_or_refused, names_in, not_yet
+from tests.unraveling.test_faults import X, assert_shares, close, found_or_refused, names_in
 
 
 def deleted_by_name(chain, name, *inputs):
@@ -267,7 +267,7 @@ def value_residual(m, x, add=torch.add):
     [
         (x0_skips, 12, ("stem", "mul")),
         (per_layer_embeddings, 8, ("embed", "chunk", "split")),
-        pytest.param(value_residual, 8, ("gate.0",), marks=not_yet("blocks are missing")),
+        (value_residual, 8, ("gate.0",)),
     ],
 )
 def test_what_every_layer_reads_again_is_counted_right_or_refused_by_name(run, additions, named):
@@ -284,8 +284,7 @@ def test_what_every_layer_reads_again_is_counted_right_or_refused_by_name(run, a
     chain = found_or_refused(model, X, *named)
     if chain is not None:
         assert len(names_in(chain)) == additions
-        if run is not value_residual:  # there the first block is read by all others, in another way than by the state
-            assert rp.path_histogram(chain).num_paths.sum() == 2**additions
+        assert rp.path_histogram(chain).num_paths.sum() == 2**additions
         for i, name in enumerate(names_in(chain)):
             close(rp.delete_block(chain, name)(X), model.run(model, X, add=without(i)))
         assert_shares(chain, model, [X], additions)
