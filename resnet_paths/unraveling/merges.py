@@ -24,7 +24,7 @@ from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.core.weight_layers import is_weighted, makes_branch
 from resnet_paths.unraveling.concatenations import are_apart, concatenated, is_in_groups
 from resnet_paths.unraveling.packing import Packed, pack
-from resnet_paths.unraveling.parts import LadderStep, Lane
+from resnet_paths.unraveling.parts import LadderStep, Lane, Part
 from resnet_paths.unraveling.skips import skip_among
 from resnet_paths.unraveling.tracing import Trace, common_module, describe, is_within, module_path
 
@@ -100,6 +100,7 @@ class Core:
     layout: Packed | None = None
     guess: str = ""
     lane: Lane | None = None
+    gathering: tuple[Part, ...] = ()
 
 
 def is_merge(traced: Trace, fork: Node, node: Node, *, parts_too: bool) -> bool:

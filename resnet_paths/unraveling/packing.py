@@ -69,7 +69,7 @@ class Packed:
         dim, widths = 1 if self.dim is None else self.dim, self._widths()
         found = {}
         for i, (value, like) in enumerate(zip(self.values, self.like, strict=True)):
-            if value is None:
+            if value is None or value in found:  # it may be held twice: for the blocks to change, and for later
                 continue
             start = sum(widths[:i])
             part = graph.call_function(_ATEN.slice.Tensor, (tensor, dim, start, start + widths[i]))

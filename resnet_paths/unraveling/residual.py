@@ -9,6 +9,8 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch.fx import Node
@@ -16,6 +18,7 @@ from torch.fx import Node
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.core.weight_layers import is_weighted, makes_branch
 from resnet_paths.unraveling.concatenations import dimension
+from resnet_paths.unraveling.gathers import gathering_parts
 from resnet_paths.unraveling.lanes import find_lane, same_batch
 from resnet_paths.unraveling.merges import Core, core_of, is_merge, owner_of, refuse_other_merge, trunk_between
 from resnet_paths.unraveling.packing import Packed
@@ -51,7 +54,11 @@ def _parts(traced: Trace, trunk: list[Node], options: Options, *, strict: bool =
     cores: list[Core] = []
     extended = trunk[:1]
     for fork, node in itertools.pairwise(trunk):
-        if is_merge(traced, fork, node, parts_too=strict):
+        between = partial(_blocks_between, traced, options=options)
+        gathering = gathering_parts(traced, fork, node, between) if node.target is _CAT else ()
+        if gathering:
+            cores.append(Core(fork, node, None, (), gathering=gathering))
+        elif is_merge(traced, fork, node, parts_too=strict):
             try:
                 cores.append(core_of(traced, fork, node, options.skips))
             except ResnetPathsError:
@@ -74,7 +81,9 @@ def _parts(traced: Trace, trunk: list[Node], options: Options, *, strict: bool =
     lanes = [None, *(core.lane for core in cores), None]
     parts: list[Part] = []
     for index, (start, core, end) in enumerate(zip(starts, cores, ends, strict=True)):
-        if core.ladder:
+        if core.gathering:
+            parts += [core.gathering[0].starting_at(start), *core.gathering[1:]]
+        elif core.ladder:
             parts += _ladder_parts(core, start, end)
         elif core.lane is not None:
             parts.append(
@@ -84,7 +93,15 @@ def _parts(traced: Trace, trunk: list[Node], options: Options, *, strict: bool =
             )
         else:
             parts.append(_part(traced, core, start, end, options))
+        if index and cores[index - 1].gathering:
+            # What is gathered is put together between two blocks, whether or not one of them is deleted.
+            first = len(parts) - (len(core.gathering) or len(core.ladder) or 1)
+            parts[first] = replace(parts[first].starting_at(parts[first - 1].end), pre_stays=True)
     return parts
+
+
+def _blocks_between(traced: Trace, source: Node, target: Node, *, options: Options) -> list[Part]:
+    return _parts(traced, trunk_between(traced, source, target), options, strict=False)
 
 
 def _part(traced: Trace, core: Core, start: Node, end: Node, options: Options) -> Part:
@@ -173,7 +190,7 @@ def _inside(traced: Trace, fork: Node, branch: Node, options: Options) -> tuple[
     """The blocks of the chain inside a branch."""
     if branch is fork or options.max_depth == 0:
         return ()
-    return tuple(_parts(traced, trunk_between(traced, fork, branch), options.inside, strict=False))
+    return tuple(_blocks_between(traced, fork, branch, options=options.inside))
 
 
 class _Line:

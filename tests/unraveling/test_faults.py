@@ -28,10 +28,6 @@ from tests.unraveling.networks import (
 X = draw(4, WIDTH)
 
 
-def not_yet(reason):
-    return pytest.mark.xfail(strict=True, reason=reason)
-
-
 def found_or_refused(model, example, *named):
     """The chain; None if the model is refused by a message that has one of the words `named` in it."""
     message = ""
@@ -269,9 +265,44 @@ def cross_stage(m, x, add=torch.add):
 def test_additions_off_the_trunk_are_found_or_refused(run, longest, activation):
     model = network(run, stem=linear(), f=normed(activation), head=linear(WIDTH if run is reversible else 2 * WIDTH, 3))
     chain = found_or_refused(model, X)
+    assert (chain is None) == (run is reversible)
     if chain is not None:
-        assert chain.num_paths > 1
+        assert chain.num_paths == 2**longest
         assert_shares(chain, model, [X], longest)
+        for i in range(longest):
+            with zeroed(model.f[i]):
+                expected = model(X)
+            close(rp.delete_block(chain, i)(X), expected)
+
+
+def cross_stages(m, x, add=torch.add):
+    """Two such modules in a row, each followed by a layer, and a residual block between them."""
+    for i in (0, 1):
+        parts = list(m.stem[i](x).chunk(2, 1))
+        for layer in m.f[2 * i : 2 * i + 2]:
+            parts.append(add(parts[-1], layer(parts[-1])))
+        x = m.join[i](torch.cat(parts, 1))
+        x = add(x, torch.tanh(m.g[i](x))) if i == 0 else x
+    return m.head(torch.relu(x))
+
+
+def test_gathered_states_in_the_middle_of_a_network():
+    model = network(
+        cross_stages,
+        stem=linears(2),
+        f=normed(nn.ReLU),
+        join=lambda: nn.ModuleList(nn.Linear(2 * WIDTH, WIDTH) for _ in range(2)),
+        g=linears(2),
+        head=linear(WIDTH, 3),
+    )
+    chain = rp.unravel(model, X)
+    assert names_in(chain) == ["f.0", "f.1", "g.0", "f.2", "f.3"]
+    assert_shares(chain, model, [X], 5)
+    for i, module in enumerate([model.f[0], model.f[1], model.g[0], model.f[2], model.f[3]]):
+        with zeroed(module):
+            expected = model(X)
+        close(rp.delete_block(chain, i)(X), expected)
+        close(chain.run_with_cache(X)[0], model(X))
 
 
 # Activations and norms with parameters
@@ -388,7 +419,6 @@ def test_a_name_finds_one_block_of_the_whole_tree():
         close(rp.scale_block(chain, f"layers.{i}", 0)(X), expected)
 
 
-@not_yet("the concatenation of all states counts as a block")
 def test_states_that_the_head_gathers_make_no_path_longer():
     model = network(gathered, layers=linears(3), head=linear(3 * WIDTH, 3))
     assert_shares(rp.unravel(model, X), model, [X], 3)
