@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import difflib
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = ["ResnetPathsError", "StoreError", "StudyInterrupted", "UnravelError", "nearest_names", "requires_extra"]
 
@@ -70,7 +73,7 @@ class StudyInterrupted(ResnetPathsError, KeyboardInterrupt):  # noqa: N818, name
         store: The folder in which they are stored, or None.
     """
 
-    def __init__(self, frame: Any, num_batches: int, store: object = None) -> None:
+    def __init__(self, frame: pd.DataFrame | None, num_batches: int, store: object = None) -> None:
         self.frame = frame
         self.num_batches = num_batches
         self.store = store
@@ -80,7 +83,7 @@ class StudyInterrupted(ResnetPathsError, KeyboardInterrupt):  # noqa: N818, name
         super().__init__("lesion_study", num_batches, "a study that is not interrupted", advice)
         self.args = (f"stopped after {num_batches} batches. {advice}".rstrip(),)
 
-    def __reduce__(self) -> tuple[type[StudyInterrupted], tuple[Any, int, object]]:  # type: ignore[override]
+    def __reduce__(self) -> tuple[type[StudyInterrupted], tuple[pd.DataFrame | None, int, object]]:  # type: ignore[override]
         """Support pickling."""
         return type(self), (self.frame, self.num_batches, self.store)
 

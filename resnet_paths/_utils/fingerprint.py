@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +26,7 @@ _NAMED = (torch.dtype, torch.memory_format, torch.layout)
 _BOOKKEEPING = frozenset(vars(nn.Module()))
 
 
-def fingerprint(*values: Any, known: dict[int, bytes] | None = None) -> str:
+def fingerprint(*values: object, known: dict[int, bytes] | None = None) -> str:
     """SHA-256 of values; names and addresses do not count.
 
     Tensors and arrays count by dtype, shape and values, whatever their device. Exported graphs count by their
@@ -75,7 +74,7 @@ def is_determined(module: nn.Module, is_ours: Callable[[nn.Module], bool] = lamb
     return (of_torch or is_ours(module)) and all(is_determined(child, is_ours) for child in module.children())
 
 
-def _digest(value: Any, known: dict[int, bytes]) -> bytes:
+def _digest(value: object, known: dict[int, bytes]) -> bytes:
     """32 bytes that stand for the value."""
     if isinstance(value, torch.Tensor):
         return _hash("tensor", str(value.dtype), tuple(value.shape), _bytes_of(value))
@@ -100,7 +99,7 @@ def _digest(value: Any, known: dict[int, bytes]) -> bytes:
     raise ResnetPathsError("value", value, "numbers, strings, tensors, modules, and collections of such")
 
 
-def _parts_of_module(module: nn.Module) -> list[Any]:
+def _parts_of_module(module: nn.Module) -> list[object]:
     held = [dict(module._parameters), dict(module._buffers), dict(module._modules)]
     if isinstance(module, torch.jit.ScriptModule):
         return [str(module.inlined_graph), dict(module.named_parameters()), dict(module.named_buffers())]
@@ -110,11 +109,11 @@ def _parts_of_module(module: nn.Module) -> list[Any]:
     return [f"{type(module).__module__}.{type(module).__qualname__}", attributes, *held]
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: object) -> bool:
     return all(map(_is_plain, value)) if isinstance(value, tuple | list) else isinstance(value, (*_PLAIN, *_NAMED))
 
 
-def _operations_of(graph: Graph) -> list[Any]:
+def _operations_of(graph: Graph) -> list[object]:
     """What a graph does in each step, without the names of its nodes: those change when it is pickled."""
     numbers = {node: number for number, node in enumerate(graph.nodes)}
     return [
@@ -127,7 +126,7 @@ def _operations_of(graph: Graph) -> list[Any]:
     ]
 
 
-def _hash(*parts: Any) -> bytes:
+def _hash(*parts: object) -> bytes:
     """Each part is hashed after its length, so that no two lists of parts give the same bytes."""
     digest = hashlib.sha256()
     for value in parts:

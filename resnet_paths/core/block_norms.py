@@ -6,7 +6,6 @@ The forward pass only. What the sizes predict about a deletion is in `resnet_pat
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,7 +15,7 @@ from resnet_paths._utils.devices import wide
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths._utils.statistics import mean_over_examples
 from resnet_paths.core.chain import ResidualChain, require_chain, require_eval_mode
-from resnet_paths.core.inputs import batches_of, each_tensor, num_examples
+from resnet_paths.core.inputs import Inputs, InputsOrLoader, batches_of, each_tensor, num_examples
 from resnet_paths.core.parts import call_part
 from resnet_paths.core.placement import device_of
 from resnet_paths.core.signature import arguments_of
@@ -27,7 +26,7 @@ _COLUMNS = ("input_norm", "skip_norm", "branch_norm", "sum_norm", "cosine", "kep
 
 
 @torch.no_grad()
-def block_norms(chain: ResidualChain, inputs: Any) -> pd.DataFrame:
+def block_norms(chain: ResidualChain, inputs: InputsOrLoader) -> pd.DataFrame:
     """How large x, F(x) and F(x) + x are in every block, and which way F(x) points.
 
     Norms are Euclidean, of an example's whole x; what is carried beside it, such as an attention mask, is left out.
@@ -72,7 +71,7 @@ def block_norms(chain: ResidualChain, inputs: Any) -> pd.DataFrame:
     return frame
 
 
-def _of_batch(chain: ResidualChain, inputs: Any) -> np.ndarray:
+def _of_batch(chain: ResidualChain, inputs: Inputs) -> np.ndarray:
     """[block, column, example] in float64."""
     args, kwargs = arguments_of(each_tensor(torch.clone, inputs))
     _, cache = chain.run_with_cache(*args, **kwargs)

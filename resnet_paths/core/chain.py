@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, TypedDict, Unpack, cast
 
 import pandas as pd
 import torch
@@ -24,11 +24,26 @@ from resnet_paths._utils.errors import ResnetPathsError, nearest_names
 from resnet_paths.core.cache import ByBlock, Cache
 from resnet_paths.core.modes import depends_on_mode
 from resnet_paths.core.parts import Parallel, Placed, added, call_part, context_read_by
-from resnet_paths.core.paths import InBranch, num_paths
+from resnet_paths.core.paths import Choice, InBranch, num_paths
 from resnet_paths.core.summary import chain_table, dimensions, indented
 from resnet_paths.core.units import length_polynomial
 
 __all__ = ["Block", "ResidualChain"]
+
+
+class _Fields(TypedDict, total=False):
+    """The arguments of `Block`."""
+
+    branch: nn.Module | None
+    skip: nn.Module | None
+    pre: nn.Module | None
+    pre_stays: bool
+    post: nn.Module | None
+    name: str
+    skip_kind: str | None
+    stage: int
+    in_shape: Sequence[int] | None
+    out_shape: Sequence[int] | None
 
 
 class Block(nn.Module):
@@ -107,11 +122,11 @@ class Block(nn.Module):
         return added(total, call_part(self.branch, x, context))
 
     @property
-    def path_choices(self) -> tuple[Any, ...]:
+    def path_choices(self) -> tuple[Choice, ...]:
         """The entries it offers to a path: False for the skip, 1, 2... for its branches (`resnet_paths.core.paths`)."""
-        skips: tuple[Any, ...] = (False,) if self.skip is not None else ()
+        skips: tuple[Choice, ...] = (False,) if self.skip is not None else ()
         nested = self.nested
-        offered: list[Any] = []
+        offered: list[Choice] = []
         for number in range(1, len(self.branches) + 1):
             if number in nested:
                 offered.append(InBranch(nested[number].path_choices, number))
@@ -174,10 +189,11 @@ class Block(nn.Module):
             in_shape=place.in_shape if place.pre_stays else own_shape,
         )
 
-    def replace(self, **changes: Any) -> Block:
+    def replace(self, **changes: Unpack[_Fields]) -> Block:
         """A block that shares all parts with this one but those in `changes`, named as in `Block`."""
-        fields = ("branch", "skip", "pre", "pre_stays", "post", "name", "skip_kind", "stage", "in_shape", "out_shape")
-        block = Block(**({field: getattr(self, field) for field in fields} | changes))
+        fields: dict[str, Any] = {field: getattr(self, field) for field in _Fields.__annotations__}
+        fields.update(changes)
+        block = Block(**fields)
         block.training = self.training  # not block.train(): the parts are shared
         return block
 
@@ -260,14 +276,14 @@ class ResidualChain(nn.Module):
         state, *context = self.stem(*inputs, **keywords)
         return state, dict(zip(self.context_names, context, strict=True))
 
-    def forward(self, *inputs: Any, **keywords: Any) -> Any:
+    def forward(self, *inputs: object, **keywords: object) -> torch.Tensor:
         """What the network returns."""
         x, context = self.begin(*inputs, **keywords)
         for block in self:
             x = call_part(block, x, context)
         return call_part(self.head, x, context)
 
-    def run_with_cache(self, *inputs: Any, **keywords: Any) -> tuple[Any, Cache]:
+    def run_with_cache(self, *inputs: object, **keywords: object) -> tuple[torch.Tensor, Cache]:
         """What the network returns, and what every block read, skipped and added on the way.
 
         Args:
@@ -322,7 +338,7 @@ class ResidualChain(nn.Module):
         return len(self.blocks)
 
     @property
-    def path_choices(self) -> tuple[tuple[Any, ...], ...]:
+    def path_choices(self) -> tuple[tuple[Choice, ...], ...]:
         """The entries that each block offers to a path; see `resnet_paths.core.paths`."""
         return tuple(block.path_choices for block in self)
 
@@ -399,11 +415,12 @@ class ResidualChain(nn.Module):
 
     def _repr_html_(self) -> str:
         """The same as a table in a notebook."""
-        left: Any = [{"selector": "th, td", "props": "text-align: left; white-space: pre"}]
         first = f"<p>ResidualChain of {len(self)} blocks, {self.num_paths:,} paths</p>"
         if not len(self):
             return first
-        return first + indented(self.to_frame()).style.hide(axis="index").set_table_styles(left).to_html()
+        style = indented(self.to_frame()).style.hide(axis="index")
+        left = "text-align: left; white-space: pre"
+        return first + style.set_table_styles([{"selector": "th, td", "props": left}]).to_html()
 
     def to_frame(self) -> pd.DataFrame:
         """What every block holds, one row each; the rows of a chain inside a branch follow that of its block.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.core.chain import require_eval_mode
-from resnet_paths.core.inputs import checked_inputs, num_examples
+from resnet_paths.core.inputs import Inputs, checked_inputs, num_examples
 from resnet_paths.core.signature import arguments_of
 
 __all__ = ["ForwardCost", "TrainingMemory", "forward_cost", "training_memory"]
@@ -43,7 +43,7 @@ class ForwardCost:
 
 
 @torch.inference_mode()
-def forward_cost(module: nn.Module, inputs: Any, *, min_seconds: float = 0.2) -> ForwardCost:
+def forward_cost(module: nn.Module, inputs: Inputs, *, min_seconds: float = 0.2) -> ForwardCost:
     """Measure the cost of a forward pass: count its operations and time it.
 
     Args:
@@ -151,12 +151,18 @@ class _Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._known: set[int] = set()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: Iterable[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         outputs = func(*args, **(kwargs or {}))
         self.see(tree_leaves(outputs))
         return outputs
 
-    def see(self, values: list[Any]) -> None:
+    def see(self, values: Iterable[object]) -> None:
         """Count the storages of tensors that are not yet counted."""
         for tensor in values:
             if isinstance(tensor, torch.Tensor) and _key(tensor) not in self._known:

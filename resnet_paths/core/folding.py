@@ -11,11 +11,12 @@ directly after an addition or before a nonlinearity has no convolution to be fol
 from __future__ import annotations
 
 import operator
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
+from torch.fx.node import Argument
 
 from resnet_paths._utils.devices import wide
 
@@ -78,13 +79,12 @@ def _folded(module: GraphModule, norm: Node, name: str) -> bool:
     return True
 
 
-def _is_held(part: Any) -> bool:
+def _is_held(part: Argument) -> bool:
     return part is None or (isinstance(part, Node) and part.op == "get_attr")
 
 
-def _tensor(module: GraphModule, part: Any) -> torch.Tensor | None:
+def _tensor(module: GraphModule, part: Argument) -> torch.Tensor | None:
     """The tensor that a graph reads from its module."""
-    if part is None:
+    if not isinstance(part, Node):
         return None
-    value: Any = operator.attrgetter(part.target)(module)
-    return cast("torch.Tensor", value.detach())
+    return cast("torch.Tensor", operator.attrgetter(str(part.target))(module).detach())

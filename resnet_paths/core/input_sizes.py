@@ -153,7 +153,7 @@ def _plain(size: sympy.Expr) -> int | str:
     return str(size) if size.is_Symbol else int(size)
 
 
-def _shown(condition: Any) -> str:
+def _shown(condition: sympy.Basic) -> str:
     relation = getattr(condition, "rel_op", None)
     return str(condition) if relation is None else f"{condition.lhs} {relation} {condition.rhs}"
 
@@ -171,7 +171,7 @@ class CheckedInputs(nn.Module):
         self,
         module: nn.Module,
         sizes: InputSizes,
-        tensors_of: Callable[[tuple[Any, ...], dict[str, Any]], tuple[torch.Tensor, ...]] | None = None,
+        tensors_of: Callable[[tuple[object, ...], dict[str, object]], tuple[torch.Tensor, ...]] | None = None,
     ) -> None:
         super().__init__()
         self.module = module
@@ -184,7 +184,7 @@ class CheckedInputs(nn.Module):
         self.sizes.check(inputs)
         return inputs
 
-    def forward(self, *inputs: Any, **keywords: Any) -> Any:
+    def forward(self, *inputs: Any, **keywords: object) -> object:
         """What the module returns, for inputs of the right sizes."""
         tensors = inputs if self.tensors_of is None else self.tensors_of(inputs, keywords)
         return self.module(*self.check(*tensors))

@@ -6,19 +6,19 @@ batch is a pair (inputs, labels), or one mapping that holds the labels too, as t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TypeAlias, TypeVar
 
 import torch
-from torch import nn
 from torch.utils import _pytree as pytree
 
 from resnet_paths._utils.errors import ResnetPathsError
-from resnet_paths.core.signature import arguments_of
+from resnet_paths.core.signature import Inputs
 
 __all__ = [
+    "Inputs",
+    "InputsOrLoader",
     "batches_of",
-    "call",
     "checked_inputs",
     "each_tensor",
     "inputs_of",
@@ -28,6 +28,11 @@ __all__ = [
     "split",
     "unpack",
 ]
+
+InputsOrLoader: TypeAlias = Inputs | Iterable[object]
+"""The inputs of one batch, or batches of (inputs, targets) or of mappings."""
+
+T = TypeVar("T")
 
 _LABELS = "labels"
 _FORMS = "a tensor, a tuple of positional arguments or a mapping of keyword arguments with tensors among them"
@@ -51,7 +56,7 @@ def require_loader(loader: object) -> None:
         )
 
 
-def unpack(batch: Any) -> tuple[Any, torch.Tensor]:
+def unpack(batch: object) -> tuple[Inputs, torch.Tensor]:
     """Inputs and labels of a batch, whole labels as int64.
 
     Args:
@@ -88,7 +93,7 @@ def unpack(batch: Any) -> tuple[Any, torch.Tensor]:
     return inputs, labels.long() if whole else labels
 
 
-def is_one_batch(inputs: Any) -> bool:
+def is_one_batch(inputs: object) -> bool:
     """Whether a caller gave the inputs of one batch, and no loader: those hold no tensor outside of their batches.
 
     Args:
@@ -102,7 +107,7 @@ def is_one_batch(inputs: Any) -> bool:
     return isinstance(inputs, torch.Tensor | Mapping)
 
 
-def batches_of(inputs: Any, targets: Any = None) -> Iterator[tuple[Any, Any]]:
+def batches_of(inputs: InputsOrLoader, targets: object = None) -> Iterator[tuple[Inputs, object]]:
     """Batches of (inputs, targets), from a single one or a loader.
 
     Args:
@@ -131,12 +136,12 @@ def batches_of(inputs: Any, targets: Any = None) -> Iterator[tuple[Any, Any]]:
         raise ResnetPathsError("inputs", type(inputs).__name__, f"{_FORMS}; or a loader with a batch")
 
 
-def _inputs_and_targets(batch: Any) -> tuple[Any, Any]:
+def _inputs_and_targets(batch: Mapping[str, object] | Sequence[object]) -> tuple[Inputs, object]:
     targets = batch.get(_LABELS) if isinstance(batch, Mapping) else batch[1]
     return checked_inputs(inputs_of(batch)), dict(targets) if isinstance(targets, Mapping) else targets
 
 
-def inputs_of(batch: Any) -> Any:
+def inputs_of(batch: object) -> object:
     """The inputs of a batch, its labels left out.
 
     Args:
@@ -151,7 +156,7 @@ def inputs_of(batch: Any) -> Any:
     return tuple(inputs) if isinstance(inputs, list) else inputs
 
 
-def checked_inputs(inputs: Any) -> Any:
+def checked_inputs(inputs: object) -> Inputs:
     """Inputs of one batch.
 
     Args:
@@ -174,36 +179,22 @@ def checked_inputs(inputs: Any) -> Any:
     return inputs
 
 
-def call(module: nn.Module, inputs: Any) -> Any:
-    """What a model, a chain or a stem returns for the inputs of a batch.
-
-    Args:
-        module: The module.
-        inputs: A tensor, a tuple of positional arguments or a mapping of keyword arguments.
-
-    Returns:
-        Its output.
-    """
-    args, kwargs = arguments_of(inputs)
-    return module(*args, **kwargs)
-
-
-def each_tensor(function: Callable[[torch.Tensor], torch.Tensor], inputs: Any) -> Any:
+def each_tensor(function: Callable[[torch.Tensor], torch.Tensor], inputs: T) -> T:
     """Inputs with a function taken of every tensor among them."""
     return pytree.tree_map_only(torch.Tensor, function, inputs)
 
 
-def num_examples(inputs: Any) -> int:
+def num_examples(inputs: object) -> int:
     """Length of the longest tensor among the inputs: others hold one row for all examples, or none."""
     return max(_lengths(inputs), default=0)
 
 
-def _lengths(inputs: Any) -> list[int]:
+def _lengths(inputs: object) -> list[int]:
     """Of every tensor that has one."""
     return [len(leaf) for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor) and leaf.dim()]
 
 
-def split(inputs: Any, targets: Any, size: int) -> Iterator[tuple[Any, Any]]:
+def split(inputs: Inputs, targets: T, size: int) -> Iterator[tuple[Inputs, T]]:
     """Parts of a batch.
 
     Args:

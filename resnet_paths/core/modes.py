@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from types import CodeType
-from typing import Any
 
 from torch import nn
 
@@ -45,9 +44,9 @@ def depends_on_mode(kind: type[nn.Module]) -> bool:
     return False
 
 
-def _codes_of(member: Any) -> Iterator[CodeType]:
+def _codes_of(member: object) -> Iterator[CodeType]:
     """The code of a method or property, without its decorators, and of the functions that it defines inside."""
-    function: Any = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
+    function = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
     waiting = [getattr(inspect.unwrap(function), "__code__", None)]
     while waiting:
         code = waiting.pop()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import nn
@@ -47,7 +46,7 @@ def call_part(part: nn.Module, x: torch.Tensor, context: Mapping[str, torch.Tens
     return part(x, **{name: context[name] for name in context_read_by(part)})  # type: ignore[no-any-return]
 
 
-def added(one: Any, other: Any) -> torch.Tensor:
+def added(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """The sum of two states.
 
     Args:

@@ -16,7 +16,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
-from typing import Any, Protocol, SupportsIndex, TypeAlias
+from typing import Generic, Protocol, SupportsIndex, TypeAlias, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -37,6 +37,8 @@ __all__ = [
     "path_polynomial",
     "sample_paths",
 ]
+
+T = TypeVar("T")
 
 Entry: TypeAlias = "int | tuple[Entry, ...]"
 """What a path takes at one block: False (0) = skip, True (1) = branch, 2, 3... = further parallel branches; a path
@@ -60,7 +62,7 @@ class HasPathChoices(Protocol):
         """The entries that each block offers to a path."""
 
 
-class InBranch(tuple[Any, ...]):
+class InBranch(tuple[T, ...], Generic[T]):
     """A path through the chain inside a branch, as an entry of a path; or the choices that such a chain offers.
 
     It is a tuple; that of a block's first branch equals the plain tuple of its entries.
@@ -72,7 +74,7 @@ class InBranch(tuple[Any, ...]):
 
     branch: int
 
-    def __new__(cls, entries: Iterable[Any], branch: int = 1) -> InBranch:
+    def __new__(cls, entries: Iterable[T], branch: int = 1) -> InBranch[T]:
         """The entries, with the number of their branch."""
         made = super().__new__(cls, entries)
         made.branch = branch
@@ -92,7 +94,7 @@ class InBranch(tuple[Any, ...]):
         entries = tuple.__repr__(self)
         return f"InBranch({entries}, branch={self.branch})" if self.branch > 1 else entries
 
-    def __getnewargs__(self) -> tuple[tuple[Any, ...], int]:
+    def __getnewargs__(self) -> tuple[tuple[T, ...], int]:
         return tuple(self), self.branch
 
 

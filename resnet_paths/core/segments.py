@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -35,7 +34,7 @@ def move_constants(segment: Segment, fn: Callable[[torch.Tensor], torch.Tensor])
         fn: Moves or converts a tensor.
     """
 
-    def replaced(value: Any) -> Any:
+    def replaced(value: object) -> object:
         if isinstance(value, torch.device):
             return fn(torch.empty(0, device=value)).device
         is_precision = isinstance(value, torch.dtype) and value.is_floating_point

@@ -7,8 +7,8 @@ classes. What is exported is the call, which has the model's own parameters unde
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import nn
@@ -16,12 +16,15 @@ from torch.utils import _pytree as pytree
 
 from resnet_paths._utils.errors import ResnetPathsError
 
-__all__ = ["Call", "Signature", "arguments_of"]
+__all__ = ["Call", "Inputs", "Signature", "arguments_of"]
+
+Inputs: TypeAlias = torch.Tensor | Sequence[object] | Mapping[str, object]
+"""What a model is called with: a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments."""
 
 _MAIN_OUTPUTS = ("logits", "last_hidden_state", "out")
 
 
-def arguments_of(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments_of(example_inputs: Inputs) -> tuple[tuple[object, ...], dict[str, object]]:
     """Positional and keyword arguments that an example stands for.
 
     Args:
@@ -49,12 +52,12 @@ class Signature:
         is_tensor: Which leaves are tensors.
     """
 
-    spec: Any
-    constants: tuple[Any, ...]
+    spec: pytree.TreeSpec
+    constants: tuple[object, ...]
     is_tensor: tuple[bool, ...]
 
     @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Signature, tuple[torch.Tensor, ...]]:
+    def of(cls, args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[Signature, tuple[torch.Tensor, ...]]:
         """The signature of a call, and its tensors."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
         is_tensor = tuple(isinstance(leaf, torch.Tensor) for leaf in leaves)
@@ -75,14 +78,14 @@ class Signature:
         args, kwargs = self.arguments([None] * sum(self.is_tensor))
         return not kwargs and all(self.is_tensor) and len(args) == len(self.is_tensor)
 
-    def arguments(self, tensors: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def arguments(self, tensors: Iterable[object]) -> tuple[tuple[object, ...], dict[str, object]]:
         """Tensors put back among the other arguments."""
         waiting = iter(tensors)
         each = zip(self.constants, self.is_tensor, strict=True)
         args, kwargs = pytree.tree_unflatten([next(waiting) if tensor else c for c, tensor in each], self.spec)
         return args, kwargs
 
-    def tensors(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+    def tensors(self, args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[torch.Tensor, ...]:
         """The tensors of another call of the same kind.
 
         Args:
@@ -138,7 +141,7 @@ class Call(nn.Module):
         return chosen(self._called[0](*args, **kwargs), self._output)
 
 
-def chosen(returned: Any, output: str | int | None) -> torch.Tensor:
+def chosen(returned: object, output: str | int | None) -> torch.Tensor:
     """One tensor of what a model returns.
 
     Args:
@@ -171,7 +174,7 @@ def chosen(returned: Any, output: str | int | None) -> torch.Tensor:
     return tensor
 
 
-def _named(returned: Any) -> dict[Any, Any]:
+def _named(returned: object) -> dict[object, object]:
     if isinstance(returned, Mapping):
         return dict(returned)
     if dataclasses.is_dataclass(returned) and not isinstance(returned, type):

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Protocol
 
 import pandas as pd
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from resnet_paths.core.paths import Choice
 from resnet_paths.core.weight_layers import are_side_by_side, weight_layers
 
-__all__ = ["chain_table", "contents", "dimensions", "indented", "shape_of_x"]
+__all__ = ["chain_table", "contents", "dimensions", "indented"]
 
 _NAMES = {
     "batch_norm": "norm",
@@ -55,6 +56,41 @@ _SHOWN = {
 }
 
 
+class ShownBlock(Protocol):
+    """What is read of a block: `resnet_paths.core.chain.Block` imports this file."""
+
+    name: str
+    stage: int
+    skip_kind: str | None
+    pre: nn.Module
+    branch: nn.Module | None
+    post: nn.Module
+    in_shape: tuple[int, ...] | None
+    out_shape: tuple[int, ...] | None
+
+    @property
+    def branches(self) -> Sequence[nn.Module]:
+        """The branches that a path may take."""
+
+    @property
+    def nested(self) -> Mapping[int, ShownChain]:
+        """The chains inside its branches."""
+
+    @property
+    def path_choices(self) -> Sequence[Choice]:
+        """The entries that it offers to a path."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of all parts."""
+
+
+class ShownChain(Protocol):
+    """What is read of a chain: its blocks."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[ShownBlock]: ...
+
+
 def contents(module: nn.Module | None) -> str:
     """What a module holds, in order, repeats folded, such as ``"2 x (norm, relu, conv 3x3)"``.
 
@@ -87,9 +123,10 @@ def _words(module: nn.Module) -> Iterable[str]:
 def _word(module: GraphModule, node: Node) -> str:
     name = str(getattr(node.target, "__name__", "")).split(".")[0]
     if name.startswith("conv"):
-        weight: Any = node.args[1]
+        weight = node.args[1]
+        assert isinstance(weight, Node)  # a convolution has weights
         # One that is made of others in the graph is known by its shape alone.
-        value = operator.attrgetter(weight.target)(module) if weight.op == "get_attr" else weight.meta.get("val")
+        value = operator.attrgetter(str(weight.target))(module) if weight.op == "get_attr" else weight.meta.get("val")
         return "conv" if value is None else "conv " + "x".join(map(str, value.shape[2:]))
     return _NAMES.get(name, name.rstrip("_")) if name in _SHOWN else ""
 
@@ -120,7 +157,7 @@ def _repeats(words: Sequence[str], start: int) -> Iterable[tuple[int, int]]:
         yield size, times
 
 
-def chain_table(blocks: Iterable[Any], depth: int = 0) -> pd.DataFrame:
+def chain_table(blocks: Iterable[ShownBlock], depth: int = 0) -> pd.DataFrame:
     """A table of a chain, those inside its branches included.
 
     Args:
@@ -130,14 +167,14 @@ def chain_table(blocks: Iterable[Any], depth: int = 0) -> pd.DataFrame:
     Returns:
         One row per block; see `resnet_paths.core.chain.ResidualChain.to_frame`.
     """
-    rows: list[dict[Any, Any]] = []
+    rows: list[dict[Hashable, object]] = []
     for index, block in enumerate(blocks):
         nested = block.nested
         words = [
             f"chain of {len(nested[number])} blocks" if number in nested else contents(branch)
             for number, branch in enumerate(block.branches, start=1)
         ]
-        shapes = [dimensions(shape_of_x(shape)) for shape in (block.in_shape, block.out_shape)]
+        shapes = [dimensions(shape) for shape in (block.in_shape, block.out_shape)]
         rows.append({
             "index": index,
             "block": block.name or "(unnamed)",
@@ -157,30 +194,15 @@ def chain_table(blocks: Iterable[Any], depth: int = 0) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def shape_of_x(shape: Any) -> Any:
-    """Shape of what branches work on: of the first tensor where a state is several.
+def dimensions(shape: Sequence[int] | None) -> str:
+    """A shape for people.
 
     Args:
         shape: Shape of a state, without the batch; None if not known.
 
     Returns:
-        Sizes, or None.
+        Such as ``"16x8x8"``.
     """
-    return shape[0] if shape and isinstance(shape[0], tuple) else shape
-
-
-def dimensions(shape: Any) -> str:
-    """A shape for people.
-
-    Args:
-        shape: Shape of a state, without the batch: sizes, or a tuple of sizes for each of its tensors; None if not
-            known.
-
-    Returns:
-        Such as ``"16x8x8"`` or ``"(4, 4x2)"``.
-    """
-    if shape_of_x(shape) is not shape:
-        return f"({', '.join(map(dimensions, shape))})"
     return "?" if shape is None else "x".join(map(str, shape)) or "scalar"
 
 

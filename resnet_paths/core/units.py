@@ -20,10 +20,13 @@ A chain has one block per residual addition. Blocks whose names are equal up to 
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from torch import nn
 
 from resnet_paths._utils.errors import ResnetPathsError
-from resnet_paths.core.paths import multiplied, path_polynomial
+from resnet_paths.core.paths import Choice, HasPathChoices, multiplied, path_polynomial
 from resnet_paths.core.weight_layers import weight_layers
 
 __all__ = ["UNITS", "length_polynomial"]
@@ -32,7 +35,27 @@ UNITS = ("block", "transformer_layer", "weight_layer")
 """Units of path length."""
 
 
-def length_polynomial(chain: Any, unit: str) -> list[int]:
+class CountedBlock(Protocol):
+    """What is read of a block: `resnet_paths.core.chain.Block` imports this file."""
+
+    @property
+    def name(self) -> str:
+        """Its name in the model."""
+
+    @property
+    def branches(self) -> Sequence[nn.Module]:
+        """The branches that a path may take."""
+
+    @property
+    def path_choices(self) -> Sequence[Choice]:
+        """The entries that it offers to a path."""
+
+
+class CountedChain(HasPathChoices, Iterable[CountedBlock], Protocol):
+    """What is read of a chain: its blocks, and what they offer to a path."""
+
+
+def length_polynomial(chain: CountedChain, unit: str) -> list[int]:
     """Number of paths of each length, with lengths in a given unit.
 
     Args:
@@ -70,21 +93,20 @@ def length_polynomial(chain: Any, unit: str) -> list[int]:
     return total
 
 
-def _of_block(block: Any, lengths: list[int]) -> list[int]:
+def _of_block(block: CountedBlock, lengths: list[int]) -> list[int]:
     coefficients = [0] * (max([0, *lengths]) + 1)
     for choice, length in zip(block.path_choices, lengths, strict=True):
         coefficients[length if choice else 0] += 1
     return coefficients
 
 
-def _lengths_in_layers(block: Any) -> list[int]:
+def _lengths_in_layers(block: CountedBlock) -> list[int]:
     """The length that each choice of a block adds to a path."""
-    branches = [block.branch] if sum(map(bool, block.path_choices)) < 2 else list(block.branch)
-    each = iter(map(weight_layers, branches))
+    each = iter(map(weight_layers, block.branches))
     return [next(each) if choice else 0 for choice in block.path_choices]
 
 
-def _group_of(block: Any) -> Any:
+def _group_of(block: CountedBlock) -> object:
     """Equal for the blocks of one transformer layer: the name up to its last number, as in ``layers.3``."""
     parts = block.name.split(".")
     numbered = [i for i, part in enumerate(parts) if part.isdigit()] or [

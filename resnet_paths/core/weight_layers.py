@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import torch
 from torch import nn
@@ -156,6 +156,6 @@ def _has_weight(node: Node, learned: set[Node]) -> bool:
     """Whether an operand of a convolution or product is learned, other than a bias."""
     if node.target in _RECURRENT:
         return any(operand in learned for operand in node.all_input_nodes)
-    operands: Any = node.args[1] if node.target is _ATEN.einsum.default else node.args
+    operands = node.args[1] if node.target is _ATEN.einsum.default else node.args
     operands = operands[1:] if node.target is _ATEN.addmm.default else operands[:2]
     return any(operand in learned for operand in operands)

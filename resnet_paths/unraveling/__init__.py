@@ -22,7 +22,7 @@ from torch._subclasses import FakeTensor
 from resnet_paths._utils.errors import ResnetPathsError, UnravelError
 from resnet_paths.core.chain import ResidualChain, require_eval_mode
 from resnet_paths.core.input_sizes import InputSizes
-from resnet_paths.core.signature import Call, Signature, arguments_of, chosen
+from resnet_paths.core.signature import Call, Inputs, Signature, arguments_of, chosen
 from resnet_paths.unraveling.adapters import keep_adapters_in_layers
 from resnet_paths.unraveling.assembly import assemble
 from resnet_paths.unraveling.by_hand import chain_of_named_blocks
@@ -41,7 +41,7 @@ __all__ = ["unravel"]
 
 def unravel(
     model: nn.Module,
-    example_inputs: Any,
+    example_inputs: Inputs,
     *,
     output: str | int | None = None,
     max_depth: int | None = None,
@@ -182,7 +182,7 @@ def _named(
     return claim
 
 
-def _check_arguments(model: nn.Module, example_inputs: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _check_arguments(model: nn.Module, example_inputs: Inputs) -> tuple[tuple[object, ...], dict[str, object]]:
     if not isinstance(model, nn.Module):
         raise ResnetPathsError("model", type(model).__name__, "a torch.nn.Module")
     refuse_model(model)

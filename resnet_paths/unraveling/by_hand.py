@@ -19,7 +19,6 @@ from torch.utils import _pytree as pytree
 from resnet_paths._utils.errors import ResnetPathsError, nearest_names
 from resnet_paths.core.chain import Block, ResidualChain
 from resnet_paths.core.signature import Signature, chosen
-from resnet_paths.core.summary import shape_of_x
 
 __all__ = ["chain_of_named_blocks"]
 
@@ -152,7 +151,7 @@ def chain_of_named_blocks(
         blocks += _named_after(name, unravel(modules[name], state), state, previous)
     stage = 0
     for index, block in enumerate(blocks):
-        stage += int(index > 0 and shape_of_x(block.out_shape) != shape_of_x(blocks[index - 1].out_shape))
+        stage += int(index > 0 and block.out_shape != blocks[index - 1].out_shape)
         block.stage = stage
     stem = _Before(_with_replaced(model, dict.fromkeys(names, _Stop())))
     given = {name: _Give(calls[name][1]) for name in names}
