@@ -3,7 +3,6 @@
 from . import figures as figures
 from . import gradients as gradients
 from . import lesions as lesions
-from . import widgets as widgets
 from . import zoo as zoo
 from ._utils.errors import (
     ResnetPathsError as ResnetPathsError,
@@ -55,6 +54,7 @@ from .core.paths import (
     sample_paths as sample_paths,
 )
 from .core.unraveled_graph import unraveled_graph as unraveled_graph
+from .figures import widgets as widgets
 from .gradients import (
     effective_window as effective_window,
 )

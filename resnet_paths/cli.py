@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+    from torch.utils.data import Subset
+
+    from resnet_paths.core.chain import ResidualChain
+    from resnet_paths.lesions.lesion import Lesion
 
 # Heavy modules are imported inside the commands, so that --help is fast.
 
@@ -138,12 +146,10 @@ def lesion(
     output: Annotated[Path | None, typer.Option(help="CSV file to write; printed by default.")] = None,
 ) -> None:
     """Delete, duplicate or reorder blocks and measure the test error of each lesion."""
-    from torch.utils.data import DataLoader, Subset
+    from torch.utils.data import DataLoader
 
     from resnet_paths._utils.errors import ResnetPathsError, StudyInterrupted
-    from resnet_paths._utils.files import write_then_rename
     from resnet_paths.lesions import lesion_study
-    from resnet_paths.reproduce.datasets import load_dataset
     from resnet_paths.unraveling import unravel
     from resnet_paths.zoo import load_network
 
@@ -151,18 +157,14 @@ def lesion(
         raise ResnetPathsError("plan", plan, f"one of {', '.join(map(repr, _PLANS))}")
     if batch_size < 1:
         raise ResnetPathsError("batch_size", batch_size, "an int of at least 1")
-    images = load_dataset(dataset, "test")
-    count = len(images) if num_images is None else num_images
-    if not 1 <= count <= len(images):
-        raise ResnetPathsError("num_images", count, f"an int from 1 to {len(images)}")
+    images = _first_images(dataset, num_images)
     # Unraveled on the CPU, where it was loaded; the study moves it to the device.
     chain = unravel(load_network(network, weights), images[0][0].unsqueeze(0))
     lesions = _lesions_of(plan, chain, counts, repeats, seed)
-    loader = DataLoader(Subset(images, range(count)), batch_size=batch_size)
     try:
         frame = lesion_study(
             chain,
-            loader,
+            DataLoader(images, batch_size=batch_size),
             lesions,
             store=store,
             device=device,
@@ -172,28 +174,49 @@ def lesion(
             fold_batchnorm=fold_batchnorm,
         )
     except StudyInterrupted as interrupt:
-        kept = (
-            f"; run the same command again to resume from {store}"
-            if store
-            else "; without --store their results are lost"
-        )
-        typer.echo(f"resnet-paths: stopped after {interrupt.num_batches} batches{kept}", err=True)
-        raise typer.Exit(130) from None
+        raise _stopped(interrupt.num_batches, store) from None
+    _show_or_write(frame, output)
+
+
+def _first_images(dataset: str, count: int | None) -> Subset[tuple[torch.Tensor, int]]:
+    """The first `count` test images of a data set; all if it is None."""
+    from torch.utils.data import Subset
+
+    from resnet_paths._utils.errors import ResnetPathsError
+    from resnet_paths.reproduce.datasets import load_dataset
+
+    images = load_dataset(dataset, "test")
+    count = len(images) if count is None else count
+    if not 1 <= count <= len(images):
+        raise ResnetPathsError("num_images", count, f"an int from 1 to {len(images)}")
+    return Subset(images, range(count))
+
+
+def _stopped(num_batches: int, store: Path | None) -> typer.Exit:
+    """Say how to resume an interrupted study."""
+    kept = f"run the same command again to resume from {store}" if store else "without --store their results are lost"
+    typer.echo(f"resnet-paths: stopped after {num_batches} batches; {kept}", err=True)
+    return typer.Exit(130)
+
+
+def _show_or_write(frame: pd.DataFrame, output: Path | None) -> None:
+    from resnet_paths._utils.files import write_then_rename
+
     if output is None:
         typer.echo(frame.to_string(index=False, float_format="{:.4f}".format))
-    else:
-        with write_then_rename(output) as temporary:
-            frame.to_csv(temporary, index=False)
-        typer.echo(f"wrote {output}")
+        return
+    with write_then_rename(output) as temporary:
+        frame.to_csv(temporary, index=False)
+    typer.echo(f"wrote {output}")
 
 
-def _lesions_of(plan: str, chain: Any, counts: str | None, repeats: int, seed: int) -> list[Any]:
+def _lesions_of(plan: str, chain: ResidualChain, counts: str | None, repeats: int, seed: int) -> list[Lesion]:
     """The lesions of a plan by name."""
     import torch
 
     from resnet_paths.lesions import plans
 
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, object] = {}
     if plan.startswith("random-"):
         # Any number of swaps can follow one another; deletions and duplications are limited by the number of blocks.
         singles = {"random-deletions": "single_deletions", "random-duplications": "duplications"}.get(plan)
@@ -203,7 +226,7 @@ def _lesions_of(plan: str, chain: Any, counts: str | None, repeats: int, seed: i
             "repeats": repeats,
             "generator": torch.Generator().manual_seed(seed),
         }
-    lesions: list[Any] = getattr(plans, plan.replace("-", "_"))(chain, **arguments)
+    lesions: list[Lesion] = getattr(plans, plan.replace("-", "_"))(chain, **arguments)
     return lesions
 
 

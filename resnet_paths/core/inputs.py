@@ -7,7 +7,7 @@ batch is a pair (inputs, labels), or one mapping that holds the labels too, as t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch.utils import _pytree as pytree
@@ -68,8 +68,10 @@ def unpack(batch: object) -> tuple[Inputs, torch.Tensor]:
     Raises:
         ResnetPathsError: If it is not a batch, or its tensors have different lengths.
     """
-    is_pair = isinstance(batch, tuple | list) and len(batch) == 2
-    labels = batch.get(_LABELS) if isinstance(batch, Mapping) else batch[1] if is_pair else None
+    if isinstance(batch, Mapping):
+        labels = batch.get(_LABELS)
+    else:
+        labels = batch[1] if isinstance(batch, tuple | list) and len(batch) == 2 else None
     if not isinstance(labels, torch.Tensor):
         keys = f" of {', '.join(map(repr, batch))}" if isinstance(batch, Mapping) else ""
         raise ResnetPathsError(
@@ -141,7 +143,7 @@ def _inputs_and_targets(batch: Mapping[str, object] | Sequence[object]) -> tuple
     return checked_inputs(inputs_of(batch)), dict(targets) if isinstance(targets, Mapping) else targets
 
 
-def inputs_of(batch: object) -> object:
+def inputs_of(batch: Any) -> Inputs:
     """The inputs of a batch, its labels left out.
 
     Args:
@@ -181,7 +183,8 @@ def checked_inputs(inputs: object) -> Inputs:
 
 def each_tensor(function: Callable[[torch.Tensor], torch.Tensor], inputs: T) -> T:
     """Inputs with a function taken of every tensor among them."""
-    return pytree.tree_map_only(torch.Tensor, function, inputs)
+    mapped: T = pytree.tree_map_only(torch.Tensor, function, inputs)
+    return mapped
 
 
 def num_examples(inputs: object) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from types import CodeType
+from typing import Any
 
 from torch import nn
 
@@ -46,7 +47,7 @@ def depends_on_mode(kind: type[nn.Module]) -> bool:
 
 def _codes_of(member: object) -> Iterator[CodeType]:
     """The code of a method or property, without its decorators, and of the functions that it defines inside."""
-    function = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
+    function: Any = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
     waiting = [getattr(inspect.unwrap(function), "__code__", None)]
     while waiting:
         code = waiting.pop()

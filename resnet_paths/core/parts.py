@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping
+from typing import TypeAlias
 
 import torch
 from torch import nn
@@ -12,6 +13,9 @@ from torch.fx import GraphModule
 from resnet_paths._utils.errors import ResnetPathsError
 
 __all__ = ["Constant", "Parallel", "Placed", "Scaled", "added", "call_part", "context_read_by"]
+
+State: TypeAlias = torch.Tensor | tuple[torch.Tensor, ...] | list[torch.Tensor]
+"""What a part written by hand may return; only one tensor can be added."""
 
 
 def context_read_by(part: nn.Module | None) -> tuple[str, ...]:
@@ -46,7 +50,7 @@ def call_part(part: nn.Module, x: torch.Tensor, context: Mapping[str, torch.Tens
     return part(x, **{name: context[name] for name in context_read_by(part)})  # type: ignore[no-any-return]
 
 
-def added(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+def added(one: State, other: State) -> torch.Tensor:
     """The sum of two states.
 
     Args:
@@ -59,16 +63,14 @@ def added(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     Raises:
         ResnetPathsError: If one of them is several tensors; tuples would be joined and not added.
     """
-    for state in (one, other):
-        if isinstance(state, tuple | list):
-            raise ResnetPathsError(
-                "state",
-                f"{len(state)} tensors",
-                "one tensor",
-                "Concatenate them, or let the stem return what no block changes as context.",
-            )
-    total: torch.Tensor = one + other
-    return total
+    if isinstance(one, tuple | list) or isinstance(other, tuple | list):
+        raise ResnetPathsError(
+            "state",
+            f"{len(one if isinstance(one, tuple | list) else other)} tensors",
+            "one tensor",
+            "Concatenate them, or let the stem return what no block changes as context.",
+        )
+    return one + other
 
 
 class Scaled(nn.Module):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.fx.node import map_aggregate, map_arg
+from torch.fx.node import Argument, map_aggregate, map_arg
 
 __all__ = ["Segment"]
 
@@ -34,11 +34,12 @@ def move_constants(segment: Segment, fn: Callable[[torch.Tensor], torch.Tensor])
         fn: Moves or converts a tensor.
     """
 
-    def replaced(value: object) -> object:
+    def replaced(value: Argument) -> Argument:
         if isinstance(value, torch.device):
             return fn(torch.empty(0, device=value)).device
-        is_precision = isinstance(value, torch.dtype) and value.is_floating_point
-        return fn(torch.empty(0, dtype=value)).dtype if is_precision else value
+        if isinstance(value, torch.dtype) and value.is_floating_point:
+            return fn(torch.empty(0, dtype=value)).dtype
+        return value
 
     default = torch.get_default_dtype()
     changed = False

@@ -158,19 +158,15 @@ def chosen(returned: object, output: str | int | None) -> torch.Tensor:
     if isinstance(returned, torch.Tensor) and output is None:
         return returned
     named = _named(returned)
-    if output is None:
-        tensors = [name for name, value in named.items() if isinstance(value, torch.Tensor)]
-        output = next((name for name in (*_MAIN_OUTPUTS, *tensors) if name in tensors), None)
-    if isinstance(output, int) and -len(named) <= output < len(named):
-        output = list(named)[output]
-    if not isinstance(named.get(output), torch.Tensor):
-        raise ResnetPathsError(
-            "output",
-            output,
-            f"one of {[name for name, v in named.items() if isinstance(v, torch.Tensor)]}",
-            f"The model returns a {type(returned).__name__}.",
-        )
-    tensor: torch.Tensor = named[output]
+    tensors = [name for name, value in named.items() if isinstance(value, torch.Tensor)]
+    key: object = output
+    if key is None:
+        key = next((name for name in (*_MAIN_OUTPUTS, *tensors) if name in tensors), None)
+    if isinstance(key, int) and -len(named) <= key < len(named):
+        key = list(named)[key]
+    tensor = named.get(key)
+    if not isinstance(tensor, torch.Tensor):
+        raise ResnetPathsError("output", key, f"one of {tensors}", f"The model returns a {type(returned).__name__}.")
     return tensor
 
 

@@ -157,5 +157,6 @@ def _has_weight(node: Node, learned: set[Node]) -> bool:
     if node.target in _RECURRENT:
         return any(operand in learned for operand in node.all_input_nodes)
     operands = node.args[1] if node.target is _ATEN.einsum.default else node.args
+    assert isinstance(operands, tuple | list)  # of the operators above
     operands = operands[1:] if node.target is _ATEN.addmm.default else operands[:2]
     return any(operand in learned for operand in operands)

@@ -13,7 +13,9 @@ function validates its frame before drawing, and draws the values of the frame w
 from __future__ import annotations
 
 from itertools import cycle
+from typing import TYPE_CHECKING
 
+import lazy_loader
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
@@ -47,6 +49,10 @@ from resnet_paths.figures.lesions import (
     plot_single_deletions,
 )
 from resnet_paths.figures.style import paper_style, save_figure, weights_hash
+
+if not TYPE_CHECKING:  # a type checker would accept any name of this module
+    # Imported on first use, since it needs ipywidgets.
+    __getattr__, _, _ = lazy_loader.attach(__name__, submodules=["widgets"])
 
 __all__ = [
     "paper_style",

@@ -84,7 +84,7 @@ class _Drawn:
 
     row: dict[str, Any]
     inner: list[_Drawn]
-    entry: Any = None  # choice of the highlighted path; None if it does not pass here
+    entry: Entry | None = None  # choice of the highlighted path; None if it does not pass here
 
     @property
     def choices(self) -> tuple[Choice, ...]:
@@ -94,7 +94,7 @@ class _Drawn:
         return (*skips, *(True if i == 1 else i for i in range(1, self.row["num_branches"] + 1)))
 
     @property
-    def key(self) -> tuple[Any, ...]:
+    def key(self) -> tuple[object, ...]:
         """Equal for blocks with equal drawings."""
         said = (self.row[column] for column in ("skip", "before", "branch", "after", "num_branches"))
         return (*said, self.entry if not self.inner else bool(self.entry), *(block.key for block in self.inner))
@@ -169,7 +169,7 @@ def _fold(blocks: Sequence[_Drawn]) -> list[_Run]:
     return folded
 
 
-def _times(keys: Sequence[Any], start: int, size: int) -> int:
+def _times(keys: Sequence[object], start: int, size: int) -> int:
     """Number of repetitions of the group at `start`; 1 if it contains equal neighbours, which are folded themselves."""
     group = list(keys[start : start + size])
     if any(one == other for one, other in itertools.pairwise(group)):
@@ -399,7 +399,7 @@ def _legend_of_chain(blocks: Sequence[_Drawn]) -> list[Line2D]:
     if any(row["skip"] == "projection" for row in found):
         handles.append(Line2D([], [], marker="s", label="projection", **mark))
     if any(row["skip"] == "concat" for row in found):
-        bar: Any = Curve.make_compound_path(Curve.unit_circle(), Curve([(0, -0.6), (0, 0.6)]))
+        bar = Curve.make_compound_path(Curve.unit_circle(), Curve([(0, -0.6), (0, 0.6)]))
         handles.append(Line2D([], [], marker=bar, label="concatenation", **mark | {"linewidth": 0, "markersize": 6}))
     if any(row["num_branches"] == 0 for row in found):
         deleted: dict[str, Any] = {"color": _DELETED, "linestyle": "--", "linewidth": 0.8}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -41,7 +40,7 @@ def plot_unraveled_graph(graph: nx.DiGraph, ax: Axes | None = None, highlight: S
         ResnetPathsError: If `graph` is another graph, or `highlight` is not one of its paths.
     """
     offered = _offered(graph)
-    route: set[Any] = set()
+    route: set[object] = set()
     if highlight is not None:
         path = _check_entries(offered, highlight)
         route = {"input", "output", *(path[i:] for i in range(len(path)))}
@@ -97,12 +96,12 @@ def plot_unraveled_graph(graph: nx.DiGraph, ax: Axes | None = None, highlight: S
     return ax
 
 
-def _heights(graph: nx.DiGraph, offered: Sequence[Sequence[Entry]]) -> tuple[dict[Any, float], int]:
+def _heights(graph: nx.DiGraph, offered: Sequence[Sequence[Entry]]) -> tuple[dict[object, float], int]:
     """Vertical position of every node, and the number of rows."""
     # Sorted by the last block first, so that no two lines cross.
     ranks = [{entry: rank for rank, entry in enumerate(entries)} for entries in offered]
     leaves = sorted(graph.successors("input"), key=lambda leaf: [r[e] for r, e in zip(ranks, leaf, strict=False)][::-1])
-    height: dict[Any, float] = {leaf: -float(index) for index, leaf in enumerate(leaves)}
+    height: dict[object, float] = {leaf: -float(index) for index, leaf in enumerate(leaves)}
     for node in nx.topological_sort(graph):
         if node != "input" and node not in height:
             height[node] = float(np.mean([height[tail] for tail in graph.predecessors(node)]))

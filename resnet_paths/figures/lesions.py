@@ -334,6 +334,6 @@ def _chance_line(ax: Axes, percent: float) -> None:
     ax.set_ylim(top=max(ax.get_ylim()[1], percent + 12))
 
 
-def _intact_line(ax: Axes, x: pd.Series[Any], percent: pd.Series[Any], style: dict[str, Any]) -> None:
+def _intact_line(ax: Axes, x: pd.Series[float], percent: pd.Series[float], style: dict[str, Any]) -> None:
     """A dashed line at the intact error of each network, along its blocks."""
     ax.hlines(percent.dropna().unique(), x.min() - 0.5, x.max() + 0.5, linestyles="dashed", **style)

@@ -32,7 +32,7 @@ COLUMN_INCHES = {"single": 3.25, "double": 6.75}
 
 _VERSIONS = f"resnet_paths {resnet_paths.__version__}, torch {torch.__version__}, matplotlib {mpl.__version__}"
 # Metadata keys of the program that wrote the file. There is no date, so that equal figures give equal bytes.
-_METADATA: dict[str, dict[str, Any]] = {
+_METADATA: dict[str, dict[str, str | None]] = {
     "pdf": {"Creator": _VERSIONS, "Producer": None, "CreationDate": None},
     "svg": {"Creator": _VERSIONS, "Date": None},
     "png": {"Software": _VERSIONS},

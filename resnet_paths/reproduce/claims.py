@@ -10,14 +10,17 @@ import ast
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
-__all__ = ["check_claim", "claims_of", "read_claims", "show_claims"]
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
+
+__all__ = ["Claim", "check_claim", "claims_of", "read_claims", "show_claims"]
 
 _MIME = "application/vnd.resnet-paths.claims+json"
-_COMPARE: dict[str, Callable[[Any, Any], Any]] = {
+_COMPARE: dict[str, Callable[[Any, Any], object]] = {
     "<": operator.lt,
     "<=": operator.le,
     ">": operator.gt,
@@ -37,7 +40,15 @@ _SIGNS: dict[type[ast.cmpop], str] = {
 }
 
 
-def read_claims(source: str, variables: Mapping[str, Any]) -> list[dict[str, Any]]:
+class Claim(TypedDict):
+    """An assertion of a notebook, with JSON types."""
+
+    claim: str
+    numbers: str
+    comparisons: list[list[Any]]
+
+
+def read_claims(source: str, variables: Mapping[str, object]) -> list[Claim]:
     """Read the assertions of a cell.
 
     Args:
@@ -54,7 +65,7 @@ def read_claims(source: str, variables: Mapping[str, Any]) -> list[dict[str, Any
         [{'claim': '0 < x.sum() <= 9', 'numbers': 'sum 7', 'comparisons': [[0, '<', 7], [7, '<=', 9]]}]
     """
 
-    def value(node: ast.expr) -> Any:
+    def value(node: ast.expr) -> object:
         return eval(compile(ast.Expression(node), "<claim>", "eval"), dict(variables))
 
     return [
@@ -70,7 +81,7 @@ def read_claims(source: str, variables: Mapping[str, Any]) -> list[dict[str, Any
     ]
 
 
-def check_claim(claim: Mapping[str, Any]) -> None:
+def check_claim(claim: Claim) -> None:
     """Check the comparisons of a claim again, element by element.
 
     Args:
@@ -104,7 +115,7 @@ def check_claim(claim: Mapping[str, Any]) -> None:
         raise AssertionError(f"{claim['claim']}{numbers}: {'; '.join(wrong)}")
 
 
-def show_claims(source: str, variables: Mapping[str, Any]) -> None:
+def show_claims(source: str, variables: Mapping[str, object]) -> None:
     """Display the claims of a cell in the output of the calling cell.
 
     Args:
@@ -118,7 +129,7 @@ def show_claims(source: str, variables: Mapping[str, Any]) -> None:
     display({_MIME: claims, "text/plain": text or "no claims"}, raw=True)  # type: ignore[no-untyped-call]
 
 
-def claims_of(notebook: Any) -> list[dict[str, Any]]:
+def claims_of(notebook: NotebookNode) -> list[Claim]:
     """Claims stored in an executed notebook.
 
     Args:
@@ -131,7 +142,7 @@ def claims_of(notebook: Any) -> list[dict[str, Any]]:
     return [claim for output in outputs for claim in output.get("data", {}).get(_MIME, [])]
 
 
-def _comparisons(test: ast.expr, value: Callable[[ast.expr], Any]) -> Iterator[tuple[Any, str, Any]]:
+def _comparisons(test: ast.expr, value: Callable[[ast.expr], object]) -> Iterator[tuple[object, str, object]]:
     """Split a condition at ``and`` and at chained comparisons; ``(a < b).all()`` gives a < b for each element."""
     match test:
         case ast.BoolOp(op=ast.And()):
@@ -146,14 +157,14 @@ def _comparisons(test: ast.expr, value: Callable[[ast.expr], Any]) -> Iterator[t
             yield bool(value(test)), "==", True
 
 
-def _is_true(one: Any, sign: str, other: Any) -> bool:
+def _is_true(one: object, sign: str, other: object) -> bool:
     try:
         return bool(_COMPARE[sign](one, other))
     except TypeError:  # such as a non-finite number, which is stored as a string
         return False
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """Convert a value to JSON types: arrays, tensors, series and tuples to lists, other objects to their repr."""
     if hasattr(value, "to_numpy"):
         value = value.to_numpy()

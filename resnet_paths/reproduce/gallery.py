@@ -12,7 +12,6 @@ import html
 import io
 import re
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from matplotlib.font_manager import FontProperties
@@ -25,6 +24,7 @@ from resnet_paths.reproduce.claims import claims_of
 with requires_extra("notebooks"):
     import mistune
     import nbformat
+    from nbformat import NotebookNode
     from PIL import Image
 
 __all__ = ["figures_of", "write_gallery"]
@@ -79,7 +79,7 @@ def write_gallery(folder: Path) -> Path:
     return path
 
 
-def figures_of(notebook: Any) -> dict[str, str]:
+def figures_of(notebook: NotebookNode) -> dict[str, str]:
     """Figures that a notebook saves into its figures folder, with the Markdown cell above each.
 
     Args:
@@ -98,7 +98,7 @@ def figures_of(notebook: Any) -> dict[str, str]:
     return captions
 
 
-def _entry(name: str, notebook: Any, num_figures: int) -> str:
+def _entry(name: str, notebook: NotebookNode, num_figures: int) -> str:
     """An entry of the table of contents."""
     run = notebook.metadata.get("resnet_paths", {})
     state = '<span class="failed">failed</span>' if run.get("error") else f"{len(claims_of(notebook))} claims verified"
@@ -106,12 +106,12 @@ def _entry(name: str, notebook: Any, num_figures: int) -> str:
     return f'<li><a href="#{name}">{name[:2]} {html.escape(_title(name, notebook))}</a> ({facts})</li>\n'
 
 
-def _title(name: str, notebook: Any) -> str:
+def _title(name: str, notebook: NotebookNode) -> str:
     first = notebook.cells[0].source.splitlines() if notebook.cells else []
     return first[0].lstrip("# ") if first else name
 
 
-def _section(folder: Path, name: str, notebook: Any, captions: dict[str, str]) -> str:
+def _section(folder: Path, name: str, notebook: NotebookNode, captions: dict[str, str]) -> str:
     """Section of a notebook: its first cell, its error if it failed, its figures, its claims."""
     link = f'<p class="files"><a href="notebooks/{name}.ipynb">executed notebook</a></p>\n'
     first = notebook.cells[0].source if notebook.cells else f"# {name}"
@@ -171,7 +171,7 @@ def _numbers(path: Path) -> str:
 class _Renderer(mistune.HTMLRenderer):
     """Renders headings one level below those of the page, and formulas as images."""
 
-    def heading(self, text: str, level: int, **attrs: Any) -> str:
+    def heading(self, text: str, level: int, **attrs: object) -> str:
         return f"<h3>{text}</h3>\n"
 
     def inline_math(self, text: str) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -23,6 +22,7 @@ with requires_extra("notebooks"):
     import nbformat
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+    from nbformat import NotebookNode
 
 __all__ = ["NotebookResult", "find_notebooks", "reproduce", "run_notebook"]
 
@@ -72,7 +72,7 @@ def find_notebooks(only: Sequence[str] = (), folder: Path | None = None) -> list
 
 def run_notebook(
     path: Path,
-    parameters: Mapping[str, Any],
+    parameters: Mapping[str, object],
     output: Path,
     *,
     on_cell: Callable[[], None] = lambda: None,
@@ -104,7 +104,7 @@ def run_notebook(
 
 
 def _execute(
-    notebook: Any, parameters: Mapping[str, Any], folder: Path, on_cell: Callable[[], None], timeout: float
+    notebook: NotebookNode, parameters: Mapping[str, object], folder: Path, on_cell: Callable[[], None], timeout: float
 ) -> str | None:
     """Execute a notebook in place, from `folder`; returns None, or a description of the error."""
     tagged = [i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", [])]
@@ -180,7 +180,7 @@ def reproduce(
     return results
 
 
-def _failed_cell(notebook: Any) -> str:
+def _failed_cell(notebook: NotebookNode) -> str:
     """Number of the cell that raised, counted from 1, and its first line."""
     for number, cell in enumerate(notebook.cells, start=1):
         if any(output.output_type == "error" for output in cell.get("outputs", [])):

@@ -7,9 +7,8 @@ files are written by ``resnet-paths train NAME`` and ``resnet-paths publish``, a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
@@ -19,7 +18,7 @@ from resnet_paths._utils.devices import choose_device
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths._utils.files import shipped_folder
 from resnet_paths.zoo.catalog import NETWORKS, NetworkFacts, Recipe, build_network, find_network
-from resnet_paths.zoo.weights import choose_weights, read_metadata, read_weights, weights_in
+from resnet_paths.zoo.weights import Metadata, choose_weights, read_metadata, read_weights, weights_in
 
 __all__ = [
     "NETWORKS",
@@ -184,20 +183,20 @@ def networks_table() -> str:
     return "\n".join(lines)
 
 
-def _log(metadata: Mapping[str, Any]) -> pd.DataFrame:
+def _log(metadata: Metadata) -> pd.DataFrame:
     frame = pd.DataFrame(metadata.get("log", []))
     # All None in the log of a network without an error rate.
     rates = frame.columns.intersection(["train_error_rate", "test_error_rate"])
     return frame.astype(dict.fromkeys(rates, "float64"))
 
 
-def _judgement(metadata: Mapping[str, Any]) -> str:
+def _judgement(metadata: Metadata) -> str:
     if "test_rmse" in metadata:
         return f"RMSE {metadata['test_rmse']:.3f}"
     return f"{100 * metadata['test_error_rate']:.2f} %"
 
 
-def _runs(name: str) -> list[dict[str, Any]]:
+def _runs(name: str) -> list[Metadata]:
     """Metadata of the shipped weights of a network, one mapping per seed, without snapshots."""
     found = weights_in(_shipped(), name)
     return [read_metadata(path) for (_, snapshot), path in found.items() if snapshot is None]

@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths._utils.files import write_then_rename
 
 __all__ = [
+    "Metadata",
     "choose_weights",
     "read_metadata",
     "read_tensors",
@@ -29,6 +30,9 @@ __all__ = [
     "weights_in",
     "write_tensors",
 ]
+
+Metadata: TypeAlias = dict[str, Any]
+"""What a weights file holds beside its tensors: a JSON object, as `json.loads` returns it."""
 
 _ENTRY = "resnet_paths"
 _ADVICE = "Weights files are written by 'resnet-paths train'; convert others with safetensors.torch.save_file."
@@ -101,7 +105,7 @@ def choose_weights(network: str, weights: Path, seed: int | None, snapshot: int 
     return kept[snapshot]
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, object]) -> None:
     """Write tensors and metadata to a file, atomically.
 
     Args:
@@ -116,7 +120,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
         save_file(plain, temporary, metadata={_ENTRY: json.dumps(dict(metadata))})
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
+def read_metadata(path: Path) -> Metadata:
     """Read the metadata of a weights file, without its tensors.
 
     Args:

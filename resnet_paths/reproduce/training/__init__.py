@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn, SupportsIndex
+from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
 import pandas as pd
 import torch
@@ -33,10 +33,19 @@ from resnet_paths.reproduce.training.checkpoints import (
     resume,
     write_checkpoint,
 )
-from resnet_paths.reproduce.training.settings import TrainingSettings, learning_rate_at
+from resnet_paths.reproduce.training.settings import (
+    LogRow,
+    TestMeasures,
+    TrainingMeasures,
+    TrainingSettings,
+    learning_rate_at,
+)
 from resnet_paths.reproduce.training.tasks import TASKS, Classification, evaluate, sum_losses
 from resnet_paths.zoo.catalog import build_network, find_network
 from resnet_paths.zoo.weights import snapshot_file, write_tensors
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 __all__ = ["TrainingSettings", "evaluate", "train"]
 
@@ -81,10 +90,7 @@ def train(
     _check_arguments(settings, snapshots, train_set=train_set, test_set=test_set)
     stem = Path(folder) / f"{settings.network}-seed{settings.seed}"
     weights, checkpoint = stem.with_suffix(".safetensors"), stem.with_suffix(".checkpoint.safetensors")
-    previous = weights if weights.is_file() else checkpoint
-    if previous.is_file():
-        check_settings(previous, settings)
-        check_snapshots(previous, weights, snapshots)
+    _check_previous(weights, checkpoint, settings, snapshots)
     fabric = _launch(
         find_network(settings.network).draws_blocks,
         accelerator=accelerator,
@@ -93,29 +99,18 @@ def train(
         strategy=strategy,
         precision=settings.precision,
     )
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ResnetPathsError("folder", str(folder), "a writable folder", f"{error}.") from error
+    _make_folder(Path(folder))
     if weights.is_file():
         if fabric.global_rank == 0:
             checkpoint.unlink(missing_ok=True)  # remains if the run was killed before deleting it
         return weights
-    if train_set is None:
-        train_set = load_dataset(settings.dataset, "train")
-    if test_set is None:
-        test_set = load_dataset(settings.dataset, "test")
+    train_set = load_dataset(settings.dataset, "train") if train_set is None else train_set
+    test_set = load_dataset(settings.dataset, "test") if test_set is None else test_set
     _check_last_batch(len(train_set), settings.batch_size, fabric.world_size)
-    raw = build_network(
-        settings.network,
-        torch.Generator().manual_seed(settings.seed),
-        num_drawn_blocks=settings.num_drawn_blocks,
-        **_shape_of_network(settings.dataset),
-    )
-    raw = raw.to(memory_format=torch.channels_last)
+    raw = _initialised(settings)
     bare = _optimizer(raw, settings)
     model, optimizer = fabric.setup(raw, bare)
-    log: list[dict[str, Any]] = []
+    log: list[LogRow] = []
     if checkpoint.is_file():
         # After the setup, so that tensors are loaded to the device of the weights.
         log = resume(checkpoint, raw, bare, fabric.strategy.precision, settings)
@@ -148,6 +143,32 @@ def _check_arguments(settings: TrainingSettings, snapshots: Sequence[int], **set
             raise ResnetPathsError(argument, images.name, f"images of {settings.dataset!r}, as in the settings")
 
 
+def _check_previous(weights: Path, checkpoint: Path, settings: TrainingSettings, snapshots: Sequence[int]) -> None:
+    """Check that a run in the same folder, finished or not, is the one that is requested."""
+    previous = weights if weights.is_file() else checkpoint
+    if previous.is_file():
+        check_settings(previous, settings)
+        check_snapshots(previous, weights, snapshots)
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ResnetPathsError("folder", str(folder), "a writable folder", f"{error}.") from error
+
+
+def _initialised(settings: TrainingSettings) -> nn.Module:
+    """The network before training."""
+    network = build_network(
+        settings.network,
+        torch.Generator().manual_seed(settings.seed),
+        num_drawn_blocks=settings.num_drawn_blocks,
+        **_shape_of_network(settings.dataset),
+    )
+    return network.to(memory_format=torch.channels_last)
+
+
 def _check_last_batch(num_images: int, batch_size: int, num_processes: int) -> None:
     last_batch = num_images % batch_size or batch_size
     if last_batch < num_processes:
@@ -160,7 +181,7 @@ def _check_last_batch(num_images: int, batch_size: int, num_processes: int) -> N
 
 
 def _epochs(
-    fabric: Any,
+    fabric: Fabric,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     train_set: ImageDataset,
@@ -169,7 +190,7 @@ def _epochs(
     num_done: int,
     *,
     progress: bool,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[LogRow]:
     """Train the remaining epochs; yields the row of the log of each."""
     steps = -(-len(train_set) // settings.batch_size)
     task = _task(settings)
@@ -183,13 +204,13 @@ def _epochs(
     ) as bar:
         for epoch in range(num_done, settings.epochs):
             started = time.perf_counter()
-            row = _train_one_epoch(fabric, model, optimizer, train_set, settings, epoch, bar)
-            row |= _measure(fabric, model, test_set, settings)
-            if not math.isfinite(row["test_loss"]):
+            trained = _train_one_epoch(fabric, model, optimizer, train_set, settings, epoch, bar)
+            tested = _measure(fabric, model, test_set, settings)
+            if not math.isfinite(tested["test_loss"]):
                 _raise_diverged(settings, epoch)
-            row["seconds"] = round(time.perf_counter() - started, 1)
-            bar.set_postfix({task.measure: f"{task.judge(row['test_loss'], row['test_error_rate']):.4f}"})
-            yield {"network": settings.network, "seed": settings.seed, **row}
+            seconds = round(time.perf_counter() - started, 1)
+            bar.set_postfix({task.measure: f"{task.judge(tested['test_loss'], tested['test_error_rate']):.4f}"})
+            yield {"network": settings.network, "seed": settings.seed, **trained, **tested, "seconds": seconds}
 
 
 def _optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:
@@ -207,14 +228,14 @@ def _optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.Opti
 
 
 def _train_one_epoch(
-    fabric: Any,
+    fabric: Fabric,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     dataset: ImageDataset,
     settings: TrainingSettings,
     epoch: int,
-    bar: tqdm[Any],
-) -> dict[str, Any]:
+    bar: tqdm[object],
+) -> TrainingMeasures:
     model.train()
     loss_sum, num_wrong, num_seen = (torch.zeros((), device=fabric.device) for _ in range(3))
     num_steps = -(-len(dataset) // settings.batch_size)
@@ -242,10 +263,10 @@ def _train_one_epoch(
         # Checked every 50 steps, since each check waits for the device.
         if step % 50 == 49 or step == num_steps - 1:
             # Over all processes, so that all of them stop at the same step.
-            loss_of_all = fabric.all_reduce(loss_sum.clone(), reduce_op="sum").item()
+            loss_of_all = _summed(fabric, loss_sum.clone()).item()
             if not math.isfinite(loss_of_all):
                 _raise_diverged(settings, epoch)
-    loss_sum, num_wrong, num_seen = fabric.all_reduce(torch.stack([loss_sum, num_wrong, num_seen]), reduce_op="sum")
+    loss_sum, num_wrong, num_seen = _summed(fabric, torch.stack([loss_sum, num_wrong, num_seen]))
     return {
         "epoch": epoch + 1,
         "learning_rate": rate,
@@ -254,7 +275,14 @@ def _train_one_epoch(
     }
 
 
-def _launch(draws_blocks: bool, **options: Any) -> Any:
+def _summed(fabric: Fabric, tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor over all processes."""
+    total = fabric.all_reduce(tensor, reduce_op="sum")
+    assert isinstance(total, torch.Tensor)  # as the argument is one
+    return total
+
+
+def _launch(draws_blocks: bool, **options: Any) -> Fabric:
     """Create Fabric and start its processes; raises for unsupported options."""
     with requires_extra("train"):
         from lightning_fabric import Fabric
@@ -289,14 +317,14 @@ def _task(settings: TrainingSettings) -> Classification:
     return TASKS[find_network(settings.network).task]
 
 
-def _measure(fabric: Any, model: nn.Module, dataset: ImageDataset, settings: TrainingSettings) -> dict[str, Any]:
+def _measure(fabric: Fabric, model: nn.Module, dataset: ImageDataset, settings: TrainingSettings) -> TestMeasures:
     """Test loss and error in the training precision, with the images distributed over the processes."""
     model.eval()
     task = _task(settings)
     mine = torch.arange(fabric.global_rank, len(dataset), fabric.world_size)
     with torch.inference_mode():
         sums = torch.tensor(sum_losses(model, dataset, task, mine, settings.batch_size * 4, fabric.device))
-    loss_sum, num_wrong = fabric.all_reduce(sums.to(fabric.device), reduce_op="sum").tolist()
+    loss_sum, num_wrong = _summed(fabric, sums.to(fabric.device)).tolist()
     return {"test_loss": loss_sum / len(dataset), "test_error_rate": task.error_rate(num_wrong, len(dataset))}
 
 
@@ -306,7 +334,7 @@ def _shape_of_network(dataset: str) -> dict[str, int]:
 
 
 def _write_finished(
-    path: Path, model: nn.Module, settings: TrainingSettings, log: list[dict[str, Any]], test_set: ImageDataset
+    path: Path, model: nn.Module, settings: TrainingSettings, log: list[LogRow], test_set: ImageDataset
 ) -> None:
     """Write weights for `load_network`, with settings, log and float32 test error in their metadata."""
     task = find_network(settings.network).task
@@ -326,7 +354,7 @@ def _write_finished(
 
 @contextlib.contextmanager
 def _measured_batchnorm(
-    fabric: Any, model: nn.Module, raw: nn.Module, dataset: ImageDataset, settings: TrainingSettings
+    fabric: Fabric, model: nn.Module, raw: nn.Module, dataset: ImageDataset, settings: TrainingSettings
 ) -> Iterator[None]:
     """Context in which BatchNorm statistics are measured on ten batches.
 
@@ -350,6 +378,6 @@ def _measured_batchnorm(
                 buffer.copy_(buffers[name])
 
 
-def _write_log(path: Path, log: list[dict[str, Any]]) -> None:
+def _write_log(path: Path, log: list[LogRow]) -> None:
     with write_then_rename(path) as temporary:
         pd.DataFrame(log).to_csv(temporary, index=False, float_format="%.6g")

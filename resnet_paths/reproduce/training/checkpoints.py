@@ -6,14 +6,17 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from resnet_paths._utils.errors import ResnetPathsError
-from resnet_paths.reproduce.training.settings import TrainingSettings
+from resnet_paths.reproduce.training.settings import LogRow, TrainingSettings
 from resnet_paths.zoo.weights import read_metadata, read_tensors, snapshot_file, write_tensors
+
+if TYPE_CHECKING:
+    from lightning_fabric.plugins.precision import Precision
 
 __all__ = ["check_settings", "check_snapshots", "resume", "write_checkpoint"]
 
@@ -30,9 +33,9 @@ def write_checkpoint(
     path: Path,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    precision: Any,
+    precision: Precision,
     settings: TrainingSettings,
-    log: list[dict[str, Any]],
+    log: list[LogRow],
 ) -> None:
     """Write the state at the end of an epoch, atomically.
 
@@ -58,8 +61,8 @@ def write_checkpoint(
 
 
 def resume(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, precision: Any, settings: TrainingSettings
-) -> list[dict[str, Any]]:
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, precision: Precision, settings: TrainingSettings
+) -> list[LogRow]:
     """Restore network, optimizer and loss scale from a checkpoint.
 
     Args:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
@@ -134,7 +133,7 @@ def _store(source: Path, target: Path, network: str, test_set: ImageDataset) -> 
             untried += [names[middle:], names[:middle]]
     num_parameters = len(list(model.parameters()))
     kinds = [kind for kind, some in (("float16", num_halved), ("float32", num_parameters - num_halved)) if some]
-    metadata: dict[str, Any] = read_metadata(source)
+    metadata = read_metadata(source)
     metadata |= {
         "stored_as": " and ".join(kinds),
         f"trained_{TASKS[task].measure}": before[1],

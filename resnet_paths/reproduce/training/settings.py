@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from resnet_paths._utils.errors import ResnetPathsError, nearest_names
 from resnet_paths.reproduce.datasets import DATASETS
 from resnet_paths.zoo.catalog import check_num_drawn_blocks, find_network
 
-__all__ = ["TrainingSettings", "learning_rate_at"]
+__all__ = ["LogRow", "TestMeasures", "TrainingMeasures", "TrainingSettings", "learning_rate_at"]
 
 # Precisions of Fabric with float32 weights.
 _PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
@@ -18,6 +18,30 @@ _OPTIMIZERS = ("sgd", "adamw")
 _LARGEST_SEED = 2**32 - 1
 # Replaced by the value of the network's recipe in __post_init__, hence not part of the field's type.
 _FROM_RECIPE: Any = None
+
+
+class TrainingMeasures(TypedDict):
+    """What an epoch measures while it trains."""
+
+    epoch: int
+    learning_rate: float
+    train_loss: float
+    train_error_rate: float | None
+
+
+class TestMeasures(TypedDict):
+    """What an epoch measures on the test images."""
+
+    test_loss: float
+    test_error_rate: float | None
+
+
+class LogRow(TrainingMeasures, TestMeasures):
+    """A row of the log of a run."""
+
+    network: str
+    seed: int
+    seconds: float
 
 
 @dataclass(frozen=True)

@@ -14,20 +14,27 @@ from __future__ import annotations
 import html
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from resnet_paths import figures
 from resnet_paths._utils.errors import ResnetPathsError, requires_extra
 from resnet_paths.core.block_norms import block_norms
 from resnet_paths.core.chain import ResidualChain
 from resnet_paths.core.edits import delete_blocks
 from resnet_paths.core.paths import path_histogram, path_length
 from resnet_paths.core.unraveled_graph import unraveled_graph
+from resnet_paths.figures import (
+    paper_style,
+    plot_block_norms,
+    plot_lesion_counts,
+    plot_path_histogram,
+    plot_scalar_gradients,
+    plot_scalings,
+    plot_unraveled_graph,
+)
 from resnet_paths.gradients import scalar_gradients
 from resnet_paths.gradients.scalar import ACTIVATIONS
 from resnet_paths.lesions import lesion_study
@@ -72,7 +79,7 @@ def explore_gradient_highway(depth: int = 20, weight: float = 1.0, activation: s
             f"Through {depth} layers the product of F' is <b>{plain:.3g}</b>, the product of 1 + F' is "
             f"<b>{residual:.3g}</b>."
         )
-        figures.plot_scalar_gradients(frame, axes[0])
+        plot_scalar_gradients(frame, axes[0])
         return words
 
     controls = {
@@ -115,8 +122,8 @@ def explore_blocks(chain: ResidualChain, loader: Loader) -> ipw.VBox:
             f"|F(x) + x| = {sizes.sum_norm:.3g}, cosine of x and F(x) = {sizes.cosine:.2f}. With {factor:.1f} F(x): "
             f"test error <b>{row.error_rate:.1%}</b> (intact {row.intact_error_rate:.1%}; {row.num_examples} images)."
         )
-        figures.plot_block_norms(norms, axes[0], highlight=block)
-        figures.plot_scalings(pd.concat(frame for (index, _), frame in known.items() if index == block), axes[1])
+        plot_block_norms(norms, axes[0], highlight=block)
+        plot_scalings(pd.concat(frame for (index, _), frame in known.items() if index == block), axes[1])
         return words
 
     controls = {
@@ -160,8 +167,8 @@ def explore_lesions(chain: ResidualChain, loader: Loader) -> ipw.VBox:
             f"{row.num_examples} images)."
         )
         paths = path_histogram(lesioned).assign(network=f"remaining, {lesioned.num_paths:,} paths")
-        figures.plot_path_histogram(pd.concat([intact_paths, paths]) if deleted else intact_paths, axes[0])
-        figures.plot_lesion_counts(pd.concat(known.values()), axes[1])
+        plot_path_histogram(pd.concat([intact_paths, paths]) if deleted else intact_paths, axes[0])
+        plot_lesion_counts(pd.concat(known.values()), axes[1])
         return words
 
     buttons = {str(index): _toggle(chain[index].name, "delete") for index in deletable}
@@ -195,7 +202,7 @@ def explore_paths(num_blocks: int = 3) -> ipw.VBox:
             f"This path takes {taken}: length <b>{length}</b>. {counts.num_paths[length]} of the {2**num_blocks} paths "
             f"have this length ({counts.fraction[length]:.1%})."
         )
-        figures.plot_unraveled_graph(unraveled_graph(num_blocks), axes[0], highlight=path)
+        plot_unraveled_graph(unraveled_graph(num_blocks), axes[0], highlight=path)
         return words
 
     slider = ipw.IntSlider(num_blocks, 1, _MAX_BLOCKS, description="blocks", continuous_update=False)
@@ -203,7 +210,7 @@ def explore_paths(num_blocks: int = 3) -> ipw.VBox:
 
 
 def _explorer(
-    controls: Mapping[str, Any],
+    controls: Mapping[str, ipw.Widget],
     answer: Callable[..., str],
     *,
     num_axes: int = 1,
@@ -214,7 +221,7 @@ def _explorer(
     words, picture = ipw.HTML(), ipw.Image(format="png", layout=ipw.Layout(max_width="100%"))
 
     def update(_: object = None) -> None:
-        with figures.paper_style("double", aspect):
+        with paper_style("double", aspect):
             figure = Figure()  # not from pyplot, which would display it a second time
             axes = figure.subplots(1, num_axes, squeeze=False)[0]
             text = answer(axes, **{name: control.value for name, control in controls.items()})
@@ -230,11 +237,11 @@ def _explorer(
     return ipw.VBox([panel, words, picture])
 
 
-def _toggle(name: str, verb: str) -> Any:
+def _toggle(name: str, verb: str) -> ipw.ToggleButton:
     """A toggle button with a check mark while it is pressed."""
     button = ipw.ToggleButton(description=name, tooltip=f"{verb} {name}", layout=ipw.Layout(width="auto"))
 
-    def mark(change: Mapping[str, Any]) -> None:
+    def mark(change: Mapping[str, object]) -> None:
         button.icon = "check" if change["new"] else ""
 
     button.observe(mark, "value")
