@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypedDict, Unpack, cast
+from typing import Any, Unpack, cast
 
 import pandas as pd
 import torch
@@ -23,27 +23,12 @@ from torch import nn
 from resnet_paths._utils.errors import ResnetPathsError, nearest_names
 from resnet_paths.core.cache import ByBlock, Cache
 from resnet_paths.core.modes import depends_on_mode
-from resnet_paths.core.parts import Parallel, Placed, added, call_part, context_read_by
+from resnet_paths.core.parts import BlockFields, Parallel, Placed, added, call_part, context_read_by
 from resnet_paths.core.paths import Choice, InBranch, num_paths
 from resnet_paths.core.summary import chain_table, dimensions, indented
 from resnet_paths.core.units import length_polynomial
 
 __all__ = ["Block", "ResidualChain"]
-
-
-class _Fields(TypedDict, total=False):
-    """The arguments of `Block`."""
-
-    branch: nn.Module | None
-    skip: nn.Module | None
-    pre: nn.Module | None
-    pre_stays: bool
-    post: nn.Module | None
-    name: str
-    skip_kind: str | None
-    stage: int
-    in_shape: Sequence[int] | None
-    out_shape: Sequence[int] | None
 
 
 class Block(nn.Module):
@@ -189,9 +174,9 @@ class Block(nn.Module):
             in_shape=place.in_shape if place.pre_stays else own_shape,
         )
 
-    def replace(self, **changes: Unpack[_Fields]) -> Block:
+    def replace(self, **changes: Unpack[BlockFields]) -> Block:
         """A block that shares all parts with this one but those in `changes`, named as in `Block`."""
-        fields: dict[str, Any] = {field: getattr(self, field) for field in _Fields.__annotations__}
+        fields: dict[str, Any] = {field: getattr(self, field) for field in BlockFields.__annotations__}
         fields.update(changes)
         block = Block(**fields)
         block.training = self.training  # not block.train(): the parts are shared
@@ -455,11 +440,8 @@ def _adds_one_by_one(block: Block) -> bool:
 
 
 def _sum_of(skip: torch.Tensor | None, branch: torch.Tensor | None) -> torch.Tensor:
-    if skip is None or branch is None:
-        total = branch if skip is None else skip
-        assert total is not None  # held by Block
-        return total
-    return skip + branch
+    terms = [term for term in (skip, branch) if term is not None]  # one at least, as Block checks
+    return terms[0] if len(terms) == 1 else terms[0] + terms[1]
 
 
 def _read_by(*parts: nn.Module | None) -> tuple[str, ...]:

@@ -19,14 +19,9 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import Argument
 
 from resnet_paths._utils.devices import wide
+from resnet_paths.core.weight_layers import CONVOLUTIONS
 
 __all__ = ["fold_batchnorm"]
-
-_CONVOLUTIONS = {
-    overload
-    for operation in (torch.ops.aten.conv1d, torch.ops.aten.conv2d, torch.ops.aten.conv3d)
-    for overload in (operation.default, operation.padding)
-}
 
 
 def fold_batchnorm(module: GraphModule) -> int:
@@ -54,7 +49,7 @@ def fold_batchnorm(module: GraphModule) -> int:
 def _folded(module: GraphModule, norm: Node, name: str) -> bool:
     """Fold one BatchNorm, its new tensors under `name`; whether that was possible."""
     convolution, *held = norm.args[:5]
-    if norm.args[5] or not isinstance(convolution, Node) or convolution.target not in _CONVOLUTIONS:
+    if norm.args[5] or not isinstance(convolution, Node) or convolution.target not in CONVOLUTIONS:
         return False  # it takes the batch's own statistics, or follows something else
     x, *parts = convolution.args
     parts, others = [*parts[:2], None][:2], parts[2:]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
-from typing import TypeAlias
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeAlias, TypedDict
 
 import torch
 from torch import nn
@@ -12,10 +12,25 @@ from torch.fx import GraphModule
 
 from resnet_paths._utils.errors import ResnetPathsError
 
-__all__ = ["Constant", "Parallel", "Placed", "Scaled", "added", "call_part", "context_read_by"]
+__all__ = ["BlockFields", "Constant", "Parallel", "Placed", "Scaled", "added", "call_part", "context_read_by"]
 
 State: TypeAlias = torch.Tensor | tuple[torch.Tensor, ...] | list[torch.Tensor]
 """What a part written by hand may return; only one tensor can be added."""
+
+
+class BlockFields(TypedDict, total=False):
+    """The arguments of `resnet_paths.core.chain.Block`, by name."""
+
+    branch: nn.Module | None
+    skip: nn.Module | None
+    pre: nn.Module | None
+    pre_stays: bool
+    post: nn.Module | None
+    name: str
+    skip_kind: str | None
+    stage: int
+    in_shape: Sequence[int] | None
+    out_shape: Sequence[int] | None
 
 
 def context_read_by(part: nn.Module | None) -> tuple[str, ...]:

@@ -8,16 +8,20 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-__all__ = ["are_side_by_side", "is_weighted", "makes_branch", "weight_layers"]
+__all__ = ["CONVOLUTIONS", "are_side_by_side", "is_weighted", "makes_branch", "weight_layers"]
 
 _ATEN = torch.ops.aten
-_CONVOLUTIONS = {
+CONVOLUTIONS = {
     _ATEN.conv1d.default,
     _ATEN.conv2d.default,
     _ATEN.conv3d.default,
     _ATEN.conv1d.padding,
     _ATEN.conv2d.padding,
     _ATEN.conv3d.padding,
+}
+"""Convolutions that are not transposed."""
+
+_OTHER_CONVOLUTIONS = {
     _ATEN.conv_transpose1d.default,
     _ATEN.conv_transpose2d.input,
     _ATEN.conv_transpose3d.input,
@@ -41,6 +45,7 @@ _RECURRENT = {
     _ATEN.rnn_tanh.data,
     _ATEN.rnn_relu.data,
 }
+_WEIGHTED = CONVOLUTIONS | _OTHER_CONVOLUTIONS | _PRODUCTS | _RECURRENT
 _FOURIER = {
     "aten::fft_fft",
     "aten::fft_ifft",
@@ -82,7 +87,7 @@ def is_weighted(node: Node) -> bool:
     Returns:
         Whether the node makes the operand a branch.
     """
-    if node.target in _CONVOLUTIONS or node.target in _PRODUCTS or node.target in _RECURRENT:
+    if node.target in _WEIGHTED:
         return True
     name = node.target._schema.name if isinstance(node.target, torch._ops.OpOverload) else ""
     if name in _FOURIER or name in _OTHERS:

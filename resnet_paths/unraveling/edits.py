@@ -6,23 +6,20 @@ All other edits are in `resnet_paths.core.edits` and take chains alone.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from torch import nn
 
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.core import edits
 from resnet_paths.core.chain import ResidualChain
+from resnet_paths.core.signature import Inputs
 from resnet_paths.unraveling import unravel
 
 __all__ = ["delete_block", "delete_blocks"]
 
 
-def delete_block(model: nn.Module, block: int | str, *, example_inputs: Any = None) -> ResidualChain:
-    """The network without a block's branch; its skip, projection included, and what follows the addition stay.
-
-    The lesion of Veit et al. 2016, section 4.1. Nothing is retrained, and BatchNorm keeps the statistics of the intact
-    network. A block without skip is replaced by the identity where input and output have one shape.
+def delete_block(model: nn.Module, block: int | str, *, example_inputs: Inputs | None = None) -> ResidualChain:
+    """The network without a block's branch, of a chain or a model; see `resnet_paths.core.edits.delete_block`.
 
     Args:
         model: A chain, or a model together with `example_inputs`.
@@ -30,23 +27,18 @@ def delete_block(model: nn.Module, block: int | str, *, example_inputs: Any = No
         example_inputs: As for `unravel`; only for a model that is not a chain.
 
     Returns:
-        A chain of the same length; with half the paths if the block had one skip and one branch.
+        A chain of the same length.
 
     Raises:
-        ResnetPathsError: If there is no such block, or it has no skip and changes the shape.
-
-    Example:
-        >>> from resnet_paths import load_network, unravel
-        >>> import torch
-        >>> chain = unravel(load_network("preact-resnet-20"), torch.zeros(2, 1, 28, 28))
-        >>> chain.num_paths, delete_block(chain, "layer1.2").num_paths
-        (512, 256)
+        ResnetPathsError: As `resnet_paths.core.edits.delete_block`, and if `example_inputs` is missing.
     """
     return edits.delete_block(_as_chain(model, example_inputs), block)
 
 
-def delete_blocks(model: nn.Module, blocks: Iterable[int | str], *, example_inputs: Any = None) -> ResidualChain:
-    """The network without several blocks' branches; see `delete_block`.
+def delete_blocks(
+    model: nn.Module, blocks: Iterable[int | str], *, example_inputs: Inputs | None = None
+) -> ResidualChain:
+    """The network without several blocks' branches; see `resnet_paths.core.edits.delete_blocks`.
 
     Args:
         model: A chain, or a model together with `example_inputs`.
@@ -54,7 +46,7 @@ def delete_blocks(model: nn.Module, blocks: Iterable[int | str], *, example_inpu
         example_inputs: As for `unravel`; only for a model that is not a chain.
 
     Returns:
-        A chain; deleting nothing gives an equal chain.
+        A chain of the same length.
 
     Raises:
         ResnetPathsError: As `delete_block`.
@@ -62,7 +54,7 @@ def delete_blocks(model: nn.Module, blocks: Iterable[int | str], *, example_inpu
     return edits.delete_blocks(_as_chain(model, example_inputs), blocks)
 
 
-def _as_chain(model: nn.Module, example_inputs: Any) -> ResidualChain:
+def _as_chain(model: nn.Module, example_inputs: Inputs | None) -> ResidualChain:
     if isinstance(model, ResidualChain):
         return model
     if example_inputs is None:
