@@ -13,7 +13,6 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -214,7 +213,7 @@ def _listed(blocks: Sequence[str]) -> list[str]:
     return list(blocks)
 
 
-def _run(model: nn.Module, signature: Signature, tensors: Sequence[torch.Tensor]) -> Any:
+def _run(model: nn.Module, signature: Signature, tensors: Sequence[torch.Tensor]) -> object:
     """What the model returns. It runs on copies of inputs and buffers: it may write over them, or count its calls."""
     try:
         with torch.no_grad():

@@ -10,7 +10,6 @@ import contextlib
 import contextvars
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from resnet_paths._utils.errors import ResnetPathsError, nearest_names
 from resnet_paths.core.chain import Block, ResidualChain
+from resnet_paths.core.parts import BlockFields
 from resnet_paths.core.signature import Signature, chosen
 
 __all__ = ["chain_of_named_blocks"]
@@ -32,7 +32,7 @@ class _Reached(Exception):  # noqa: N818 - no error: it stops a model where the 
 class _Stop(nn.Module):
     """In the first block's place: takes its input out of the model."""
 
-    def forward(self, state: torch.Tensor, *_: Any, **__: Any) -> None:
+    def forward(self, state: torch.Tensor, *_: object, **__: object) -> None:
         raise _Reached(state)
 
 
@@ -46,7 +46,7 @@ _GIVEN: contextvars.ContextVar[torch.Tensor] = contextvars.ContextVar("given")
 class _Give(nn.Module):
     """In a block's place: returns what the block returned on the example, with the given state as its output."""
 
-    def __init__(self, returned: Any) -> None:
+    def __init__(self, returned: object) -> None:
         super().__init__()
         output = chosen(returned, None)
         self.form = pytree.tree_map(lambda leaf: _State if leaf is output else leaf, returned)
@@ -57,7 +57,7 @@ class _Give(nn.Module):
                 "modules that return a tensor, or a tuple, list or mapping with it",
             )
 
-    def forward(self, *_: Any, **__: Any) -> Any:
+    def forward(self, *_: object, **__: object) -> object:
         state = _GIVEN.get()
         return pytree.tree_map(lambda leaf: state if leaf is _State else leaf, self.form)
 
@@ -70,7 +70,7 @@ class _Before(nn.Module):
         self.model = model
         self.training = False
 
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, *args: object, **kwargs: object) -> torch.Tensor:
         try:
             self.model(*args, **kwargs)
         except _Reached as reached:
@@ -81,7 +81,9 @@ class _Before(nn.Module):
 class _After(nn.Module):
     """What the model makes of the last block's output; it runs on the example meanwhile, its blocks replaced."""
 
-    def __init__(self, model: nn.Module, signature: Signature, example: Sequence[torch.Tensor], output: Any) -> None:
+    def __init__(
+        self, model: nn.Module, signature: Signature, example: Sequence[torch.Tensor], output: str | int | None
+    ) -> None:
         super().__init__()
         self.model = model
         self.signature = signature
@@ -164,7 +166,7 @@ def chain_of_named_blocks(
 def _named_after(name: str, chain: ResidualChain, state: torch.Tensor, returned: torch.Tensor) -> Iterator[Block]:
     """The blocks of one module, what stands around them taken into the first and the last."""
     for index, block in enumerate(chain):
-        changes: dict[str, Any] = {"name": name if len(chain) == 1 else f"{name}.{block.name}"}
+        changes: BlockFields = {"name": name if len(chain) == 1 else f"{name}.{block.name}"}
         if index == 0 and not isinstance(chain.stem.module, nn.Identity):
             changes["pre"] = nn.Sequential(chain.stem, block.pre).eval()
             changes["in_shape"] = tuple(state.shape[1:])
@@ -180,13 +182,15 @@ def _calls(
     names: Sequence[str],
     signature: Signature,
     tensors: Sequence[torch.Tensor],
-) -> dict[str, tuple[torch.Tensor, Any]]:
+) -> dict[str, tuple[torch.Tensor, object]]:
     """First input and output of each named module on the example."""
-    found: dict[str, list[tuple[torch.Tensor, Any]]] = {name: [] for name in names}
+    found: dict[str, list[tuple[torch.Tensor, object]]] = {name: [] for name in names}
     with contextlib.ExitStack() as hooks:
         for name in names:
 
-            def keep(_: nn.Module, args: Any, kwargs: Any, returned: Any, name: str = name) -> None:
+            def keep(
+                _: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], returned: object, name: str = name
+            ) -> None:
                 given = Signature.of(args, kwargs)[1]
                 if len(given) != 1:
                     raise ResnetPathsError(

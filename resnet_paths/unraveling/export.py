@@ -11,7 +11,7 @@ import inspect
 import io
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import sympy
@@ -43,7 +43,13 @@ class _Limited(TorchFunctionMode):
         super().__init__()
         self.deadline = time.thread_time() + seconds
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: Iterable[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         returned = func(*args, **(kwargs or {}))
         # What is too involved is known from the sizes, on machines of any speed: Swin's are after its first window.
         tensors = [leaf for leaf in pytree.tree_leaves(returned) if isinstance(leaf, torch.Tensor)]
@@ -76,9 +82,8 @@ def export(model: nn.Module, inputs: tuple[torch.Tensor, ...], *, free_sizes: bo
     batch = max((x.shape[0] for x in inputs if x.dim()), default=1)
     # A batch of one would be traced as if it were the number 1.
     example = tuple(torch.cat([x, x]) if x.dim() and batch == 1 else x for x in inputs)
-    limit: Any = contextlib.nullcontext()
-    if free_sizes:
-        limit = _Limited(_SECONDS + _SECONDS_PER_MODULE * sum(1 for _ in model.modules()))
+    seconds = _SECONDS + _SECONDS_PER_MODULE * sum(1 for _ in model.modules())
+    limit = _Limited(seconds) if free_sizes else contextlib.nullcontext()
     with torch.no_grad(), quiet(), limit:
         # One size for the batch of all inputs, if there are several.
         rows = [x.shape[0] for x in example if x.dim()]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import torch
 from torch.fx import Graph, Node, map_arg
+from torch.fx.node import Argument
 
 __all__ = ["between", "dependents", "dimension", "insert", "is_alike", "is_shape", "replace", "walk_back"]
 
@@ -76,11 +77,12 @@ def dimension(cat: Node) -> int:
     Returns:
         A number of at least 0.
     """
-    dim: Any = cat.args[1] if len(cat.args) > 1 else 0
-    return int(dim) % int(cat.meta["val"].dim())
+    dim = cat.args[1] if len(cat.args) > 1 else 0
+    assert isinstance(dim, int)
+    return dim % int(cat.meta["val"].dim())
 
 
-def is_alike(one: Any, other: Node) -> TypeGuard[Node]:
+def is_alike(one: object, other: Node) -> TypeGuard[Node]:
     """Whether two arguments are nodes whose values are tensors of the same shape and dtype."""
     if not isinstance(one, Node):
         return False
@@ -92,7 +94,7 @@ def is_alike(one: Any, other: Node) -> TypeGuard[Node]:
     return first is not None and first == second
 
 
-def insert(node: Node, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
+def insert(node: Node, target: Callable[..., object], *args: Argument, **kwargs: Argument) -> Node:
     """Insert an operation into a graph.
 
     Args:

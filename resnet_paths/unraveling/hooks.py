@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,8 +30,8 @@ class _Hooks:
         for table in self._tables:
             table.update({key: self._watched(key, hook) for key, hook in table.items()})
 
-    def _watched(self, key: int, hook: Callable[..., Any]) -> Callable[..., Any]:
-        def watched(*args: Any) -> Any:
+    def _watched(self, key: int, hook: Callable[..., object]) -> Callable[..., object]:
+        def watched(*args: object) -> object:
             before = _versions(args)
             returned = hook(*args)
             self._run.add(key)
@@ -54,7 +54,7 @@ class _Hooks:
             table.update(originals)
 
 
-def _versions(values: Any) -> list[int]:
+def _versions(values: Sequence[object]) -> list[int]:
     """How often each tensor was written to."""
     tensors = (leaf for leaf in pytree.tree_leaves(values[1:]) if isinstance(leaf, torch.Tensor))
     return [tensor._version for tensor in tensors if not tensor.is_inference()]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
-from typing import Any
 
 import networkx as nx
 import torch
@@ -93,14 +92,14 @@ def _read_beside(traced: Trace, reduced: Trace, start: Node, end: Node) -> list[
     graph = nx.DiGraph()
     graph.add_edges_from((node, "read") for node in read)
     for node in set().union(*(traced.region([], node) for node in read)):
-        before: list[Any] = [*traced.dependent_inputs(node)] or ["inputs"]
-        graph.add_edges_from((arg, node) for arg in before)
-    dominators: dict[Any, Any] = nx.immediate_dominators(graph, "inputs")
-    node = dominators["read"]
-    while node != "inputs":
-        if _fits(node, start):
-            return [node]
-        node = dominators[node]
+        before: list[Node | str] = [*traced.dependent_inputs(node)]
+        graph.add_edges_from((arg, node) for arg in before or ["inputs"])
+    dominators: dict[Node | str, Node | str] = nx.immediate_dominators(graph, "inputs")
+    last = dominators["read"]
+    while isinstance(last, Node):  # and not before the inputs
+        if _fits(last, start):
+            return [last]
+        last = dominators[last]
     inputs = [node for node in traced.inputs if node in graph]
     return inputs if all(_fits(node, start) for node in inputs) else None
 

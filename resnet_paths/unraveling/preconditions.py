@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -45,7 +44,7 @@ def refuse_model(model: nn.Module) -> None:
             )
 
 
-def refuse_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+def refuse_arguments(args: Sequence[object], kwargs: Mapping[str, object]) -> None:
     """Refuse states of earlier calls, such as the keys and values that a language model keeps.
 
     Args:

@@ -12,6 +12,7 @@ from typing import Any
 import sympy
 import torch
 from torch.fx import Graph, Node, Proxy
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy.functions import FloorDiv
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
@@ -22,7 +23,7 @@ from resnet_paths.core.input_sizes import InputSizes
 __all__ = ["SizeReader", "expression", "fixed_size", "input_sizes", "on_example", "same_shape"]
 
 
-def expression(size: Any) -> sympy.Expr:
+def expression(size: int | torch.SymInt) -> sympy.Expr:
     """A size as an expression in free sizes."""
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
 
@@ -69,10 +70,13 @@ def on_example(shape: Sequence[int | torch.SymInt], batch: Iterable[Node]) -> tu
     return tuple(-1 if expression(size).free_symbols & varying else _hint(size) for size in shape)
 
 
-def _hint(size: Any) -> int:
+def _hint(size: int | torch.SymInt) -> int:
     """The number that a size is on the example."""
-    hint: Any = size.node.hint if isinstance(size, torch.SymInt) else size
-    return int(hint)
+    if isinstance(size, int):
+        return size
+    hint = size.node.hint
+    assert isinstance(hint, int)  # the export ran on the example
+    return hint
 
 
 class SizeReader:
@@ -162,7 +166,7 @@ class SizeReader:
             The node that holds the size, or a number.
         """
         tracer = torch.fx.proxy.GraphAppendingTracer(graph)
-        env: dict[Any, Any] = {}
+        env: dict[sympy.Symbol, Proxy] = {}
         for symbol in sorted(found.free_symbols, key=str):
             source, dim = self._places[symbol]
             node = graph.call_function(torch.ops.aten.sym_size.int, (copies[source], dim))
@@ -184,7 +188,7 @@ def input_sizes(inputs: Sequence[Node]) -> InputSizes:
         UnravelError: If an input has a size that is made from several free ones.
     """
     shapes = [tuple(map(expression, node.meta["val"].shape)) for node in inputs]
-    names: dict[Any, Any] = {}
+    names: dict[sympy.Expr, sympy.Symbol] = {}
     for shape in shapes:
         for dim, size in enumerate(shape):
             if size.is_Symbol and size not in names:
@@ -192,13 +196,16 @@ def input_sizes(inputs: Sequence[Node]) -> InputSizes:
             elif not size.is_Symbol and not size.is_Integer:
                 raise UnravelError("example_inputs", f"a size {size}", "sizes that are free one by one")
     sizes = (size for node in inputs for size in node.meta["val"].shape if isinstance(size, torch.SymInt))
-    environment: Any = next((size.node.shape_env for size in sizes), None)
-    conditions: dict[Any, None] = {}
-    for guard in environment.guards if environment is not None else ():
-        condition = guard.expr.xreplace(environment.replacements).xreplace(names)
-        if condition.free_symbols and condition.free_symbols <= set(names.values()):
-            conditions[condition] = None
+    environment = next((size.node.shape_env for size in sizes), None)
+    conditions = [] if environment is None else _conditions(environment, names)
     return InputSizes(tuple(tuple(names.get(size, size) for size in shape) for shape in shapes), tuple(conditions))
+
+
+def _conditions(environment: ShapeEnv, names: dict[sympy.Expr, sympy.Symbol]) -> list[sympy.Basic]:
+    """What the model's code asked of the free sizes, each condition once."""
+    asked = (guard.expr.xreplace(environment.replacements).xreplace(names) for guard in environment.guards)
+    known = set(names.values())
+    return list(dict.fromkeys(each for each in asked if each.free_symbols and each.free_symbols <= known))
 
 
 def _name(dim: int, rank: int, taken: set[str]) -> sympy.Symbol:

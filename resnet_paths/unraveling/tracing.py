@@ -13,8 +13,8 @@ import operator
 import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
+import sympy
 import torch
 from torch import nn
 from torch.fx import Graph, Node
@@ -60,7 +60,7 @@ class Trace:
         graph: Graph,
         inputs: list[Node],
         output: Node,
-        tensors: dict[str, Any],
+        tensors: dict[str, torch.Tensor],
         given: Sequence[Node] = (),
         *,
         sizes: InputSizes | None = None,
@@ -137,7 +137,7 @@ class Trace:
         sources = list(copies)
 
         reader = SizeReader(sources)
-        sizes: dict[Node, Any] = {}
+        sizes: dict[Node, sympy.Basic] = {}
 
         def needed_by(node: Node) -> list[Node]:
             value = node.meta.get("val")
@@ -274,12 +274,13 @@ def _flatten(model: nn.Module, program: torch.export.ExportedProgram, sizes: Inp
     return Trace(graph, inputs, output_node.args[0][0], tensors, sizes=sizes)
 
 
-def _tensor_of(model: nn.Module, program: torch.export.ExportedProgram, name: str) -> Any:
+def _tensor_of(model: nn.Module, program: torch.export.ExportedProgram, name: str) -> torch.Tensor:
+    tensor: torch.Tensor
     try:
-        return operator.attrgetter(name)(model)
+        tensor = operator.attrgetter(name)(model)
     except AttributeError:
-        constants: dict[str, Any] = dict(program.constants)
-        return constants[name] if name in constants else program.state_dict[name]
+        tensor = program.constants[name] if name in program.constants else program.state_dict[name]
+    return tensor
 
 
 def name_of(model: nn.Module) -> str:

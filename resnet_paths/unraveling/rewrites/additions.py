@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch.fx import Graph, Node
+from torch.fx.node import Argument
 
 from resnet_paths.unraveling.graphs import dimension, insert, is_alike, replace
 from resnet_paths.unraveling.rewrites.branches import source_of_branch
@@ -71,7 +70,7 @@ def _stacked_and_summed(node: Node) -> list[Node]:
     stack, dims = node.args
     if not isinstance(stack, Node) or stack.target is not _ATEN.stack.default or len(stack.users) != 1:
         return []
-    summands: Any = stack.args[0]
+    summands = stack.all_input_nodes
     rank = stack.meta["val"].dim()
     along = [dim % rank for dim in dims] == [dimension(stack)]  # type: ignore[union-attr]
     return list(summands) if along and all(is_alike(summand, node) for summand in summands) else []
@@ -118,7 +117,7 @@ def write_multiples_as_additions(graph: Graph) -> None:
             replace(node, insert(node, _ADD, x, _multiple(node, f, -alpha)))
 
 
-def _multiple(node: Node, value: Node, number: Any) -> Node:
+def _multiple(node: Node, value: Node, number: Argument) -> Node:
     """A value times a number, inserted before a node where it is not the value itself."""
     if number == 1:
         return value

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import networkx as nx
 import torch
 from torch.fx import Graph, Node
@@ -26,7 +24,7 @@ def extend_concatenations(graph: Graph) -> None:
     Args:
         graph: The graph; it is changed.
     """
-    earlier: dict[tuple[Any, ...], Node] = {}
+    earlier: dict[tuple[object, ...], Node] = {}
     for node in list(graph.nodes):
         if node.target is not _CAT:
             continue
@@ -100,8 +98,8 @@ def _forks(graph: Graph, varying: set[Node]) -> dict[Node, Node]:
     routes = nx.DiGraph()
     for node in graph.nodes:
         if node in varying:
-            before: list[Any] = [arg for arg in node.all_input_nodes if arg in varying] or ["inputs"]
-            routes.add_edges_from((operand, node) for operand in before)
+            before = [arg for arg in node.all_input_nodes if arg in varying]
+            routes.add_edges_from((operand, node) for operand in before or ["inputs"])
     dominators = nx.immediate_dominators(routes, "inputs")
     forks = {}
     for node in routes:

@@ -7,7 +7,6 @@ share memory is read off the storages of the exporter's fake tensors.
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any
 
 import torch
 from torch._ops import OpOverload
@@ -29,7 +28,7 @@ def write_out_of_place(graph: Graph) -> bool:
     """
     nodes = list(graph.nodes)
     position = {node: index for index, node in enumerate(nodes)}
-    sharing: defaultdict[Any, list[Node]] = defaultdict(list)
+    sharing: defaultdict[int, list[Node]] = defaultdict(list)
     overwritten: dict[Node, list[Node]] = {}
     for node in nodes:
         if not _is_known(node):
@@ -92,7 +91,7 @@ def draws_random_numbers(node: Node) -> bool:
     return is_training is not False and arguments.get("dropout_p", 1) != 0  # attention is random only with dropout
 
 
-def _arguments(node: Node) -> dict[str, Any]:
+def _arguments(node: Node) -> dict[str, object]:
     """The arguments of an operation by name, those left out by their defaults."""
     schema = node.target._schema.arguments  # type: ignore[union-attr]
     given = dict(zip([a.name for a in schema], node.args, strict=False)) | node.kwargs
@@ -123,11 +122,11 @@ def _ordinary(node: Node) -> OpOverload | None:
     if found._schema.is_mutable or [a.name for a in found._schema.arguments] != [a.name for a in schema.arguments]:
         return None
     # In place, a result keeps its dtype; otherwise the operands' dtypes, or the operation (y > 0), decide.
-    values: Any = map_arg((node.args, node.kwargs), lambda operand: operand.meta["val"])
-    return found if found(*values[0], **values[1]).dtype is values[0][0].dtype else None
+    args, kwargs = map_arg((node.args, node.kwargs), lambda operand: operand.meta["val"])
+    return found if found(*args, **kwargs).dtype is node.all_input_nodes[0].meta["val"].dtype else None
 
 
-def _storages(node: Any) -> set[int]:
+def _storages(node: Node) -> set[int]:
     """What tells the memory of a node's values apart from that of others."""
     tensors = [leaf for leaf in pytree.tree_leaves(node.meta.get("val")) if isinstance(leaf, torch.Tensor)]
     return {tensor.untyped_storage()._cdata for tensor in tensors}

@@ -6,10 +6,9 @@ branch: without its branch it leaves x, as it does with its transform gate close
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch.fx import Graph, Node
+from torch.fx.node import Argument
 
 from resnet_paths.unraveling.graphs import between, insert, is_alike, replace
 from resnet_paths.unraveling.rewrites.branches import source_of_branch
@@ -37,7 +36,7 @@ def write_interpolations(graph: Graph) -> None:
             replace(node, insert(node, _ADD, x, branch))
 
 
-def _lerp(node: Node) -> tuple[Any, Node, Node] | None:
+def _lerp(node: Node) -> tuple[Argument, Node, Node] | None:
     """(Gate, new value, x) of ``torch.lerp``; the gate may be a number."""
     start, end, weight = node.args
     if not is_alike(start, node) or not is_alike(end, node):

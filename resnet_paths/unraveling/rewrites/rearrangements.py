@@ -6,8 +6,6 @@ is x itself. ``x.detach()`` is not a view in this sense: it keeps the entries an
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch.fx import Graph, Node
 
@@ -34,14 +32,14 @@ def move_rearrangements(graph: Graph) -> None:
         for moved, other in (node.args, node.args[::-1]):
             if not is_alike(moved, node) or not is_alike(other, node) or not _is_moved_for(moved, node):
                 continue
-            x: Any = moved.args[0]
+            x = moved.all_input_nodes[0]
             source = source_of_branch(x, other)
             undone = None if source is None else _undone(node, moved, other, source)
             if undone is None:
                 continue
             total = insert(node, _ADD, *((x, undone) if moved is node.args[0] else (undone, x)))
-            rearrangement: Any = moved.target
-            replace(node, insert(node, rearrangement, total, *moved.args[1:], **moved.kwargs))
+            assert callable(moved.target)  # an operation
+            replace(node, insert(node, moved.target, total, *moved.args[1:], **moved.kwargs))
             waiting.append(total)  # x may be a rearrangement itself
             break
 
@@ -61,7 +59,7 @@ def _undone(node: Node, moved: Node, value: Node, source: Node) -> Node | None:
         return value
     # The value is computed from the source, which may therefore be read for sizes that vary.
     varying = [str(size) for size in source.meta["val"].shape]
-    sizes: list[Any] = []
+    sizes: list[int | Node] = []
     for size in before.meta["val"].shape:
         if isinstance(size, int):
             sizes.append(size)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -33,9 +32,9 @@ def backward_rule_in(claim: Claim, inputs: Sequence[torch.Tensor]) -> str:
         What they are and where they stand, for a message: `autograd.Function`, parts under ``no_grad``, hooks on
         tensors or on the gradients of modules; empty if there are none of these.
     """
-    watch, visited = _Watch(), set[Any]()
+    watch, visited = _Watch(), set[object]()
 
-    def look_back(name: str, output: Any) -> None:
+    def look_back(name: str, output: object) -> None:
         for function in _new_functions(output, visited):
             rule = type(function).__name__.removesuffix("Backward")
             if isinstance(function, BackwardCFunction) and rule != "BackwardHookFunction":
@@ -53,7 +52,7 @@ def backward_rule_in(claim: Claim, inputs: Sequence[torch.Tensor]) -> str:
     return "; ".join(dict.fromkeys(watch.found[:3]))
 
 
-def _hook(name: str, look_back: Callable[[str, Any], None]) -> Callable[[nn.Module, Any, Any], None]:
+def _hook(name: str, look_back: Callable[[str, object], None]) -> Callable[[nn.Module, object, object], None]:
     return lambda _module, _args, output: look_back(name, output)
 
 
@@ -66,8 +65,12 @@ class _Watch(TorchFunctionMode):
         self._is_quiet = False
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Iterable[type], args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
+        self,
+        func: Callable[..., object],
+        types: Iterable[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         kwargs = kwargs or {}
         if func is torch.Tensor.register_hook:
             self.found.append(f"hook on the gradient of a tensor, {_user_line()}")
@@ -83,7 +86,7 @@ class _Watch(TorchFunctionMode):
 _WITHOUT_GRADIENT = {"view_as", "__get__", "dim", "size", "detach", "is_floating_point", "__len__", "data_ptr", "numel"}
 
 
-def _needs_gradient(values: Any) -> bool:
+def _needs_gradient(values: object) -> bool:
     return any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in pytree.tree_leaves(values))
 
 
@@ -96,7 +99,7 @@ def _user_line() -> str:
     return f'File "{own[-1].filename}", line {own[-1].lineno}, in {own[-1].name}' if own else ""
 
 
-def _new_functions(output: Any, visited: set[Any]) -> Iterable[Any]:
+def _new_functions(output: object, visited: set[object]) -> Iterable[object]:
     """The functions of an autograd graph that were not visited before; `visited` is extended."""
     waiting = [x.grad_fn for x in pytree.tree_leaves(output) if isinstance(x, torch.Tensor) and x.grad_fn is not None]
     while waiting:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -58,7 +57,7 @@ class Claim:
         return chosen(run_model(self.model, self.signature, tensors), self.output)
 
 
-def run_model(model: nn.Module, signature: Signature, tensors: Iterable[torch.Tensor]) -> Any:
+def run_model(model: nn.Module, signature: Signature, tensors: Iterable[torch.Tensor]) -> object:
     """What a model returns.
 
     Args:

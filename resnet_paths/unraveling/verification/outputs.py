@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import Interpreter, Node
 
 from resnet_paths._utils.errors import UnravelError
+from resnet_paths.unraveling.packing import Packed
 from resnet_paths.unraveling.tracing import Trace, name_of
 from resnet_paths.unraveling.verification.claim import Claim
 
@@ -50,7 +50,7 @@ def check_output(claim: Claim) -> torch.Tensor:
 
 def _first_difference(claim: Claim, traced: Trace) -> str:
     """The first part of the chain that does not return what the graph computes there, for a message."""
-    returned: list[Any] = []
+    returned: list[torch.Tensor | tuple[torch.Tensor, ...]] = []
     with contextlib.ExitStack() as hooks:
         for part in (claim.chain.stem, *claim.chain):
             handle = part.register_forward_hook(lambda _module, _args, output: returned.append(output))
@@ -70,10 +70,10 @@ def _first_difference(claim: Claim, traced: Trace) -> str:
 class _Recorder(Interpreter):
     """Runs the flat graph on real inputs and keeps the values of some nodes."""
 
-    def __init__(self, traced: Trace, wanted: Sequence[Any]) -> None:
+    def __init__(self, traced: Trace, wanted: Sequence[Node | Packed]) -> None:
         self._tensors = traced.tensors
-        self._wanted = set(wanted)
-        self._kept: dict[Any, torch.Tensor] = {}
+        self._wanted: set[object] = set(wanted)
+        self._kept: dict[object, torch.Tensor] = {}
         super().__init__(nn.Module(), graph=traced.graph, garbage_collect_values=False)
 
     def fetch_attr(self, target: str) -> object:
@@ -85,7 +85,7 @@ class _Recorder(Interpreter):
             self._kept[n] = value
         return value
 
-    def values_on(self, inputs: tuple[torch.Tensor, ...]) -> dict[Any, torch.Tensor]:
+    def values_on(self, inputs: tuple[torch.Tensor, ...]) -> dict[object, torch.Tensor]:
         self.run(*inputs)
         return self._kept
 

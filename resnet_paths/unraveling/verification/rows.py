@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+import sympy
 import torch
 from torch.fx import Node
-from torch.fx.node import map_arg
+from torch.fx.node import Argument, map_arg
 
 from resnet_paths._utils.errors import UnravelError
 from resnet_paths.unraveling.graphs import is_shape
@@ -103,11 +103,11 @@ def _culprit(claim: Claim, pair: Sequence[torch.Tensor], other: Sequence[torch.T
 
 def _values_of_both(
     traced: Trace, pair: Sequence[torch.Tensor], other: Sequence[torch.Tensor]
-) -> Iterator[tuple[Node, tuple[Any, Any]]]:
+) -> Iterator[tuple[Node, tuple[Argument, Argument]]]:
     """Each node of a graph with its values on two batches; values are freed after their last use."""
     waiting = list(zip(pair, other, strict=True))
     last_use = {used: node for node in traced.graph.nodes for used in node.all_input_nodes}
-    values: dict[Node, tuple[Any, Any]] = {}
+    values: dict[Node, tuple[Argument, Argument]] = {}
     for node in traced.graph.nodes:
         if node.op == "placeholder":
             values[node] = waiting.pop(0)
@@ -122,18 +122,19 @@ def _values_of_both(
                 values.pop(used, None)
 
 
-def _result(node: Node, values: Mapping[Node, Sequence[Any]], which: int) -> Any:
+def _result(node: Node, values: Mapping[Node, Sequence[Argument]], which: int) -> Argument:
     """What a node's function returns for one of two batches."""
 
-    def read(argument: Node) -> Any:
+    def read(argument: Node) -> Argument:
         return values[argument][which]
 
-    return node.target(*map_arg(node.args, read), **map_arg(node.kwargs, read))  # type: ignore[operator]
+    result: Argument = node.target(*map_arg(node.args, read), **map_arg(node.kwargs, read))  # type: ignore[operator]
+    return result
 
 
-def _mixes(traced: Trace, node: Node, one: Any, other: Any) -> bool:
+def _mixes(traced: Trace, node: Node, one: Argument, other: Argument) -> bool:
     """Whether the part of a value that belongs to the first of two examples differs between two batches."""
-    if is_shape(node) or not isinstance(one, torch.Tensor):
+    if is_shape(node) or not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
         return False
     batch = {symbol for x in traced.inputs for symbol in _symbols(x.meta["val"].shape[:1])}
     dims = [dim for dim, size in enumerate(node.meta["val"].shape) if batch & _symbols([size])]
@@ -149,6 +150,6 @@ def _mixes(traced: Trace, node: Node, one: Any, other: Any) -> bool:
     return not any(_is_equal(b, a) for a, b in zip(*halves, strict=True))
 
 
-def _symbols(sizes: Sequence[Any]) -> set[Any]:
+def _symbols(sizes: Iterable[object]) -> set[sympy.Symbol]:
     """The symbols in sizes that `torch.export` left free."""
     return set().union(*(size.node.expr.free_symbols for size in sizes if isinstance(size, torch.SymInt)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import networkx as nx
 import torch
@@ -105,7 +104,7 @@ def _check_weight_layers(claim: Claim) -> None:
         )
 
 
-def _kind(node: Node) -> tuple[Any, ...]:
+def _kind(node: Node) -> tuple[object, ...]:
     """A weight layer by its operation and the parameters that it reads, which keep their names in every segment."""
     return (node.target, *(str(n.target) for n in node.all_input_nodes if n.op == "get_attr"))
 
@@ -146,7 +145,7 @@ def _residual_additions(graph: Graph) -> Iterator[Node]:
     flow: nx.DiGraph = nx.DiGraph()
     flow.add_node("inputs")
     for node in nodes:
-        before: list[Any] = [n for n in node.all_input_nodes if flow.has_node(n)]
+        before: list[Node | str] = [n for n in node.all_input_nodes if flow.has_node(n)]
         flow.add_edges_from((n, node) for n in (before or ["inputs"]))
     dominators = nx.immediate_dominators(flow, "inputs")
     for node in sums:
@@ -165,7 +164,7 @@ def _is_floating(node: Node) -> bool:
 
 def _passes_weights(flow: nx.DiGraph, fork: Node, operand: Node) -> bool:
     """Whether a weight layer is on a way from the fork to an operand."""
-    waiting: list[Any] = [operand]
+    waiting: list[object] = [operand]
     seen = {fork}
     while waiting:
         node = waiting.pop()
