@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
+from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import CodeGen
 
@@ -26,7 +26,7 @@ from resnet_paths.core.parts import Parallel
 __all__ = ["step_function"]
 
 _aten = torch.ops.aten
-_IN_PLACE: dict[Any, Any] = {
+_IN_PLACE: dict[object, OpOverload] = {
     _aten.relu.default: _aten.relu_.default,
     _aten.hardtanh.default: _aten.hardtanh_.default,
     _aten.hardswish.default: _aten.hardswish_.default,
@@ -34,7 +34,7 @@ _IN_PLACE: dict[Any, Any] = {
     _aten.gelu.default: _aten.gelu_.default,
 }
 """Operations on each number by itself, and their twins in place."""
-_MAKES_NEW: set[Any] = {
+_MAKES_NEW: set[object] = {
     *_IN_PLACE,
     *_IN_PLACE.values(),  # of what is new
     *(getattr(_aten, f"conv{n}d").default for n in (1, 2, 3)),
@@ -49,14 +49,14 @@ _MAKES_NEW: set[Any] = {
 """Operations that return a tensor of their own, whatever they are given."""
 
 
-_Function = tuple[Callable[[Any], Any], bool]
+_Function = tuple[Callable[[torch.Tensor], torch.Tensor], bool]
 """A part as a function from its input to its output, and whether the output is a tensor that nothing else holds."""
 
 _Known = dict[tuple[int, bool], tuple[nn.Module, _Function]]
 """Functions by the identity of their part, which is kept so that no other part is given its identity."""
 
 
-def step_function(step: nn.Module, known: _Known) -> Callable[[Any], Any]:
+def step_function(step: nn.Module, known: _Known) -> Callable[[torch.Tensor], torch.Tensor]:
     """What a step computes, as a function of its state, for running without gradients.
 
     The function holds the tensors that the step had when it was made.
@@ -97,7 +97,7 @@ def _in_series(parts: list[nn.Module], known: _Known) -> _Function:
     functions = [_function(part, known) for part in parts]
     calls = [call for call, _ in functions if call is not _same]
 
-    def run(x: Any) -> Any:
+    def run(x: torch.Tensor) -> torch.Tensor:
         for call in calls:
             x = call(x)
         return x
@@ -116,18 +116,18 @@ def _of_block(block: Block, known: _Known) -> _Function:
     [(branch, makes_new)] = others
     add = _added_over if makes_new else operator.add
 
-    def run(x: Any) -> Any:
+    def run(x: torch.Tensor) -> torch.Tensor:
         x = pre(x)
         return after(add(skip(x), branch(x)))
 
     return run, ends_new
 
 
-def _same(x: Any) -> Any:
+def _same(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def _added_over(kept: Any, new: Any) -> Any:
+def _added_over(kept: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     """``kept + new``, written over `new` where that has the shape and dtype of the sum."""
     if (
         type(kept) is type(new) is torch.Tensor
@@ -142,21 +142,21 @@ def _added_over(kept: Any, new: Any) -> Any:
 def _of_graph(module: GraphModule, owns_input: bool) -> _Function:
     """An exported part with its tensors in one flat module, and in place what can be."""
     graph = Graph()
-    held: dict[str, Any] = {}
+    held: dict[str, object] = {}
     graph.output(graph.graph_copy(module.graph, {}))
     for node in graph.nodes:
         if node.op in ("get_attr", "call_module"):
             name = f"held{len(held)}"
             held[name] = operator.attrgetter(node.target)(module)
             node.target = name
-        elif node.target in _IN_PLACE and _is_new(node.args[0], owns_input):
+        elif node.target in _IN_PLACE and _is_new(node.all_input_nodes[0], owns_input):
             node.target = _IN_PLACE[node.target]
     (result,) = graph.output_node().args
     # Called without the machinery of modules: there are no hooks.
     return GraphModule(held, graph).forward, isinstance(result, Node) and _is_new(result, owns_input=False)
 
 
-def _is_new(node: Any, owns_input: bool) -> bool:
+def _is_new(node: Node, owns_input: bool) -> bool:
     """Whether a value is a tensor of its own, read once; an input is one where its reader owns it."""
     if len(node.users) > 1:
         return False
