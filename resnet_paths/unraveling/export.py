@@ -12,7 +12,6 @@ import io
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
 
 import sympy
 import torch
@@ -98,12 +97,12 @@ def export(model: nn.Module, inputs: tuple[torch.Tensor, ...], *, free_sizes: bo
 
 
 def _exported(
-    model: nn.Module, example: tuple[torch.Tensor, ...], batch: Any, *, free_sizes: bool
+    model: nn.Module, example: tuple[torch.Tensor, ...], batch: object, *, free_sizes: bool
 ) -> torch.export.ExportedProgram:
     auto = torch.export.Dim.AUTO
     rows = max((x.shape[0] for x in example if x.dim()), default=1)
     # One row for all examples, such as positions, stays one.
-    dynamic: Any = tuple(
+    dynamic: tuple[object, ...] = tuple(
         {
             dim: batch if dim == 0 and size == rows else auto
             for dim, size in enumerate(x.shape)

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -84,9 +83,9 @@ class _Attributes:
                     holder.extend(content) if isinstance(holder, list | deque) else holder.update(content)
 
 
-def _is_same(holder: Any, content: Any) -> bool:
+def _is_same(holder: Collection[object], content: Collection[object]) -> bool:
     """Whether a container holds the same objects as before; they are not compared by value, which tensors refuse."""
-    if isinstance(holder, dict):
+    if isinstance(holder, dict) and isinstance(content, dict):
         return [*map(id, holder.values())] == [*map(id, content.values())] and [*holder] == [*content]
     return [*map(id, holder)] == [*map(id, content)]
 

@@ -14,7 +14,7 @@ import itertools
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import networkx as nx
 import torch
@@ -67,22 +67,22 @@ def trunk_between(traced: Trace, source: Node | None, target: Node) -> list[Node
     return _trunk_to(target, source, _dominators(traced, source, target))
 
 
-def _dominators(traced: Trace, source: Node | None, target: Node) -> dict[Any, Any]:
+def _dominators(traced: Trace, source: Node | None, target: Node) -> dict[Node | str, Node | str]:
     """For each node on the way the last one that every route to it passes; ``"inputs"`` stands before the inputs."""
-    root: Any = "inputs" if source is None else source
+    root: Node | str = "inputs" if source is None else source
     graph = nx.DiGraph()
     graph.add_node(root)
     for node in traced.in_order(traced.region([] if source is None else [source], target)):
-        before: list[Any] = [*traced.dependent_inputs(node)] or ["inputs"]
+        before: list[Node | str] = [*traced.dependent_inputs(node)] or ["inputs"]
         graph.add_edges_from((operand, node) for operand in before)
-    dominators: dict[Any, Any] = nx.immediate_dominators(graph, root)
+    dominators: dict[Node | str, Node | str] = nx.immediate_dominators(graph, root)
     return dominators
 
 
-def _trunk_to(target: Node, source: Node | None, dominators: dict[Any, Any]) -> list[Node]:
+def _trunk_to(target: Node, source: Node | None, dominators: dict[Node | str, Node | str]) -> list[Node]:
     trunk = [target]
-    while trunk[-1] is not source and dominators[trunk[-1]] != "inputs":
-        trunk.append(dominators[trunk[-1]])
+    while trunk[-1] is not source and isinstance(before := dominators[trunk[-1]], Node):
+        trunk.append(before)
     # Pieces, such as the halves of a state, are between two tensors; no block begins or ends there.
     return [node for node in trunk[::-1] if isinstance(node.meta.get("val"), torch.Tensor)]
 

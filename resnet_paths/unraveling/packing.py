@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -44,14 +43,14 @@ class Packed:
         return replace(self, values=values)
 
     @property
-    def shape(self) -> tuple[Any, ...]:
+    def shape(self) -> tuple[int | torch.SymInt, ...]:
         """Shape of the tensor, with the batch."""
         first = self.like[0].meta["val"].shape
         if self.dim is None:
             return (first[0], sum(self._widths()))
         return (*first[: self.dim], sum(self._widths()), *first[self.dim + 1 :])
 
-    def _widths(self) -> list[Any]:
+    def _widths(self) -> list[int | torch.SymInt]:
         if self.dim is None:
             return [node.meta["val"][0].numel() for node in self.like]
         return [node.meta["val"].shape[self.dim] for node in self.like]
@@ -105,7 +104,7 @@ class Packed:
         pad = [sum(widths[: present[0]]), sum(widths[present[-1] + 1 :])]
         if any(pad):
             rank = 2 if self.dim is None else self.like[0].meta["val"].dim()
-            whole = graph.call_function(_ATEN.constant_pad_nd.default, (whole, [0, 0] * (rank - 1 - dim) + pad))
+            whole = graph.call_function(_ATEN.constant_pad_nd.default, (whole, [*[0, 0] * (rank - 1 - dim), *pad]))
         return whole
 
 

@@ -1,4 +1,4 @@
-"""Any module as one flat functional graph that shares the module's parameters.
+"""A module as one flat functional graph that shares the module's parameters.
 
 `torch.export` traces the module with a dynamic batch; in-place operations are written as ordinary ones. What comes back
 is cut into single-input segments by `Trace.segment`; each is a module whose parameters and buffers are those of the
