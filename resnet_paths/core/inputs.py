@@ -11,6 +11,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch.utils import _pytree as pytree
+from tqdm.auto import tqdm
 
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.core.signature import Inputs
@@ -19,6 +20,7 @@ __all__ = [
     "Inputs",
     "InputsOrLoader",
     "batches_of",
+    "batches_with_bar",
     "checked_inputs",
     "each_tensor",
     "inputs_of",
@@ -136,6 +138,24 @@ def batches_of(inputs: InputsOrLoader, targets: object = None) -> Iterator[tuple
         yield _inputs_and_targets(batch)
     if empty:
         raise ResnetPathsError("inputs", type(inputs).__name__, f"{_FORMS}; or a loader with a batch")
+
+
+def batches_with_bar(
+    what: str, inputs: InputsOrLoader, targets: object, progress: bool
+) -> Iterator[tuple[Inputs, object]]:
+    """The same batches, with a progress bar where they come from a loader.
+
+    Args:
+        what: Text in front of the bar.
+        inputs: As for `batches_of`.
+        targets: Likewise.
+        progress: Whether to show the bar.
+
+    Yields:
+        Inputs and targets of each batch.
+    """
+    disable = not progress or is_one_batch(inputs)
+    yield from tqdm(batches_of(inputs, targets), desc=what, unit="batch", disable=disable)
 
 
 def _inputs_and_targets(batch: Mapping[str, object] | Sequence[object]) -> tuple[Inputs, object]:

@@ -32,6 +32,7 @@ __all__ = [
     "branch_number",
     "check_path",
     "enumerate_paths",
+    "lengths_up_to",
     "path_histogram",
     "path_length",
     "path_polynomial",
@@ -181,6 +182,31 @@ def multiplied(one: list[int], other: list[int]) -> list[int]:
     # Arrays of objects hold Python's own ints, which do not overflow.
     product: list[int] = np.convolve(np.array(one, dtype=object), np.array(other, dtype=object)).tolist()
     return product
+
+
+def lengths_up_to(counts: Sequence[int], max_length: int | None) -> list[int]:
+    """The lengths that paths may have.
+
+    Args:
+        counts: Number of paths by length, from `path_polynomial`.
+        max_length: The longest of interest; None for all.
+
+    Returns:
+        The lengths of at least one path, in order.
+
+    Raises:
+        ResnetPathsError: If no path is as short as `max_length`, or it is longer than the longest.
+
+    Example:
+        >>> lengths_up_to([0, 2, 0, 1], None)
+        [1, 3]
+    """
+    possible = [k for k, count in enumerate(counts) if count]
+    if max_length is None:
+        return possible
+    if not isinstance(max_length, SupportsIndex) or not possible[0] <= int(max_length) <= possible[-1]:
+        raise ResnetPathsError("max_length", max_length, f"an int from {possible[0]} to {possible[-1]}, or None")
+    return [k for k in possible if k <= max_length]
 
 
 def path_histogram(chain: HasPathChoices | int, unit: str = "block") -> pd.DataFrame:

@@ -16,20 +16,18 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, SupportsIndex, cast
+from collections.abc import Callable, Sequence
+from typing import Any, SupportsIndex
 
 import numpy as np
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
 
 from resnet_paths._utils.errors import ResnetPathsError, nearest_names
 from resnet_paths._utils.statistics import mean_over_examples
 from resnet_paths.core.chain import ResidualChain
-from resnet_paths.core.inputs import batches_of, is_one_batch
-from resnet_paths.core.paths import path_polynomial, sample_paths
+from resnet_paths.core.inputs import batches_with_bar
+from resnet_paths.core.paths import lengths_up_to, path_polynomial, sample_paths
 from resnet_paths.gradients.effective import (
     PAPER_WINDOW,
     EffectiveWindow,
@@ -142,12 +140,12 @@ def gradient_by_path_length(
     _check_options(method, num_draws, relative_error, average)
     if not per_example and place.of_parameters:
         raise ResnetPathsError("per_example", per_example, "True for gradients of parameters")
-    counts = path_polynomial(place)
-    lengths = _lengths_up_to(counts, max_length)
+    counts = path_polynomial(place.above)
+    lengths = lengths_up_to(counts, max_length)
     if generator is None:
         generator = torch.Generator().manual_seed(0)
     all_measured = []
-    for batch_inputs, batch_targets in _with_bar("gradient", inputs, targets, progress):
+    for batch_inputs, batch_targets in batches_with_bar("gradient", inputs, targets, progress):
 
         def points(rows: int, batch: Any = batch_inputs, truth: Any = batch_targets) -> Any:
             return place.points(batch, truth, loss, memory_budget, rows)
@@ -165,7 +163,7 @@ def gradient_by_path_length(
     })
     for name, column in whole.columns([counts[k] for k in lengths], average).items():
         frame[name] = column
-    vjps = sum(lengths) if method == "sampled" else num_block_vjps(place.path_choices, lengths[-1])
+    vjps = sum(lengths) if method == "sampled" else num_block_vjps(place.above.path_choices, lengths[-1])
     frame.attrs |= {
         "method": method,
         "with_respect_to": with_respect_to,
@@ -217,11 +215,11 @@ def gradient_by_stage_lengths(
     indices = range(place.down_to, len(chain))
     stages = [list(run) for _, run in itertools.groupby(indices, key=lambda i: chain[i].stage)]
     ranges = [range(run[0], run[-1] + 1) for run in stages]
-    polynomials = [path_polynomial(_Offering(chain.path_choices[r.start : r.stop])) for r in ranges]
+    polynomials = [path_polynomial(chain.with_blocks(list(chain)[r.start : r.stop])) for r in ranges]
     keys = sorted(itertools.product(*([k for k, count in enumerate(p) if count] for p in polynomials)))
     row_of = {key: row for row, key in enumerate(keys)}
     all_measured = []
-    for batch_inputs, batch_targets in _with_bar("gradient by stage", inputs, targets, progress):
+    for batch_inputs, batch_targets in batches_with_bar("gradient by stage", inputs, targets, progress):
         for point in place.points(batch_inputs, batch_targets, loss, memory_budget // 4, len(chain) + 1):
             norms, shares = np.zeros((2, len(keys), point.num_examples))
             underflowed = np.zeros(len(keys), dtype=bool)
@@ -280,7 +278,7 @@ def gradient_through_block(
     """
     place = _place_of_states(chain, with_respect_to)
     norms, shares = [], []
-    for batch_inputs, batch_targets in _with_bar("gradient through blocks", inputs, targets, progress):
+    for batch_inputs, batch_targets in batches_with_bar("gradient through blocks", inputs, targets, progress):
         for point in place.points(batch_inputs, batch_targets, loss, memory_budget, len(chain) + 1):
             stack = point.through_branches()
             norms.append(point.norms(stack)[0][:0:-1, 0])
@@ -332,7 +330,7 @@ def gradient_by_depth(
     """
     place = Place.of(chain, "stem")
     all_measured = []
-    for batch_inputs, batch_targets in _with_bar("gradient by depth", inputs, targets, progress):
+    for batch_inputs, batch_targets in batches_with_bar("gradient by depth", inputs, targets, progress):
         for point in place.points(batch_inputs, batch_targets, loss, memory_budget, 1):
             norms = [point.norms(stack)[0][0, 0] for stack in point.by_depth()]
             all_measured.append(np.stack(norms[::-1]))
@@ -346,27 +344,11 @@ def gradient_by_depth(
     })
 
 
-def _with_bar(what: str, inputs: Any, targets: Any, progress: bool) -> Iterable[tuple[Any, Any]]:
-    """The batches, with a bar where they come from a loader."""
-    bar = tqdm(
-        batches_of(inputs, targets),
-        desc=what,
-        unit="batch",
-        disable=not progress or is_one_batch(inputs),
-    )
-    return cast("Iterable[tuple[Any, Any]]", bar)
-
-
 def _place_of_states(chain: ResidualChain, with_respect_to: Any) -> Place:
     place = Place.of(chain, with_respect_to)
     if place.of_parameters:
         raise ResnetPathsError("with_respect_to", with_respect_to, "'input', 'stem' or a block")
     return place
-
-
-@dataclass(frozen=True)
-class _Offering:
-    path_choices: Any
 
 
 def _check_options(method: str, num_draws: int | None, relative_error: float, average: str) -> None:
@@ -378,15 +360,6 @@ def _check_options(method: str, num_draws: int | None, relative_error: float, av
         raise ResnetPathsError("num_draws", num_draws, "an int of at least 2, so that the error can be estimated")
     if not 0 < relative_error < 1:
         raise ResnetPathsError("relative_error", relative_error, "a number between 0 and 1, both excluded")
-
-
-def _lengths_up_to(counts: Sequence[int], max_length: int | None) -> list[int]:
-    possible = [k for k, count in enumerate(counts) if count]
-    if max_length is None:
-        return possible
-    if not isinstance(max_length, SupportsIndex) or not possible[0] <= int(max_length) <= possible[-1]:
-        raise ResnetPathsError("max_length", max_length, f"an int from {possible[0]} to {possible[-1]}, or None")
-    return [k for k in possible if k <= max_length]
 
 
 Draws = tuple[int | None, float, torch.Generator]
@@ -444,7 +417,7 @@ def _measure_sampled(
     place: Place, points: Callable[[int], Any], lengths: Sequence[int], num_draws: int, generator: torch.Generator
 ) -> Measurements:
     """Norms of single paths; all examples of a batch take the same paths, as in the paper."""
-    paths = [path for k in lengths for path in sample_paths(place, k, num_draws, generator)]
+    paths = [path for k in lengths for path in sample_paths(place.above, k, num_draws, generator)]
     found, lost, num_examples = [], np.zeros(len(lengths), dtype=bool), 0
     for point in points(min(len(paths), _PATHS_AT_ONCE)):
         norms = []

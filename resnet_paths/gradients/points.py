@@ -18,29 +18,24 @@ from torch import nn
 
 from resnet_paths._utils.devices import wide
 from resnet_paths._utils.errors import ResnetPathsError
-from resnet_paths.core.chain import ResidualChain, require_chain, require_eval_mode
-from resnet_paths.core.inputs import each_tensor, num_examples, split
-from resnet_paths.core.paths import Choices, Path
-from resnet_paths.core.placement import device_of
-from resnet_paths.core.signature import Signature, arguments_of
-from resnet_paths.gradients.adjoints import Context, linearize, linearize_all
-from resnet_paths.gradients.backward import (
+from resnet_paths.core.backward.adjoints import linearize, linearize_all
+from resnet_paths.core.backward.cotangents import Cotangents, Stack, aligned
+from resnet_paths.core.backward.forward import STACKS_AT_ONCE, ForwardPass, prepared, split_to_fit
+from resnet_paths.core.backward.recursion import (
     Rules,
-    forward,
     head_cotangents,
     parameter_cotangents,
     parts_through_blocks,
     pull_back,
     pull_paths,
 )
-from resnet_paths.gradients.cotangents import Cotangents, Stack, aligned
+from resnet_paths.core.chain import ResidualChain, require_chain, require_eval_mode
+from resnet_paths.core.inputs import each_tensor, num_examples, split
+from resnet_paths.core.paths import Choices, Path
+from resnet_paths.core.signature import Signature, arguments_of
 from resnet_paths.gradients.losses import cross_entropy
 
 __all__ = ["Place", "Point", "num_block_vjps"]
-
-# Stacks at a block's output and input, behind its post and pre, and what torch allocates beside them.
-_STACKS_AT_ONCE = 4
-_INSIDE_A_BLOCK = 16  # states that a block keeps inside while it is linearized
 
 
 @dataclass(frozen=True)
@@ -89,9 +84,9 @@ class Place:
         return cls(chain, chain.block_index(with_respect_to) + 1)
 
     @property
-    def path_choices(self) -> Choices:
-        """What the blocks above the place offer to a path; see `resnet_paths.core.paths`."""
-        return self.chain.path_choices[self.down_to :]
+    def above(self) -> ResidualChain:
+        """The chain of the blocks above the place."""
+        return self.chain.with_blocks(list(self.chain)[self.down_to :])
 
     def points(
         self, inputs: Any, targets: Any, loss: Callable[[Any, Any], torch.Tensor] | None, memory_budget: int, rows: int
@@ -112,31 +107,15 @@ class Place:
             ResnetPathsError: If the inputs cannot be differentiated or hold no example.
         """
         chain = self.chain
-        device = device_of(chain)
-        inputs, targets = each_tensor(lambda t: _ordinary(t.to(device)), (inputs, targets))
-        if chain.eval_only:
-            inputs = each_tensor(_laid_out, inputs)
+        inputs, targets = prepared(chain, inputs, targets)
         if self.of_input:
             _refuse_without_gradient(inputs)
-        if not num_examples(inputs):
-            raise ResnetPathsError("inputs", "no examples", "at least one example")
-        one, _ = next(split(inputs, targets, 1))
-        size = self._examples_at_once(*forward(chain, one), memory_budget, rows)
-        for part, some in split(inputs, targets, size):
-            yield Point(self, part, some, loss or cross_entropy)
-
-    def _examples_at_once(
-        self, states: Sequence[torch.Tensor], context: Mapping[str, torch.Tensor], memory_budget: int, rows: int
-    ) -> int:
-        beside = sum(t.numel() * t.element_size() for t in context.values())
-        sizes = [state.numel() * state.element_size() + beside for state in states]
-        # A row for each block passed so far, up to `rows` in all.
-        num_rows = [min(rows, (len(states) - i) * max(rows // len(states), 1)) for i in range(len(states))]
-        stacks = max(n * size for n, size in zip(num_rows[self.down_to :], sizes[self.down_to :], strict=True))
+        beside = 0
         if self.of_parameters:
-            stacks += rows * sum(p.numel() * p.element_size() for p in self.chain[self.down_to - 1].parameters())
-        needed = sum(sizes) + _INSIDE_A_BLOCK * max(sizes) + _STACKS_AT_ONCE * stacks
-        return max(memory_budget // needed, 1)
+            beside = sum(p.numel() * p.element_size() for p in chain[self.down_to - 1].parameters())
+        parts = split_to_fit(chain, inputs, targets, memory_budget, rows, down_to=self.down_to, beside=beside)
+        for part, some in parts:
+            yield Point(self, part, some, loss or cross_entropy)
 
 
 def _refuse_without_gradient(inputs: Any) -> None:
@@ -154,54 +133,15 @@ def _refuse_without_gradient(inputs: Any) -> None:
             )
 
 
-def _ordinary(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that autograd can work with, also where it was made in inference mode."""
-    return tensor.clone() if tensor.is_inference() else tensor
-
-
-def _laid_out(inputs: torch.Tensor) -> torch.Tensor:
-    """Images with their channels last, the layout in which stacks of cotangents are convolved fastest."""
-    if inputs.dim() == 4 and inputs.is_floating_point() and inputs.dtype != torch.float64:
-        return inputs.contiguous(memory_format=torch.channels_last)
-    return inputs
-
-
-class Point:
+class Point(ForwardPass):
     """Some examples at a place: their states between blocks, and what can be pulled back to it."""
 
     def __init__(self, place: Place, inputs: Any, targets: Any, loss: Callable[[Any, Any], torch.Tensor]) -> None:
+        super().__init__(place.chain, inputs, down_to=place.down_to, of_input=place.of_input)
         self.place = place
-        self.inputs = inputs
-        self.num_examples = num_examples(inputs)
-        self.states, values = forward(place.chain, inputs)
-        self.device = self.states[0].device
-        # With respect to the output of the stem: what the stem hands on to all blocks is the first state itself.
-        self.first_states = [name for name, value in values.items() if value is self.states[0]]
-        self.context = self._with_gradients(values)
         self.cotangents = head_cotangents(
             place.chain, self.states[-1], self.context, lambda logits: loss(logits, targets)
         )
-
-    def _with_gradients(self, values: Mapping[str, torch.Tensor]) -> Context:
-        """The context, with a row for each example where it carries a gradient."""
-        place = self.place
-        if place.down_to or not values:
-            return Context(values)
-        depending = _depending_on(place.chain, self.inputs)
-        carrying = [name for name in values if name in depending or name in self.first_states]
-        expanded = dict(values)
-        for name in carrying:
-            value = values[name]
-            shared = value.dim() > 0 and len(value) == 1 and not place.of_input
-            if not shared and (not value.dim() or len(value) != self.num_examples):
-                raise ResnetPathsError(
-                    "inputs",
-                    f"{name!r} {list(value.shape)}, which the stem makes of them for all blocks",
-                    "inputs of which everything is made for each example alone",
-                    "All examples share it: none has a gradient of its own. Take the output of a block.",
-                )
-            expanded[name] = value.expand(self.num_examples, *value.shape[1:])
-        return Context(expanded, tuple(carrying))
 
     def by_length(
         self, longest: int, num_draws: int = 1, draw_signs: Callable[[], torch.Tensor] | None = None
@@ -254,7 +194,7 @@ class Point:
         *earlier, stage = stages
         # Paths that differ in later stages do not meet again: some at a time, to stay within the memory.
         widest = max(self.states[i].numel() * self.states[i].element_size() for i in stage)
-        at_once = max(memory_budget // (_STACKS_AT_ONCE * (len(stage) + 1) * widest), 1)
+        at_once = max(memory_budget // (STACKS_AT_ONCE * (len(stage) + 1) * widest), 1)
         for start in range(0, len(lengths), at_once):
             some = slice(start, start + at_once)
             group = above.mapped(lambda s: Stack(s.values[:, some], s.exponents[:, some], s.shortest))  # noqa: B023
@@ -333,23 +273,6 @@ class Point:
         with np.errstate(invalid="ignore", divide="ignore"):
             shares: np.ndarray = np.ldexp((dots / squares).cpu().numpy(), powers)
         return shares
-
-
-def _depending_on(chain: ResidualChain, inputs: Any) -> set[str]:
-    """Names of the context that depends on inputs with a floating dtype."""
-    leaves = each_tensor(lambda t: t.detach().clone().requires_grad_(t.is_floating_point()), inputs)
-    sources = [t for t in Signature.of(*arguments_of(leaves))[1] if t.requires_grad]
-    with torch.enable_grad():
-        args, kwargs = arguments_of(each_tensor(torch.clone, leaves))
-        context = chain.begin(*args, **kwargs)[1]
-
-    def depends(value: torch.Tensor) -> bool:
-        if not value.requires_grad or not sources:
-            return False
-        found = torch.autograd.grad(value, sources, torch.ones_like(value), retain_graph=True, allow_unused=True)
-        return any(slope is not None for slope in found)
-
-    return {name for name, value in context.items() if depends(value)}
 
 
 def _side_by_side(stacks: Sequence[Stack]) -> Stack:

@@ -24,10 +24,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import resnet_paths as rp
+from resnet_paths.core.backward.cotangents import Stack
 from resnet_paths.core.chain import Block, ResidualChain
 from resnet_paths.core.parts import Parallel, Placed, Scaled
 from resnet_paths.core.paths import InBranch, path_length, path_polynomial
-from resnet_paths.gradients.cotangents import Stack
 from resnet_paths.gradients.points import Place
 
 MOST_PATHS = 1100
@@ -429,7 +429,7 @@ def detached_gradient(chain: ResidualChain, inputs: torch.Tensor, targets: Any, 
 def by_length(chain: ResidualChain, inputs: Any, targets: Any, place: Any = "input") -> dict[int, torch.Tensor]:
     """The package's sums over the paths of each length, [batch, features]."""
     (point,) = Place.of(chain, place).points(inputs, targets, None, 2**31, 1)
-    stack = point.by_length(len(path_polynomial(Place.of(chain, place))) - 1)
+    stack = point.by_length(len(path_polynomial(Place.of(chain, place).above)) - 1)
     return {stack.shortest + k: v for k, v in enumerate(vectors_of(stack))}
 
 

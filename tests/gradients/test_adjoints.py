@@ -14,9 +14,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import resnet_paths as rp
+from resnet_paths.core.backward.adjoints import linearize
 from resnet_paths.core.chain import Block, ResidualChain
 from resnet_paths.core.segments import Segment
-from resnet_paths.gradients.adjoints import linearize
 from resnet_paths.gradients.points import Place
 from resnet_paths.unraveling.tracing import trace
 from resnet_paths.zoo import build_network

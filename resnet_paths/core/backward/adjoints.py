@@ -2,7 +2,7 @@
 
 Gradients by path length push dozens of cotangents through one block at one point. Autograd does that by running its
 backward under `torch.vmap`, whose rules for convolutions and BatchNorm cost several times the arithmetic. Here the
-exported graph of a part is walked instead, operation by operation (`resnet_paths.gradients.operations`); two
+exported graph of a part is walked instead, operation by operation (`resnet_paths.core.backward.operations`); two
 multiplications in a row are multiplied once, beforehand.
 
 Parts that are not an exported graph, such as modules in a chain built by hand, go through autograd as a whole.
@@ -19,10 +19,10 @@ import torch
 from torch import nn
 from torch.fx import Node
 
+from resnet_paths.core.backward.operations import Step, linearize_operation, without_vmap_warnings
 from resnet_paths.core.input_sizes import CheckedInputs
 from resnet_paths.core.parts import Placed, Scaled, context_read_by
 from resnet_paths.core.segments import Segment
-from resnet_paths.gradients.operations import Step, linearize_operation, without_vmap_warnings
 
 __all__ = ["Context", "Pullback", "linearize", "linearize_all", "unchanged"]
 

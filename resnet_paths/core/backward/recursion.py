@@ -23,65 +23,21 @@ from typing import Any, cast
 import torch
 
 from resnet_paths._utils.errors import ResnetPathsError
+from resnet_paths.core.backward.adjoints import Context, Pullback, linearize, unchanged
+from resnet_paths.core.backward.cotangents import Cotangents, Stack, combined, joined, placed, with_more
+from resnet_paths.core.backward.forward import states_from
 from resnet_paths.core.chain import Block, ResidualChain
-from resnet_paths.core.inputs import each_tensor
 from resnet_paths.core.parts import call_part, context_read_by
 from resnet_paths.core.paths import Path, branch_number
-from resnet_paths.core.signature import arguments_of
-from resnet_paths.gradients.adjoints import Context, Pullback, linearize, unchanged
-from resnet_paths.gradients.cotangents import Cotangents, Stack, combined, joined, placed, with_more
 
 __all__ = [
     "Rules",
-    "forward",
     "head_cotangents",
     "parameter_cotangents",
     "parts_through_blocks",
     "pull_back",
     "pull_paths",
 ]
-
-
-@torch.no_grad()
-def forward(chain: ResidualChain, inputs: Any) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
-    """The states between blocks of an ordinary forward pass, and the context.
-
-    Args:
-        chain: The chain.
-        inputs: A batch, as the chain is called: a tensor, a tuple or a mapping.
-
-    Returns:
-        The output of the stem, then that of each block; the context by name.
-
-    Raises:
-        ResnetPathsError: If a value is not finite; the first block whose output holds one is named.
-    """
-    # Parts written by hand may begin with an operation in place: they get copies.
-    args, kwargs = arguments_of(inputs if chain.eval_only else each_tensor(torch.clone, inputs))
-    state, context = chain.begin(*args, **kwargs)
-    _check_finite("the stem", state)
-    return _states_from(state, chain, context), context
-
-
-@torch.no_grad()
-def _states_from(state: torch.Tensor, chain: ResidualChain, context: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-    """The state at the first block, and that behind each."""
-    states = [state]
-    for index, block in enumerate(chain):
-        own = states[-1] if chain.eval_only else states[-1].clone()
-        states.append(call_part(block, own, context))
-        _check_finite(f"block {block.name or index!r}", states[-1])
-    return states
-
-
-def _check_finite(place: str, state: torch.Tensor) -> None:
-    if state.is_floating_point() and not bool(torch.isfinite(state).all()):
-        raise ResnetPathsError(
-            "inputs",
-            f"NaN or infinity in the output of {place}",
-            "inputs whose activations are all finite",
-            "In half precision, large activations overflow: try float32.",
-        )
 
 
 def head_cotangents(
@@ -156,7 +112,7 @@ def pull_back(
 
     Args:
         chain: The chain.
-        states: From `forward`.
+        states: From `resnet_paths.core.backward.forward`.
         context: What the blocks read beside the states.
         above: Cotangents at the output of block ``up_from - 1``.
         rules: What to keep apart.
@@ -244,7 +200,7 @@ class NestedChain:
     def at(cls, chain: ResidualChain, state: torch.Tensor, context: Context) -> NestedChain:
         """The chain at its input `state`."""
         first, stem = linearize(chain.stem, state, context)
-        states = _states_from(first, chain, context.values)
+        states = states_from(first, chain, context.values)
         output, head = linearize(chain.head, states[-1], context)
         return cls(chain, states, context, stem, head, output)
 
@@ -269,7 +225,7 @@ def pull_paths(
 
     Args:
         chain: The chain.
-        states: From `forward`, or the states inside a nested chain.
+        states: From `resnet_paths.core.backward.forward`, or the states inside a nested chain.
         context: What the blocks read beside the states.
         above: Cotangents at the last block's output, one row per path; their memory is used up.
         paths: A path a row, through the blocks from `down_to` on.
@@ -313,7 +269,7 @@ def parts_through_blocks(
 
     Args:
         chain: The chain.
-        states: From `forward`.
+        states: From `resnet_paths.core.backward.forward`.
         context: What the blocks read beside the states.
         whole: Gradient at the last block's output, in one row.
         down_to: The block at whose input to stop.
