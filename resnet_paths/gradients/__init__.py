@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, SupportsIndex
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import SupportsIndex
 
 import numpy as np
 import pandas as pd
@@ -26,7 +26,7 @@ import torch
 from resnet_paths._utils.errors import ResnetPathsError, nearest_names
 from resnet_paths._utils.statistics import mean_over_examples
 from resnet_paths.core.chain import ResidualChain
-from resnet_paths.core.inputs import batches_with_bar
+from resnet_paths.core.inputs import Inputs, InputsOrLoader, batches_with_bar
 from resnet_paths.core.paths import lengths_up_to, path_polynomial, sample_paths
 from resnet_paths.gradients.effective import (
     PAPER_WINDOW,
@@ -35,6 +35,7 @@ from resnet_paths.gradients.effective import (
     effective_window,
     fit_decay,
 )
+from resnet_paths.gradients.losses import Loss
 from resnet_paths.gradients.measurements import Measurements
 from resnet_paths.gradients.points import Place, Point, num_block_vjps
 from resnet_paths.gradients.scalar import scalar_gradients
@@ -57,14 +58,12 @@ _MOST_DRAWS = 1000
 _DRAWS_AT_ONCE = 8
 _PATHS_AT_ONCE = 64
 
-Loss = Callable[[Any, Any], torch.Tensor]
-
 
 @torch.inference_mode(False)
 def gradient_by_path_length(
     chain: ResidualChain,
-    inputs: Any,
-    targets: Any = None,
+    inputs: InputsOrLoader,
+    targets: object = None,
     *,
     method: str = "exact",
     loss: Loss | None = None,
@@ -147,7 +146,7 @@ def gradient_by_path_length(
     all_measured = []
     for batch_inputs, batch_targets in batches_with_bar("gradient", inputs, targets, progress):
 
-        def points(rows: int, batch: Any = batch_inputs, truth: Any = batch_targets) -> Any:
+        def points(rows: int, batch: Inputs = batch_inputs, truth: object = batch_targets) -> Iterator[Point]:
             return place.points(batch, truth, loss, memory_budget, rows)
 
         if method == "sampled":
@@ -182,8 +181,8 @@ def gradient_by_path_length(
 @torch.inference_mode(False)
 def gradient_by_stage_lengths(
     chain: ResidualChain,
-    inputs: Any,
-    targets: Any = None,
+    inputs: InputsOrLoader,
+    targets: object = None,
     *,
     loss: Loss | None = None,
     with_respect_to: str | int = "input",
@@ -245,8 +244,8 @@ def gradient_by_stage_lengths(
 @torch.inference_mode(False)
 def gradient_through_block(
     chain: ResidualChain,
-    inputs: Any,
-    targets: Any = None,
+    inputs: InputsOrLoader,
+    targets: object = None,
     *,
     loss: Loss | None = None,
     with_respect_to: str | int = "input",
@@ -298,8 +297,8 @@ def gradient_through_block(
 @torch.inference_mode(False)
 def gradient_by_depth(
     chain: ResidualChain,
-    inputs: Any,
-    targets: Any = None,
+    inputs: InputsOrLoader,
+    targets: object = None,
     *,
     loss: Loss | None = None,
     memory_budget: int = 2**31,
@@ -344,7 +343,7 @@ def gradient_by_depth(
     })
 
 
-def _place_of_states(chain: ResidualChain, with_respect_to: Any) -> Place:
+def _place_of_states(chain: ResidualChain, with_respect_to: str | int | tuple[str, str | int]) -> Place:
     place = Place.of(chain, with_respect_to)
     if place.of_parameters:
         raise ResnetPathsError("with_respect_to", with_respect_to, "'input', 'stem' or a block")
@@ -414,7 +413,11 @@ def _is_settled(measured: Measurements, relative_error: float) -> bool:
 
 
 def _measure_sampled(
-    place: Place, points: Callable[[int], Any], lengths: Sequence[int], num_draws: int, generator: torch.Generator
+    place: Place,
+    points: Callable[[int], Iterable[Point]],
+    lengths: Sequence[int],
+    num_draws: int,
+    generator: torch.Generator,
 ) -> Measurements:
     """Norms of single paths; all examples of a batch take the same paths, as in the paper."""
     paths = [path for k in lengths for path in sample_paths(place.above, k, num_draws, generator)]

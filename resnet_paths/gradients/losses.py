@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
 import torch
 from torch.nn import functional as F
 
 from resnet_paths._utils.errors import ResnetPathsError
 
-__all__ = ["cross_entropy"]
+__all__ = ["Loss", "cross_entropy"]
+
+Loss: TypeAlias = Callable[[Any, Any], torch.Tensor]
+"""From what the network returns, and targets, to losses [batch]."""
 
 _SQUARED_ERROR = "For a regression, pass loss=lambda outputs, targets: (outputs - targets).square().flatten(1).mean(1)."
 _ONE_LOGIT = (

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -44,7 +43,7 @@ class Measurements:
     def joined(cls, parts: Sequence[Measurements]) -> Measurements:
         """The measurements of several batches, or parts of one, as one."""
 
-        def all_of(name: str) -> Any:
+        def all_of(name: str) -> np.ndarray | None:
             arrays = [getattr(r, name) for r in parts]
             return None if arrays[0] is None else np.concatenate(arrays, -1)
 

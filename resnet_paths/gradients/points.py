@@ -10,7 +10,6 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,10 +29,10 @@ from resnet_paths.core.backward.recursion import (
     pull_paths,
 )
 from resnet_paths.core.chain import ResidualChain, require_chain, require_eval_mode
-from resnet_paths.core.inputs import each_tensor, num_examples, split
+from resnet_paths.core.inputs import Inputs, each_tensor, num_examples, split
 from resnet_paths.core.paths import Choices, Path
 from resnet_paths.core.signature import Signature, arguments_of
-from resnet_paths.gradients.losses import cross_entropy
+from resnet_paths.gradients.losses import Loss, cross_entropy
 
 __all__ = ["Place", "Point", "num_block_vjps"]
 
@@ -55,7 +54,7 @@ class Place:
     of_parameters: bool = False
 
     @classmethod
-    def of(cls, chain: ResidualChain, with_respect_to: Any) -> Place:
+    def of(cls, chain: ResidualChain, with_respect_to: str | int | tuple[str, str | int]) -> Place:
         """The place that a caller's `with_respect_to` names, once the chain is known to be fit for gradients.
 
         Args:
@@ -89,7 +88,7 @@ class Place:
         return self.chain.with_blocks(list(self.chain)[self.down_to :])
 
     def points(
-        self, inputs: Any, targets: Any, loss: Callable[[Any, Any], torch.Tensor] | None, memory_budget: int, rows: int
+        self, inputs: Inputs, targets: object, loss: Loss | None, memory_budget: int, rows: int
     ) -> Iterator[Point]:
         """The batch in parts that fit the memory budget.
 
@@ -118,7 +117,7 @@ class Place:
             yield Point(self, part, some, loss or cross_entropy)
 
 
-def _refuse_without_gradient(inputs: Any) -> None:
+def _refuse_without_gradient(inputs: Inputs) -> None:
     """Refuse inputs that are no floating numbers, or that are not each example's own."""
     for tensor in Signature.of(*arguments_of(inputs))[1]:
         why = "" if tensor.is_floating_point() else f"inputs of {tensor.dtype} have no gradient"
@@ -136,7 +135,7 @@ def _refuse_without_gradient(inputs: Any) -> None:
 class Point(ForwardPass):
     """Some examples at a place: their states between blocks, and what can be pulled back to it."""
 
-    def __init__(self, place: Place, inputs: Any, targets: Any, loss: Callable[[Any, Any], torch.Tensor]) -> None:
+    def __init__(self, place: Place, inputs: Inputs, targets: object, loss: Loss) -> None:
         super().__init__(place.chain, inputs, down_to=place.down_to, of_input=place.of_input)
         self.place = place
         self.cotangents = head_cotangents(

@@ -7,14 +7,14 @@ split changes nothing.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TypeVar
 
 import torch
 
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.core.backward.adjoints import Context
 from resnet_paths.core.chain import ResidualChain
-from resnet_paths.core.inputs import each_tensor, num_examples, split
+from resnet_paths.core.inputs import Inputs, each_tensor, num_examples, split
 from resnet_paths.core.parts import call_part
 from resnet_paths.core.placement import device_of
 from resnet_paths.core.signature import Signature, arguments_of
@@ -24,11 +24,13 @@ __all__ = ["STACKS_AT_ONCE", "ForwardPass", "forward", "prepared", "split_to_fit
 STACKS_AT_ONCE = 4
 """Stacks at a block's output and input, behind its post and pre, and what torch allocates beside them."""
 
+T = TypeVar("T")
+
 _INSIDE_A_BLOCK = 16  # states that a block keeps inside while it is linearized
 
 
 @torch.no_grad()
-def forward(chain: ResidualChain, inputs: Any) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+def forward(chain: ResidualChain, inputs: Inputs) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
     """The states between blocks of an ordinary forward pass, and the context.
 
     Args:
@@ -81,7 +83,7 @@ def _check_finite(place: str, state: torch.Tensor) -> None:
         )
 
 
-def prepared(chain: ResidualChain, inputs: Any, targets: Any) -> tuple[Any, Any]:
+def prepared(chain: ResidualChain, inputs: Inputs, targets: T) -> tuple[Inputs, T]:
     """Inputs and targets of a batch as the chain and autograd take them, on the chain's device.
 
     Args:
@@ -104,14 +106,14 @@ def prepared(chain: ResidualChain, inputs: Any, targets: Any) -> tuple[Any, Any]
 
 def split_to_fit(
     chain: ResidualChain,
-    inputs: Any,
-    targets: Any,
+    inputs: Inputs,
+    targets: T,
     memory_budget: int,
     rows: int,
     *,
     down_to: int = 0,
     beside: int = 0,
-) -> Iterator[tuple[Any, Any]]:
+) -> Iterator[tuple[Inputs, T]]:
     """Parts of a batch whose states and stacks of cotangents fit the memory budget.
 
     Args:
@@ -165,7 +167,7 @@ class ForwardPass:
         first_states: Names of the context that is the output of the stem itself.
     """
 
-    def __init__(self, chain: ResidualChain, inputs: Any, *, down_to: int = 0, of_input: bool = False) -> None:
+    def __init__(self, chain: ResidualChain, inputs: Inputs, *, down_to: int = 0, of_input: bool = False) -> None:
         self.inputs = inputs
         self.num_examples = num_examples(inputs)
         self.states, values = forward(chain, inputs)
@@ -188,7 +190,7 @@ class ForwardPass:
         return value.expand(self.num_examples, *value.shape[1:])
 
 
-def _depending_on(chain: ResidualChain, inputs: Any) -> set[str]:
+def _depending_on(chain: ResidualChain, inputs: Inputs) -> set[str]:
     """Names of the context that depends on inputs with a floating dtype."""
     leaves = each_tensor(lambda t: t.detach().clone().requires_grad_(t.is_floating_point()), inputs)
     sources = [t for t in Signature.of(*arguments_of(leaves))[1] if t.requires_grad]

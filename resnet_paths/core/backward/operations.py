@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 from torch.fx import Node
@@ -20,6 +20,12 @@ from torch.nn import functional as F
 __all__ = ["Step", "linearize_operation", "without_vmap_warnings"]
 
 aten = torch.ops.aten
+
+_Evaluate: TypeAlias = Callable[..., Any]
+"""An operation as a function of some of its operands; what it returns may be a tensor, several, or a number."""
+
+_Transpose: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
+"""From a stack of cotangents of a result to one of an operand."""
 
 
 @dataclass
@@ -32,7 +38,7 @@ class Step:
     is_new: bool = False  # whether what `pullback` returns is new memory that nothing else reads
 
 
-def linearize_operation(node: Node, operands: list[Node], values: dict[Node, Any]) -> tuple[Any, Step | None]:
+def linearize_operation(node: Node, operands: list[Node], values: dict[Node, Any]) -> tuple[object, Step | None]:
     """The value of a node, and its step if a cotangent can flow through it."""
 
     def evaluate(*replaced: torch.Tensor) -> Any:
@@ -43,7 +49,7 @@ def linearize_operation(node: Node, operands: list[Node], values: dict[Node, Any
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
     points = [values[n] for n in operands]
-    target: Any = node.target
+    target: object = node.target
     args: list[Any] = [values[a] if isinstance(a, Node) and a in values else a for a in node.args]
     if node.target is operator.getitem and operands:
         index = node.args[1]
@@ -65,13 +71,13 @@ def linearize_operation(node: Node, operands: list[Node], values: dict[Node, Any
     return _linearize_by_vjp(evaluate, operands, points)
 
 
-def _carries(value: Any) -> bool:
+def _carries(value: object) -> TypeGuard[torch.Tensor]:
     return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def _linearize_pointwise(
-    evaluate: Callable[..., Any], operands: list[Node], points: list[torch.Tensor]
-) -> tuple[Any, Step | None]:
+    evaluate: _Evaluate, operands: list[Node], points: list[torch.Tensor]
+) -> tuple[object, Step | None]:
     """Each output value depends on the input values at its own place: the Jacobian is a multiplication."""
     value = evaluate(*points)
     if not _carries(value):
@@ -119,8 +125,8 @@ def _sum_to_shape(stack: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 
 
 def _linearize_by_vjp(
-    evaluate: Callable[..., Any], operands: list[Node], points: list[torch.Tensor]
-) -> tuple[Any, Step | None]:
+    evaluate: _Evaluate, operands: list[Node], points: list[torch.Tensor]
+) -> tuple[object, Step | None]:
     value = evaluate(*points)
     several = isinstance(value, tuple | list)
     results = list(value) if several else [value]
@@ -165,23 +171,23 @@ class without_vmap_warnings(warnings.catch_warnings):  # noqa: N801 - reads as t
 
 def _transposed_convolution(
     x: torch.Tensor,
-    _: Any,
+    _: object,
     weight: torch.Tensor,
-    bias: Any = None,
-    stride: Any = (1,),
-    padding: Any = (0,),
-    dilation: Any = (1,),
+    bias: torch.Tensor | None = None,
+    stride: Sequence[int] = (1,),
+    padding: Sequence[int] | str = (0,),
+    dilation: Sequence[int] = (1,),
     groups: int = 1,
-) -> Callable[[torch.Tensor], torch.Tensor] | None:
+) -> _Transpose | None:
     """The transpose of a convolution, for the whole stack as one batch."""
     dims = weight.dim() - 2
     if x.dim() != weight.dim() or isinstance(padding, str):
         return None  # an input without batch, or 'same': left to torch's own VJP
-    stride, padding, dilation = ((list(p) * dims)[:dims] for p in (stride, padding, dilation))
+    strides, paddings, dilations = ((list(p) * dims)[:dims] for p in (stride, padding, dilation))
     # Input positions that the last stride does not reach.
     missing = [
         (size + 2 * p - d * (k - 1) - 1) % s
-        for size, k, s, p, d in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+        for size, k, s, p, d in zip(x.shape[2:], weight.shape[2:], strides, paddings, dilations, strict=True)
     ]
     transposed = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
 
@@ -195,9 +201,9 @@ def _transposed_convolution(
                 x.new_empty(1).expand(shape),
                 weight,
                 None,
-                stride,
-                padding,
-                dilation,
+                strides,
+                paddings,
+                dilations,
                 False,
                 [0] * dims,
                 groups,
@@ -207,26 +213,26 @@ def _transposed_convolution(
         if dims == 2:
             # Several times faster than the other layout on CPUs, and what tensor cores want.
             folded = folded.contiguous(memory_format=torch.channels_last)
-        images = transposed(folded, weight, None, stride, padding, missing, groups, dilation)
+        images = transposed(folded, weight, None, strides, paddings, missing, groups, dilations)
         return images.view(*cotangents.shape[:2], *images.shape[1:])
 
     return pullback
 
 
-def _transposed_linear(_x: Any, _: Any, weight: torch.Tensor, _bias: Any = None) -> Callable[[Any], Any] | None:
+def _transposed_linear(_x: object, _: object, weight: torch.Tensor, _bias: object = None) -> _Transpose | None:
     if weight.dim() != 2:
         return None
     return lambda cotangents: cotangents @ weight
 
 
-def _transposed_addmm(_x: Any, _bias: Any, _: Any, weight: torch.Tensor) -> Callable[[Any], Any]:
+def _transposed_addmm(_x: object, _bias: object, _: object, weight: torch.Tensor) -> _Transpose:
     return lambda cotangents: cotangents @ weight.T
 
 
-def _placed(choose: Callable[..., torch.Tensor]) -> Callable[..., Callable[[torch.Tensor], torch.Tensor]]:
+def _placed(choose: Callable[..., torch.Tensor]) -> Callable[..., _Transpose]:
     """The transpose of a choice of places: zeros elsewhere; under vmap torch's own is wrong for negative places."""
 
-    def transpose(x: torch.Tensor, _: Any, dim: int = 0, *where: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    def transpose(x: torch.Tensor, _: object, dim: int = 0, *where: object) -> _Transpose:
         def pullback(cotangents: torch.Tensor) -> torch.Tensor:
             whole = cotangents.new_zeros(len(cotangents), *x.shape)
             choose(whole, dim % x.dim() + 1, *where).copy_(cotangents)
@@ -237,7 +243,7 @@ def _placed(choose: Callable[..., torch.Tensor]) -> Callable[..., Callable[[torc
     return transpose
 
 
-_TRANSPOSES: dict[Any, Callable[..., Callable[[Any], Any] | None]] = {
+_TRANSPOSES: dict[object, Callable[..., _Transpose | None]] = {
     aten.conv1d.default: _transposed_convolution,
     aten.conv2d.default: _transposed_convolution,
     aten.conv3d.default: _transposed_convolution,
@@ -246,4 +252,4 @@ _TRANSPOSES: dict[Any, Callable[..., Callable[[Any], Any] | None]] = {
     aten.slice.Tensor: _placed(aten.slice.Tensor),
     aten.select.int: _placed(aten.select.int),
 }
-_OPERAND = {aten.addmm.default: 1}
+_OPERAND: dict[object, int] = {aten.addmm.default: 1}
