@@ -8,10 +8,11 @@ ATen. They are intercepted as they are dispatched, and given other statistics. T
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["averaged_statistics", "batch_statistics", "given_statistics"]
@@ -80,9 +81,15 @@ class _ReplacedStatistics(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.statistics_for = statistics_for
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: object,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> object:
         """The operation, with other statistics if it is a BatchNorm."""
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
         if func._schema.name not in _NORMS:
             return func(*args, **kwargs)
         names = [argument.name for argument in func._schema.arguments]

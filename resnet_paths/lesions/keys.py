@@ -8,14 +8,13 @@ returns for a probe, so that results of other code, or of another global setting
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
 from resnet_paths._utils.fingerprint import fingerprint, is_determined
 from resnet_paths.core.chain import ResidualChain
-from resnet_paths.core.inputs import each_tensor, num_examples
+from resnet_paths.core.inputs import Inputs, each_tensor, num_examples
 from resnet_paths.lesions.runner import Runner
 from resnet_paths.lesions.trie import chain_key
 
@@ -49,7 +48,7 @@ def _is_ours(module: nn.Module) -> bool:
     return type(module).__module__ in _OURS
 
 
-def probe_of(inputs: Any) -> Any:
+def probe_of(inputs: Inputs) -> Inputs:
     """Fixed inputs of the form of a batch.
 
     Args:
@@ -72,7 +71,7 @@ def probe_of(inputs: Any) -> Any:
     return each_tensor(probe, inputs)
 
 
-def with_probe(keys: Sequence[str], runner: Runner, undetermined: Sequence[int], inputs: Any) -> list[str]:
+def with_probe(keys: Sequence[str], runner: Runner, undetermined: Sequence[int], inputs: Inputs) -> list[str]:
     """Keys of networks, completed by what they return for a probe.
 
     Args:
