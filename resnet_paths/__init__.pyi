@@ -74,6 +74,9 @@ from .lesions import (
     lesion_study as lesion_study,
 )
 from .lesions import (
+    measure as measure,
+)
+from .lesions import (
     pair_interactions as pair_interactions,
 )
 from .lesions import (

@@ -29,6 +29,7 @@ __all__ = [
     "require_loader",
     "split",
     "unpack",
+    "unpack_optional",
 ]
 
 InputsOrLoader: TypeAlias = Inputs | Iterable[object]
@@ -95,6 +96,23 @@ def unpack(batch: object) -> tuple[Inputs, torch.Tensor]:
         )
     whole = not labels.is_floating_point() and not labels.is_complex()
     return inputs, labels.long() if whole else labels
+
+
+def unpack_optional(batch: object) -> tuple[Inputs, torch.Tensor | None]:
+    """Inputs of a batch, and its labels where it has any.
+
+    Args:
+        batch: As for `unpack`; or inputs alone: a tensor, a mapping without labels, a list or tuple of one element, or
+            a pair of inputs and None.
+
+    Returns:
+        Inputs, and labels [batch, ...] or None.
+    """
+    if isinstance(batch, Mapping):
+        has_labels = batch.get(_LABELS) is not None
+    else:
+        has_labels = isinstance(batch, tuple | list) and len(batch) == 2 and batch[1] is not None
+    return unpack(batch) if has_labels else (checked_inputs(inputs_of(batch)), None)
 
 
 def is_one_batch(inputs: object) -> bool:

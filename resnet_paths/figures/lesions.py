@@ -41,7 +41,7 @@ _SCORES = {
     "angular_distance": "angular distance (fraction of 180 degrees)",
     "relative_branch_norm": "norm of branch / norm of skip",
 }
-_EFFECTS = {"error_increase": "error increase (points)", "loss": "loss (nats)"}
+_EFFECTS = {"error_rate_increase": "error increase (points)", "cross_entropy": "cross-entropy (nats)"}
 _TAU_BIN = 0.05
 
 
@@ -235,7 +235,11 @@ def plot_pair_interactions(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 
 def plot_predicted_effects(
-    predicted: pd.DataFrame, study: pd.DataFrame, score: str, ax: Axes | None = None, effect: str = "error_increase"
+    predicted: pd.DataFrame,
+    study: pd.DataFrame,
+    score: str,
+    ax: Axes | None = None,
+    effect: str = "error_rate_increase",
 ) -> Axes:
     """Measured effect of deleting each block against a score that predicts it, with bars of one standard error.
 
@@ -245,7 +249,7 @@ def plot_predicted_effects(
         score: ``"first_order_loss_increase"``, ``"block_influence"``, ``"angular_distance"`` or
             ``"relative_branch_norm"``.
         ax: The axes to draw into; the current axes if None.
-        effect: ``"error_increase"``, drawn in points, or ``"loss"``.
+        effect: ``"error_rate_increase"``, drawn in points, or ``"cross_entropy"``.
 
     Returns:
         The axes; blocks are numbered if there are at most twelve.
@@ -262,7 +266,7 @@ def plot_predicted_effects(
     single = checked("study", single.assign(block_index=[b for (b,) in single["blocks"]]), effect, ["block_index"])
     both = predicted.merge(single, on="block_index")
     ax = plt.gca() if ax is None else ax
-    y = both[effect] * (100 if effect == "error_increase" else 1)
+    y = both[effect] * (100 if effect == "error_rate_increase" else 1)
     ax.errorbar(both[score], y, xerr=both[f"{score}_se"], linestyle="none", marker="o", markersize=2.5, elinewidth=0.5)
     if len(both) <= 12:
         for x, height, index in zip(both[score], y, both["block_index"], strict=True):

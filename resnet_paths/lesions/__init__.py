@@ -4,6 +4,7 @@
                       -> a tidy frame (`results`)
     store=            finished batches on disk (`store`), found again by their keys (`keys`)
     executor=         batches on any `concurrent.futures.Executor`, Dask's included (`schedule`)
+    measures=         what is measured of each example or token (`measures`), summed and estimated in one place
     pair_interactions what pairs of deletions have in common (`frames`)
     predicted_effects what cheap scores say without a lesion (`predicted`)
 
@@ -20,9 +21,11 @@ import operator
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, SupportsIndex
 
+import numpy as np
 import pandas as pd
 import torch
 from torch.utils import data
@@ -36,14 +39,15 @@ from resnet_paths.core.placement import PRECISIONS
 from resnet_paths.lesions.frames import pair_interactions
 from resnet_paths.lesions.keys import computes_what_it_says, network_key
 from resnet_paths.lesions.lesion import Lesion
+from resnet_paths.lesions.measures import Measure, measure, measures_of
 from resnet_paths.lesions.predicted import predicted_effects, score_correlations
-from resnet_paths.lesions.results import counts_of_batch, rows_of_study
+from resnet_paths.lesions.results import BatchResult, rows_of_study
 from resnet_paths.lesions.runner import Runner
 from resnet_paths.lesions.schedule import finished_batches
 from resnet_paths.lesions.store import Store
 from resnet_paths.lesions.trie import Trie
 
-__all__ = ["lesion_study", "pair_interactions", "predicted_effects", "score_correlations"]
+__all__ = ["lesion_study", "measure", "pair_interactions", "predicted_effects", "score_correlations"]
 
 _DESCRIPTION = ["lesion", "kind", "blocks", "block_index", "block", "num_blocks", "factor", "kendall_tau"]
 
@@ -53,6 +57,8 @@ def lesion_study(
     loader: Iterable[Any],
     lesions: Sequence[Lesion | Callable[[ResidualChain], ResidualChain]],
     *,
+    measures: Sequence[str | Measure | Callable[..., Any]] = ("error_rate", "cross_entropy"),
+    shift_labels: bool = False,
     store: str | Path | None = None,
     executor: Executor | None = None,
     device: str | torch.device = "auto",
@@ -61,26 +67,39 @@ def lesion_study(
     batch_budget: int | None = None,
     fold_batchnorm: bool = False,
     per_class: bool = False,
+    per_example: bool = False,
+    adjust: str | None = None,
     reestimate_batchnorm: Iterable[Any] | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """What each lesion does to the error, all on the same images.
+    """What each lesion does to the error, or to any other measure, all on the same examples.
 
     Nothing is retrained and BatchNorm keeps the statistics of the intact network, as in the paper, unless
     `reestimate_batchnorm` is given. The chain is not changed. Without `precision`, `channels_last`, `batch_budget` and
-    `fold_batchnorm` each prediction is the lesioned chain's own, bit for bit. An image whose logits are not finite
-    counts as wrong.
+    `fold_batchnorm` each prediction is the lesioned chain's own, bit for bit. Where logits are
+    not finite they count as wrong.
 
     When it is interrupted (Ctrl-C, the stop button of a notebook) it raises `StudyInterrupted`, a `KeyboardInterrupt`
     whose ``frame`` holds the rows over the batches that were finished.
 
     Args:
         chain: The intact chain, in eval mode.
-        loader: Batches of (inputs, labels), or mappings with a key ``"labels"``, as Hugging Face's collators give.
-            Inputs are a tensor, a tuple of positional arguments or a mapping of keyword arguments, as the chain was
-            unraveled with; labels are class indices [batch]. Read once. A loader that drops its last batch gets a
-            warning.
+        loader: Batches of (inputs, labels), or mappings with a key ``"labels"``, as Hugging Face's collators give; of
+            inputs alone where no measure reads labels. Inputs are a tensor, a tuple of positional arguments or a
+            mapping of keyword arguments, as the chain was unraveled with. Labels are class indices [batch], [batch,
+            position] for tokens or [batch, height, width] for pixels, or values of the outputs' shape. Whole labels of
+            -100 do not count, nor do positions where a mapping's ``"attention_mask"`` [batch, position] is 0. Read
+            once. A loader that drops its last batch gets a warning.
         lesions: Lesions, or functions from chain to chain, of which nothing else is known.
+        measures: What is measured: names, or functions and `resnet_paths.measure` of such. ``"error_rate"``,
+            ``"top_5_error"`` (or another number), ``"cross_entropy"`` in nats, ``"perplexity"``, its exponential,
+            ``"margin"`` (logit of the right class less the largest other), ``"mean_iou"`` (intersection over union, the
+            mean over classes) read classes; ``"mean_squared_error"`` and ``"explained_variance"`` (1 - squared error /
+            variance of the labels) read values; ``"agreement"`` (predictions that are those of the intact chain) and
+            ``"kl_divergence"`` (of the distribution from the intact chain's, in nats) read no labels, but cost one more
+            pass of the intact chain for each batch.
+        shift_labels: Whether labels [batch, position] are the input's own tokens, so that each position predicts the
+            next one.
         store: Folder of finished batches, created if missing. A study that was stopped, or that has more lesions than
             before, computes only what is missing, and ends with the same frame. The folder may hold several
             studies, also at once. The loader must give the same batches each time.
@@ -96,6 +115,11 @@ def lesion_study(
         fold_batchnorm: Whether BatchNorm is folded into the convolution before it, where one reads nothing but that
             convolution in a part that was exported: faster, with logits that differ by rounding.
         per_class: Whether to add ``num_examples_per_class`` and ``num_wrong_per_class``, tuples over classes.
+        per_example: Whether to add ``m_per_example`` and ``intact_m_per_example`` for each measure m: arrays [example]
+            in the order of the loader, with the measure of each example alone, NaN where nothing counts.
+        adjust: ``"holm"`` or ``"fdr_bh"`` to add ``m_increase_p`` for each measure m: two-sided p-values of no increase
+            (McNemar's test for rates, else the test that belongs to the interval), adjusted over the lesions so that
+            any false rejection, or the share of false ones, is held.
         reestimate_batchnorm: Batches of inputs, or of (inputs, labels), to take each lesioned network's BatchNorm
             statistics from, training images as a rule; a few thousand do. All are held in memory.
         progress: Whether to show a bar over batches.
@@ -105,12 +129,15 @@ def lesion_study(
         positions), ``num_blocks``, ``factor`` and ``kendall_tau`` (of the order of the blocks with the intact one, 1
         where none moved), as in `Lesion`; ``block_index`` and ``block``, position and name of the first of `blocks`;
         ``seed`` (of the generator that drew the lesion, if one did). Of a function ``kind`` is empty, and ``blocks``,
-        ``num_blocks`` and ``kendall_tau`` are missing values. Then ``error_rate`` in [0, 1] with its 95 % Wilson
-        interval ``error_rate_low`` and ``error_rate_high``; ``error_increase`` over the intact chain with its paired
-        95 % interval (same images, normal approximation) ``error_increase_low`` and ``error_increase_high``; ``loss``,
-        the mean cross-entropy in nats; ``num_not_finite``, images whose logits were not; ``num_examples``;
-        ``intact_error_rate``; ``batchnorm_statistics``, ``"intact"`` or ``"re-estimated"``: with
-        `reestimate_batchnorm` those of the intact chain are re-estimated as well, and ``intact_error_rate`` and
+        ``num_blocks`` and ``kendall_tau`` are missing values. Then for each measure m:
+        ``m`` with its 95 % interval ``m_low`` and ``m_high``; ``m_increase`` over the intact chain with the interval of
+        the paired difference ``m_increase_low`` and ``m_increase_high``; ``intact_m``. Means are over all items, such
+        as tokens; the items of an example are one cluster. Rates (``error_rate``, in [0, 1], ``top_5_error``,
+        ``agreement``) have Wilson's interval, and Tango's of the difference; all else has a studentised one, corrected
+        for skewness, missing where all examples are equal (`resnet_paths._utils.statistics` has the coverage).
+        ``num_not_finite``, examples with outputs that were not finite; ``num_examples``;
+        ``batchnorm_statistics``, ``"intact"`` or ``"re-estimated"``: with
+        `reestimate_batchnorm` those of the intact chain are re-estimated as well, and ``intact_m`` and
         increases refer to that. No lesions give a frame without rows. The frame's ``attrs`` hold
         ``block_evaluations`` and ``block_evaluations_naive``, the number of block evaluations per batch, here and in a
         loop over lesions; ``batches_computed`` and ``batches_found``, batches that were computed, and found in the
@@ -124,9 +151,10 @@ def lesion_study(
     """
     require_chain("chain", chain)
     require_eval_mode("chain", chain)
-    batch_budget = _checked_settings(precision, batch_budget)
+    batch_budget = _checked_settings(precision, batch_budget, adjust)
     _look_at_loader(loader, store)
-    named = _named(lesions)
+    named, measured = _named(lesions), measures_of(measures)
+    _refuse_what_is_not_measured(measured, per_class, store)
     statistics_batches = _inputs_of(reestimate_batchnorm)
     if fold_batchnorm and statistics_batches:
         raise ResnetPathsError(
@@ -135,48 +163,99 @@ def lesion_study(
     keys: list[str] = []
     undetermined: list[int] = []
     trie = Trie(_edits(chain, named, None if store is None else (keys, undetermined)))
-    runner = Runner(trie, device, precision, channels_last, batch_budget, fold_batchnorm, statistics_batches)
-    settings = {
-        "precision": precision,
-        "channels_last": channels_last,
-        "fold_batchnorm": fold_batchnorm,
-        "batchnorm": fingerprint(statistics_batches) if statistics_batches else "intact",
-    }
+    placement = (device, precision, channels_last, batch_budget, fold_batchnorm)
+    runner = Runner(trie, *placement, measured, shift_labels, statistics_batches)
     results = finished_batches(
         runner,
         loader,
-        store=None if store is None else Store(store, settings),
+        store=None if store is None else Store(store, _settings(runner)),
         keys=keys,
         undetermined=undetermined,
         executor=executor,
     )
-    counts: dict[int, dict[str, Any]] = {}
-    found: list[bool] = []
+    collected = _Collected(chain, named, runner, per_class, per_example, adjust)
+    with tqdm(total=_length_of(loader), desc="lesion study", unit="batch", disable=not progress) as bar:
+        try:
+            for batch in results:
+                collected.add(*batch)
+                bar.update()
+        except KeyboardInterrupt as interrupt:
+            made = collected.frame() if collected.results else None
+            raise StudyInterrupted(made, len(collected.results), store) from interrupt
+    if not collected.results:
+        raise ResnetPathsError("loader", "no batches", "a loader of at least one batch")
+    return collected.frame()
 
-    def frame() -> pd.DataFrame:
-        # Summed in the order of the loader, whichever batch was finished first.
-        made = _frame_of(chain, named, rows_of_study([counts[number] for number in sorted(counts)]))
-        made["batchnorm_statistics"] = "re-estimated" if statistics_batches else "intact"
+
+@dataclass
+class _Collected:
+    """The batches of a study that are finished, and the frame over them."""
+
+    chain: ResidualChain
+    lesions: Sequence[Lesion]
+    runner: Runner
+    per_class: bool
+    per_example: bool
+    adjust: str | None
+    results: dict[int, BatchResult] = field(default_factory=dict)
+    classes: dict[int, Any] = field(default_factory=dict)
+    num_found: int = 0
+
+    def add(self, number: int, labels: torch.Tensor | None, result: BatchResult, was_found: bool) -> None:
+        self.results[number] = result
+        self.num_found += was_found
+        if self.per_class:
+            if labels is None or labels.dim() != 1 or bool((labels < 0).any()):
+                shown = None if labels is None else list(labels.shape)
+                raise ResnetPathsError("per_class", f"True with labels {shown}", "True with one class for each example")
+            self.classes[number] = labels.cpu().numpy()
+
+    def frame(self) -> pd.DataFrame:
+        # In the order of the loader, whichever batch was finished first.
+        numbers = sorted(self.results)
+        rows = rows_of_study(
+            [self.results[number] for number in numbers],
+            self.runner.measures,
+            adjust=self.adjust,
+            per_example=self.per_example,
+            classes=np.concatenate([self.classes[number] for number in numbers]) if self.per_class else None,
+        )
+        made = _frame_of(self.chain, self.lesions, rows)
+        made["batchnorm_statistics"] = "re-estimated" if self.runner.statistics_batches else "intact"
         made.attrs = {
-            "block_evaluations": trie.block_evaluations,
-            "block_evaluations_naive": trie.block_evaluations_naive,
-            "batches_computed": found.count(False),
-            "batches_found": found.count(True),
-            "fold_batchnorm": fold_batchnorm,
+            "block_evaluations": self.runner.trie.block_evaluations,
+            "block_evaluations_naive": self.runner.trie.block_evaluations_naive,
+            "batches_computed": len(numbers) - self.num_found,
+            "batches_found": self.num_found,
+            "fold_batchnorm": self.runner.fold_batchnorm,
         }
         return made
 
-    with tqdm(total=_length_of(loader), desc="lesion study", unit="batch", disable=not progress) as bar:
-        try:
-            for number, labels, result, was_found in results:
-                counts[number] = counts_of_batch(labels, result, per_class=per_class)
-                found.append(was_found)
-                bar.update()
-        except KeyboardInterrupt as interrupt:
-            raise StudyInterrupted(frame() if counts else None, len(counts), store) from interrupt
-    if not counts:
-        raise ResnetPathsError("loader", "no batches", "a loader of at least one batch")
-    return frame()
+
+def _settings(runner: Runner) -> dict[str, Any]:
+    """What the results in a store have in common."""
+    return {
+        "measures": sorted({measure.statistic for measure in runner.measures}),
+        "shift_labels": runner.shift_labels,
+        "precision": runner.precision,
+        "channels_last": runner.channels_last,
+        "fold_batchnorm": runner.fold_batchnorm,
+        "batchnorm": fingerprint(runner.statistics_batches) if runner.statistics_batches else "intact",
+    }
+
+
+def _refuse_what_is_not_measured(measures: Sequence[Measure], per_class: bool, store: object) -> None:
+    names = [measure.name for measure in measures]
+    if per_class and "error_rate" not in names:
+        raise ResnetPathsError("per_class", True, "False without 'error_rate' among measures")
+    unkeyed = [measure.name for measure in measures if measure.key is None]
+    if store is not None and unkeyed:
+        raise ResnetPathsError(
+            "measures",
+            unkeyed[0],
+            "functions with a key where there is a store",
+            f"The store cannot tell whether a function has changed: measure({unkeyed[0]}, key='1').",
+        )
 
 
 def _frame_of(chain: ResidualChain, lesions: Sequence[Lesion], rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
@@ -284,8 +363,10 @@ def _look_at_loader(loader: Any, store: str | Path | None) -> None:
             warnings.warn(f"loader: drop_last=True leaves out {left_out} examples", stacklevel=3)
 
 
-def _checked_settings(precision: str | None, batch_budget: SupportsIndex | None) -> int | None:
+def _checked_settings(precision: str | None, batch_budget: SupportsIndex | None, adjust: str | None) -> int | None:
     """The batch budget as a plain int."""
+    if adjust not in (None, "holm", "fdr_bh"):
+        raise ResnetPathsError("adjust", adjust, "'holm', 'fdr_bh' or None")
     if precision is not None and precision not in PRECISIONS:
         raise ResnetPathsError("precision", precision, f"one of {', '.join(map(repr, PRECISIONS))}, or None")
     if batch_budget is not None and (

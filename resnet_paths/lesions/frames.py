@@ -65,17 +65,18 @@ def pair_interactions(frame: pd.DataFrame) -> pd.DataFrame:
             out.
 
     Returns:
-        One row per pair: ``first``, ``second`` (positions), ``error_increase``, ``additive`` (the sum of both single
-        increases), ``interaction`` (the difference): above 0 where each block compensates for the loss of the other.
+        One row per pair: ``first``, ``second`` (positions), ``error_rate_increase``, ``additive`` (the sum of both
+        single increases), ``interaction`` (the difference): above 0 where each block compensates for the loss of the
+        other.
 
     Raises:
         ResnetPathsError: If the frame is of another kind or of two studies, or a pair lacks one of its single
             deletions.
     """
-    single, pairs = (deletions_of("frame", frame, size, ["error_increase"]) for size in (1, 2))
-    alone = dict(zip(single["blocks"], single["error_increase"].astype(float), strict=True))
+    single, pairs = (deletions_of("frame", frame, size, ["error_rate_increase"]) for size in (1, 2))
+    alone = dict(zip(single["blocks"], single["error_rate_increase"].astype(float), strict=True))
     rows = []
-    for blocks, increase in zip(pairs["blocks"], pairs["error_increase"].astype(float), strict=True):
+    for blocks, increase in zip(pairs["blocks"], pairs["error_rate_increase"].astype(float), strict=True):
         missing = [block for block in blocks if (block,) not in alone]
         if missing:
             raise ResnetPathsError(
@@ -88,8 +89,8 @@ def pair_interactions(frame: pd.DataFrame) -> pd.DataFrame:
         rows.append({
             "first": blocks[0],
             "second": blocks[1],
-            "error_increase": increase,
+            "error_rate_increase": increase,
             "additive": additive,
             "interaction": increase - additive,
         })
-    return pd.DataFrame(rows, columns=["first", "second", "error_increase", "additive", "interaction"])
+    return pd.DataFrame(rows, columns=["first", "second", "error_rate_increase", "additive", "interaction"])

@@ -26,7 +26,7 @@ from resnet_paths.core.parts import call_part
 from resnet_paths.core.placement import device_of, place_modules
 from resnet_paths.core.signature import arguments_of
 from resnet_paths.lesions.frames import deletions_of
-from resnet_paths.lesions.results import validate_logits
+from resnet_paths.lesions.measures import validate_logits
 
 __all__ = ["SCORES", "predicted_effects", "score_correlations"]
 
@@ -108,8 +108,9 @@ def score_correlations(predicted: pd.DataFrame, study: pd.DataFrame) -> pd.DataF
         study: From `resnet_paths.lesion_study`, with single deletions among its rows; others are left out.
 
     Returns:
-        One row per score and effect (``error_increase``, ``loss``): ``spearman`` and ``kendall``, rank correlations
-        over blocks, with ``spearman_p`` and ``kendall_p``, two-sided p-values against no correlation; ``num_blocks``.
+        One row per score and effect (``error_rate_increase``, ``cross_entropy``): ``spearman`` and ``kendall``, rank
+        correlations over blocks, with ``spearman_p`` and ``kendall_p``, two-sided p-values against no correlation;
+        ``num_blocks``.
 
     Raises:
         ResnetPathsError: If a frame is of another kind, the study's rows are those of two, or fewer than three blocks
@@ -117,7 +118,7 @@ def score_correlations(predicted: pd.DataFrame, study: pd.DataFrame) -> pd.DataF
     """
     if "block_influence" not in predicted:
         raise ResnetPathsError("predicted", list(predicted.columns), "a frame with a column 'block_influence'")
-    effects = ("error_increase", "loss")
+    effects = ("error_rate_increase", "cross_entropy")
     single = deletions_of("study", study, 1, effects)
     single = single.assign(block_index=[block for (block,) in single["blocks"]])
     both = predicted.dropna(subset=list(SCORES)).merge(single, on="block_index", validate="one_to_one")
@@ -153,7 +154,7 @@ def _scores(chain: ResidualChain, inputs: Any, labels: torch.Tensor, dim: int | 
     rest = ResidualChain(nn.Identity(), chain, chain.head)
     with torch.enable_grad():
         logits, cache = rest.run_with_cache(start.requires_grad_(start.is_floating_point()), **context)
-        validate_logits(logits, labels)
+        logits = logits.movedim(validate_logits(logits, labels), 1)
         loss = F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), labels, reduction="sum")
         states = [state for state in cache.state if state is not None]  # every block has one
         gradients = torch.autograd.grad(loss, states[1:], materialize_grads=True)

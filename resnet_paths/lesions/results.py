@@ -1,20 +1,27 @@
-"""What the lesions of a study do on each batch, and the statistics of all batches. The intervals are those of scipy."""
+"""What the lesions of a study do on each batch, and the numbers and intervals over all batches."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
 
-from resnet_paths._utils.errors import ResnetPathsError
+from resnet_paths._utils.statistics import (
+    Estimate,
+    adjusted_p_values,
+    paired_rate_interval,
+    rate_interval,
+    studentised_interval,
+)
+from resnet_paths.lesions.measures import Measure, Outcome, not_finite
 
-__all__ = ["BatchResult", "counts_of_batch", "rows_of_study", "validate_logits"]
+__all__ = ["BatchResult", "Evaluation", "rows_of_study"]
 
-_NORMAL_975 = float(stats.norm.ppf(0.975))
+_NOT_FINITE = "not finite"
 
 
 @dataclass(frozen=True)
@@ -22,126 +29,161 @@ class BatchResult:
     """What lesions did on one batch: what an executor returns and the store keeps.
 
     Attributes:
-        wrong: Which images each lesion gets wrong, those with logits that are not finite included; bool
-            [lesion, example].
-        loss_sum: Sum of the cross-entropy over the batch in nats, [lesion].
-        num_not_finite: Images with logits that are not finite, [lesion].
+        sums: By statistic, what each example adds up, [lesion, example, sum]; under ``"not finite"`` whether any of its
+            outputs was not.
     """
 
-    wrong: np.ndarray[Any, Any]
-    loss_sum: np.ndarray[Any, Any]
-    num_not_finite: np.ndarray[Any, Any]
+    sums: Mapping[str, np.ndarray[Any, Any]]
 
     def row(self, index: int) -> BatchResult:
         """The result of one lesion."""
-        one = slice(index, index + 1)
-        return BatchResult(self.wrong[one], self.loss_sum[one], self.num_not_finite[one])
+        return BatchResult({name: values[index : index + 1] for name, values in self.sums.items()})
 
     @staticmethod
     def joined(results: Sequence[BatchResult], axis: int = 0) -> BatchResult:
         """Results of different lesions (axis 0) or of different examples (axis 1) as one."""
-        counts = [(r.loss_sum, r.num_not_finite) for r in results]
-        losses, not_finite = (np.concatenate(c) if axis == 0 else np.sum(c, axis=0) for c in zip(*counts, strict=True))
-        return BatchResult(np.concatenate([r.wrong for r in results], axis=axis), losses, not_finite)
+        names = results[0].sums
+        return BatchResult({name: np.concatenate([r.sums[name] for r in results], axis) for name in names})
 
 
-def counts_of_batch(labels: np.ndarray[Any, Any], result: BatchResult, *, per_class: bool) -> dict[str, Any]:
-    """What the statistics of a study need of a batch.
+class Evaluation:
+    """Takes the sums of every statistic, one lesion after the other, and keeps nothing else.
 
     Args:
-        labels: [batch].
-        result: What all lesions did on it; row 0 is the intact network.
-        per_class: Whether to count each class too.
-
-    Returns:
-        Counts by name, each a number or one entry per lesion.
+        measures: What is measured; statistics that several measures read are taken once.
+        labels: Of the batch; None if there are none.
+        counts: As in `Outcome`.
+        num_rows: How many lesions.
     """
-    intact = result.wrong[0]
-    counts: dict[str, Any] = {
-        "num_examples": len(labels),
-        "wrong": result.wrong.sum(1),
-        "newly_wrong": (result.wrong & ~intact).sum(1),
-        "newly_right": (~result.wrong & intact).sum(1),
-        "loss_sum": result.loss_sum,
-        "num_not_finite": result.num_not_finite,
-    }
-    if per_class:
-        one_hot = labels[:, None] == np.arange(labels.max() + 1)
-        counts |= {"of_class": one_hot.sum(0), "wrong_of_class": result.wrong.astype(np.int64) @ one_hot}
-    return counts
+
+    def __init__(
+        self, measures: Sequence[Measure], labels: torch.Tensor | None, counts: torch.Tensor | None, num_rows: int
+    ) -> None:
+        self.measures = {measure.statistic: measure for measure in measures}
+        self.labels, self.counts, self.num_rows = labels, counts, num_rows
+        self.intact: Any = None
+        # In one place from the start: small tensors between large ones would keep the memory of these from being used
+        # again.
+        self._sums: dict[str, torch.Tensor] = {}
+
+    def add(self, row: int, outputs: Any) -> None:
+        """Take the sums of one lesion."""
+        outcome = Outcome(outputs, self.labels, self.intact, self.counts)
+        self._keep(_NOT_FINITE, row, not_finite(outcome))
+        for name, measure in self.measures.items():
+            self._keep(name, row, measure.sums(outcome))
+
+    def result(self) -> BatchResult:
+        """All rows; the device is waited for here."""
+        return BatchResult({name: sums.cpu().numpy() for name, sums in self._sums.items()})
+
+    def _keep(self, name: str, row: int, sums: torch.Tensor) -> None:
+        if name not in self._sums:
+            self._sums[name] = sums.new_zeros(self.num_rows, *sums.shape)
+        self._sums[name][row] = sums
 
 
-def rows_of_study(batches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def rows_of_study(
+    results: Sequence[BatchResult],
+    measures: Sequence[Measure],
+    *,
+    adjust: str | None = None,
+    per_example: bool = False,
+    classes: np.ndarray[Any, Any] | None = None,
+) -> list[dict[str, Any]]:
     """Columns of the study's frame for each lesion, the intact network first.
 
     Args:
-        batches: From `counts_of_batch`, in the order in which they are summed; at least one.
+        results: Of each batch, in the order in which they are summed; at least one.
+        measures: What was measured.
+        adjust: As for `resnet_paths.lesion_study`.
+        per_example: Likewise.
+        classes: Class of each example, where each class is to be counted.
 
     Returns:
         One dictionary per lesion.
     """
-    n = sum(batch["num_examples"] for batch in batches)
-    names = ("wrong", "newly_wrong", "newly_right", "loss_sum", "num_not_finite")
-    sums = {name: np.sum([batch[name] for batch in batches], axis=0) for name in names}
-    rows = [_row(n, {name: values[i] for name, values in sums.items()}) for i in range(len(sums["wrong"]))]
-    if "of_class" in batches[0]:
-        num_classes = max(len(batch["of_class"]) for batch in batches)
-        of_class, wrong = (
-            np.sum([_padded(batch[name], num_classes) for batch in batches], axis=0)
-            for name in ("of_class", "wrong_of_class")
-        )
-        for row, wrong_of_lesion in zip(rows, wrong, strict=True):
-            row["num_examples_per_class"] = tuple(of_class.tolist())
-            row["num_wrong_per_class"] = tuple(wrong_of_lesion.tolist())
-    for row in rows:
-        row["intact_error_rate"] = rows[0]["error_rate"]
+    spoilt = np.concatenate([result.sums[_NOT_FINITE] for result in results], 1)[..., 0]
+    rows: list[dict[str, Any]] = [{} for _ in spoilt]
+    for measure in measures:
+        sums = np.concatenate([result.sums[measure.statistic] for result in results], 1)
+        columns = list(_columns(measure, sums))
+        if adjust is not None:
+            # The intact network is no hypothesis.
+            p_values = adjusted_p_values(np.array([of["p"] for of in columns])[1:], adjust)
+            for of, p_value in zip(columns, [math.nan, *p_values], strict=True):
+                of[f"{measure.name}_increase_p"] = float(p_value)
+        values = _values(measure, torch.from_numpy(sums).double()).numpy() if per_example else None
+        for index, (row, of) in enumerate(zip(rows, columns, strict=True)):
+            row |= {name: value for name, value in of.items() if name != "p"}
+            if values is not None:
+                row[f"{measure.name}_per_example"] = values[index]
+                row[f"intact_{measure.name}_per_example"] = values[0]
+        if measure.statistic == "error_rate" and classes is not None:
+            for row, of_lesion in zip(rows, sums, strict=True):
+                row |= _counts_of_classes(of_lesion, classes)
+    for row, num in zip(rows, spoilt.sum(1), strict=True):
+        row |= {"num_not_finite": int(num), "num_examples": spoilt.shape[1]}
     return rows
 
 
-def _row(n: int, sums: dict[str, Any]) -> dict[str, Any]:
-    num_wrong = int(sums["wrong"])
-    interval = stats.binomtest(num_wrong, n).proportion_ci(method="wilson")
-    up, down = int(sums["newly_wrong"]) / n, int(sums["newly_right"]) / n
-    increase = up - down
-    # Each image changes by -1, 0 or 1: the variance of the paired difference is (up + down) - increase^2.
-    half_width = _NORMAL_975 * max(up + down - increase**2, 0.0) ** 0.5 / n**0.5
+def _columns(measure: Measure, sums: np.ndarray[Any, Any]) -> Iterator[dict[str, Any]]:
+    """Of one measure, for each lesion; under ``"p"`` the p-value of no increase."""
+    name = measure.name
+    values, influences = _values_and_influences(measure, sums[0])
+    intact_value, intact_influences = values[-1], influences[-1]
+    for of_lesion in sums:
+        values, influences = _values_and_influences(measure, of_lesion)
+        if measure.is_rate:
+            own = rate_interval(of_lesion[:, 0], of_lesion[:, 1])
+            change = paired_rate_interval(of_lesion[:, 0].astype(np.float64) - sums[0][:, 0], of_lesion[:, 1])
+        else:
+            some = (of_lesion != 0).any(1) | (sums[0] != 0).any(1)  # an example without items is none
+            own = _linked(measure, studentised_interval(values[0], influences[0][some]))
+            change = studentised_interval(values[-1] - intact_value, (influences[-1] - intact_influences)[some])
+        yield {
+            name: values[-1],
+            f"{name}_low": own.low,
+            f"{name}_high": own.high,
+            f"{name}_increase": values[-1] - intact_value,
+            f"{name}_increase_low": change.low,
+            f"{name}_increase_high": change.high,
+            f"intact_{name}": intact_value,
+            "p": change.p_value,
+        }
+
+
+def _values_and_influences(
+    measure: Measure, sums: np.ndarray[Any, Any]
+) -> tuple[list[float], list[np.ndarray[Any, Any]]]:
+    """The number before and after its link, and to first order what each example adds to both."""
+    # A number that stays the same where all sums are multiplied by one factor has influences that sum up to 0: they are
+    # the gradient times the sums of each example.
+    of_examples = torch.from_numpy(sums).double()
+    total = of_examples.sum(0)
+    with torch.inference_mode(False), torch.enable_grad():
+        total = total.clone().requires_grad_()
+        value = measure.value(total)
+        shown = value if measure.link is None else measure.link(value)
+        gradients = [torch.autograd.grad(number, total, retain_graph=True)[0] for number in (value, shown)]
+    return [value.item(), shown.item()], [(of_examples @ gradient).numpy() for gradient in gradients]
+
+
+def _linked(measure: Measure, interval: Estimate) -> Estimate:
+    if measure.link is None:
+        return interval
+    low, high = measure.link(torch.tensor(interval[:2], dtype=torch.float64)).tolist()
+    return interval._replace(low=low, high=high)
+
+
+def _values(measure: Measure, sums: torch.Tensor) -> torch.Tensor:
+    value = measure.value(sums)
+    return value if measure.link is None else measure.link(value)
+
+
+def _counts_of_classes(sums: np.ndarray[Any, Any], classes: np.ndarray[Any, Any]) -> dict[str, tuple[int, ...]]:
+    counts = {"num_examples_per_class": None, "num_wrong_per_class": sums[:, 0]}
+    size = int(classes.max()) + 1
     return {
-        "error_rate": num_wrong / n,
-        "error_rate_low": float(interval.low),
-        "error_rate_high": float(interval.high),
-        "error_increase": increase,
-        "error_increase_low": increase - half_width,
-        "error_increase_high": increase + half_width,
-        "loss": float(sums["loss_sum"]) / n,
-        "num_not_finite": int(sums["num_not_finite"]),
-        "num_examples": n,
+        name: tuple(np.bincount(classes, weights, size).astype(np.int64).tolist()) for name, weights in counts.items()
     }
-
-
-def _padded(counts: np.ndarray[Any, Any], num_classes: int) -> np.ndarray[Any, Any]:
-    """Counts by class in the last dimension, with zeros for the classes that a batch does not contain."""
-    return np.pad(counts, [(0, 0)] * (counts.ndim - 1) + [(0, num_classes - counts.shape[-1])])
-
-
-def validate_logits(logits: Any, labels: torch.Tensor) -> None:
-    """Validate logits and labels.
-
-    Args:
-        logits: What a chain returned, [batch, class].
-        labels: Class indices [batch].
-
-    Raises:
-        ResnetPathsError: If the logits are not a tensor [batch, class], or the labels are not among their classes.
-    """
-    if not isinstance(logits, torch.Tensor):
-        raise ResnetPathsError("chain", f"a chain that returns a {type(logits).__name__}", "logits [batch, class]")
-    if logits.dim() != 2 or len(logits) != len(labels):
-        raise ResnetPathsError(
-            "loader", f"labels {list(labels.shape)} for logits {list(logits.shape)}", "one label per row of logits"
-        )
-    if labels.is_floating_point() or labels.dim() != 1:
-        raise ResnetPathsError("labels", f"{labels.dtype} {list(labels.shape)}", "class indices, integers [batch]")
-    if bool(((labels < 0) | (labels >= logits.shape[1])).any()):
-        raise ResnetPathsError(
-            "labels", [int(labels.min()), int(labels.max())], f"class indices from 0 to {logits.shape[1] - 1}"
-        )

@@ -1,6 +1,6 @@
 """Runs the lesions of a study on a batch: in this process, in a thread, or on another machine.
 
-What comes back is small: for each lesion which images it gets wrong, and its loss.
+What comes back is small: for each lesion the sums of each example that its measures read.
 """
 
 from __future__ import annotations
@@ -10,23 +10,22 @@ import pickle
 import threading
 import uuid
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
-from torch.nn import functional as F
 
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths._utils.fingerprint import fingerprint
 from resnet_paths.core.inputs import each_tensor, num_examples, split
 from resnet_paths.core.placement import PRECISIONS, device_of
-from resnet_paths.lesions.results import BatchResult, validate_logits
+from resnet_paths.lesions.measures import IGNORED, Measure, validate_logits
+from resnet_paths.lesions.results import BatchResult, Evaluation
 from resnet_paths.lesions.trie import Trie
 
-__all__ = ["Runner", "num_workers", "run_batch", "shared_with_workers"]
+__all__ = ["Runner", "counts_of_items", "num_workers", "run_batch", "shared_with_workers", "shifted"]
 
 
 @dataclass
@@ -40,6 +39,8 @@ class Runner:
         channels_last: Likewise.
         batch_budget: Likewise.
         fold_batchnorm: Likewise.
+        measures: What is measured.
+        shift_labels: As for `resnet_paths.lesion_study`.
         statistics_batches: Batches of inputs to take BatchNorm statistics from; none keeps the intact network's.
     """
 
@@ -49,18 +50,20 @@ class Runner:
     channels_last: bool = False
     batch_budget: int | None = None
     fold_batchnorm: bool = False
+    measures: tuple[Measure, ...] = ()
+    shift_labels: bool = False
     statistics_batches: tuple[Any, ...] = ()
     _token: str = field(default_factory=lambda: uuid.uuid4().hex)
     _placed: tuple[Trie, torch.device, torch.dtype | None] | None = None
     _pickled: bytes | None = None
     _lock: Any = field(default_factory=threading.Lock)
 
-    def run(self, inputs: Any, labels: torch.Tensor, wanted: Sequence[int]) -> BatchResult:
+    def run(self, inputs: Any, labels: torch.Tensor | None, wanted: Sequence[int]) -> BatchResult:
         """What the chains with indices `wanted` do on a batch; rows come in the order of `wanted`.
 
         Args:
             inputs: A tensor [batch, ...], a tuple of positional arguments or a mapping of keyword arguments.
-            labels: Class indices [batch].
+            labels: Labels [batch, ...]; None if there are none.
             wanted: Indices of chains.
 
         Returns:
@@ -71,18 +74,19 @@ class Runner:
         """
         with self._lock:
             trie, device, dtype = self._settled()
-        labels = labels.to(device)
+        labels = None if labels is None else labels.to(device)
+        batch = num_examples(inputs)
         while True:
             budget = self.batch_budget
             try:
                 with _refusing_mixed_precision(self.precision):
                     parts = [
                         self._run_part(trie, self._as_wanted(x, device, dtype), y, wanted, budget)
-                        for x, y in split(inputs, labels, budget or len(labels))
+                        for x, y in split(inputs, labels, budget or batch)
                     ]
                 break
             except torch.OutOfMemoryError as error:
-                self._halve_budget(budget, len(labels), error)
+                self._halve_budget(budget, batch, error)
         return BatchResult.joined(parts, axis=1)
 
     def output_keys(self, inputs: Any, wanted: Sequence[int]) -> dict[int, str]:
@@ -97,31 +101,40 @@ class Runner:
             return {index: fingerprint(output) for index, output in outputs}
 
     def _run_part(
-        self, trie: Trie, inputs: Any, labels: torch.Tensor, wanted: Sequence[int], budget: int | None
+        self, trie: Trie, inputs: Any, labels: torch.Tensor | None, wanted: Sequence[int], budget: int | None
     ) -> BatchResult:
-        # In one place from the start: small tensors between large ones would keep the memory of these from being used
-        # again.
+        labels = shifted(labels) if self.shift_labels and labels is not None else labels
+        evaluation = Evaluation(self.measures, labels, counts_of_items(inputs, labels, self.shift_labels), len(wanted))
         rows = {index: row for row, index in enumerate(wanted)}
-        of_wrong = torch.empty(len(rows), len(labels), dtype=torch.bool, device=labels.device)
-        of_loss = torch.empty(0)
-        of_not_finite = torch.empty(len(rows), dtype=torch.int64, device=labels.device)
         # Not inference mode where operations are caught as they are dispatched: it hides them.
         with torch.no_grad() if trie.statistics else torch.inference_mode():
-            checked: set[torch.Size] = set()  # once for each head: the device is waited for
-            for index, logits in trie.logits(inputs, wanted, budget):
-                if not isinstance(logits, torch.Tensor) or logits.shape not in checked:
-                    validate_logits(logits, labels)
-                    checked.add(logits.shape)
-                finite = torch.isfinite(logits).all(1)
-                row = rows[index]
-                of_wrong[row] = (logits.argmax(1) != labels) | ~finite
-                wide = logits if logits.dtype == torch.float64 else logits.float()
-                of_loss = of_loss if len(of_loss) else wide.new_empty(len(rows))
-                of_loss[row] = F.cross_entropy(wide, labels, reduction="sum")
-                of_not_finite[row] = (~finite).sum()
-        # The device is waited for once.
-        wrong, loss, not_finite = (values.cpu().numpy() for values in (of_wrong, of_loss, of_not_finite))
-        return BatchResult(wrong, loss.astype(np.float64), not_finite)
+            if any(measure.reads_intact for measure in self.measures):
+                # By itself: kept until the others wait for its outputs, all states that they start from would be.
+                [(_, evaluation.intact)] = trie.logits(inputs, [0])
+            checked: set[Any] = set()  # once for each head: the device is waited for
+            for index, outputs in trie.logits(inputs, wanted, budget):
+                shape = getattr(outputs, "shape", None)
+                if shape is None or shape not in checked:
+                    self._validate(outputs, labels)
+                    checked.add(shape)
+                evaluation.add(rows[index], outputs)
+        return evaluation.result()
+
+    def _validate(self, outputs: Any, labels: torch.Tensor | None) -> None:
+        if not isinstance(outputs, torch.Tensor):
+            raise ResnetPathsError(
+                "chain", f"a chain that returns a {type(outputs).__name__}", "one tensor [batch, ...]"
+            )
+        for measure in self.measures:
+            if measure.reads and labels is None:
+                raise ResnetPathsError(
+                    "loader",
+                    "a batch without labels",
+                    f"batches of (inputs, labels), which {measure.name!r} reads",
+                    "Without labels there are measures=('agreement', 'kl_divergence').",
+                )
+            if measure.reads == "classes" or (measure.reads_intact and measure.key == ""):
+                validate_logits(outputs, labels if measure.reads else None)
 
     def _settled(self) -> tuple[Trie, torch.device, torch.dtype | None]:
         """The trie on its device; made at the first batch, where it runs."""
@@ -184,6 +197,8 @@ class Runner:
                 self.channels_last,
                 self.batch_budget,
                 self.fold_batchnorm,
+                self.measures,
+                self.shift_labels,
                 self.statistics_batches,
                 self._token,
             )
@@ -207,7 +222,7 @@ def _unpickled_once(token: str, pickled: bytes) -> Runner:
         return _SETTLED[token]
 
 
-def run_batch(runner: Runner, inputs: Any, labels: torch.Tensor, wanted: Sequence[int]) -> BatchResult:
+def run_batch(runner: Runner, inputs: Any, labels: torch.Tensor | None, wanted: Sequence[int]) -> BatchResult:
     """`Runner.run` as a function that an executor can be given."""
     return runner.run(inputs, labels, wanted)
 
@@ -241,6 +256,41 @@ def num_workers(executor: Executor) -> int:
     if client is not None:
         return max(1, int(sum(client.nthreads().values())))
     return int(getattr(executor, "_max_workers", 1))
+
+
+def shifted(labels: torch.Tensor) -> torch.Tensor:
+    """Labels [batch, position] of tokens as those of the positions before them; the last position has none."""
+    if labels.dim() != 2 or labels.is_floating_point():
+        raise ResnetPathsError(
+            "shift_labels",
+            f"labels {labels.dtype} {list(labels.shape)}",
+            "labels [batch, position], the input's tokens",
+        )
+    return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], 1)
+
+
+def counts_of_items(inputs: Any, labels: torch.Tensor | None, shift_labels: bool) -> torch.Tensor | None:
+    """Which items of a batch count: those whose label is not -100, where the batch's ``attention_mask`` is not 0.
+
+    Args:
+        inputs: Of the batch.
+        labels: Shifted already, if they are to be; None if there are none.
+        shift_labels: Whether a position counts only if the next token is none of padding either.
+
+    Returns:
+        Bool [batch, ...]; None where all count.
+    """
+    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+        mask = mask != 0
+        if shift_labels:
+            mask = mask & torch.cat([mask[:, 1:], torch.ones_like(mask[:, :1])], 1)
+    else:
+        mask = None
+    if labels is None or labels.is_floating_point():
+        return mask
+    known = labels != IGNORED
+    return known & mask if mask is not None and mask.shape == known.shape else known
 
 
 @contextlib.contextmanager

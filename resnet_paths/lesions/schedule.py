@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from typing import Any
 
-import numpy as np
 import torch
 
 from resnet_paths._utils.errors import ResnetPathsError
-from resnet_paths.core.inputs import unpack
+from resnet_paths.core.inputs import num_examples, unpack, unpack_optional
 from resnet_paths.lesions.keys import with_probe
 from resnet_paths.lesions.results import BatchResult
 from resnet_paths.lesions.runner import Runner, num_workers, run_batch, shared_with_workers
@@ -24,8 +23,8 @@ from resnet_paths.lesions.store import Store
 
 __all__ = ["finished_batches"]
 
-_Finished = tuple[int, np.ndarray[Any, Any], BatchResult, bool]
-_Job = tuple[tuple[Any, torch.Tensor, list[int]], Callable[[BatchResult | None], _Finished]]
+_Finished = tuple[int, torch.Tensor | None, BatchResult, bool]
+_Job = tuple[tuple[Any, torch.Tensor | None, list[int]], Callable[[BatchResult | None], _Finished]]
 """Arguments of `Runner.run`, and what is done with its result, or with None where nothing is missing."""
 
 
@@ -42,14 +41,14 @@ def finished_batches(
 
     Args:
         runner: Runs the chains.
-        loader: Batches of inputs and labels; empty ones are left out.
+        loader: Batches of inputs and, where a measure reads them, labels; empty ones are left out.
         store: Where results are kept; None for nowhere.
         keys: From `resnet_paths.lesions.keys.network_key`, one per chain, where there is a store.
         undetermined: Chains whose key does not say all that they compute.
         executor: Runs the batches; None for here.
 
     Yields:
-        Position of the batch, labels [batch], result of all chains, and whether all of it came from the store.
+        Position of the batch, its labels, result of all chains, and whether all of it came from the store.
     """
     jobs = _jobs(runner, loader, store, keys, undetermined)
     yield from _run_here(runner, jobs) if executor is None else _run_on(executor, runner, jobs)
@@ -58,9 +57,10 @@ def finished_batches(
 def _jobs(
     runner: Runner, loader: Iterable[Any], store: Store | None, keys: Sequence[str], undetermined: Sequence[int]
 ) -> Iterator[_Job]:
-    batches = (unpack(batch) for batch in loader)
+    needs_labels = any(measure.reads for measure in runner.measures) or runner.shift_labels
+    batches = map(unpack if needs_labels else unpack_optional, loader)
     everything = list(range(runner.trie.num_chains))
-    for number, (inputs, labels) in enumerate(batch for batch in batches if batch[1].numel()):
+    for number, (inputs, labels) in enumerate(batch for batch in batches if num_examples(batch[0])):
         if store is None:
             yield (inputs, labels, everything), _finisher(number, labels)
             continue
@@ -73,17 +73,17 @@ def _jobs(
         yield (inputs, labels, missing), _stored_finisher(number, labels, store, batch, keys, known, missing)
 
 
-def _finisher(number: int, labels: torch.Tensor) -> Callable[[BatchResult | None], _Finished]:
+def _finisher(number: int, labels: torch.Tensor | None) -> Callable[[BatchResult | None], _Finished]:
     def finish(result: BatchResult | None) -> _Finished:
         assert result is not None  # without a store everything is missing
-        return number, labels.cpu().numpy(), result, False
+        return number, labels, result, False
 
     return finish
 
 
 def _stored_finisher(
     number: int,
-    labels: torch.Tensor,
+    labels: torch.Tensor | None,
     store: Store,
     batch: str,
     keys: Sequence[str],
@@ -95,7 +95,7 @@ def _stored_finisher(
         if result is not None:
             store.write(batch, [keys[i] for i in missing], result)
             rows |= {keys[index]: result.row(row) for row, index in enumerate(missing)}
-        return number, labels.cpu().numpy(), BatchResult.joined([rows[key] for key in keys]), result is None
+        return number, labels, BatchResult.joined([rows[key] for key in keys]), result is None
 
     return finish
 
@@ -161,8 +161,8 @@ def _refusing_what_cannot_be_sent() -> Iterator[None]:
         raise ResnetPathsError(
             "executor",
             str(error),
-            "a chain that can be sent to another process",
-            "Define its modules at the top of a file, not inside a function, or use a ThreadPoolExecutor.",
+            "a chain and measures that can be sent to another process",
+            "Define modules and functions at the top of a file, not inside a function, or use a ThreadPoolExecutor.",
         ) from error
 
 

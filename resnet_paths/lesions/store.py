@@ -3,11 +3,12 @@
     STORE/CONTEXT/study.json                what the results have in common, for people
     STORE/CONTEXT/BATCH-LESIONS.safetensors what some lesions did on one batch
 
-CONTEXT is a fingerprint of precision, layout, BatchNorm treatment and code version; BATCH one of the images and labels;
-each lesion in a part has a fingerprint of the whole lesioned network (`resnet_paths.lesions.keys`). So results of other
-models or data sets may be in the same folder and are never mixed in. Parts hold a checksum, and are written under a
-temporary name and renamed; two studies at once write the same rows to the same names. What a killed study was writing
-remains under its temporary name, which no study takes for a part; a study that begins an hour later removes it.
+CONTEXT is a fingerprint of measures, precision, layout, BatchNorm treatment and code version; BATCH one of the images
+and labels; each lesion in a part has a fingerprint of the whole lesioned network (`resnet_paths.lesions.keys`). So
+results of other models or data sets may be in the same folder and are never mixed in. Parts hold a checksum, and are
+written under a temporary name and renamed; two studies at once write the same rows to the same names. What a killed
+study was writing remains under its temporary name, which no study takes for a part; a study that begins an hour later
+removes it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import contextlib
 import json
 import time
 import warnings
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ from resnet_paths.zoo.weights import read_metadata, read_tensors, write_tensors
 
 __all__ = ["Store"]
 
-_FORMAT = 1
+_FORMAT = 2
 _DIGITS = 16
 _STALE_AFTER = 3600.0  # seconds; a part is written in far less
 
@@ -72,12 +74,12 @@ class Store:
                     path.unlink()
 
     @staticmethod
-    def batch_key(inputs: Any, labels: torch.Tensor) -> str:
+    def batch_key(inputs: Any, labels: torch.Tensor | None) -> str:
         """Fingerprint of a batch's content.
 
         Args:
             inputs: A tensor [batch, ...], a tuple or a mapping of tensors and others.
-            labels: [batch].
+            labels: [batch, ...], or None.
 
         Returns:
             Hexadecimal digits.
@@ -100,7 +102,7 @@ class Store:
         for path in self._parts.get(batch, ()):
             try:
                 names, result = _read_part(path)
-            except (ResnetPathsError, KeyError, ValueError, RuntimeError, TypeError, OSError) as error:
+            except (ResnetPathsError, KeyError, ValueError, RuntimeError, TypeError, OSError, zlib.error) as error:
                 warnings.warn(f"store: {path} cannot be read and is computed again: {error}", stacklevel=3)
                 continue
             found |= {name: result.row(row) for row, name in enumerate(names) if name in wanted}
@@ -121,15 +123,15 @@ class Store:
         order = sorted(range(len(lesions)), key=lesions.__getitem__)
         names = [lesions[row] for row in order]
         path = self.folder / f"{batch}-{fingerprint(names)[:_DIGITS]}.safetensors"
-        tensors = {
-            "wrong": torch.from_numpy(np.packbits(result.wrong[order], axis=1)),
-            # As bits: a lesion may well make the loss infinite, which a file of weights refuses.
-            "loss_sum_bits": torch.from_numpy(result.loss_sum[order].astype(np.float64)).view(torch.int64),
-            "num_not_finite": torch.from_numpy(result.num_not_finite[order].astype(np.int64)),
-            "num_examples": torch.tensor(result.wrong.shape[1]),
-        }
+        sums = {name: values[order] for name, values in result.sums.items()}
+        # Compressed bytes: most sums are small counts, and a lesion may well make some infinite, which a file of
+        # weights refuses.
+        packed = {name: zlib.compress(np.ascontiguousarray(values).tobytes(), 1) for name, values in sums.items()}
+        tensors = {name: torch.frombuffer(bytearray(data), dtype=torch.uint8) for name, data in packed.items()}
+        forms = {name: [str(values.dtype), list(values.shape)] for name, values in sums.items()}
+        metadata = {"lesions": names, "forms": forms, "checksum": _checksum(names, tensors)}
         try:
-            write_tensors(path, tensors, {"lesions": names, "checksum": _checksum(names, tensors)})
+            write_tensors(path, tensors, metadata)
         except Exception as error:  # safetensors wraps a full disk in an error of its own
             raise ResnetPathsError(
                 "store",
@@ -170,12 +172,9 @@ def _read_part(path: Path) -> tuple[list[str], BatchResult]:
     names = metadata["lesions"]
     if metadata["checksum"] != _checksum(names, tensors):
         raise ResnetPathsError("store", str(path), "a part as it was written")
-    num_examples = int(tensors["num_examples"])
-    result = BatchResult(
-        np.unpackbits(tensors["wrong"].numpy(), axis=1, count=num_examples).astype(bool),
-        tensors["loss_sum_bits"].view(torch.float64).numpy(),
-        tensors["num_not_finite"].numpy(),
-    )
-    if not len(names) == len(result.wrong) == len(result.loss_sum) == len(result.num_not_finite):
+    sums = {}
+    for name, (dtype, shape) in metadata["forms"].items():
+        sums[name] = np.frombuffer(zlib.decompress(tensors[name].numpy().tobytes()), dtype).reshape(shape)
+    if not sums or any(len(values) != len(names) for values in sums.values()):
         raise ResnetPathsError("store", str(path), "a part with as many rows as lesions")
-    return names, result
+    return names, BatchResult(sums)

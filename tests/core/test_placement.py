@@ -133,7 +133,7 @@ def test_the_numbers_of_another_precision_are_near(exported, precision, near):
     deletions = rp.single_deletions(exported)
     frames = [rp.lesion_study(exported, batches, deletions, precision=p, progress=False) for p in (None, precision)]
     assert_same(before, snapshot(exported))
-    assert (frames[0].loss - frames[1].loss).abs().max() < near
+    assert (frames[0].cross_entropy - frames[1].cross_entropy).abs().max() < near
     # Images on the border between two classes may change sides.
     assert (frames[0].error_rate - frames[1].error_rate).abs().max() <= (0.05 if near > 1e-3 else 0)
     wide = rp.lesion_study(
@@ -183,7 +183,7 @@ def test_images_with_their_channels_last(exported):
     frame = rp.lesion_study(exported, batches, deletions, channels_last=True, progress=False)
     assert_same(before, snapshot(exported))
     assert frame.error_rate.tolist() == plain.error_rate.tolist()
-    assert (frame.loss - plain.loss).abs().max() < 1e-5
+    assert (frame.cross_entropy - plain.cross_entropy).abs().max() < 1e-5
     vectors = rp.lesion_study(
         random_chain(STEADY),
         [(inputs(), torch.zeros(4, dtype=torch.int64))],

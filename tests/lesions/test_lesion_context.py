@@ -28,12 +28,12 @@ def test_all_lesions_of_one_stem_share_its_context(kind):
         if "reestimate_batchnorm" in options:  # there is none: the numbers stay
             options = {"reestimate_batchnorm": [batch]}
         frame = rp.lesion_study(chain, [batch], rp.single_deletions(chain), progress=False, **options)
-        assert frame.loss.tolist() == pytest.approx(losses, rel=1e-12)
+        assert frame.cross_entropy.tolist() == pytest.approx(losses, rel=1e-12)
     copied = pickle.loads(pickle.dumps(chain))
     assert copied.context_names == chain.context_names
     with ThreadPoolExecutor(2) as executor:
         frame = rp.lesion_study(copied, [batch] * 3, rp.single_deletions(copied), executor=executor, progress=False)
-    assert frame.loss.tolist() == pytest.approx(losses, rel=1e-12)
+    assert frame.cross_entropy.tolist() == pytest.approx(losses, rel=1e-12)
 
 
 class Counting(nn.Module):
@@ -90,6 +90,6 @@ def test_one_row_for_all_examples_stays_one_row():
         for budget in (None, 64, 2)
     ]
     for frame in frames:
-        for i, loss in enumerate(frame.loss):
+        for i, loss in enumerate(frame.cross_entropy):
             logits = rp.delete_block(chain, i)(tokens=tokens, positions=torch.arange(6)[None])
             assert loss == pytest.approx(nn.functional.cross_entropy(logits, TARGETS).item(), rel=1e-12)

@@ -23,6 +23,7 @@ from tests.chains import Plan, assert_same, inputs, plans, random_chain, random_
 from tests.gradients.gradient_reference import build, recipes, seeded
 from tests.lesions.test_lesion_trie import EDITS, edited
 from tests.lesions.test_lesions import STEADY, labelled, one_by_one
+from tests.utils.test_statistics import score_bounds
 
 
 def study(chain, loader, lesions=None, **options):
@@ -30,10 +31,10 @@ def study(chain, loader, lesions=None, **options):
     return rp.lesion_study(chain, loader, lesions, progress=False, **options)
 
 
-def near(one, other, columns=("error_rate", "error_increase", "num_not_finite", "num_examples")):
+def near(one, other, columns=("error_rate", "error_rate_increase", "num_not_finite", "num_examples")):
     """Whether two frames hold the same counts, and losses but for rounding."""
     assert one[[*columns]].equals(other[[*columns]])
-    assert np.allclose(one.loss, other.loss, rtol=1e-9)
+    assert np.allclose(one.cross_entropy, other.cross_entropy, rtol=1e-9)
 
 
 # Stacked and split batches
@@ -191,16 +192,15 @@ def test_losses_and_intervals_by_hand():
         with torch.inference_mode():
             logits = torch.cat([lesioned(x) for x, _ in loader])
         losses = -torch.log_softmax(logits, 1)[torch.arange(50), truth]
-        assert row.loss == pytest.approx(losses.mean().item(), rel=1e-12)  # float64 stays float64
+        assert row.cross_entropy == pytest.approx(losses.mean().item(), rel=1e-12)  # float64 stays float64
         wrong = (logits.argmax(1) != truth).double()
         p, z = wrong.mean().item(), stats.norm.ppf(0.975)
         middle, half = p + z**2 / 100, z * math.sqrt(p * (1 - p) / 50 + z**2 / (4 * 50**2))
         assert row.error_rate_low == pytest.approx((middle - half) / (1 + z**2 / 50), abs=1e-12)
         assert row.error_rate_high == pytest.approx((middle + half) / (1 + z**2 / 50), abs=1e-12)
         change = (wrong - intact.double()).numpy()
-        half = z * change.std() / math.sqrt(50)
-        assert row.error_increase_low == pytest.approx(change.mean() - half, abs=1e-12)
-        assert row.error_increase_high == pytest.approx(change.mean() + half, abs=1e-12)
+        bounds = (row.error_rate_increase_low, row.error_rate_increase_high)
+        assert bounds == pytest.approx(score_bounds(change), abs=2e-6)
 
 
 class Spoils(nn.Module):
@@ -226,8 +226,8 @@ def test_logits_that_are_not_finite(value, tmp_path):
         assert frame.num_not_finite.tolist() == [0, int((~finite).sum())]
         assert 0 < frame.num_not_finite[1] < 40
         assert frame.error_rate[1] == 1 - (right & finite).double().mean()
-        assert math.isfinite(frame.loss[0])
-        assert math.isnan(frame.loss[1])
+        assert math.isfinite(frame.cross_entropy[0])
+        assert math.isnan(frame.cross_entropy[1])
 
 
 class Certain(nn.Module):
@@ -241,7 +241,7 @@ def test_an_infinite_loss_survives_the_store(tmp_path):
     chain, loader = random_chain(STEADY), labelled(40)
     certain = chain.with_head(Certain())
     frames = [study(chain, loader, [lambda c: certain], store=s) for s in (None, tmp_path, tmp_path)]
-    assert frames[0].loss.tolist() == [math.inf]
+    assert frames[0].cross_entropy.tolist() == [math.inf]
     assert frames[0].num_not_finite.tolist() == [0]
     pd.testing.assert_frame_equal(frames[0], frames[1])
     pd.testing.assert_frame_equal(frames[0], frames[2])
@@ -326,14 +326,14 @@ def test_batchnorm_statistics_taken_anew_for_each_lesion(options, tmp_path):
         with torch.inference_mode():
             loss = sum(F.cross_entropy(alone(x), y, reduction="sum").item() for x, y in loader) / 60
         assert row.error_rate == wrong.double().mean()
-        assert row.loss == pytest.approx(loss, rel=1e-10)
+        assert row.cross_entropy == pytest.approx(loss, rel=1e-10)
     # So is the intact chain, against which the increases are.
     assert (frame.intact_error_rate == frame.error_rate.iloc[-1]).all()
-    assert frame.error_increase.tolist() == pytest.approx((frame.error_rate - frame.intact_error_rate).tolist())
+    assert frame.error_rate_increase.tolist() == pytest.approx((frame.error_rate - frame.intact_error_rate).tolist())
     plain = study(chain, loader, lesions)
     assert (plain.batchnorm_statistics == "intact").all()
     assert plain.intact_error_rate[0] != frame.intact_error_rate[0]
-    assert not np.allclose(plain.loss, frame.loss, rtol=1e-3)
+    assert not np.allclose(plain.cross_entropy, frame.cross_entropy, rtol=1e-3)
     # Batches of (inputs, labels), and a generator of them, will do.
     again = study(chain, loader, lesions, reestimate_batchnorm=((x, None) for x in batches), store=tmp_path, **options)
     assert again.equals(frame)
@@ -367,7 +367,7 @@ def test_batchnorm_statistics_of_exported_chains():
         assert row.error_rate == one_by_one(alone, loader)[0].double().mean()
         with torch.inference_mode():
             loss = sum(F.cross_entropy(alone(x), y, reduction="sum").item() for x, y in loader) / 60
-        assert row.loss == pytest.approx(loss, rel=1e-10)
+        assert row.cross_entropy == pytest.approx(loss, rel=1e-10)
 
 
 def test_what_statistics_cannot_be_taken_from():

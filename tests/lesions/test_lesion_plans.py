@@ -80,7 +80,7 @@ def test_pairs_and_their_interactions():
     frame = rp.lesion_study(chain, loader(), lesions, progress=False)
     found = rp.pair_interactions(frame)
     assert found[["first", "second"]].to_numpy().tolist() == [[0, 2], [0, 5], [2, 5]]
-    increase = dict(zip(frame.blocks, frame.error_increase, strict=True))
+    increase = dict(zip(frame.blocks, frame.error_rate_increase, strict=True))
     for row in found.itertuples():
         expected = increase[row.first, row.second] - increase[row.first,] - increase[row.second,]
         assert row.interaction == pytest.approx(expected, abs=1e-15)
@@ -93,9 +93,9 @@ def test_interactions_are_of_deletions_alone():
     pairs, others = rp.pair_deletions(chain), [*rp.duplications(chain), *rp.scalings(chain, [-9.0])]
     frame = rp.lesion_study(chain, loader(), [*pairs, *others, *pairs[:1], lambda c: c], progress=False)
     alone = frame[: len(pairs)]
-    assert frame.error_increase[len(pairs) :].abs().max() > 0
+    assert frame.error_rate_increase[len(pairs) :].abs().max() > 0
     assert rp.pair_interactions(frame).equals(rp.pair_interactions(alone))
-    again = alone.assign(error_increase=alone.error_increase + 0.5)
+    again = alone.assign(error_rate_increase=alone.error_rate_increase + 0.5)
     with pytest.raises(rp.ResnetPathsError, match=r"frame: got 'different effects of deleting 0'; .*rows of one study"):
         rp.pair_interactions(pd.concat([alone, again]))
     with pytest.raises(rp.ResnetPathsError, match=r"frame: got 'no single deletion of block 0'"):
@@ -280,7 +280,7 @@ def test_branches_replaced_by_those_of_another_chain():
     own = rp.branch_replacements(chain, chain)
     assert [lesion.name for lesion in own][:1] == ["replace block0"]
     frame = rp.lesion_study(chain, loader(), [*own, *lesions], progress=False)
-    assert frame.error_increase[:7].tolist() == [0] * 7
+    assert frame.error_rate_increase[:7].tolist() == [0] * 7
     assert frame.attrs["block_evaluations"] == 7 + sum(7 - index for index in (0, 1, 3, 4, 5, 6))
     with pytest.raises(
         rp.ResnetPathsError, match=r"source: got '6 blocks'; allowed: a chain of 7 blocks with the shapes"

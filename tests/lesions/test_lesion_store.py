@@ -196,7 +196,7 @@ def of_other_rows(path):
 
 def of_fewer_rows(path):
     tensors, metadata = read(path)
-    safetensors.torch.save_file(tensors | {"wrong": tensors["wrong"][:-1]}, path, metadata)
+    safetensors.torch.save_file(tensors | {"error_rate": tensors["error_rate"][:-1]}, path, metadata)
 
 
 def of_fewer_examples(path):

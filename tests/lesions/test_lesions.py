@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,6 +15,7 @@ import resnet_paths as rp
 from resnet_paths.core.chain import ResidualChain
 from resnet_paths.lesions.lesion import Lesion
 from tests.chains import Plan, assert_same, plans, random_chain, snapshot
+from tests.utils.test_statistics import score_bounds
 
 STEADY = (3, tuple(Plan(3, "identity", False, False) for _ in range(6)))
 
@@ -56,14 +58,14 @@ def test_the_same_numbers_as_one_by_one(lesions):
     for row, edit in zip(frame.itertuples(), lesions, strict=True):
         wrong, losses = one_by_one(edit(chain), loader)
         assert row.error_rate == wrong.double().mean().item()
-        assert row.loss == pytest.approx(losses.double().mean().item(), rel=1e-6)
+        assert row.cross_entropy == pytest.approx(losses.double().mean().item(), rel=1e-6)
         assert row.intact_error_rate == intact.double().mean().item()
         low, high = stats.binomtest(int(wrong.sum()), 37).proportion_ci(method="wilson")
-        assert (row.error_rate_low, row.error_rate_high) == (low, high)
+        assert (row.error_rate_low, row.error_rate_high) == pytest.approx((low, high), abs=1e-14)
         change = wrong.double() - intact.double()
-        error = change.std(correction=0).item() / 37**0.5
-        assert row.error_increase == pytest.approx(change.mean().item(), abs=1e-12)
-        assert row.error_increase_high - row.error_increase_low == pytest.approx(2 * 1.959964 * error, abs=1e-6)
+        assert row.error_rate_increase == pytest.approx(change.mean().item(), abs=1e-12)
+        bounds = (row.error_rate_increase_low, row.error_rate_increase_high)
+        assert bounds == pytest.approx(score_bounds(change.numpy()), abs=2e-6)
         assert row.num_examples == 37
 
 
@@ -141,7 +143,7 @@ def test_a_shuffling_loader_gives_the_same_frame():
     deletions = rp.single_deletions(chain)
     plain = rp.lesion_study(chain, labelled(), deletions, progress=False)
     shuffled = rp.lesion_study(chain, labelled(shuffle=True, generator=generator), deletions, progress=False)
-    assert plain.drop(columns="loss").equals(shuffled.drop(columns="loss"))
+    pd.testing.assert_frame_equal(plain, shuffled, rtol=1e-9)
 
 
 def test_a_study_that_fails_leaves_the_chain_as_it_was():

@@ -143,7 +143,7 @@ def test_tiny_linear_branches_are_predicted_to_second_order():
                 layer.bias *= scale
         chain = chain.with_blocks(b.replace(branch=t) for b, t in zip(chain, tiny, strict=True))
         frame = study(chain, labelled(60))
-        measured = frame.loss - losses(chain, labelled(60)).mean().item()
+        measured = frame.cross_entropy - losses(chain, labelled(60)).mean().item()
         return measured.to_numpy(), effects(chain, labelled(60)).first_order_loss_increase.to_numpy()
 
     errors = []
@@ -295,7 +295,7 @@ def test_correlations_are_scipys():
     frame = study(chain, loader, lesions)
     found = score_correlations(predicted, frame)
     assert [(row.score, row.effect) for row in found.itertuples()] == [
-        (score, effect) for score in SCORES for effect in ("error_increase", "loss")
+        (score, effect) for score in SCORES for effect in ("error_rate_increase", "cross_entropy")
     ]
     single = study(chain, loader)
     for row in found.itertuples():
@@ -328,7 +328,7 @@ def test_what_cannot_be_correlated():
         score_correlations(predicted, frame[:2])
     with pytest.raises(rp.ResnetPathsError, match=r"single deletions of 0 of the blocks"):
         score_correlations(predicted, study(chain, labelled(), rp.duplications(chain)))
-    two = pd.concat([frame, frame.assign(loss=frame.loss + 1)])
+    two = pd.concat([frame, frame.assign(cross_entropy=frame.cross_entropy + 1)])
     with pytest.raises(rp.ResnetPathsError, match=r"study: got 'different effects of deleting 0'; .*one study"):
         score_correlations(predicted, two)
 
@@ -337,8 +337,10 @@ def test_effects_are_drawn_of_deletions_alone():
     chain = random_chain(STEADY)
     predicted = effects(chain, labelled())
     frame = study(chain, labelled(), [*rp.scalings(chain, [0.5, -1.0]), *rp.single_deletions(chain), lambda c: c])
-    ax = rp.figures.plot_predicted_effects(predicted, frame, "block_influence", plt.figure().gca(), effect="loss")
-    assert ax.containers[0].lines[0].get_ydata().tolist() == study(chain, labelled()).loss.tolist()
+    ax = rp.figures.plot_predicted_effects(
+        predicted, frame, "block_influence", plt.figure().gca(), effect="cross_entropy"
+    )
+    assert ax.containers[0].lines[0].get_ydata().tolist() == study(chain, labelled()).cross_entropy.tolist()
     plt.close(ax.figure)
     with pytest.raises(rp.ResnetPathsError, match=r"study: got .*Missing: kind, blocks"):
         rp.figures.plot_predicted_effects(predicted, predicted, "block_influence")

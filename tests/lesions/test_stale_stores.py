@@ -170,4 +170,4 @@ def test_a_changed_model_is_computed_again(way, tmp_path):
     frame = study(store=tmp_path)
     assert counts(frame) == (3, 0)
     pd.testing.assert_frame_equal(frame, study())
-    assert frame.loss.tolist() != first.loss.tolist()
+    assert frame.cross_entropy.tolist() != first.cross_entropy.tolist()

@@ -62,13 +62,13 @@ def inner_mask(frame):
 def test_no_inner_block_matters_to_the_resnet_as_every_block_does_to_the_plain_net(images):
     """The claims of notebook 02, on half of its images."""
     resnet, plain = study("preact-resnet-56", images), study("plain-20", images)
-    inner = resnet[inner_mask(resnet)].error_increase
+    inner = resnet[inner_mask(resnet)].error_rate_increase
     assert len(inner) == 24
     assert inner.median() < 0.01
-    assert resnet[inner_mask(resnet) & (resnet.error_increase > 0.06)].lesion.tolist() == [
+    assert resnet[inner_mask(resnet) & (resnet.error_rate_increase > 0.06)].lesion.tolist() == [
         "delete layer3.1",
         "delete layer3.2",
     ]
     assert plain.block_index.tolist() == [0, 1, 2, 4, 5, 7, 8]
     assert (plain.error_rate > 0.7).sum() >= 6
-    assert plain.error_increase.min() > inner.max()
+    assert plain.error_rate_increase.min() > inner.max()

@@ -93,7 +93,7 @@ def test_lesions_and_gradients_of_a_chain_that_carries_a_mask(kind):
     chain = rp.unravel(model, (x, mask))
     study = rp.lesion_study(chain, [((x, mask), TARGETS)], rp.single_deletions(chain), progress=False)
     by_hand = [nn.functional.cross_entropy(model(x, mask, without=(i,)), TARGETS).item() for i in range(3)]
-    assert study.loss.tolist() == pytest.approx(by_hand, rel=1e-12)
+    assert study.cross_entropy.tolist() == pytest.approx(by_hand, rel=1e-12)
     frame = rp.gradient_by_path_length(chain, (x, mask), TARGETS, with_respect_to="stem")
     assert frame.gradient_share.sum() == pytest.approx(1, abs=1e-12)
 
@@ -364,7 +364,7 @@ def test_a_query_that_all_blocks_of_a_stage_read_is_carried_through_it():
         assert torch.equal(deleted, model(x, without=(divmod(index, 3),)))
     study = rp.lesion_study(chain, [(x, TARGETS)], rp.single_deletions(chain), progress=False)
     by_hand = [nn.functional.cross_entropy(model(x, without=(divmod(i, 3),)), TARGETS).item() for i in range(6)]
-    assert study.loss.tolist() == pytest.approx(by_hand, rel=1e-12)
+    assert study.cross_entropy.tolist() == pytest.approx(by_hand, rel=1e-12)
     frame = rp.gradient_by_path_length(chain, x, TARGETS)
     assert frame.gradient_share.sum() == pytest.approx(1, abs=1e-12)
     state = chain.stem(x)

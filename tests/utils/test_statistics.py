@@ -1,0 +1,166 @@
+"""Intervals, against definitions that are solved numerically, and their coverage by enumeration and simulation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import optimize, stats
+
+from resnet_paths._utils.statistics import (
+    adjusted_p_values,
+    paired_rate_interval,
+    rate_interval,
+    studentised_interval,
+)
+
+SIZES, RATES = (100, 500, 10_000), (0, 0.001, 0.05, 0.5)
+
+
+def score_bounds(changes):
+    """Both differences of paired rates at which the score test has z = 1.96; the nuisance parameter by maximisation."""
+    n, up, down = len(changes), int((changes > 0).sum()), int((changes < 0).sum())
+
+    def statistic(difference):
+        def loss(share):  # of items that change down; those that change up are `difference` more
+            chances = np.array([share + difference, share, 1 - 2 * share - difference]).clip(1e-300)
+            return -np.dot([up, down, n - up - down], np.log(chances))
+
+        low, high = max(0.0, -difference), (1 - difference) / 2
+        share = optimize.minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-12}).x
+        return (up - down - n * difference) / np.sqrt(n * (2 * share + difference - difference**2))
+
+    z, estimate = stats.norm.ppf(0.975), (up - down) / n
+    return (
+        optimize.brentq(lambda d: statistic(d) - z, -1 + 1e-9, estimate - 1e-9, xtol=1e-12),
+        optimize.brentq(lambda d: statistic(d) + z, estimate + 1e-9, 1 - 1e-9, xtol=1e-12),
+    )
+
+
+@pytest.mark.parametrize(("up", "down", "same"), [(7, 2, 41), (1, 0, 99), (0, 3, 20), (0, 0, 50), (12, 12, 6)])
+def test_the_paired_interval_is_that_of_the_score_test(up, down, same):
+    changes = np.repeat([1, -1, 0], [up, down, same])
+    interval = paired_rate_interval(changes, np.ones(len(changes)))
+    assert (interval.low, interval.high) == pytest.approx(score_bounds(changes), abs=2e-6)
+    assert interval.low < (up - down) / len(changes) < interval.high
+    z = 0 if up + down == 0 else (up - down) / np.sqrt(up + down)  # McNemar
+    assert interval.p_value == pytest.approx(2 * stats.norm.sf(abs(z)), abs=1e-12)
+
+
+@pytest.mark.parametrize("count", [0, 1, 17, 50])
+def test_the_interval_of_a_rate_is_wilsons(count):
+    interval = rate_interval(np.arange(50) < count, np.ones(50))
+    known = stats.binomtest(count, 50).proportion_ci(method="wilson")
+    assert interval[:2] == pytest.approx((known.low, known.high), abs=1e-14)
+
+
+def test_empty_clusters_say_nothing():
+    counts, sizes = np.array([2, 0, 1, 0, 3]), np.array([4, 0, 3, 0, 5])
+    assert rate_interval(counts, sizes) == rate_interval(counts[sizes > 0], sizes[sizes > 0])
+    assert all(np.isnan(rate_interval(counts * 0, sizes * 0)))
+    assert all(np.isnan(paired_rate_interval(counts * 0, sizes * 0)))
+
+
+def test_a_symmetric_sample_has_students_interval():
+    values = np.array([-3.0, -1, 0, 1, 3]) + 2
+    low, high, p = studentised_interval(2.0, (values - 2) / 5)
+    known = stats.ttest_1samp(values, 0)
+    assert (low, high) == pytest.approx(tuple(known.confidence_interval(0.95)), rel=1e-12)
+    assert p == pytest.approx(known.pvalue, rel=1e-12)
+
+
+@pytest.mark.parametrize("shift", [-0.4, 0.0, 0.3])
+def test_the_p_value_belongs_to_the_interval(shift):
+    values = np.random.default_rng(0).exponential(size=40) - 1 + shift
+    for edge in studentised_interval(values.mean(), (values - values.mean()) / 40)[:2]:
+        assert studentised_interval(values.mean() - edge, (values - values.mean()) / 40).p_value == pytest.approx(0.05)
+
+
+def test_values_that_are_equal_show_no_variance():
+    assert np.isnan(studentised_interval(2.0, np.zeros(9))).all()
+    low, high, p = studentised_interval(0.0, np.zeros(9))
+    assert (np.isnan(low), np.isnan(high), p) == (True, True, 1.0)
+
+
+def test_adjusted_p_values_by_hand():
+    p = np.array([0.02, np.nan, 0.01, 0.9, 0.04])
+    assert adjusted_p_values(p, "holm").tolist() == pytest.approx([0.06, np.nan, 0.04, 0.9, 0.08], nan_ok=True)
+    by_hand = [0.04, np.nan, 0.04, 0.9, 0.16 / 3]
+    assert adjusted_p_values(p, "fdr_bh").tolist() == pytest.approx(by_hand, nan_ok=True)
+
+
+def held(expected, nominal_applies):
+    """The stated coverage: 93 to 97 % where n times the rate is at least 5, never under 90 %."""
+    return 0.93 <= expected <= 0.97 if nominal_applies else expected >= 0.90
+
+
+def rate_coverage(n, rate):
+    """Of the interval of a rate, exactly: a sum over all counts that are at all likely."""
+    least, most = stats.binom.interval(1 - 1e-9, n, rate) if rate else (0, 0)
+    covered = 0.0
+    for count in range(int(least), int(most) + 1):
+        low, high, _ = rate_interval(np.arange(n) < count, np.ones(n))
+        covered += stats.binom.pmf(count, n, rate) * (low <= rate <= high)
+    return covered
+
+
+def paired_coverage(n, rate, share, samples=2000):
+    """Of the interval of a paired difference: `rate` of items change, `share` of these up."""
+    generator = np.random.default_rng(0)
+    drawn = generator.multinomial(n, [rate * share, rate * (1 - share), 1 - rate], size=samples)
+    kinds, number = np.unique(drawn, axis=0, return_counts=True)
+    truth, inside = rate * (2 * share - 1), 0
+    for kind, times in zip(kinds, number, strict=True):
+        low, high, _ = paired_rate_interval(np.repeat([1, -1, 0], kind), np.ones(n))
+        assert low < high
+        inside += times * (low <= truth <= high)
+    return inside / samples
+
+
+def mean_coverage(draw, n, truth, samples=4000):
+    generator = np.random.default_rng(0)
+    inside = 0
+    for _ in range(samples):
+        values = draw(generator, n)
+        low, high, _ = studentised_interval(values.mean(), (values - values.mean()) / n)
+        inside += low <= truth <= high
+    return inside / samples
+
+
+def clustered_coverage(rate, samples=4000, clusters=100):
+    """Of the interval of a rate over clusters of 1 to 60 items, whose own rates are drawn from a beta distribution."""
+    generator = np.random.default_rng(0)
+    inside = 0
+    for _ in range(samples):
+        sizes = generator.integers(1, 61, clusters)
+        counts = generator.binomial(sizes, generator.beta(5 * rate, 5 * (1 - rate), clusters))
+        low, high, _ = rate_interval(counts, sizes)
+        inside += low <= rate <= high
+    return inside / samples
+
+
+@pytest.mark.slow
+def test_coverage_of_the_interval_of_a_rate():
+    for n in SIZES:
+        for rate in RATES:
+            assert held(rate_coverage(n, rate), n * rate >= 5), (n, rate)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.5, 0.9, 1.0])
+def test_coverage_of_the_interval_of_a_paired_difference(share):
+    for n in SIZES:
+        for rate in RATES:
+            assert held(paired_coverage(n, rate, share), n * rate >= 5), (n, rate)
+
+
+@pytest.mark.slow
+def test_coverage_of_the_interval_of_a_mean():
+    for n in (100, 500):
+        assert held(mean_coverage(lambda g, n: g.exponential(size=n), n, 1.0), True)
+        assert held(mean_coverage(lambda g, n: g.lognormal(0, 1, size=n), n, np.exp(0.5)), False)
+
+
+@pytest.mark.slow
+def test_coverage_over_clusters():
+    assert held(clustered_coverage(0.05), False)  # about as many effective items as clusters, and most without any
+    assert held(clustered_coverage(0.5), True)
