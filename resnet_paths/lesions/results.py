@@ -138,7 +138,7 @@ def _columns(measure: Measure, sums: np.ndarray[Any, Any]) -> Iterator[dict[str,
             own = rate_interval(of_lesion[:, 0], of_lesion[:, 1])
             change = paired_rate_interval(of_lesion[:, 0].astype(np.float64) - sums[0][:, 0], of_lesion[:, 1])
         else:
-            some = (of_lesion != 0).any(1) | (sums[0] != 0).any(1)  # an example without items is none
+            some = (of_lesion != 0).any(1) | (sums[0] != 0).any(1)  # others have no items
             own = _linked(measure, studentised_interval(values[0], influences[0][some]))
             change = studentised_interval(values[-1] - intact_value, (influences[-1] - intact_influences)[some])
         yield {
