@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 from resnet_paths._utils.errors import ResnetPathsError, StudyInterrupted
 from resnet_paths._utils.fingerprint import fingerprint
 from resnet_paths.core.chain import ResidualChain, require_chain, require_eval_mode
-from resnet_paths.core.inputs import inputs_of, require_loader
+from resnet_paths.core.inputs import Inputs, inputs_of, require_loader
 from resnet_paths.core.placement import PRECISIONS
 from resnet_paths.lesions.frames import pair_interactions
 from resnet_paths.lesions.keys import computes_what_it_says, network_key
@@ -54,10 +54,10 @@ _DESCRIPTION = ["lesion", "kind", "blocks", "block_index", "block", "num_blocks"
 
 def lesion_study(
     chain: ResidualChain,
-    loader: Iterable[Any],
+    loader: Iterable[object],
     lesions: Sequence[Lesion | Callable[[ResidualChain], ResidualChain]],
     *,
-    measures: Sequence[str | Measure | Callable[..., Any]] = ("error_rate", "cross_entropy"),
+    measures: Sequence[str | Measure | Callable[..., object]] = ("error_rate", "cross_entropy"),
     shift_labels: bool = False,
     store: str | Path | None = None,
     executor: Executor | None = None,
@@ -69,7 +69,7 @@ def lesion_study(
     per_class: bool = False,
     per_example: bool = False,
     adjust: str | None = None,
-    reestimate_batchnorm: Iterable[Any] | None = None,
+    reestimate_batchnorm: Iterable[object] | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
     """What each lesion does to the error, or to any other measure, all on the same examples.
@@ -198,7 +198,7 @@ class _Collected:
     per_example: bool
     adjust: str | None
     results: dict[int, BatchResult] = field(default_factory=dict)
-    classes: dict[int, Any] = field(default_factory=dict)
+    classes: dict[int, np.ndarray] = field(default_factory=dict)
     num_found: int = 0
 
     def add(self, number: int, labels: torch.Tensor | None, result: BatchResult, was_found: bool) -> None:
@@ -232,7 +232,7 @@ class _Collected:
         return made
 
 
-def _settings(runner: Runner) -> dict[str, Any]:
+def _settings(runner: Runner) -> dict[str, object]:
     """What the results in a store have in common."""
     return {
         "measures": sorted({measure.statistic for measure in runner.measures}),
@@ -258,7 +258,7 @@ def _refuse_what_is_not_measured(measures: Sequence[Measure], per_class: bool, s
         )
 
 
-def _frame_of(chain: ResidualChain, lesions: Sequence[Lesion], rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
+def _frame_of(chain: ResidualChain, lesions: Sequence[Lesion], rows: Sequence[dict[str, object]]) -> pd.DataFrame:
     """One row per lesion; `rows` begin with that of the intact chain."""
     described = [
         {
@@ -298,7 +298,7 @@ def _edits(
                 keys[1].append(index)
 
 
-def _inputs_of(batches: Iterable[Any] | None) -> tuple[Any, ...]:
+def _inputs_of(batches: Iterable[object] | None) -> tuple[Inputs, ...]:
     if batches is None:
         return ()
     if not hasattr(batches, "__iter__"):
@@ -314,14 +314,14 @@ def _inputs_of(batches: Iterable[Any] | None) -> tuple[Any, ...]:
     return inputs
 
 
-def _length_of(loader: Iterable[Any]) -> int | None:
+def _length_of(loader: Iterable[object]) -> int | None:
     try:
         return len(loader)  # type: ignore[arg-type]
     except TypeError:
         return None
 
 
-def _named(lesions: Iterable[Any]) -> list[Lesion]:
+def _named(lesions: Iterable[object]) -> list[Lesion]:
     """The lesions, functions among them named after themselves."""
     if isinstance(lesions, str | Lesion) or not isinstance(lesions, Iterable):
         raise ResnetPathsError("lesions", lesions, "a list of lesions, or of functions from chain to chain")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import pandas as pd
 import torch
@@ -21,7 +20,7 @@ from tqdm.auto import tqdm
 from resnet_paths._utils.devices import wide
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.core.chain import Block, ResidualChain, require_chain, require_eval_mode
-from resnet_paths.core.inputs import each_tensor, require_loader, unpack
+from resnet_paths.core.inputs import Inputs, each_tensor, require_loader, unpack
 from resnet_paths.core.parts import call_part
 from resnet_paths.core.placement import device_of, place_modules
 from resnet_paths.core.signature import arguments_of
@@ -37,7 +36,7 @@ SCORES = ("first_order_loss_increase", "block_influence", "angular_distance", "r
 @torch.inference_mode(False)
 def predicted_effects(
     chain: ResidualChain,
-    loader: Iterable[Any],
+    loader: Iterable[object],
     *,
     feature_dim: int | None = None,
     device: str | torch.device = "auto",
@@ -93,7 +92,7 @@ def predicted_effects(
         errors = torch.full_like(errors, math.nan)
     rows = []
     for index, block in enumerate(chain):
-        row: dict[str, Any] = {"block_index": index, "block": block.name or str(index)}
+        row: dict[str, object] = {"block_index": index, "block": block.name or str(index)}
         for number, score in enumerate(SCORES):
             row |= {score: means[index, number].item(), f"{score}_se": errors[index, number].item()}
         rows.append(row | {"num_examples": num_examples})
@@ -145,7 +144,7 @@ def score_correlations(predicted: pd.DataFrame, study: pd.DataFrame) -> pd.DataF
     return pd.DataFrame(rows)
 
 
-def _scores(chain: ResidualChain, inputs: Any, labels: torch.Tensor, dim: int | None) -> torch.Tensor:
+def _scores(chain: ResidualChain, inputs: Inputs, labels: torch.Tensor, dim: int | None) -> torch.Tensor:
     """[block, score, example] in float64."""
     args, kwargs = arguments_of(inputs)
     with torch.no_grad():

@@ -33,7 +33,7 @@ class BatchResult:
             outputs was not.
     """
 
-    sums: Mapping[str, np.ndarray[Any, Any]]
+    sums: Mapping[str, np.ndarray]
 
     def row(self, index: int) -> BatchResult:
         """The result of one lesion."""
@@ -89,8 +89,8 @@ def rows_of_study(
     *,
     adjust: str | None = None,
     per_example: bool = False,
-    classes: np.ndarray[Any, Any] | None = None,
-) -> list[dict[str, Any]]:
+    classes: np.ndarray | None = None,
+) -> list[dict[str, object]]:
     """Columns of the study's frame for each lesion, the intact network first.
 
     Args:
@@ -104,7 +104,7 @@ def rows_of_study(
         One dictionary per lesion.
     """
     spoilt = np.concatenate([result.sums[_NOT_FINITE] for result in results], 1)[..., 0]
-    rows: list[dict[str, Any]] = [{} for _ in spoilt]
+    rows: list[dict[str, object]] = [{} for _ in spoilt]
     for measure in measures:
         sums = np.concatenate([result.sums[measure.statistic] for result in results], 1)
         columns = list(_columns(measure, sums))
@@ -127,7 +127,7 @@ def rows_of_study(
     return rows
 
 
-def _columns(measure: Measure, sums: np.ndarray[Any, Any]) -> Iterator[dict[str, Any]]:
+def _columns(measure: Measure, sums: np.ndarray) -> Iterator[dict[str, object]]:
     """Of one measure, for each lesion; under ``"p"`` the p-value of no increase."""
     name = measure.name
     values, influences = _values_and_influences(measure, sums[0])
@@ -153,9 +153,7 @@ def _columns(measure: Measure, sums: np.ndarray[Any, Any]) -> Iterator[dict[str,
         }
 
 
-def _values_and_influences(
-    measure: Measure, sums: np.ndarray[Any, Any]
-) -> tuple[list[float], list[np.ndarray[Any, Any]]]:
+def _values_and_influences(measure: Measure, sums: np.ndarray) -> tuple[list[float], list[np.ndarray]]:
     """The number before and after its link, and to first order what each example adds to both."""
     # A number that stays the same where all sums are multiplied by one factor has influences that sum up to 0: they are
     # the gradient times the sums of each example.
@@ -181,7 +179,7 @@ def _values(measure: Measure, sums: torch.Tensor) -> torch.Tensor:
     return value if measure.link is None else measure.link(value)
 
 
-def _counts_of_classes(sums: np.ndarray[Any, Any], classes: np.ndarray[Any, Any]) -> dict[str, tuple[int, ...]]:
+def _counts_of_classes(sums: np.ndarray, classes: np.ndarray) -> dict[str, tuple[int, ...]]:
     counts = {"num_examples_per_class": None, "num_wrong_per_class": sums[:, 0]}
     size = int(classes.max()) + 1
     return {

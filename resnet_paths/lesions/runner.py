@@ -10,7 +10,7 @@ import pickle
 import threading
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths._utils.fingerprint import fingerprint
-from resnet_paths.core.inputs import each_tensor, num_examples, split
+from resnet_paths.core.inputs import Inputs, each_tensor, num_examples, split
 from resnet_paths.core.placement import PRECISIONS, device_of
 from resnet_paths.lesions.measures import IGNORED, Measure, validate_logits
 from resnet_paths.lesions.results import BatchResult, Evaluation
@@ -52,13 +52,13 @@ class Runner:
     fold_batchnorm: bool = False
     measures: tuple[Measure, ...] = ()
     shift_labels: bool = False
-    statistics_batches: tuple[Any, ...] = ()
+    statistics_batches: tuple[Inputs, ...] = ()
     _token: str = field(default_factory=lambda: uuid.uuid4().hex)
     _placed: tuple[Trie, torch.device, torch.dtype | None] | None = None
     _pickled: bytes | None = None
-    _lock: Any = field(default_factory=threading.Lock)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def run(self, inputs: Any, labels: torch.Tensor | None, wanted: Sequence[int]) -> BatchResult:
+    def run(self, inputs: Inputs, labels: torch.Tensor | None, wanted: Sequence[int]) -> BatchResult:
         """What the chains with indices `wanted` do on a batch; rows come in the order of `wanted`.
 
         Args:
@@ -89,7 +89,7 @@ class Runner:
                 self._halve_budget(budget, batch, error)
         return BatchResult.joined(parts, axis=1)
 
-    def output_keys(self, inputs: Any, wanted: Sequence[int]) -> dict[int, str]:
+    def output_keys(self, inputs: Inputs, wanted: Sequence[int]) -> dict[int, str]:
         """Fingerprints of what the chains with indices `wanted` return for some inputs."""
         with self._lock:
             trie, device, dtype = self._settled()
@@ -101,7 +101,7 @@ class Runner:
             return {index: fingerprint(output) for index, output in outputs}
 
     def _run_part(
-        self, trie: Trie, inputs: Any, labels: torch.Tensor | None, wanted: Sequence[int], budget: int | None
+        self, trie: Trie, inputs: Inputs, labels: torch.Tensor | None, wanted: Sequence[int], budget: int | None
     ) -> BatchResult:
         labels = shifted(labels) if self.shift_labels and labels is not None else labels
         evaluation = Evaluation(self.measures, labels, counts_of_items(inputs, labels, self.shift_labels), len(wanted))
@@ -111,7 +111,7 @@ class Runner:
             if any(measure.reads_intact for measure in self.measures):
                 # By itself: kept until the others wait for its outputs, all states that they start from would be.
                 [(_, evaluation.intact)] = trie.logits(inputs, [0])
-            checked: set[Any] = set()  # once for each head: the device is waited for
+            checked: set[object] = set()  # once for each head: the device is waited for
             for index, outputs in trie.logits(inputs, wanted, budget):
                 shape = getattr(outputs, "shape", None)
                 if shape is None or shape not in checked:
@@ -120,7 +120,7 @@ class Runner:
                 evaluation.add(rows[index], outputs)
         return evaluation.result()
 
-    def _validate(self, outputs: Any, labels: torch.Tensor | None) -> None:
+    def _validate(self, outputs: object, labels: torch.Tensor | None) -> None:
         if not isinstance(outputs, torch.Tensor):
             raise ResnetPathsError(
                 "chain", f"a chain that returns a {type(outputs).__name__}", "one tensor [batch, ...]"
@@ -161,7 +161,7 @@ class Runner:
             self._placed = trie, device, dtype
         return self._placed
 
-    def _as_wanted(self, inputs: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
+    def _as_wanted(self, inputs: Inputs, device: torch.device, dtype: torch.dtype | None) -> Inputs:
         def wanted(tensor: torch.Tensor) -> torch.Tensor:
             images = self.channels_last and tensor.dim() == 4
             return tensor.to(
@@ -187,7 +187,7 @@ class Runner:
         if torch.accelerator.is_available():
             getattr(torch.accelerator, "memory", torch.cuda).empty_cache()  # not in torch 2.7
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[Callable[[str, bytes], Runner], tuple[str, bytes]]:
         """Pickled once, and unpickled once in each process, however many batches are sent there."""
         if self._pickled is None:
             settings = (
@@ -222,7 +222,7 @@ def _unpickled_once(token: str, pickled: bytes) -> Runner:
         return _SETTLED[token]
 
 
-def run_batch(runner: Runner, inputs: Any, labels: torch.Tensor | None, wanted: Sequence[int]) -> BatchResult:
+def run_batch(runner: Runner, inputs: Inputs, labels: torch.Tensor | None, wanted: Sequence[int]) -> BatchResult:
     """`Runner.run` as a function that an executor can be given."""
     return runner.run(inputs, labels, wanted)
 
@@ -269,7 +269,7 @@ def shifted(labels: torch.Tensor) -> torch.Tensor:
     return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], 1)
 
 
-def counts_of_items(inputs: Any, labels: torch.Tensor | None, shift_labels: bool) -> torch.Tensor | None:
+def counts_of_items(inputs: Inputs, labels: torch.Tensor | None, shift_labels: bool) -> torch.Tensor | None:
     """Which items of a batch count: those whose label is not -100, where the batch's ``attention_mask`` is not 0.
 
     Args:

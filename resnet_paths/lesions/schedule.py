@@ -10,12 +10,11 @@ import contextlib
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
-from typing import Any
 
 import torch
 
 from resnet_paths._utils.errors import ResnetPathsError
-from resnet_paths.core.inputs import num_examples, unpack, unpack_optional
+from resnet_paths.core.inputs import Inputs, num_examples, unpack, unpack_optional
 from resnet_paths.lesions.keys import with_probe
 from resnet_paths.lesions.results import BatchResult
 from resnet_paths.lesions.runner import Runner, num_workers, run_batch, shared_with_workers
@@ -24,13 +23,13 @@ from resnet_paths.lesions.store import Store
 __all__ = ["finished_batches"]
 
 _Finished = tuple[int, torch.Tensor | None, BatchResult, bool]
-_Job = tuple[tuple[Any, torch.Tensor | None, list[int]], Callable[[BatchResult | None], _Finished]]
+_Job = tuple[tuple[Inputs, torch.Tensor | None, list[int]], Callable[[BatchResult | None], _Finished]]
 """Arguments of `Runner.run`, and what is done with its result, or with None where nothing is missing."""
 
 
 def finished_batches(
     runner: Runner,
-    loader: Iterable[Any],
+    loader: Iterable[object],
     *,
     store: Store | None = None,
     keys: Sequence[str] = (),
@@ -55,7 +54,7 @@ def finished_batches(
 
 
 def _jobs(
-    runner: Runner, loader: Iterable[Any], store: Store | None, keys: Sequence[str], undetermined: Sequence[int]
+    runner: Runner, loader: Iterable[object], store: Store | None, keys: Sequence[str], undetermined: Sequence[int]
 ) -> Iterator[_Job]:
     needs_labels = any(measure.reads for measure in runner.measures) or runner.shift_labels
     batches = map(unpack if needs_labels else unpack_optional, loader)

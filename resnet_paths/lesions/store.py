@@ -20,7 +20,6 @@ import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +28,7 @@ import resnet_paths
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths._utils.files import write_then_rename
 from resnet_paths._utils.fingerprint import fingerprint
+from resnet_paths.core.inputs import Inputs
 from resnet_paths.lesions.results import BatchResult
 from resnet_paths.zoo.weights import read_metadata, read_tensors, write_tensors
 
@@ -50,7 +50,7 @@ class Store:
         ResnetPathsError: If the folder cannot be written to.
     """
 
-    def __init__(self, folder: str | Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, folder: str | Path, settings: Mapping[str, object]) -> None:
         about = {
             "format": _FORMAT,
             "resnet_paths": resnet_paths.__version__,
@@ -74,7 +74,7 @@ class Store:
                     path.unlink()
 
     @staticmethod
-    def batch_key(inputs: Any, labels: torch.Tensor | None) -> str:
+    def batch_key(inputs: Inputs, labels: torch.Tensor | None) -> str:
         """Fingerprint of a batch's content.
 
         Args:
@@ -141,12 +141,12 @@ class Store:
             ) from error
         self._parts.setdefault(batch, []).append(path)
 
-    def _write_description(self, about: Mapping[str, Any]) -> None:
+    def _write_description(self, about: Mapping[str, object]) -> None:
         # Written even where it is there: a store that cannot be written to is to be found out before any work.
         with write_then_rename(self.folder / "study.json") as temporary:
             temporary.write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
 
-    def _warn_of_other_versions(self, about: Mapping[str, Any]) -> None:
+    def _warn_of_other_versions(self, about: Mapping[str, object]) -> None:
         others = set()
         for path in self.folder.parent.glob("*/study.json"):
             try:

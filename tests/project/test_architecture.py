@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,35 @@ def test_the_walk_sees_imports():
 @pytest.mark.parametrize("name", FILES)
 def test_no_file_is_long(name):
     assert len(FILES[name].read_text().splitlines()) <= 500
+
+
+def lines_without_docstring(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    first = function.body[0]
+    has_docstring = ast.get_docstring(function, clean=False) is not None
+    docstring = first.end_lineno - first.lineno + 1 if has_docstring else 0
+    return function.end_lineno - function.lineno + 1 - docstring
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_function_is_long(name):
+    nodes = ast.walk(ast.parse(FILES[name].read_text()))
+    functions = [node for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    assert {f.name: lines for f in functions if (lines := lines_without_docstring(f)) > 60} == {}
+
+
+def test_lines_are_counted_without_the_docstring():
+    function = ast.parse('def f(\n    x,\n):\n    """One.\n\n    Two.\n    """\n    return x\n').body[0]
+    assert lines_without_docstring(function) == 4
+
+
+def test_few_types_are_any():
+    """What a name holds is said by its type, as far as torch's own types say it."""
+    assert sum(len(re.findall(r"\bAny\b", path.read_text())) for path in FILES.values()) < 150
+
+
+def test_the_root_of_the_package_is_small():
+    """Modules and wings; beside them are only the list of the public names and the marker of a typed package."""
+    assert len({name.split(".")[0] for name in FILES}) <= 12
 
 
 def test_every_public_name_is_there_and_has_a_docstring():
