@@ -3,6 +3,7 @@
 from . import figures as figures
 from . import gradients as gradients
 from . import lesions as lesions
+from . import predictions as predictions
 from . import zoo as zoo
 from ._utils.errors import (
     ResnetPathsError as ResnetPathsError,
@@ -114,6 +115,9 @@ from .lesions.plans import (
 )
 from .lesions.plans import (
     single_deletions as single_deletions,
+)
+from .predictions import (
+    prediction_by_path_length as prediction_by_path_length,
 )
 from .reproduce.datasets import load_dataset as load_dataset
 from .unraveling import unravel as unravel

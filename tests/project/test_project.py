@@ -87,7 +87,7 @@ def test_published_results_are_there(name):
 
 def test_modules_that_contributing_names_exist():
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    wings = "_utils|core|figures|gradients|lesions|reproduce|unraveling|zoo"
+    wings = "_utils|core|figures|gradients|lesions|predictions|reproduce|unraveling|zoo"
     named = set(re.findall(rf"`((?:{wings})[./]\w+)", text))
     assert len(named) > 10
     for name in named:

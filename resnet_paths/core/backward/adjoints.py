@@ -19,12 +19,25 @@ import torch
 from torch import nn
 from torch.fx import Node
 
+from resnet_paths._utils.devices import wide
 from resnet_paths.core.backward.operations import Step, linearize_operation, without_vmap_warnings
 from resnet_paths.core.input_sizes import CheckedInputs
 from resnet_paths.core.parts import Placed, Scaled, context_read_by
 from resnet_paths.core.segments import Segment
 
-__all__ = ["Context", "Pullback", "linearize", "linearize_all", "unchanged"]
+__all__ = [
+    "Context",
+    "Pullback",
+    "finite",
+    "inner_products",
+    "linearize",
+    "linearize_all",
+    "unchanged",
+    "with_constant",
+]
+
+LinearizeOperation = Callable[[Node, list[Node], dict[Node, Any]], tuple[Any, Step | None]]
+"""From a node, those that it reads and that carry a gradient, and all values to its value and step."""
 
 _PullAll = Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, ...]]
 
@@ -61,6 +74,57 @@ class Pullback:
         return self.of_all(cotangents)[0]
 
 
+def with_constant(
+    pullback: Pullback, name: str, output: torch.Tensor, state: torch.Tensor, context: Context
+) -> Pullback:
+    """The same pullback, which also gives the cotangent of the constant of the part: ``<v, output> - <J^T v, input>``.
+
+    At a point every part is the affine map ``J x + c`` with ``c = output - J x``.
+
+    Args:
+        pullback: Transposed Jacobian of the part; any linear map splits the output exactly.
+        name: Name of the entry of the context that stands for the constant.
+        output: What the part returns at the point.
+        state: What it reads there.
+        context: What it may read beside that.
+
+    Returns:
+        A pullback with one more entry of the context, of cotangents [K, batch] in float64.
+    """
+    read_from = [state, *(finite(context.values[each]) for each in pullback.context)]
+
+    def of_all(cotangents: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        pieces = pullback.of_all(cotangents)
+        constant = inner_products(cotangents, output)
+        for piece, value in zip(pieces, read_from, strict=True):
+            constant -= inner_products(piece, value)
+        return (*pieces, constant)
+
+    return Pullback(of_all, (*pullback.context, name))
+
+
+def inner_products(stack: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """``<row, values>`` of each example, float64.
+
+    Args:
+        stack: Cotangents [K, batch, ...].
+        values: [batch, ...].
+
+    Returns:
+        [K, batch].
+    """
+    if values.dim() == 4 and stack[0].is_contiguous(memory_format=torch.channels_last):
+        stack, values = stack.movedim(2, 4), values.movedim(1, 3)  # in the order of their memory: no copies
+    dtype = torch.promote_types(stack.dtype, torch.float32)
+    rows = stack.reshape(*stack.shape[:2], -1).permute(1, 2, 0).to(dtype)
+    return wide(torch.bmm(values.reshape(len(values), 1, -1).to(dtype), rows)[:, 0].T)
+
+
+def finite(values: torch.Tensor) -> torch.Tensor:
+    """Values with 0 for infinities, as in a mask that is added to attention scores: their cotangents are 0."""
+    return torch.where(values.isinf(), 0, values)
+
+
 unchanged = Pullback(lambda cotangents: (cotangents,))
 """The transposed Jacobian of the identity."""
 
@@ -69,6 +133,7 @@ def linearize(
     module: nn.Module,
     state: torch.Tensor,
     context: Context = Context(),
+    operation: LinearizeOperation = linearize_operation,
 ) -> tuple[torch.Tensor, Pullback]:
     """The output of a part of a chain at a point, and its transposed Jacobian there.
 
@@ -76,6 +141,7 @@ def linearize(
         module: A part in eval mode.
         state: What it reads; where to linearize.
         context: What it may read beside that.
+        operation: What linearizes an operation of an exported graph.
 
     Returns:
         The output, and its pullback.
@@ -89,20 +155,21 @@ def linearize(
     if isinstance(module, nn.Identity):
         return state, unchanged
     if isinstance(module, CheckedInputs):
-        return linearize(module.module, module.check(state)[0], context)
+        return linearize(module.module, module.check(state)[0], context, operation)
     if isinstance(module, Placed):
         start, dim, size = module.before, module.dim + 1, state.shape[module.dim]
         return module(state), Pullback(lambda cotangents: (cotangents.narrow(dim, start, size),))
     if type(module) is nn.Sequential:
-        return _linearize_in_series(list(module), state, context)
+        return _linearize_in_series(list(module), state, context, operation)
     if isinstance(module, Scaled):
         factor = module.factor
-        output, inside = linearize(module.branch, state, context)
+        output, inside = linearize(module.branch, state, context, operation)
         return factor * output, Pullback(lambda cotangents: inside.of_all(factor * cotangents), inside.context)
     read = context_read_by(module) if context.values else ()
     carrying = tuple(name for name in read if name in context.carrying)
     constants = {name: context.values[name] for name in read if name not in carrying}
-    (output,), pull = linearize_all(module, [state, *(context.values[n] for n in carrying)], carrying, constants)
+    inputs = [state, *(context.values[n] for n in carrying)]
+    (output,), pull = linearize_all(module, inputs, carrying, constants, operation)
     return output, Pullback(lambda cotangents: pull([cotangents]), carrying)
 
 
@@ -111,6 +178,7 @@ def linearize_all(
     inputs: Sequence[torch.Tensor],
     names: Sequence[str] = (),
     constants: Mapping[str, torch.Tensor] | None = None,
+    operation: LinearizeOperation = linearize_operation,
 ) -> tuple[list[torch.Tensor], _PullAll]:
     """A module of several inputs and outputs at a point, and its transposed Jacobian there.
 
@@ -119,6 +187,7 @@ def linearize_all(
         inputs: Where to linearize; tensors without a floating dtype have no gradient.
         names: Names of the last inputs, which are passed by keyword; the others are passed by position.
         constants: Further arguments by keyword, through which no gradient flows.
+        operation: What linearizes an operation of an exported graph.
 
     Returns:
         The outputs, and the map from one stack of cotangents for each output to one for each input.
@@ -126,16 +195,16 @@ def linearize_all(
     constants = constants or {}
     with torch.no_grad():
         if isinstance(module, Segment):
-            return _linearize_graph(module, inputs, names, constants)
+            return _linearize_graph(module, inputs, names, constants, operation)
         return _linearize_by_autograd(module, inputs, names, constants)
 
 
 def _linearize_in_series(
-    modules: Sequence[nn.Module], state: torch.Tensor, context: Context
+    modules: Sequence[nn.Module], state: torch.Tensor, context: Context, operation: LinearizeOperation
 ) -> tuple[torch.Tensor, Pullback]:
     pullbacks: list[Pullback] = []
     for module in modules:
-        state, pullback = linearize(module, state, context)
+        state, pullback = linearize(module, state, context, operation)
         pullbacks.append(pullback)
     names = tuple(dict.fromkeys(name for pullback in pullbacks for name in pullback.context))
 
@@ -194,7 +263,11 @@ def _vjp_of_each(
 
 
 def _linearize_graph(
-    segment: Segment, inputs: Sequence[torch.Tensor], names: Sequence[str], constants: Mapping[str, torch.Tensor]
+    segment: Segment,
+    inputs: Sequence[torch.Tensor],
+    names: Sequence[str],
+    constants: Mapping[str, torch.Tensor],
+    operation: LinearizeOperation,
 ) -> tuple[list[torch.Tensor], _PullAll]:
     nodes = list(segment.graph.nodes)
     placeholders = [node for node in nodes if node.op == "placeholder"]
@@ -219,7 +292,7 @@ def _linearize_graph(
             result = node.args[0]
             break
         operands = [n for n in node.all_input_nodes if n in carrying or n in steps]
-        values[node], step = linearize_operation(node, operands, values)
+        values[node], step = operation(node, operands, values)
         if step is not None:
             steps[node] = _fused(step, steps)
         for read in node.all_input_nodes:

@@ -145,6 +145,12 @@ class Cotangents:
         """Those of the state alone, with no rows for the context."""
         return Cotangents(self.state, {name: stack.rows(0, 0) for name, stack in self.context.items()})
 
+    def apart(self, names: Sequence[str]) -> tuple[dict[str, Stack], Cotangents]:
+        """Some entries of the context, and all else, with no rows for these."""
+        found = {name: self.context[name] for name in names}
+        empty = {name: stack.rows(0, 0) for name, stack in found.items()}
+        return found, Cotangents(self.state, {**self.context, **empty})
+
     def with_zero_context(self) -> Cotangents:
         """Those of the state alone, with rows of zeros for the context."""
         return Cotangents(self.state, {name: stack.zeros() for name, stack in self.context.items()})

@@ -16,11 +16,13 @@ reaches it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
+from torch import nn
 
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.core.backward.adjoints import Context, Pullback, linearize, unchanged
@@ -31,6 +33,7 @@ from resnet_paths.core.parts import call_part, context_read_by
 from resnet_paths.core.paths import Path, branch_number
 
 __all__ = [
+    "Linearizer",
     "Rules",
     "head_cotangents",
     "parameter_cotangents",
@@ -82,6 +85,10 @@ def head_cotangents(
     return first, dict(zip(context.carrying, others, strict=True))
 
 
+Linearizer: TypeAlias = Callable[[nn.Module, torch.Tensor, Context], tuple[torch.Tensor, Pullback]]
+"""From a part of a block, its input and the context to its output and pullback, as `linearize`."""
+
+
 @dataclass(frozen=True)
 class Rules:
     """How cotangents are kept apart on their way back.
@@ -90,11 +97,17 @@ class Rules:
         counted: Whether a branch makes a path longer; if not, all paths stay together.
         longest: Path length beyond which nothing is computed; None for all.
         draw_signs: Called once for each branch of each block; a number for each draw and example, [draw, batch].
+        constants: Names of the context that stand for constants of parts. Paths begin there: a block without a skip
+            below does not make them longer.
+        linearizer: From the position of a block and the name of a part, such as ``"branch"``, to what linearizes it;
+            parts of a chain inside a branch belong to that branch.
     """
 
     counted: bool = True
     longest: int | None = None
     draw_signs: Callable[[], torch.Tensor] | None = None
+    constants: tuple[str, ...] = ()
+    linearizer: Callable[[int, str], Linearizer] = lambda _block, _part: linearize
 
 
 @torch.no_grad()
@@ -123,7 +136,8 @@ def pull_back(
         The cotangents at the input of block `down_to`; of no length at all if `rules.longest` allows none.
     """
     for index in reversed(range(down_to, len(chain) if up_from is None else up_from)):
-        block = LinearBlock.at(chain[index], states[index], context)
+        of_part = functools.partial(rules.linearizer, index)
+        block = LinearBlock.at(chain[index], states[index], context, of_part)
         above = _below_post(block, above.pulled(block.post), rules).up_to(rules.longest)
         if not len(above.state):
             break
@@ -137,6 +151,9 @@ def _below_post(block: LinearBlock, above: Cotangents, rules: Rules) -> Cotangen
         through_skip = above.pulled(block.skip)
         state, context = through_skip.state, through_skip.context
         above = above.without_context()
+    elif rules.constants:
+        constants, above = above.apart(rules.constants)
+        context = {**context, **constants}
     # Only lengths that may still grow.
     to_branch = above if rules.longest is None else above.up_to(rules.longest - 1)
     for branch in block.branches if len(to_branch.state) else []:
@@ -151,7 +168,7 @@ def _below_post(block: LinearBlock, above: Cotangents, rules: Rules) -> Cotangen
         context = with_more(context, source.context, signs, int(rules.counted))
         to_branch = to_branch.without_context()
     if state is None:
-        return above.up_to(-1)
+        return Cotangents(above.state.rows(0, 0), context)
     found = Cotangents(state, context).pulled(block.pre)
     if not len(to_branch.state) or not block.branches or block.pre is not unchanged:
         return Cotangents(found.state.renormalised(), found.context)
@@ -168,21 +185,27 @@ class LinearBlock:
     post: Pullback
 
     @classmethod
-    def at(cls, block: Block, state: torch.Tensor, context: Context) -> LinearBlock:
-        """The block at its input `state`."""
-        shared, pre = linearize(block.pre, state, context)
-        total, skip = (None, None) if block.skip is None else linearize(block.skip, shared, context)
+    def at(
+        cls,
+        block: Block,
+        state: torch.Tensor,
+        context: Context,
+        of_part: Callable[[str], Linearizer] = lambda _part: linearize,
+    ) -> LinearBlock:
+        """The block at its input `state`; `of_part` gives what linearizes a part, by the name of the part."""
+        shared, pre = of_part("pre")(block.pre, state, context)
+        total, skip = (None, None) if block.skip is None else of_part("skip")(block.skip, shared, context)
         branches: list[Pullback | NestedChain] = []
         for branch in block.branches:
             if isinstance(branch, ResidualChain) and len(branch):
-                nested = NestedChain.at(branch, shared, context)
+                nested = NestedChain.at(branch, shared, context, of_part("branch"))
                 output, pulls = nested.output, cast("Pullback | NestedChain", nested)
             else:
-                output, pulls = linearize(branch, shared, context)
+                output, pulls = of_part("branch")(branch, shared, context)
             total = output if total is None else total + output
             branches.append(pulls)
         assert total is not None  # held by Block
-        return cls(pre, skip, branches, linearize(block.post, total, context)[1])
+        return cls(pre, skip, branches, of_part("post")(block.post, total, context)[1])
 
 
 @dataclass(frozen=True)
@@ -192,22 +215,26 @@ class NestedChain:
     chain: ResidualChain
     states: list[torch.Tensor]
     context: Context
+    linearizer: Linearizer
     stem: Pullback
     head: Pullback
     output: torch.Tensor
 
     @classmethod
-    def at(cls, chain: ResidualChain, state: torch.Tensor, context: Context) -> NestedChain:
+    def at(
+        cls, chain: ResidualChain, state: torch.Tensor, context: Context, linearizer: Linearizer = linearize
+    ) -> NestedChain:
         """The chain at its input `state`."""
-        first, stem = linearize(chain.stem, state, context)
+        first, stem = linearizer(chain.stem, state, context)
         states = states_from(first, chain, context.values)
-        output, head = linearize(chain.head, states[-1], context)
-        return cls(chain, states, context, stem, head, output)
+        output, head = linearizer(chain.head, states[-1], context)
+        return cls(chain, states, context, linearizer, stem, head, output)
 
     def pulled(self, above: Cotangents, rules: Rules) -> Cotangents:
         """Cotangents of its output at its input."""
         # Its own branch is one block of the path already.
-        inner = rules if rules.longest is None else replace(rules, longest=rules.longest - 1)
+        longest = None if rules.longest is None else rules.longest - 1
+        inner = replace(rules, longest=longest, linearizer=lambda _block, _part: self.linearizer)
         return pull_back(self.chain, self.states, self.context, above.pulled(self.head), inner).pulled(self.stem)
 
 

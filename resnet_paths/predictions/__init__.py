@@ -1,0 +1,227 @@
+"""The prediction by path length: the output itself, split exactly over all 2^n paths.
+
+The forward pass is not a sum over paths, but at its own activations every part is an affine map, so that the output is
+a sum over sources, the output of the stem and the constants of all parts, and over the paths from each source to the
+output. A constant that a branch makes has length 1 already, one made elsewhere length 0. The backward pass that splits
+the gradient (`resnet_paths.gradients`) gives every term.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+
+from resnet_paths._utils.errors import ResnetPathsError, nearest_names
+from resnet_paths._utils.statistics import mean_over_examples
+from resnet_paths.core.backward.adjoints import linearize
+from resnet_paths.core.backward.forward import prepared, split_to_fit
+from resnet_paths.core.backward.recursion import Linearizer
+from resnet_paths.core.chain import ResidualChain, require_chain, require_eval_mode
+from resnet_paths.core.inputs import InputsOrLoader, batches_with_bar
+from resnet_paths.core.paths import lengths_up_to, path_polynomial
+from resnet_paths.predictions.detached import Detached
+from resnet_paths.predictions.outputs import Output, output_function
+from resnet_paths.predictions.sources import Source, contributions, sources_of
+
+__all__ = ["prediction_by_path_length"]
+
+_LINEARIZATIONS = ("tangent", "detached")
+_NUM_RESAMPLES = 1000
+
+
+@torch.inference_mode(False)
+def prediction_by_path_length(
+    chain: ResidualChain,
+    inputs: InputsOrLoader,
+    targets: torch.Tensor | None = None,
+    *,
+    output: Output = "margin",
+    linearization: str = "tangent",
+    by_source: bool | str = False,
+    max_length: int | None = None,
+    generator: torch.Generator | None = None,
+    memory_budget: int = 2**31,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """The output, split by the number of residual branches that it passes through.
+
+    See the head of `resnet_paths.predictions`. Contributions may be negative; over all lengths, and sources, they sum
+    to the output of each example.
+
+    Args:
+        chain: The chain, in eval mode.
+        inputs: A batch or a loader, as for `resnet_paths.gradient_by_path_length`.
+        targets: Class indices [batch]; None for the predicted class, and with a loader, whose labels are the targets.
+        output: The number that is split: ``"margin"``, the logit of the class less the largest other logit;
+            ``"logit"``; ``"log_probability"``; or a function from outputs to one number per example.
+        linearization: ``"tangent"``: the Jacobian at the activations. For networks of convolutions, BatchNorm in eval
+            mode, ReLU and max pooling the constants are then the biases alone. ``"detached"``: gates, attention weights
+            and denominators of norms are held at their values, as is usual for transformers; the rules are in
+            `resnet_paths.predictions.detached`. Both are exact, and equal where the network is piecewise linear.
+        by_source: Whether each source has rows of its own: the stem, every block and the head; ``"parts"`` for pre,
+            skip, branch and post of a block apart. A chain inside a branch belongs to its block.
+        max_length: The longest paths of interest: longer ones are not computed. None for all.
+        generator: Source of the random numbers of the bootstrap, on the CPU; None for a new one, seeded with 0.
+        memory_budget: Bytes that stacks of cotangents and kept activations may take; batches are split to fit.
+        progress: Whether to show a bar over the batches of a loader.
+
+    Returns:
+        One row per path length, or per source and length: with `by_source`, ``source`` (``"stem"``, the name of a
+        block, ``"head"``), ``block_index`` (<NA> for stem and head) and, for ``"parts"``, ``part``; ``path_length``,
+        counted from the source; ``num_paths``, an exact int, from the input to the output, or from the input of the
+        block that is the source; ``contribution``, the mean over examples, with its standard error
+        ``contribution_se``; ``share``, the sum of contributions over the sum of outputs, with a 95 % interval over
+        examples, ``share_low`` and ``share_high`` (bootstrap percentiles; NaN for a single example); and
+        ``mean_absolute_contribution``. ``attrs`` hold ``residual``, the largest difference between the sum of an
+        example's contributions and its output (None with `max_length`), ``mean_output``, ``output``,
+        ``linearization``, ``tangent_operations`` (for ``"detached"``, the operations that have no rule and keep their
+        tangent), ``num_examples``, ``omitted_share``, ``longest_path`` and ``total_num_paths``.
+
+    Raises:
+        ResnetPathsError: If the chain is in training mode, an option is unknown, the output is not one finite number
+            per example, an activation is not finite (naming the first block), or the residual is larger than rounding
+            explains.
+
+    Example:
+        >>> from resnet_paths.core.chain import Block
+        >>> layers = [torch.nn.Linear(3, 3) for _ in range(2)]
+        >>> for layer in layers:
+        ...     _ = torch.nn.init.constant_(layer.weight, 0.1), torch.nn.init.constant_(layer.bias, 1.0)
+        >>> blocks = [Block(layer, torch.nn.Identity(), name=f"block{i}") for i, layer in enumerate(layers)]
+        >>> chain = ResidualChain(torch.nn.Identity(), blocks, torch.nn.Identity())
+        >>> frame = prediction_by_path_length(chain, torch.ones(2, 3), output=lambda y: y.sum(1))
+        >>> frame.contribution.round(4).tolist()  # 3 of the input, 2 * 0.9 + 2 * 3 of length 1, 0.27 + 0.9 of length 2
+        [3.0, 7.8, 1.17]
+    """
+    require_chain("chain", chain)
+    require_eval_mode("chain", chain)
+    if linearization not in _LINEARIZATIONS:
+        allowed = nearest_names(str(linearization), _LINEARIZATIONS, cutoff=0)
+        raise ResnetPathsError("linearization", linearization, f"one of {allowed}")
+    if by_source not in (True, False, "parts"):
+        raise ResnetPathsError("by_source", by_source, "False, True or 'parts'")
+    counts = path_polynomial(chain)
+    num_lengths = len(counts)
+    if max_length is not None:
+        num_lengths = lengths_up_to([1] * len(counts), max_length)[-1] + 1
+    detached = Detached() if linearization == "detached" else None
+    linearizer: Linearizer = detached or linearize
+    sources = sources_of(chain, by_source == "parts")
+    outputs, values = _all_contributions(
+        chain, inputs, targets, output, sources, num_lengths, linearizer, memory_budget, progress
+    )
+    residual = None if num_lengths < len(counts) else _checked_residual(chain, outputs, values)
+    if by_source:
+        rows = [(source, k) for source in sources for k in range(num_lengths)]
+        frame = _source_columns(chain, rows, by_source == "parts")
+        of_rows = values.reshape(-1, len(outputs))
+        # A plain branch with a chain inside has constants at lengths that no path from its input has.
+        possible = np.array([bool(count) for count in frame["num_paths"]]) | of_rows.any(1)
+        frame, of_rows = frame[possible].reset_index(drop=True), of_rows[possible]
+    else:
+        frame = pd.DataFrame({
+            "path_length": range(num_lengths),
+            "num_paths": pd.Series(counts[:num_lengths], dtype=object),
+        })
+        of_rows = values.sum(0)
+    for name, column in _statistics(of_rows, outputs, generator).items():
+        frame[name] = column
+    frame.attrs |= {
+        "output": output if isinstance(output, str) else getattr(output, "__name__", "function"),
+        "linearization": linearization,
+        "tangent_operations": sorted(detached.tangents) if detached is not None else [],
+        "num_examples": len(outputs),
+        "mean_output": float(outputs.mean()),
+        "residual": residual,
+        "omitted_share": float(1 - values.sum() / outputs.sum()) if outputs.sum() else float("nan"),
+        "longest_path": len(counts) - 1,
+        "total_num_paths": sum(counts),
+    }
+    return frame
+
+
+def _all_contributions(
+    chain: ResidualChain,
+    inputs: InputsOrLoader,
+    targets: torch.Tensor | None,
+    output: Output,
+    sources: Sequence[Source],
+    num_lengths: int,
+    linearizer: Linearizer,
+    memory_budget: int,
+    progress: bool,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Outputs [example] and contributions [source, length, example] of all batches."""
+    found = []
+    for batch, labels in batches_with_bar("prediction", inputs, targets, progress):
+        for part, some in split_to_fit(chain, *prepared(chain, batch, labels), memory_budget, num_lengths):
+            output_of = output_function(output, some)
+            found.append(contributions(chain, part, output_of, sources, num_lengths, linearizer))
+    return np.concatenate([one for one, _ in found]), np.concatenate([all_ for _, all_ in found], 2)
+
+
+def _checked_residual(chain: ResidualChain, outputs: np.ndarray, values: np.ndarray) -> float:
+    residuals = np.abs(values.sum((0, 1)) - outputs)
+    dtypes = [p.dtype for p in chain.parameters() if p.is_floating_point()]
+    eps = max((torch.finfo(dtype).eps for dtype in dtypes), default=torch.finfo(torch.float32).eps)
+    allowed = 256 * eps * np.maximum(np.abs(values).sum((0, 1)), np.abs(outputs))
+    if not (residuals <= allowed).all():
+        worst = int(np.argmax(residuals - allowed))
+        raise ResnetPathsError(
+            "chain",
+            f"contributions that differ from the output of example {worst} by {residuals[worst]:.3g}",
+            f"a difference of at most {allowed[worst]:.3g}, which rounding explains",
+            "Convert a copy of the chain and the inputs to float64.",
+        )
+    return float(residuals.max())
+
+
+def _source_columns(chain: ResidualChain, rows: Sequence[tuple[Source, int]], parts: bool) -> pd.DataFrame:
+    blocks = list(chain)
+    polynomials: dict[int | None, list[int]] = {None: [1]}
+    polynomials |= {index: path_polynomial(chain.with_blocks(blocks[index:])) for index in range(len(blocks))}
+    whole = path_polynomial(chain)
+
+    def count(source: Source, length: int) -> int:
+        polynomial = whole if source.name == "stem" else polynomials[source.block_index]
+        return polynomial[length] if length < len(polynomial) else 0
+
+    columns: dict[str, object] = {
+        "source": [source.name for source, _ in rows],
+        "block_index": pd.array([source.block_index for source, _ in rows], dtype="Int64"),
+    }
+    if parts:
+        columns["part"] = [source.part for source, _ in rows]
+    columns["path_length"] = [length for _, length in rows]
+    columns["num_paths"] = pd.Series([count(source, length) for source, length in rows], dtype=object)
+    return pd.DataFrame(columns)
+
+
+def _statistics(values: np.ndarray, outputs: np.ndarray, generator: torch.Generator | None) -> dict[str, np.ndarray]:
+    """Columns for contributions [row, example]."""
+    mean, error = mean_over_examples(values)
+    num = len(outputs)
+    low, high = np.full((2, len(values)), np.nan)
+    if num > 1:
+        if generator is None:
+            generator = torch.Generator().manual_seed(0)
+        drawn = torch.randint(num, (_NUM_RESAMPLES, num), generator=generator)
+        weights = torch.zeros(_NUM_RESAMPLES, num, dtype=torch.float64).scatter_add_(
+            1, drawn, torch.ones(drawn.shape, dtype=torch.float64)
+        )
+        with np.errstate(divide="ignore", invalid="ignore"):
+            shares = (weights.numpy() @ values.T) / (weights.numpy() @ outputs)[:, None]
+        low, high = np.nanquantile(shares, [0.025, 0.975], axis=0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = values.sum(1) / outputs.sum()
+    return {
+        "contribution": mean,
+        "contribution_se": error,
+        "share": share,
+        "share_low": low,
+        "share_high": high,
+        "mean_absolute_contribution": np.abs(values).mean(1),
+    }

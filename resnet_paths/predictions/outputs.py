@@ -1,0 +1,73 @@
+"""What is split of a prediction: one number of each example's output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+
+from resnet_paths._utils.errors import ResnetPathsError, nearest_names
+
+__all__ = ["OUTPUTS", "Output", "output_function"]
+
+OUTPUTS = ("margin", "logit", "log_probability")
+"""Names of outputs."""
+
+Output: TypeAlias = "str | Callable[[torch.Tensor], torch.Tensor]"
+"""A name of `OUTPUTS`, or a function from outputs to one number per example."""
+
+
+def output_function(output: Output, targets: object) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The function that an `output` stands for.
+
+    Args:
+        output: ``"margin"``, ``"logit"``, ``"log_probability"``, or a function from outputs to one number per example.
+        targets: Class indices [batch]; None for the predicted class. Functions do not read them.
+
+    Returns:
+        From outputs [batch, class] to numbers [batch].
+
+    Raises:
+        ResnetPathsError: If `output` is unknown.
+    """
+    if callable(output):
+        return output
+    if output not in OUTPUTS:
+        raise ResnetPathsError(
+            "output", output, f"a function, or one of {nearest_names(str(output), OUTPUTS, cutoff=0)}"
+        )
+
+    def of(logits: torch.Tensor) -> torch.Tensor:
+        chosen = _classes(logits, targets)[:, None]
+        if output == "log_probability":
+            return logits.log_softmax(1).gather(1, chosen)[:, 0]
+        own = logits.gather(1, chosen)[:, 0]
+        if output == "logit":
+            return own
+        others = logits.detach().scatter(1, chosen, -torch.inf)
+        return own - logits.gather(1, others.argmax(1, keepdim=True))[:, 0]
+
+    return of
+
+
+def _classes(logits: torch.Tensor, targets: object) -> torch.Tensor:
+    """The class of each example: its target, or what is predicted."""
+    if logits.dim() != 2 or logits.shape[1] < 2:
+        raise ResnetPathsError(
+            "output",
+            f"outputs {list(logits.shape)}",
+            "a function where the network does not return the logits [batch, class] of two or more classes",
+            "Pass output=lambda outputs: ..., such as outputs[:, -1, token] for one logit of a language model.",
+        )
+    if targets is None:
+        return logits.argmax(1)
+    if not isinstance(targets, torch.Tensor) or targets.is_floating_point() or targets.shape != logits.shape[:1]:
+        found = (
+            f"{targets.dtype} {list(targets.shape)}" if isinstance(targets, torch.Tensor) else type(targets).__name__
+        )
+        raise ResnetPathsError("targets", found, f"class indices [{len(logits)}], or None for the predicted class")
+    if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < logits.shape[1]:
+        limits = sorted({int(targets.min()), int(targets.max())})
+        raise ResnetPathsError("targets", limits, f"class indices from 0 to {logits.shape[1] - 1}")
+    return targets.long()

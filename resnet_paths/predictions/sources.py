@@ -1,0 +1,164 @@
+"""The output of some examples as a sum over sources and path lengths.
+
+At a fixed forward pass every part of a chain is an affine map, ``J x + c`` with ``c = f(x) - J x``: the output is a sum
+over sources (what the stem returns, and the constants of all parts) and over the paths from each source to the output.
+The cotangent of a constant is known from the backward pass: ``<v, output of the part> - <J^T v, its input>``. It is
+carried as one more entry of the context, at the length of v: one more for a part inside a branch.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from resnet_paths._utils.devices import wide
+from resnet_paths._utils.errors import ResnetPathsError
+from resnet_paths.core.backward.adjoints import Context, Pullback, finite, inner_products, with_constant
+from resnet_paths.core.backward.cotangents import Cotangents, Stack
+from resnet_paths.core.backward.forward import ForwardPass
+from resnet_paths.core.backward.recursion import Linearizer, Rules, pull_back
+from resnet_paths.core.chain import ResidualChain
+from resnet_paths.core.inputs import Inputs
+from resnet_paths.core.parts import call_part
+
+__all__ = ["PARTS", "Source", "contributions", "sources_of"]
+
+PARTS = ("pre", "skip", "branch", "post")
+"""Parts of a block that may have a constant."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where paths begin.
+
+    Attributes:
+        name: ``"stem"``, the name of a block, or ``"head"``.
+        block_index: Position of the block; None of stem and head.
+        part: ``"pre"``, ``"skip"``, ``"branch"`` or ``"post"``; None of the whole block, and of stem and head.
+    """
+
+    name: str
+    block_index: int | None = None
+    part: str | None = None
+
+    @property
+    def key(self) -> str:
+        """The name of its entry in the context; no such entry of a chain's own has a space in it."""
+        return f"constant {self.block_index} {self.part}"
+
+
+def sources_of(chain: ResidualChain, parts: bool = False) -> list[Source]:
+    """All sources of a chain.
+
+    Args:
+        chain: The chain.
+        parts: Whether the parts of a block are sources of their own.
+
+    Returns:
+        The stem, the blocks from first to last, the head.
+    """
+    blocks = [
+        Source(block.name, index, part) for index, block in enumerate(chain) for part in (PARTS if parts else (None,))
+    ]
+    return [Source("stem"), *blocks, Source("head")]
+
+
+@torch.no_grad()
+def contributions(
+    chain: ResidualChain,
+    inputs: Inputs,
+    output_of: Callable[[torch.Tensor], torch.Tensor],
+    sources: Sequence[Source],
+    num_lengths: int,
+    linearizer: Linearizer,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The output of each example, and what each source contributes to it along the paths of each length.
+
+    Args:
+        chain: The chain.
+        inputs: Examples that fit into memory.
+        output_of: From what the chain returns to one number per example.
+        sources: From `sources_of`.
+        num_lengths: Number of lengths of interest, from 0.
+        linearizer: What linearizes a part.
+
+    Returns:
+        Outputs [batch], and contributions [source, length, batch], float64.
+
+    Raises:
+        ResnetPathsError: If `output_of` does not return one finite number per example.
+    """
+    point = ForwardPass(chain, inputs)
+    blocks = {(s.block_index, s.part): s.key for s in sources if s.block_index is not None}
+    by_part = (0, "branch") in blocks
+
+    def of_part(index: int, part: str) -> Linearizer:
+        return functools.partial(_with_constant, linearizer, blocks[index, part if by_part else None])
+
+    outputs, constant, above = _above_blocks(chain, point, output_of, linearizer)
+    none = Stack.of(torch.zeros_like(constant)).rows(0, 0)
+    above = Cotangents(above.state, {**above.context, **dict.fromkeys(blocks.values(), none)})
+    rules = Rules(longest=num_lengths - 1, constants=tuple(blocks.values()), linearizer=of_part)
+    found = pull_back(chain, point.states, point.context, above, rules)
+    values = np.zeros((len(sources), num_lengths, point.num_examples))
+    for row, source in zip(values, sources, strict=True):
+        if source.block_index is not None:
+            _add(row, found.context[source.key], None)
+        elif source.name == "head":
+            row[0] = constant.cpu().numpy()
+    _add(values[0], found.state, point.states[0])
+    for name in point.context.carrying:
+        _add(values[0], found.context[name], finite(point.context.values[name]))
+    return outputs, values
+
+
+def _with_constant(
+    linearizer: Linearizer, key: str, module: torch.nn.Module, state: torch.Tensor, context: Context
+) -> tuple[torch.Tensor, Pullback]:
+    output, pullback = linearizer(module, state, context)
+    return output, with_constant(pullback, key, output, state, context)
+
+
+def _above_blocks(
+    chain: ResidualChain,
+    point: ForwardPass,
+    output_of: Callable[[torch.Tensor], torch.Tensor],
+    linearizer: Linearizer,
+) -> tuple[np.ndarray, torch.Tensor, Cotangents]:
+    """Outputs; the constant of the head, with that of the output's own function; the cotangents behind all blocks."""
+    state, context = point.states[-1], point.context
+    direct = _checked(output_of(call_part(chain.head, state.clone(), context.values)), point.num_examples)
+    logits, pullback = linearizer(chain.head, state, context)
+    leaf = logits.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        output = output_of(leaf)
+        slope = torch.autograd.grad(output.sum(), leaf)[0] if output.requires_grad else torch.zeros_like(leaf)
+    pieces = pullback.of_all(slope[None])
+    constant = wide(direct)
+    for piece, value in zip(pieces, [state, *(finite(context.values[n]) for n in pullback.context)], strict=True):
+        constant = constant - inner_products(piece, value)[0]
+    read = dict(zip(pullback.context, pieces[1:], strict=True))
+    of_context = {n: read[n][0] if n in read else torch.zeros_like(context.values[n]) for n in context.carrying}
+    return wide(direct).cpu().numpy(), constant, Cotangents.of(pieces[0][0], of_context)
+
+
+def _checked(output: object, size: int) -> torch.Tensor:
+    if not isinstance(output, torch.Tensor) or output.shape != (size,):
+        found = list(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+        raise ResnetPathsError("output", found, f"one number per example, a tensor of shape [{size}]")
+    if not bool(torch.isfinite(output).all()):
+        raise ResnetPathsError("output", "NaN or infinity", "a finite number for every example")
+    return output.detach()
+
+
+def _add(row: np.ndarray, stack: Stack, values: torch.Tensor | None) -> None:
+    """Add what a stack contributes, times the values at which its paths begin, to [length, batch]."""
+    if not len(stack):
+        return
+    mantissas = stack.values[:, 0] if values is None else inner_products(stack.values[:, 0], values)
+    numbers = np.ldexp(wide(mantissas).cpu().numpy(), stack.exponents[:, 0].cpu().numpy())
+    row[stack.shortest : stack.shortest + len(stack)] += numbers
