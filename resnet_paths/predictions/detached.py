@@ -172,6 +172,7 @@ def _rank_of_new(node: Node, known: dict[Node, int]) -> int:
 
 def _secant(node: Node, operands: list[Node], values: dict[Node, Any]) -> tuple[Any, Step | None]:
     """``f(x) = x * gate(x)`` with the gate held; at 0 its limit, the slope."""
+    value: Any
     value, tangent = linearize_operation(node, operands, values)
     x = values[operands[0]]
     slope = torch.zeros_like(x) if tangent is None else _pulls_of(tangent)(torch.ones_like(value)[None])[0][0]
