@@ -45,6 +45,7 @@ from .core.edits import (
 from .core.edits import (
     swap_blocks as swap_blocks,
 )
+from .core.groups import group_blocks as group_blocks
 from .core.paths import (
     enumerate_paths as enumerate_paths,
 )

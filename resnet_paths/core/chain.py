@@ -12,6 +12,7 @@ every weight. `resnet_paths.unravel` makes a chain from any model.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Unpack, cast
@@ -23,7 +24,7 @@ from torch import nn
 from resnet_paths._utils.errors import ResnetPathsError, nearest_names
 from resnet_paths.core.cache import ByBlock, Cache
 from resnet_paths.core.modes import depends_on_mode
-from resnet_paths.core.parts import BlockFields, Parallel, Placed, added, call_part, context_read_by
+from resnet_paths.core.parts import BlockFields, Difference, Parallel, Placed, added, call_part, context_read_by
 from resnet_paths.core.paths import Choice, InBranch, num_paths
 from resnet_paths.core.summary import chain_table, dimensions, indented
 from resnet_paths.core.units import length_polynomial
@@ -83,7 +84,7 @@ class Block(nn.Module):
             skip_kind = kinds.get(type(skip), "projection")
         self.skip_kind = skip_kind
         self.stage = stage
-        self.reads_context = _read_by(self.pre, skip, branch, self.post)
+        self.reads_context = context_read_by(self.pre, skip, branch, self.post)
         self.in_shape = None if in_shape is None else tuple(in_shape)
         self.out_shape = None if out_shape is None else tuple(out_shape)
 
@@ -94,29 +95,22 @@ class Block(nn.Module):
 
     def added_up(self, x: torch.Tensor, context: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """``skip(x) + branch(x)``, of the two those that are there; `x` is what `pre` returns."""
-        if self.branch is None:
-            assert self.skip is not None  # held by __init__
-            return call_part(self.skip, x, context)
-        if self.skip is None:
-            return call_part(self.branch, x, context)
-        total = call_part(self.skip, x, context)
-        if isinstance(self.branch, Parallel) and self.branch.onto_skip:
-            for branch in self.branch:
-                total = added(total, call_part(branch, x, context))
-            return total
-        return added(total, call_part(self.branch, x, context))
+        if self.run is not None:
+            return call_part(self.run, x, context)
+        onto_skip = isinstance(self.branch, Parallel) and self.branch.onto_skip
+        parts = [self.skip, *(self.branches if onto_skip else [self.branch])]
+        first, *others = (call_part(part, x, context) for part in parts if part is not None)
+        return functools.reduce(added, others, first)
 
     @property
     def path_choices(self) -> tuple[Choice, ...]:
         """The entries it offers to a path: False for the skip, 1, 2... for its branches (`resnet_paths.core.paths`)."""
         skips: tuple[Choice, ...] = (False,) if self.skip is not None else ()
         nested = self.nested
-        offered: list[Choice] = []
-        for number in range(1, len(self.branches) + 1):
-            if number in nested:
-                offered.append(InBranch(nested[number].path_choices, number))
-            else:
-                offered.append(True if number == 1 else number)
+        offered = (
+            InBranch(nested[number].path_choices, number) if number in nested else True if number == 1 else number
+            for number in range(1, len(self.branches) + 1)
+        )
         return (*skips, *offered)
 
     @property
@@ -132,20 +126,35 @@ class Block(nn.Module):
         numbered = enumerate(self.branches, start=1)
         return {number: chain for number, chain in numbered if isinstance(chain, ResidualChain) and len(chain)}
 
-    def with_nested(self, number: int, chain: ResidualChain) -> Block:
-        """The block with another chain in a branch.
+    @property
+    def run(self) -> ResidualChain | None:
+        """The run of blocks that it stands for (`resnet_paths.group_blocks`); None where it is no group."""
+        if not isinstance(self.branch, Difference):
+            return None
+        leads_around = self.skip is self.branch.around or (is_identity(self.skip) and is_identity(self.branch.around))
+        return cast("ResidualChain", self.branch.run) if leads_around else None
+
+    @property
+    def branch_names(self) -> tuple[str, ...]:
+        """A name for each of several branches; empty where they have none of their own."""
+        return self.branch.names if isinstance(self.branch, Parallel) else ()
+
+    def with_branch(self, number: int, branch: nn.Module) -> Block:
+        """The block with one of its branches replaced.
 
         Args:
             number: Number of the branch, counted from 1.
-            chain: What takes its place.
+            branch: What takes its place; of a group, another run of blocks.
 
         Returns:
             A block.
         """
+        if isinstance(self.branch, Difference):
+            return self.replace(branch=Difference(branch, self.branch.around))
         if not isinstance(self.branch, Parallel):
-            return self.replace(branch=chain)
-        branches = [chain if i == number else branch for i, branch in enumerate(self.branch, start=1)]
-        return self.replace(branch=Parallel(branches, onto_skip=self.branch.onto_skip))
+            return self.replace(branch=branch)
+        branches = [branch if i == number else other for i, other in enumerate(self.branch, start=1)]
+        return self.replace(branch=Parallel(branches, onto_skip=self.branch.onto_skip, names=self.branch.names))
 
     @property
     def keeps_shape(self) -> bool:
@@ -240,7 +249,8 @@ class ResidualChain(nn.Module):
         self.head = head
         self.context_names = tuple(context_names)
         # Of a chain inside a branch: what it reads of the context of the chain around it.
-        self.reads_context = tuple(name for name in _read_by(stem, *blocks, head) if name not in self.context_names)
+        read = context_read_by(stem, *blocks, head)
+        self.reads_context = tuple(name for name in read if name not in self.context_names)
         self.eval_only = False  # set for a chain that was read from a model in eval mode
         self.notes: tuple[str, ...] = ()  # what was guessed when it was read; the end of the summary
 
@@ -285,10 +295,11 @@ class ResidualChain(nn.Module):
         states, skips, branches = [state], [], []
         for block in self:
             shared = call_part(block.pre, own(state), context)
-            total = block.added_up(own(shared), context) if _adds_one_by_one(block) else None
+            whole = block.added_up(own(shared), context) if _rounds_otherwise(block) else None
             skip = None if block.skip is None else call_part(block.skip, shared, context)
             branch = None if block.branch is None else call_part(block.branch, shared, context)
-            state = call_part(block.post, own(_sum_of(skip, branch) if total is None else total), context)
+            terms = [term for term in ((skip, branch) if whole is None else (whole,)) if term is not None]
+            state = call_part(block.post, own(functools.reduce(added, terms)), context)
             states.append(state)
             skips.append(skip)
             branches.append(branch)
@@ -380,9 +391,8 @@ class ResidualChain(nn.Module):
 
     def __repr__(self) -> str:
         """One line for the chain and one line per block."""
-        lines = [f"ResidualChain of {len(self)} blocks, {self.num_paths:,} paths"]
-        lines += [f"  {index:>3} {block.summary()}" for index, block in enumerate(self)]
-        return "\n".join(lines)
+        lines = [f"  {index:>3} {block.summary()}" for index, block in enumerate(self)]
+        return "\n".join([f"ResidualChain of {len(self)} blocks, {self.num_paths:,} paths", *lines])
 
     def summary(self) -> str:
         """A table for people: what every block holds, those inside branches indented.
@@ -434,19 +444,10 @@ class ResidualChain(nn.Module):
         return length_polynomial(self, unit)
 
 
-def _adds_one_by_one(block: Block) -> bool:
-    """Whether a block adds several branches to its skip one after the other, which rounds in another order."""
-    return isinstance(block.branch, Parallel) and block.branch.onto_skip and block.skip is not None
-
-
-def _sum_of(skip: torch.Tensor | None, branch: torch.Tensor | None) -> torch.Tensor:
-    terms = [term for term in (skip, branch) if term is not None]  # one at least, as Block checks
-    return terms[0] if len(terms) == 1 else terms[0] + terms[1]
-
-
-def _read_by(*parts: nn.Module | None) -> tuple[str, ...]:
-    """Names of the context that several parts read, each once."""
-    return tuple(dict.fromkeys(name for part in parts for name in context_read_by(part)))
+def _rounds_otherwise(block: Block) -> bool:
+    """Whether skip and branch, added, differ by rounding from what a block adds up."""
+    one_by_one = isinstance(block.branch, Parallel) and block.branch.onto_skip and block.skip is not None
+    return one_by_one or block.run is not None
 
 
 def require_chain(argument: str, value: object) -> None:

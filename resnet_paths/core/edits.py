@@ -1,7 +1,8 @@
 """Edits of a chain, each a pure function: a new chain that shares every weight, the old one untouched.
 
 No hooks, no context managers, nothing to restore. A block is named by its position (negative counts from the end) or
-its name; a block of a chain inside a branch by its name.
+its name; a block of a chain inside a branch, or of a group, by its name. Where a block has several branches, such as
+attention and MLP side by side, each can be deleted or scaled by the name of its module.
 
 Positions never shift when a block is deleted: it stays in its place with its skip alone. So deletions commute, and
 ``delete_blocks(chain, [3, 7])`` is ``delete_block(delete_block(chain, 3), 7)``.
@@ -192,7 +193,8 @@ def scale_block(chain: ResidualChain, block: int | str, factor: float) -> Residu
         if branch is None:
             raise ResnetPathsError("block", block, "a block with a branch", "This one's branch is deleted.")
         if isinstance(branch, Parallel):
-            return original.replace(branch=Parallel([Scaled(b, factor) for b in branch], onto_skip=branch.onto_skip))
+            scaled_branches = [Scaled(b, factor) for b in branch]
+            return original.replace(branch=Parallel(scaled_branches, onto_skip=branch.onto_skip, names=branch.names))
         if isinstance(branch, ResidualChain):  # its paths still count
             return original.replace(branch=branch.with_head(Scaled(branch.head, factor)))
         return original.replace(branch=Scaled(branch, factor))
@@ -258,12 +260,12 @@ def parallel_blocks(
     for member in members:
         if not (is_identity(member.skip) and is_identity(member.pre) and member.branch is not None):
             raise ResnetPathsError("blocks", member.name, "blocks with a branch and an identity skip")
-    branches: list[nn.Module] = []
-    for member in members:
-        branches += member.branch if isinstance(member.branch, Parallel) else [member.branch]  # type: ignore[list-item]
+    branches = [branch for member in members for branch in member.branches]
+    names = [name for member in members for name in (member.branch_names or (member.name,) * len(member.branches))]
+    names = names if len(set(names)) == len(names) else []
     if combine == "mean":
         branches = [Scaled(branch, 1 / len(members)) for branch in branches]
-    joined = members[-1].replace(branch=Parallel(branches), name="|".join(m.name for m in members))
+    joined = members[-1].replace(branch=Parallel(branches, names=names), name="|".join(m.name for m in members))
     rest = list(chain)
     rest[places[0] : places[-1] + 1] = [joined]
     return chain.with_blocks(rest)
@@ -300,31 +302,59 @@ def _take(block: Block, entry: Entry) -> Block:
 
 
 def _with_changed(chain: ResidualChain, block: int | str, change: Callable[[Block], Block]) -> ResidualChain:
-    """The chain with one block changed, at whatever depth it stands."""
+    """The chain with one block, or one of several branches of a block, changed, at whatever depth it stands."""
 
     def edit(chain: ResidualChain) -> ResidualChain:
+        if isinstance(block, str) and block not in (b.name for b in chain):
+            of_branch = [i for i, b in enumerate(chain) if block in b.branch_names]
+            if of_branch:
+                changed = _with_branch_changed(chain[of_branch[0]], block, change)
+                return chain.with_blocks(changed if i == of_branch[0] else b for i, b in enumerate(chain))
         index = chain.block_index(block)
         return chain.with_blocks(change(b) if i == index else b for i, b in enumerate(chain))
 
     return _at_depth_of(chain, block, edit)
 
 
+def _with_branch_changed(block: Block, name: str, change: Callable[[Block], Block]) -> Block:
+    """A block of several branches with one of them changed as if it were the only one."""
+    if len(block.branches) == 1:
+        return change(block)
+    number = block.branch_names.index(name)
+    # The others lead from input to output as a skip does.
+    alone = block.replace(branch=block.branches[number], skip=block.skip or nn.Identity(), name=name)
+    changed = change(alone).branch
+    if changed is not None:
+        return block.with_branch(number + 1, changed)
+    branches, names = list(block.branches), list(block.branch_names)
+    del branches[number], names[number]
+    onto_skip = isinstance(block.branch, Parallel) and block.branch.onto_skip
+    return block.replace(branch=Parallel(branches, onto_skip=onto_skip, names=names))
+
+
 def _at_depth_of(
     chain: ResidualChain, block: int | str, edit: Callable[[ResidualChain], ResidualChain]
 ) -> ResidualChain:
-    """The chain with an edit made to the chain that holds a block: itself, or one inside a branch."""
+    """The chain with an edit made to the chain that holds a block: itself, or one inside a branch or a group."""
     require_chain("chain", chain)
     if isinstance(block, str) and block not in (b.name for b in chain):
         for index, outer in enumerate(chain):
-            for number, nested in outer.nested.items():
-                if _holds(nested, block):
-                    inside = outer.with_nested(number, _at_depth_of(nested, block, edit))
+            for number, inner in _chains_in(outer).items():
+                if _holds(inner, block):
+                    inside = outer.with_branch(number, _at_depth_of(inner, block, edit))
                     return chain.with_blocks(inside if i == index else b for i, b in enumerate(chain))
     return edit(chain)
 
 
+def _chains_in(block: Block) -> dict[int, ResidualChain]:
+    """The chains inside a block's branches, by the number of the branch; of a group, the run of its blocks."""
+    return block.nested if block.run is None else {1: block.run}
+
+
 def _holds(chain: ResidualChain, name: str) -> bool:
-    return any(b.name == name or any(_holds(nested, name) for nested in b.nested.values()) for b in chain)
+    return any(
+        name in (b.name, *b.branch_names) or any(_holds(inner, name) for inner in _chains_in(b).values()) for b in chain
+    )
 
 
 def _listed(blocks: Iterable[int | str]) -> list[int | str]:

@@ -12,7 +12,17 @@ from torch.fx import GraphModule
 
 from resnet_paths._utils.errors import ResnetPathsError
 
-__all__ = ["BlockFields", "Constant", "Parallel", "Placed", "Scaled", "added", "call_part", "context_read_by"]
+__all__ = [
+    "BlockFields",
+    "Constant",
+    "Difference",
+    "Parallel",
+    "Placed",
+    "Scaled",
+    "added",
+    "call_part",
+    "context_read_by",
+]
 
 State: TypeAlias = torch.Tensor | tuple[torch.Tensor, ...] | list[torch.Tensor]
 """What a part written by hand may return; only one tensor can be added."""
@@ -33,20 +43,24 @@ class BlockFields(TypedDict, total=False):
     out_shape: Sequence[int] | None
 
 
-def context_read_by(part: nn.Module | None) -> tuple[str, ...]:
-    """Names of the context that a part of a chain reads.
+def context_read_by(*parts: nn.Module | None) -> tuple[str, ...]:
+    """Names of the context that parts of a chain read.
 
     Args:
-        part: A part of a block, a block, a chain inside a branch, or a head. A module that is no piece of an exported
+        *parts: Parts of a block, blocks, chains inside branches, or heads. A module that is no piece of an exported
             graph names them in its attribute ``reads_context``; without one it reads none.
 
     Returns:
         The names, each once.
     """
-    if isinstance(part, GraphModule):
-        placeholders = itertools.takewhile(lambda node: node.op == "placeholder", part.graph.nodes)
-        return tuple(str(node.target) for node in placeholders)[1:]
-    return tuple(getattr(part, "reads_context", ()))
+    names: list[str] = []
+    for part in parts:
+        if isinstance(part, GraphModule):
+            placeholders = itertools.takewhile(lambda node: node.op == "placeholder", part.graph.nodes)
+            names += [str(node.target) for node in placeholders][1:]
+        else:
+            names += getattr(part, "reads_context", ())
+    return tuple(dict.fromkeys(names))
 
 
 def call_part(part: nn.Module, x: torch.Tensor, context: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -151,6 +165,29 @@ class Placed(nn.Module):
         return f"dim={self.dim}, before={self.before}, after={self.after}"
 
 
+class Difference(nn.Module):
+    """What a run of blocks adds to its input: ``run(x) - around(x)``, the branch of a group of blocks.
+
+    A block whose skip is `around` returns ``run(x)``, bit for bit: nothing is subtracted and added again.
+
+    Args:
+        run: The blocks in series, a chain.
+        around: What leads around all of them, the identity where they keep the shape.
+    """
+
+    def __init__(self, run: nn.Module, around: nn.Module) -> None:
+        super().__init__()
+        self.run = run
+        self.around = around
+        self.reads_context = context_read_by(run, around)
+        self.training = run.training
+
+    def forward(self, x: torch.Tensor, **context: torch.Tensor) -> torch.Tensor:
+        """``run(x) - around(x)``."""
+        # On copies: parts written by hand may work in place.
+        return call_part(self.run, x.clone(), context) - call_part(self.around, x.clone(), context)
+
+
 class Parallel(nn.ModuleList):
     """Branches side by side, added up: ``sum(branch(x) for branch in branches)``; a path takes one of them.
 
@@ -158,13 +195,15 @@ class Parallel(nn.ModuleList):
         branches: The branches.
         onto_skip: Whether a block adds them to its skip one after the other, as some models do, not their sum at once.
             The two differ by rounding alone.
+        names: A name for each branch, such as that of its module in the model; empty if they have none.
     """
 
-    def __init__(self, branches: Iterable[nn.Module], *, onto_skip: bool = False) -> None:
+    def __init__(self, branches: Iterable[nn.Module], *, onto_skip: bool = False, names: Iterable[str] = ()) -> None:
         super().__init__(branches)
+        self.names = tuple(names)
         self.training = any(branch.training for branch in self)
         self.onto_skip = onto_skip
-        self.reads_context = tuple(dict.fromkeys(name for branch in self for name in context_read_by(branch)))
+        self.reads_context = context_read_by(*self)
 
     def forward(self, x: torch.Tensor, **context: torch.Tensor) -> torch.Tensor:
         """The sum of all branches at `x`."""

@@ -10,6 +10,7 @@ import pandas as pd
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from resnet_paths.core.parts import Difference
 from resnet_paths.core.paths import Choice
 from resnet_paths.core.weight_layers import are_side_by_side, weight_layers
 
@@ -108,6 +109,8 @@ def contents(module: nn.Module | None) -> str:
 def _words(module: nn.Module) -> Iterable[str]:
     if isinstance(module, GraphModule):
         yield from filter(None, (_word(module, node) for node in module.graph.nodes))
+    elif isinstance(module, Difference):
+        yield from _words(module.run)
     elif are_side_by_side(module):
         yield " | ".join(contents(branch) for branch in module)
     elif not list(module.children()):

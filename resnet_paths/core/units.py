@@ -79,7 +79,7 @@ def length_polynomial(chain: CountedChain, unit: str) -> list[int]:
         )
     total = [1]
     if unit == "transformer_layer":
-        for _, group in itertools.groupby(blocks, key=_group_of):
+        for _, group in itertools.groupby(blocks, key=layer_of):
             inside = [1]
             for block in group:
                 inside = multiplied(inside, _of_block(block, [1] * len(block.path_choices)))
@@ -106,7 +106,7 @@ def _lengths_in_layers(block: CountedBlock) -> list[int]:
     return [next(each) if choice else 0 for choice in block.path_choices]
 
 
-def _group_of(block: CountedBlock) -> object:
+def layer_of(block: CountedBlock) -> object:
     """Equal for the blocks of one transformer layer: the name up to its last number, as in ``layers.3``."""
     parts = block.name.split(".")
     numbered = [i for i, part in enumerate(parts) if part.isdigit()] or [

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from resnet_paths.core.parts import Difference
+
 __all__ = ["CONVOLUTIONS", "are_side_by_side", "is_weighted", "makes_branch", "weight_layers"]
 
 _ATEN = torch.ops.aten
@@ -127,6 +129,8 @@ def weight_layers(module: nn.Module | None) -> int:
         return 0
     if isinstance(module, GraphModule):
         return _longest_route(module)
+    if isinstance(module, Difference):
+        return weight_layers(module.run)
     inner = list(map(weight_layers, module.children()))
     if are_side_by_side(module):
         return max(inner, default=0)

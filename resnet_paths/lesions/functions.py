@@ -108,6 +108,8 @@ def _in_series(parts: list[nn.Module], known: _Known) -> _Function:
 def _of_block(block: Block, known: _Known) -> _Function:
     if isinstance(block.branch, Parallel) and block.branch.onto_skip:
         return block, False
+    if block.run is not None:
+        return _in_series([block.pre, block.run, block.post], known)
     pre, _ = _function(block.pre, known)
     (skip, makes_new), *others = [_function(way, known) for way in (block.skip, block.branch) if way is not None]
     after, ends_new = _function(block.post, known, owns_input=bool(others) or makes_new)

@@ -24,8 +24,9 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from resnet_paths.core.chain import Block, ResidualChain, is_identity
+from resnet_paths.core.groups import ungrouped
 from resnet_paths.core.inputs import each_tensor, num_examples
-from resnet_paths.core.parts import Constant, Parallel, Placed, Scaled, call_part, context_read_by
+from resnet_paths.core.parts import Constant, Difference, Parallel, Placed, Scaled, call_part, context_read_by
 from resnet_paths.core.placement import place_modules
 from resnet_paths.core.signature import arguments_of
 from resnet_paths.lesions.batchnorm import averaged_statistics, batch_statistics, given_statistics
@@ -77,6 +78,7 @@ class Trie:
         numbers: dict[Hashable, int] = {}
         for chain in chains:
             node: int | None = None
+            chain = ungrouped(chain)
             for place, step in steps_of(chain):
                 # Steps are kept, so that no other part is given the identity of one that is gone.
                 key = (_step_key(step), chain.context_names) if place == 0 else _step_key(step)
@@ -250,7 +252,7 @@ def steps_of(chain: ResidualChain) -> list[tuple[int, nn.Module]]:
 
 def chain_key(chain: ResidualChain, key_of: Callable[[nn.Module], Hashable]) -> Hashable:
     """Equal for chains that compute the same thing, if `key_of` is for the parts that edits keep."""
-    return tuple(_step_key(step, key_of) for _, step in steps_of(chain))
+    return tuple(_step_key(step, key_of) for _, step in steps_of(ungrouped(chain)))
 
 
 def _step_key(step: nn.Module, key_of: Callable[[nn.Module], Hashable] = id) -> Hashable:
@@ -267,6 +269,8 @@ def _part_key(part: nn.Module | None, key_of: Callable[[nn.Module], Hashable]) -
         return ("scaled", part.factor, _part_key(part.branch, key_of))
     if type(part) is ResidualChain:
         return ("chain", *(_step_key(step, key_of) for _, step in steps_of(part)))
+    if isinstance(part, Difference):
+        return ("difference", _part_key(part.run, key_of), _part_key(part.around, key_of))
     if isinstance(part, Parallel):
         return ("parallel", part.onto_skip, *(_part_key(branch, key_of) for branch in part))
     return key_of(part)
@@ -278,7 +282,7 @@ def _keeps_its_input(part: nn.Module) -> bool:
         return False
     if isinstance(part, GraphModule):
         return all(map(_computes_only, part.graph.nodes))
-    ours = type(part) in (Block, Constant, Parallel, Placed, ResidualChain, Scaled)
+    ours = type(part) in (Block, Constant, Difference, Parallel, Placed, ResidualChain, Scaled)
     of_torch = type(part).__module__.startswith("torch.nn.modules.") and not getattr(part, "inplace", False)
     return (ours or of_torch) and all(map(_keeps_its_input, part.children()))
 

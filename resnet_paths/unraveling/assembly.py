@@ -11,7 +11,7 @@ from resnet_paths.core.chain import Block, ResidualChain
 from resnet_paths.core.input_sizes import CheckedInputs, InputSizes
 from resnet_paths.core.parts import Parallel
 from resnet_paths.core.signature import Signature
-from resnet_paths.unraveling.block_names import names_of
+from resnet_paths.unraveling.block_names import names_of, names_of_branches
 from resnet_paths.unraveling.packing import Packed
 from resnet_paths.unraveling.parts import Part
 from resnet_paths.unraveling.sizes import on_example
@@ -92,8 +92,10 @@ class _Assembler:
         return chain
 
     def _block(self, part: Part, branches: Sequence[nn.Module], name: str, stage: int) -> Block:
+        branch_names = names_of_branches(self.traced, part, name, self.names)
+        self.names.update(branch_names)
         block = Block(
-            branches[0] if len(branches) == 1 else Parallel(branches, onto_skip=part.onto_skip),
+            branches[0] if len(branches) == 1 else Parallel(branches, onto_skip=part.onto_skip, names=branch_names),
             None if part.skip is None else self.cut(part.fork, part.skip),
             pre=self.cut(part.start, part.fork),
             pre_stays=part.pre_stays,

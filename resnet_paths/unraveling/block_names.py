@@ -8,11 +8,11 @@ from collections.abc import Collection, Sequence
 from torch.fx import Node
 
 from resnet_paths.core.weight_layers import is_weighted
-from resnet_paths.unraveling.packing import values_of
+from resnet_paths.unraveling.packing import Packed, values_of
 from resnet_paths.unraveling.parts import Part
 from resnet_paths.unraveling.tracing import Trace, common_module, common_path, module_path
 
-__all__ = ["names_of"]
+__all__ = ["names_of", "names_of_branches"]
 
 
 def names_of(traced: Trace, parts: Sequence[Part], taken: Collection[str] = ()) -> list[str]:
@@ -37,7 +37,9 @@ def names_of(traced: Trace, parts: Sequence[Part], taken: Collection[str] = ()) 
         if name not in used and by_merge.count(name) == 1:
             names.append(name)
             continue
-        candidates, last = _modules_of_branch(traced, part)
+        candidates, last = _modules_of_branch(traced, part, part.branches)
+        # What is computed elsewhere for all blocks, such as angles of rotary positions, belongs to none.
+        candidates.sort(key=lambda candidate: name != "" and not f"{candidate}.".startswith(f"{name}."))
         free = [candidate for candidate in candidates if candidate not in used | set(by_merge)]
         known = next((candidate for candidate in [*candidates, name] if candidate), "")
         if free:
@@ -53,9 +55,29 @@ def names_of(traced: Trace, parts: Sequence[Part], taken: Collection[str] = ()) 
     return names
 
 
-def _modules_of_branch(traced: Trace, part: Part) -> tuple[list[str], list[str]]:
-    """Modules that hold all of a branch, its weight layers or their weights; and names of its last weight layer."""
-    region = traced.in_order(_branch_region(traced, part))
+def names_of_branches(traced: Trace, part: Part, name: str, taken: Collection[str] = ()) -> list[str]:
+    """A name for each of several branches of a block: that of the innermost module that holds it.
+
+    Args:
+        traced: The graph.
+        part: The block.
+        name: The name of the block.
+        taken: Names that stand elsewhere in the tree.
+
+    Returns:
+        Names that differ from each other and from those taken; none for a single branch.
+    """
+    names: list[str] = []
+    for number, branch in enumerate(part.branches if len(part.branches) > 1 else [], start=1):
+        candidates, _ = _modules_of_branch(traced, part, [branch])
+        inside = [each for each in candidates if each.startswith(f"{name}.") and each not in {*taken, *names}]
+        names.append(inside[0] if inside else f"{name}.branch{number}")
+    return names
+
+
+def _modules_of_branch(traced: Trace, part: Part, branches: Sequence[Node | Packed]) -> tuple[list[str], list[str]]:
+    """Modules that hold all of some branches, their weight layers or the weights; names of the last weight layer."""
+    region = traced.in_order(_region_of(traced, part, branches))
     behind: set[Node] = set()  # the weight layers and what is computed from them: a normalisation ahead is left out
     for node in region:
         if is_weighted(node) or any(arg in behind for arg in node.all_input_nodes):
@@ -69,10 +91,10 @@ def _modules_of_branch(traced: Trace, part: Part) -> tuple[list[str], list[str]]
     return [*holding, common_path(filter(None, holders))], [*map(module_path, last), *weights[:1]]
 
 
-def _branch_region(traced: Trace, part: Part) -> set[Node]:
+def _region_of(traced: Trace, part: Part, branches: Sequence[Node | Packed]) -> set[Node]:
     """The nodes between the fork and the branches' ends."""
     found: set[Node] = set()
-    for branch in part.branches:
+    for branch in branches:
         for node in values_of(branch):
             found |= traced.region(values_of(part.fork), node)
     return found
