@@ -117,6 +117,21 @@ from .lesions.plans import (
 from .lesions.plans import (
     single_deletions as single_deletions,
 )
+from .lesions.range_plans import (
+    neighbour_swaps as neighbour_swaps,
+)
+from .lesions.range_plans import (
+    range_deletions as range_deletions,
+)
+from .lesions.range_plans import (
+    range_repeats as range_repeats,
+)
+from .lesions.range_plans import (
+    range_swaps as range_swaps,
+)
+from .lesions.range_plans import (
+    ranked_deletions as ranked_deletions,
+)
 from .predictions import (
     prediction_by_path_length as prediction_by_path_length,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 
 from scipy import stats
 from torch import nn
@@ -19,6 +19,7 @@ from resnet_paths.core.edits import (
     scale_block,
     swap_blocks,
 )
+from resnet_paths.core.groups import group_blocks
 
 __all__ = ["KINDS", "Lesion"]
 
@@ -45,6 +46,8 @@ class Lesion:
         order: Of ``"swap"`` and ``"permute"``: for each place the position of the block that is moved there.
         branch: Of ``"replace"``, the new branch.
         loops: Of ``"parallel"``, how often.
+        runs: Runs of blocks that the edit takes as one block each, as `resnet_paths.group_blocks` does, such as
+            transformer layers; `blocks` and `order` then hold all blocks of a run.
         seed: Seed that the generator which drew the lesion started from; None if none did.
         function: From the intact chain to the lesioned one, where the lesion is of no kind above.
 
@@ -66,6 +69,7 @@ class Lesion:
     order: tuple[int, ...] | None = None
     branch: nn.Module | None = None
     loops: int = 1
+    runs: tuple[tuple[int, ...], ...] = ()
     seed: int | None = None
     function: Callable[[ResidualChain], ResidualChain] | None = None
 
@@ -109,6 +113,8 @@ class Lesion:
         """
         if self.function is not None:
             return self.function(chain)
+        if self.runs:
+            return self._of_groups(chain).edit(group_blocks(chain, self.runs))
         blocks = list(self.blocks or ())
         if self.kind == "delete":
             return delete_blocks(chain, blocks)
@@ -132,6 +138,17 @@ class Lesion:
                 assert self.factor is not None  # held by __post_init__
                 chain = scale_block(chain, index, self.factor)
         return chain
+
+    def _of_groups(self, chain: ResidualChain) -> Lesion:
+        """The lesion of the chain in which each run is one block."""
+        starts = {index: run[0] for run in self.runs for index in run}
+        first = [starts.get(index, index) for index in range(len(chain))]
+        numbers = {start: number for number, start in enumerate(dict.fromkeys(first))}
+        blocks, order = (
+            None if places is None else tuple(dict.fromkeys(numbers[first[index]] for index in places))
+            for places in (self.blocks, self.order)
+        )
+        return replace(self, blocks=blocks, order=order, runs=())
 
 
 def _with_repeated_middle(chain: ResidualChain, blocks: Sequence[int]) -> ResidualChain:

@@ -11,12 +11,14 @@ import math
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, SupportsIndex
 
 import torch
 
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.core.chain import ResidualChain, is_identity, require_chain, require_eval_mode
+from resnet_paths.core.groups import group_blocks, runs_of
 from resnet_paths.core.inputs import checked_inputs, each_tensor, num_examples
 from resnet_paths.core.parts import Constant
 from resnet_paths.core.placement import device_of
@@ -257,14 +259,16 @@ def layer_schedules(
     loops: int = 3,
     generator: torch.Generator | None = None,
 ) -> list[Lesion]:
-    """Six ways to run the middle blocks (Sun et al. 2024, Layers as Painters, section 3).
+    """Six ways to run the middle layers (Sun et al. 2024, Layers as Painters, section 3).
 
     Skip them; run the one in the middle again and again; in reverse order; in random order; side by side on one input,
-    their outputs averaged ("parallel"); and that several times over ("looped parallel").
+    their outputs averaged ("parallel"); and that several times over ("looped parallel"). A layer of a transformer is
+    attention and MLP together, whether the chain has one block for each or one for both (`resnet_paths.group_blocks`).
 
     Args:
         chain: The intact chain.
-        blocks: Neighbouring blocks with identity skips; if None, the longest run of them without its first and last.
+        blocks: Neighbouring blocks with identity skips, to be taken one by one; if None, the layers of the longest run
+            that keeps the shape, without its first and last.
         loops: Rounds of the looped parallel.
         generator: Source of the random order; None for a new one, seeded with 0.
 
@@ -272,31 +276,38 @@ def layer_schedules(
         The six lesions.
 
     Raises:
-        ResnetPathsError: If there are fewer than two such blocks, or they do not stand side by side.
+        ResnetPathsError: If there are fewer than two such layers or blocks, or they do not stand side by side.
     """
     require_chain("chain", chain)
-    places = _middle(chain) if blocks is None else sorted(chain.block_index(block) for block in blocks)
+    if blocks is None:
+        runs = runs_of(chain, "transformer_layer")
+        layers = [runs[i] for i in _middle(group_blocks(chain, runs))]
+    else:
+        layers = [(index,) for index in sorted(chain.block_index(block) for block in blocks)]
+    places = [index for layer in layers for index in layer]
     side_by_side = places == list(range(places[0], places[-1] + 1)) if places else False
-    if len(places) < 2 or not side_by_side or not all(_is_exchangeable(chain, i) for i in places):
+    exchangeable = blocks is None or all(_is_exchangeable(chain, i) for i in places)
+    if len(layers) < 2 or not side_by_side or not exchangeable:
         raise ResnetPathsError(
             "blocks",
             [chain[i].name for i in places],
-            "at least two neighbouring blocks with identity skips and branches",
+            "at least two neighbouring layers or blocks with identity skips and branches",
         )
     generator = torch.Generator().manual_seed(0) if generator is None else generator
-    order = list(range(len(chain)))
-    backwards, shuffled = list(order), list(order)
-    backwards[places[0] : places[-1] + 1] = places[::-1]
-    draw = torch.randperm(len(places), generator=generator, device=generator.device).tolist()
-    shuffled[places[0] : places[-1] + 1] = [places[i] for i in draw]
-    touched = tuple(places)
+    draw = torch.randperm(len(layers), generator=generator, device=generator.device).tolist()
+
+    def in_order(order: Iterable[int]) -> tuple[int, ...]:
+        moved = [index for i in order for index in layers[i]]
+        return (*range(places[0]), *moved, *range(places[-1] + 1, len(chain)))
+
+    made = partial(Lesion, blocks=tuple(places), runs=tuple(layers) if blocks is None else ())
     return [
-        Lesion("delete", touched, name="skip"),
-        Lesion("repeat", touched, name="middle repeat"),
-        Lesion("permute", touched, name="reverse", order=tuple(backwards)),
-        Lesion("permute", touched, name="random order", order=tuple(shuffled), seed=generator.initial_seed()),
-        Lesion("parallel", touched, name="parallel"),
-        Lesion("parallel", touched, name="looped parallel", loops=loops),
+        made("delete", name="skip"),
+        made("repeat", name="middle repeat"),
+        made("permute", name="reverse", order=in_order(reversed(range(len(layers))))),
+        made("permute", name="random order", order=in_order(draw), seed=generator.initial_seed()),
+        made("parallel", name="parallel"),
+        made("parallel", name="looped parallel", loops=loops),
     ]
 
 
