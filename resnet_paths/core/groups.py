@@ -130,7 +130,7 @@ def _group(chain: ResidualChain, members: list[Block], name: str) -> Block:
     """One block for several; what stands before the first stays there, as of a block."""
     first, last = members[0], members[-1]
     if len(members) == 1 and is_identity(first.skip) and is_identity(first.post):
-        return first.replace(name=name)
+        return first if first.name == name else first.replace(name=name)
     place = first
     if first.pre_stays:
         first = first.moved_behind(first.replace(pre=None, pre_stays=False))
