@@ -207,10 +207,11 @@ def validate_logits(logits: Any, labels: torch.Tensor | None) -> int:
             "loader", f"labels {shape} for logits {list(logits.shape)}", "one label per row of logits"
         )
     num_classes = logits.shape[fitting[0]]
-    known = labels[labels != IGNORED]
-    if bool(((known < 0) | (known >= num_classes)).any()):
+    known = labels != IGNORED
+    if bool((known & ((labels < 0) | (labels >= num_classes))).any()):
+        shown = labels[known]
         raise ResnetPathsError(
-            "labels", [int(known.min()), int(known.max())], f"class indices from 0 to {num_classes - 1}, or {IGNORED}"
+            "labels", [int(shown.min()), int(shown.max())], f"class indices from 0 to {num_classes - 1}, or {IGNORED}"
         )
     return fitting[0]
 
