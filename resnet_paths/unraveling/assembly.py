@@ -79,7 +79,7 @@ class _Assembler:
         blocks: list[Block] = []
         stage, state = 0, parts[0].start
         for part, made, name in zip(parts, branches, names, strict=True):
-            if blocks and self._shape(part.end) != self._shape(state):
+            if blocks and self._shape(_value(part.end)) != self._shape(_value(state)):
                 stage += 1
             # Nodes that are between two blocks of a plain net and belong to neither go before the later one.
             blocks.append(self._block(part.starting_at(state), made, name, stage))
@@ -123,3 +123,8 @@ class _Assembler:
         """Shape without the batch, on the example; a dimension that varies with the batch is -1."""
         shape = state.shape if isinstance(state, Packed) else state.meta["val"].shape
         return on_example(shape[1:], self.traced.inputs)
+
+
+def _value(state: Node | Packed) -> Node:
+    """The value that blocks change, of a state that holds what they read as well."""
+    return state.like[0] if isinstance(state, Packed) else state

@@ -85,14 +85,15 @@ def _holds(traced: Trace, fork: Node, operand: Node, way: set[Node]) -> bool:
 
 
 def _slots(traced: Trace, parts: Sequence[Part], trunk: Sequence[Node], gathered: Sequence[Node]) -> dict[Node, int]:
-    """For each gathered value the block before which it is known; none where one is made inside a block."""
+    """For each gathered value the block before which it is known; none where a block or a layer makes one."""
     position = {node: i for i, node in enumerate(trunk)}
     found: dict[Node, int] = {}
     for node in gathered:
         source = next(n for n in reversed(trunk_between(traced, trunk[0], node)) if n in position)
         # What is made from the last state is computed where it is gathered.
         index = next((i for i, part in enumerate(parts) if position[source] <= _at(position, part.fork)), len(parts))
-        if position[source] < (_at(position, parts[index - 1].end) if index else 0):
+        made_inside = position[source] < (_at(position, parts[index - 1].end) if index else 0)
+        if made_inside or any(map(makes_branch, traced.region([source], node))):
             return {}
         if index < len(parts):
             found[node] = index

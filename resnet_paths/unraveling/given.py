@@ -77,7 +77,9 @@ def _with_early_values_as_context(
         The graph and the blocks.
     """
     first, addition = additions[0]
-    early = (traced.region([first], addition) - {addition}) | {first}
+    reduced = traced.seen_from([first])
+    early = {node for node in reduced.region([first], addition) if reduced.depends_on_input(node)}
+    early = (early - {addition}) | {first}
     late = {node: [user for user in node.users if user not in early and user is not addition] for node in early}
     late = {node: users for node, users in late.items() if any(traced.comes_before(addition, user) for user in users)}
     if sum(map(len, late.values())) < 2:

@@ -284,12 +284,20 @@ class CrossStage(nn.Module):
         return self.last(torch.cat(parts, 1))
 
 
-@pytest.mark.parametrize("kind", [Reversible, CrossStage])
 @pytest.mark.parametrize("activation", [nn.Identity, nn.ReLU])
-def test_additions_off_the_trunk_do_not_pass_as_a_plain_net(kind, activation):
-    model = nn.Sequential(nn.Linear(6, 6), kind(activation()), kind(activation()), nn.Linear(6, 2)).double().eval()
-    with pytest.raises(rp.ResnetPathsError, match=r"add \(add\.Tensor in 1, File .*test_verification"):
+def test_additions_off_the_trunk_do_not_pass_as_a_plain_net(activation):
+    kinds = Reversible(activation()), Reversible(activation())
+    model = nn.Sequential(nn.Linear(6, 6), *kinds, nn.Linear(6, 2)).double().eval()
+    with pytest.raises(rp.ResnetPathsError, match=r"add(_2)? \(add\.Tensor in [12], File .*test_verification"):
         rp.unravel(model, x())
+
+
+@pytest.mark.parametrize("activation", [nn.Identity, nn.ReLU])
+def test_blocks_of_cross_stage_modules_are_found(activation):
+    kinds = CrossStage(activation()), CrossStage(activation())
+    model = nn.Sequential(nn.Linear(6, 6), *kinds, nn.Linear(6, 2)).double().eval()
+    names = [block.name for block in rp.unravel(model, x())]
+    assert [name[:5] for name in names] == ["1.m.0", "1.m.1", "2.m.0", "2.m.1"]
 
 
 # --- what cannot be exported ------------------------------------------------------------------------------------------

@@ -81,7 +81,8 @@ def remove_round_trips(graph: Graph) -> None:
     """Remove rearrangements that end where they began, such as ``x.flatten(1).view(x.shape)`` and ``x.clone()``.
 
     A value that comes back in another memory layout stays: kernels may round differently for it. So does one without
-    the batch in dimension 0: on the way back examples may be apart, as they have to be between blocks.
+    the batch in dimension 0: on the way back examples may be apart, as they have to be between blocks. And so does one
+    whose rearrangement has other readers, such as a skip: all of them part there.
 
     Args:
         graph: The graph; it is changed.
@@ -99,16 +100,20 @@ def _start_of_round_trip(node: Node) -> Node | None:
     found = None
     if node.target in KEEPING_ORDER:
         before = node
-        while before.target in KEEPING_ORDER and rearranges(before):
+        while before.target in KEEPING_ORDER and rearranges(before) and _is_read_once(before, node):
             before = before.all_input_nodes[0]
             found = before if is_alike(before, node) and _layout(before) == _layout(node) else found
     elif node.target in PERMUTING:
         before, order = node, list(range(node.meta["val"].dim()))
-        while before.target in PERMUTING:
+        while before.target in PERMUTING and _is_read_once(before, node):
             step = _order_of(before)
             order, before = [step[dim] for dim in order], before.all_input_nodes[0]
             found = before if order == sorted(order) else found
     return found
+
+
+def _is_read_once(before: Node, node: Node) -> bool:
+    return before is node or len(before.users) == 1
 
 
 def _layout(node: Node) -> str:

@@ -16,6 +16,7 @@ from resnet_paths._utils.errors import UnravelError
 from resnet_paths.core.chain import ResidualChain
 from resnet_paths.core.parts import context_read_by
 from resnet_paths.core.weight_layers import is_weighted
+from resnet_paths.unraveling.packing import Packed
 from resnet_paths.unraveling.tracing import common_module, describe, is_within, module_stack
 from resnet_paths.unraveling.verification.claim import Claim
 
@@ -39,9 +40,11 @@ def check_structure(claim: Claim) -> None:
     _check_weight_layers(claim)
     for place, module in _outside_branches(claim):
         hidden = [node for segment in _segments(module) for node in _residual_additions(segment.graph)]
-        if hidden and module is claim.chain.stem and _only_blocks_read(claim.chain, hidden):
+        if hidden and (_only_blocks_read(claim.chain, module, hidden) or _are_beside_the_state(claim, module, hidden)):
             tower = _tower(hidden)
-            note = "The stem holds residual additions whose output the blocks read as context"
+            note = (
+                f"{place[0].upper()}{place[1:]} holds residual additions whose output the blocks read beside the state"
+            )
             advice = f": unravel(model.{tower}, ...) makes a chain of them." if tower else "."
             claim.chain.notes += (note + advice,)
         elif hidden:
@@ -53,8 +56,25 @@ def check_structure(claim: Claim) -> None:
             )
 
 
-def _only_blocks_read(chain: ResidualChain, hidden: Sequence[Node]) -> bool:
+def _are_beside_the_state(claim: Claim, module: nn.Module, hidden: Sequence[Node]) -> bool:
+    """Whether some nodes make what blocks in a row read beside their own value, such as one query for all of them."""
+    entered = [
+        block.pre
+        for block, part in zip(claim.chain, claim.parts, strict=True)
+        if isinstance(part.start, Node) and isinstance(part.fork, Packed) and not part.joins
+    ]
+    if not any(module is pre for pre in entered):
+        return False
+    (result,) = hidden[0].graph.output_node().args
+    if not isinstance(result, Node) or result.target is not torch.ops.aten.cat.default:
+        return False
+    return set(hidden).isdisjoint(_needed(result.all_input_nodes[0]))
+
+
+def _only_blocks_read(chain: ResidualChain, module: nn.Module, hidden: Sequence[Node]) -> bool:
     """Whether blocks alone read what some nodes of the stem make, as those of a decoder read an encoder's output."""
+    if module is not chain.stem:
+        return False
     (result,) = hidden[0].graph.output_node().args
     outputs: list[Node] = list(result) if isinstance(result, tuple | list) else [result]  # type: ignore[arg-type, list-item]
     if len(outputs) != 1 + len(chain.context_names):
