@@ -48,6 +48,7 @@ from resnet_paths.figures.lesions import (
     plot_reorderings,
     plot_single_deletions,
 )
+from resnet_paths.figures.predictions import plot_prediction_by_path_length
 from resnet_paths.figures.style import paper_style, save_figure, weights_hash
 
 if not TYPE_CHECKING:  # a type checker would accept any name of this module
@@ -70,6 +71,7 @@ __all__ = [
     "plot_path_histogram",
     "plot_path_shares",
     "plot_predicted_effects",
+    "plot_prediction_by_path_length",
     "plot_reorderings",
     "plot_scalar_gradients",
     "plot_scalings",
