@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
-from mpl_toolkits.axes_grid1 import make_axes_locatable
 
+from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.figures.layout import INK, checked
 
 __all__ = ["plot_prediction_by_path_length"]
@@ -23,13 +23,14 @@ def plot_prediction_by_path_length(
         frame: From `resnet_paths.prediction_by_path_length`, without rows by source.
         ax: The axes to draw into; the current axes if None.
         gradient: From `resnet_paths.gradient_by_path_length`: its ``gradient_share``, with 1.96 standard errors,
-            is drawn into new axes of the same size below, with the same horizontal axis. None to leave it out.
+            is drawn into new axes below, which share the place of `ax` in its figure. None to leave it out.
 
     Returns:
         The axes of the prediction.
 
     Raises:
-        ResnetPathsError: If columns are missing, all values are NaN, or a length occurs twice.
+        ResnetPathsError: If columns are missing, all values are NaN, a length occurs twice, or `ax` has no
+            place in a grid that could be divided.
     """
     frame = checked("frame", frame, "share", ["path_length"], ["share_low", "share_high"])
     if gradient is not None:
@@ -38,7 +39,13 @@ def plot_prediction_by_path_length(
     _draw_shares(ax, frame["path_length"], frame["share"], frame[["share_low", "share_high"]].to_numpy().T, 0)
     ax.set(xlabel="path length (blocks)", ylabel="prediction (%)")
     if gradient is not None:
-        below = make_axes_locatable(ax).append_axes("bottom", size="100%", pad=0.1, sharex=ax)
+        # Both in the place of the axes, in a way that the layout of the figure knows.
+        place = ax.get_subplotspec()
+        if place is None:
+            raise ResnetPathsError("ax", "axes at a free position", "axes made by plt.subplots where gradient is given")
+        halves = place.subgridspec(2, 1)
+        ax.set_subplotspec(halves[0])
+        below = ax.figure.add_subplot(halves[1], sharex=ax)
         share, error = gradient["gradient_share"], 1.96 * gradient["gradient_share_se"]
         _draw_shares(below, gradient["path_length"], share, np.stack([share - error, share + error]), 1)
         below.set(xlabel="path length (blocks)", ylabel="gradient (%)")
