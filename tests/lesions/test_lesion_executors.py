@@ -228,7 +228,7 @@ def test_processes_unpickle_the_chain_once(method, tmp_path):
         # What cannot be sent.
         local = with_stem(lambda stem: nn.Sequential(stem, Local()))
         with pytest.raises(
-            rp.ResnetPathsError, match=r"executor: .*pickle.*; allowed: a chain that can be sent.*Thread"
+            rp.ResnetPathsError, match=r"executor: .*pickle.*; allowed: a chain and measures that can be sent.*Thread"
         ):
             study(local, loader, executor=executor)
     with ThreadPoolExecutor(2) as executor:
@@ -298,7 +298,9 @@ def test_dask_sends_the_chain_to_each_worker_once_and_outlives_one(tmp_path):
         same(study(exported, loader, executor=executor), study(exported, loader))
         with pytest.raises(rp.ResnetPathsError, match=r"labels: got \[5, 7\]"):
             study(chain, [(x, y + 5) for x, y in loader], executor=executor)
-        with pytest.raises(rp.ResnetPathsError, match=r"executor: .*pickle.*; allowed: a chain that can be sent"):
+        with pytest.raises(
+            rp.ResnetPathsError, match=r"executor: .*pickle.*; allowed: a chain and measures that can be sent"
+        ):
             study(with_stem(lambda stem: nn.Sequential(stem, Local())), loader, executor=executor)
 
         # A worker dies in the middle; its piece is done by the other.
