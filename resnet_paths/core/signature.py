@@ -135,6 +135,11 @@ class Call(nn.Module):
         """The class of the model, for messages."""
         return type(self._called[0]).__name__
 
+    @property
+    def input_names(self) -> list[str]:
+        """A name for each tensor, as in `Signature.names`."""
+        return self._signature.names
+
     def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
         """The chosen output."""
         args, kwargs = self._signature.arguments(tensors)

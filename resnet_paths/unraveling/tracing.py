@@ -22,6 +22,7 @@ from torch.fx import Graph, Node
 from resnet_paths._utils.errors import UnravelError
 from resnet_paths.core.input_sizes import InputSizes
 from resnet_paths.core.segments import Segment
+from resnet_paths.core.signature import Call
 from resnet_paths.unraveling.batch_sizes import refuse_guards_of_the_batch
 from resnet_paths.unraveling.export import export, quiet
 from resnet_paths.unraveling.graphs import dependents, walk_back
@@ -269,6 +270,10 @@ def _flatten(model: nn.Module, program: torch.export.ExportedProgram, sizes: Inp
                 "If dimension 0 holds the parts of one example, such as the nodes of a graph, add one for the batch.",
             )
     refuse_guards_of_the_batch(name_of(model), program, [node.meta.get("val") for node in inputs])
+    if isinstance(model, Call):  # inputs bear the names that the caller gives them
+        for node, name in zip(inputs, model.input_names, strict=True):
+            if name.isidentifier():
+                node._rename(name)
     apply_rewrites(graph)
     # Read again: what the model returns may just have been replaced.
     return Trace(graph, inputs, output_node.args[0][0], tensors, sizes=sizes)

@@ -58,6 +58,10 @@ def without(model, index, batch):
         handle.remove()
 
 
+def test_context_bears_the_name_of_its_argument(setting):
+    assert "mask" in setting[1].context_names
+
+
 def test_a_study_of_batches_of_several_lengths(setting):
     model, chain, batches = setting
     loader = [{**batch, "labels": TARGETS} for batch in batches]

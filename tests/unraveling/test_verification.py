@@ -311,6 +311,15 @@ def test_wrappers_name_what_to_pass():
             rp.unravel(compiled, x())
 
 
+def test_distributed_data_parallel_names_its_module(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/init", rank=0, world_size=1)
+    try:
+        with pytest.raises(rp.UnravelError, match=r"DistributedDataParallel.*Pass model\.module"):
+            rp.unravel(nn.parallel.DistributedDataParallel(net(residual)), x())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_quantized_modules_name_what_to_pass():
     model = torch.ao.quantization.quantize_dynamic(net(residual).float(), {nn.Linear}, dtype=torch.qint8)
     with pytest.raises(rp.UnravelError, match=r"Linear 'l\.0', which is quantized.*before quantization"):
