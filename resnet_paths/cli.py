@@ -25,6 +25,7 @@ app = typer.Typer(
     help="Residual networks as ensembles of paths (Veit, Wilber and Belongie 2016).",
 )
 
+# Functions of `resnet_paths.lesions.plans`, with - for _.
 _PLANS = (
     "single-deletions",
     "random-deletions",

@@ -24,7 +24,7 @@ from torch import nn
 from resnet_paths._utils.errors import ResnetPathsError, nearest_names
 from resnet_paths.core.cache import ByBlock, Cache
 from resnet_paths.core.modes import depends_on_mode
-from resnet_paths.core.parts import BlockFields, Difference, Parallel, Placed, added, call_part, context_read_by
+from resnet_paths.core.parts import BlockFields, Difference, Fork, Parallel, Placed, added, call_part, context_read_by
 from resnet_paths.core.paths import Choice, InBranch, num_paths
 from resnet_paths.core.summary import chain_table, dimensions, indented
 from resnet_paths.core.units import length_polynomial
@@ -32,7 +32,7 @@ from resnet_paths.core.units import length_polynomial
 __all__ = ["Block", "ResidualChain"]
 
 
-class Block(nn.Module):
+class Block(Fork):
     """One residual block: ``y = post(skip(h) + branch(h))`` with ``h = pre(x)``.
 
     Args:
@@ -44,8 +44,8 @@ class Block(nn.Module):
             where it is when blocks are swapped, and is not repeated with the block.
         post: What follows the addition: nothing in a pre-activation network, ReLU in a post-activation ResNet.
         name: Name of the block's module in the model, such as ``"layer2.0"``.
-        skip_kind: ``"identity"``, ``"projection"`` or ``"concat"``; None without skip. Inferred from `skip` if
-            not given.
+        skip_kind: ``"identity"``, ``"concat"`` or, of any other skip, ``"projection"``; None without skip. Inferred
+            from `skip` if not given.
         stage: Number of the run of blocks with outputs of one shape, counted from 0.
         in_shape: Shape of an input without its batch dimension; None if not known.
         out_shape: Shape of an output, likewise.

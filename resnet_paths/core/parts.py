@@ -16,6 +16,7 @@ __all__ = [
     "BlockFields",
     "Constant",
     "Difference",
+    "Fork",
     "Parallel",
     "Placed",
     "Scaled",
@@ -100,6 +101,18 @@ def added(one: State, other: State) -> torch.Tensor:
             "Concatenate them, or let the stem return what no block changes as context.",
         )
     return one + other
+
+
+class Fork(nn.Module):
+    """A module that computes ``post(skip(h) + branch(h))`` with ``h = pre(x)``: a `resnet_paths.core.chain.Block`.
+
+    Files that blocks are built on know them by this class.
+    """
+
+    pre: nn.Module
+    skip: nn.Module | None
+    branch: nn.Module | None
+    post: nn.Module
 
 
 class Scaled(nn.Module):

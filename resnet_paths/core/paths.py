@@ -16,7 +16,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
-from typing import Generic, Protocol, SupportsIndex, TypeAlias, TypeVar
+from typing import Generic, Protocol, SupportsIndex, TypeAlias, TypeVar, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -55,12 +55,21 @@ Choices: TypeAlias = Sequence[Sequence[Choice]]
 """What each block of a chain offers."""
 
 
+@runtime_checkable
 class HasPathChoices(Protocol):
     """Anything made of blocks, such as a `ResidualChain`."""
 
     @property
     def path_choices(self) -> Choices:
         """The entries that each block offers to a path."""
+
+
+@runtime_checkable
+class HasLengths(HasPathChoices, Protocol):
+    """Blocks whose lengths can be counted in several units, such as those of a `ResidualChain`."""
+
+    def length_polynomial(self, unit: str) -> list[int]:
+        """Number of paths by length."""
 
 
 class InBranch(tuple[T, ...], Generic[T]):
@@ -126,7 +135,7 @@ def choices_of(chain: HasPathChoices | int) -> Choices:
         if chain.__index__() < 0 or isinstance(chain, bool):
             raise ResnetPathsError("chain", chain, "a chain, or a number of blocks of at least 0")
         return ((False, True),) * chain.__index__()
-    if not hasattr(chain, "path_choices"):
+    if not isinstance(chain, HasPathChoices):
         raise ResnetPathsError(
             "chain",
             type(chain).__name__,
@@ -232,7 +241,7 @@ def path_histogram(chain: HasPathChoices | int, unit: str = "block") -> pd.DataF
         >>> int(frame.num_paths.sum()) == 2**54
         True
     """
-    if hasattr(chain, "length_polynomial"):
+    if isinstance(chain, HasLengths):
         counts = chain.length_polynomial(unit)
     else:
         counts = path_polynomial(chain)

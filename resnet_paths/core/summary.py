@@ -10,9 +10,9 @@ import pandas as pd
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from resnet_paths.core.parts import Difference
+from resnet_paths.core.parts import Difference, Parallel
 from resnet_paths.core.paths import Choice
-from resnet_paths.core.weight_layers import are_side_by_side, weight_layers
+from resnet_paths.core.weight_layers import weight_layers
 
 __all__ = ["chain_table", "contents", "dimensions", "indented"]
 
@@ -111,7 +111,7 @@ def _words(module: nn.Module) -> Iterable[str]:
         yield from filter(None, (_word(module, node) for node in module.graph.nodes))
     elif isinstance(module, Difference):
         yield from _words(module.run)
-    elif are_side_by_side(module):
+    elif isinstance(module, Parallel):
         yield " | ".join(contents(branch) for branch in module)
     elif not list(module.children()):
         if isinstance(module, nn.modules.conv._ConvNd):

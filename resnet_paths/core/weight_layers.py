@@ -1,16 +1,17 @@
-"""Weight layers: which operations are weight layers, and their number on the longest route through a module."""
+"""Which operations are weight layers, and their number on the longest route through a module.
+
+Pooling in windows makes a branch as well, although it is no weight layer.
+"""
 
 from __future__ import annotations
-
-from typing import TypeGuard
 
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from resnet_paths.core.parts import Difference
+from resnet_paths.core.parts import Difference, Fork, Parallel
 
-__all__ = ["CONVOLUTIONS", "are_side_by_side", "is_weighted", "makes_branch", "weight_layers"]
+__all__ = ["CONVOLUTIONS", "is_weighted", "makes_branch", "weight_layers"]
 
 _ATEN = torch.ops.aten
 CONVOLUTIONS = {
@@ -132,19 +133,12 @@ def weight_layers(module: nn.Module | None) -> int:
     if isinstance(module, Difference):
         return weight_layers(module.run)
     inner = list(map(weight_layers, module.children()))
-    if are_side_by_side(module):
+    if isinstance(module, Parallel):
         return max(inner, default=0)
-    if hasattr(module, "skip_kind"):  # a block of a chain: its skip and its branch are side by side
-        before, skip, branch, after = (
-            weight_layers(getattr(module, name)) for name in ("pre", "skip", "branch", "post")
-        )
-        return before + max(skip, branch) + after
+    if isinstance(module, Fork):  # its skip and its branch are side by side
+        longest = max(weight_layers(module.skip), weight_layers(module.branch))
+        return weight_layers(module.pre) + longest + weight_layers(module.post)
     return int(isinstance(module, _MODULES)) + sum(inner)
-
-
-def are_side_by_side(module: nn.Module) -> TypeGuard[nn.ModuleList]:
-    """Whether a module's children are branches that read one input: a `resnet_paths.core.chain.Parallel`."""
-    return isinstance(module, nn.ModuleList) and hasattr(module, "onto_skip")
 
 
 def _longest_route(module: GraphModule) -> int:

@@ -6,6 +6,8 @@ are all that a study keeps, and all that its intervals are taken from.
 
 Outputs are logits [batch, class], [batch, position, class] or [batch, class, height, width] for the measures of
 classification. The large ones are read slice by slice, so that no copy of all logits is made, in float32 at least.
+
+A new measure is an entry of ``_BUILT_IN`` at the end of this file, with a function of rows [item, class] and labels.
 """
 
 from __future__ import annotations

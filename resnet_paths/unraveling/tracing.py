@@ -270,13 +270,18 @@ def _flatten(model: nn.Module, program: torch.export.ExportedProgram, sizes: Inp
                 "If dimension 0 holds the parts of one example, such as the nodes of a graph, add one for the batch.",
             )
     refuse_guards_of_the_batch(name_of(model), program, [node.meta.get("val") for node in inputs])
-    if isinstance(model, Call):  # inputs bear the names that the caller gives them
-        for node, name in zip(inputs, model.input_names, strict=True):
-            if name.isidentifier():
-                node._rename(name)
+    _name_inputs(model, inputs)
     apply_rewrites(graph)
     # Read again: what the model returns may just have been replaced.
     return Trace(graph, inputs, output_node.args[0][0], tensors, sizes=sizes)
+
+
+def _name_inputs(model: nn.Module, inputs: Sequence[Node]) -> None:
+    """Give inputs that are passed by keyword the names of their keywords, which context bears as well."""
+    if isinstance(model, Call):
+        for node, name in zip(inputs, model.input_names, strict=True):
+            if name.isidentifier():
+                node._rename(name)
 
 
 def _tensor_of(model: nn.Module, program: torch.export.ExportedProgram, name: str) -> torch.Tensor:

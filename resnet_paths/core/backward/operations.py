@@ -3,6 +3,9 @@
 - A convolution or a linear map becomes its transpose, with the stack folded into the batch: one call for all.
 - Pointwise operations and BatchNorm in eval mode are multiplications.
 - Every other operation (attention, pooling, LayerNorm) uses torch's own VJP, vmapped over the stack.
+
+So every operator works without an entry in a table. An entry of ``_TRANSPOSES`` makes a linear operator faster, with
+one of ``_OPERAND`` where the first argument is not the operand.
 """
 
 from __future__ import annotations
