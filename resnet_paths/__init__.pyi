@@ -84,6 +84,9 @@ from .lesions import (
 from .lesions import (
     predicted_effects as predicted_effects,
 )
+from .lesions.greedy import (
+    greedy_deletions as greedy_deletions,
+)
 from .lesions.lesion import (
     Lesion as Lesion,
 )
