@@ -77,7 +77,7 @@ def test_labels_are_held_against_every_head():
     for lesions in ([lambda c: smaller], [lambda c: c, lambda c: rp.delete_block(smaller, 0)]):
         with pytest.raises(rp.ResnetPathsError, match=r"labels: got \[0, 2\]; allowed: class indices from 0 to 1"):
             study(chain, [(X, Y)], lesions)
-    with pytest.raises(rp.ResnetPathsError, match=r"chain: got 'a chain that returns a tuple'; allowed: logits"):
+    with pytest.raises(rp.ResnetPathsError, match=r"chain: got 'a chain that returns a tuple'; allowed: one tensor"):
         study(chain, [(X, Y)], [lambda c: c.with_head(Pairs())])
     with pytest.raises(rp.ResnetPathsError, match=r"loader: got 'labels \[30\] for logits \[30, 1, 3\]'"):
         study(chain, [(X, Y)], [lambda c: c.with_head(nn.Unflatten(1, (1, 3)))])
