@@ -446,8 +446,8 @@ class ResidualChain(nn.Module):
 
 def _rounds_otherwise(block: Block) -> bool:
     """Whether skip and branch, added, differ by rounding from what a block adds up."""
-    one_by_one = isinstance(block.branch, Parallel) and block.branch.onto_skip and block.skip is not None
-    return one_by_one or block.run is not None
+    adds_onto_skip = isinstance(block.branch, Parallel) and block.branch.onto_skip and block.skip is not None
+    return adds_onto_skip or block.run is not None
 
 
 def require_chain(argument: str, value: object) -> None:

@@ -138,7 +138,8 @@ def batches_of(inputs: InputsOrLoader, targets: object = None) -> Iterator[tuple
         targets: What belongs to a single batch, of any kind; None with a loader.
 
     Yields:
-        Inputs, a tensor, tuple or dictionary, and targets of each batch; None where there are none.
+        Inputs, a tensor, tuple or dictionary, and targets of each batch; the targets are None where a batch has no
+        targets.
 
     Raises:
         ResnetPathsError: If there is no batch, or one is no such inputs.

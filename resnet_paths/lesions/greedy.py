@@ -1,4 +1,4 @@
-"""Deletion of blocks one after another, each time of the one that matters least in what is left."""
+"""Greedy deletion of blocks, each step measured by a lesion study."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def greedy_deletions(
     device: str | torch.device = "auto",
     progress: bool = True,
 ) -> list[Lesion]:
-    """Deletion along the ranking that is found by deleting in each step the block without which the measure is best.
+    """Greedy deletion: each step deletes the block without which the measure is best.
 
     Each step is one `resnet_paths.lesion_study` over the blocks that are left, whose common blocks are computed once.
 

@@ -40,7 +40,7 @@ class Outcome:
 
     Attributes:
         outputs: What the network returned, [batch, ...].
-        labels: Labels [batch, ...], or None where there are none.
+        labels: Labels [batch, ...]; None for a batch without labels.
         intact: What the intact network returned; None where no measure reads it.
         counts: Which items count, bool [batch, ...]; None where all do.
     """
@@ -181,7 +181,7 @@ def validate_logits(logits: Any, labels: torch.Tensor | None) -> int:
 
     Args:
         logits: What a chain returned: [batch, class], [batch, position, class] or [batch, class, ...].
-        labels: Class indices [batch] or [batch, ...], -100 where an item does not count; None if there are none.
+        labels: Class indices [batch] or [batch, ...], -100 where an item does not count; or None.
 
     Returns:
         The dimension of the classes: where the shapes of the labels allow two, the last of three, else the second.

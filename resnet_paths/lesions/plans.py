@@ -50,7 +50,7 @@ def single_deletions(chain: ResidualChain) -> list[Lesion]:
         One lesion per block, first to last; blocks without skip that change the shape cannot be deleted and are left
         out.
     """
-    return [_deletion(chain, (index,)) for index in _deletable(chain)]
+    return [_deletion(chain, (index,)) for index in deletable(chain)]
 
 
 def pair_deletions(chain: ResidualChain, blocks: Sequence[int | str] | None = None) -> list[Lesion]:
@@ -69,7 +69,7 @@ def pair_deletions(chain: ResidualChain, blocks: Sequence[int | str] | None = No
     Raises:
         ResnetPathsError: If a block does not exist or cannot be deleted.
     """
-    possible = _deletable(chain)
+    possible = deletable(chain)
     chosen = possible if blocks is None else sorted({chain.block_index(block) for block in blocks})
     for index in chosen:
         if index not in possible:
@@ -94,7 +94,7 @@ def random_deletions(
     Raises:
         ResnetPathsError: If more blocks are to be deleted than can be, or `repeats` is negative.
     """
-    sets = _random_sets(_deletable(chain), counts, repeats, generator, "blocks that can be deleted")
+    sets = _random_sets(deletable(chain), counts, repeats, generator, "blocks that can be deleted")
     return [replace(_deletion(chain, blocks), seed=generator.initial_seed()) for blocks in sets]
 
 
@@ -339,7 +339,8 @@ def _name(chain: ResidualChain, index: int) -> str:
     return chain[index].name or str(index)
 
 
-def _deletable(chain: ResidualChain) -> list[int]:
+def deletable(chain: ResidualChain) -> list[int]:
+    """Positions of the blocks that can be deleted: those with a skip, or whose input has the shape of their output."""
     require_chain("chain", chain)
     return [
         index

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.core.chain import Block, ResidualChain, require_chain
 from resnet_paths.lesions.lesion import Lesion
+from resnet_paths.lesions.plans import deletable
 
 __all__ = ["neighbour_swaps", "range_deletions", "range_repeats", "range_swaps", "ranked_deletions"]
 
@@ -29,12 +30,12 @@ def range_deletions(chain: ResidualChain, lengths: Iterable[int] | None = None) 
     Raises:
         ResnetPathsError: If a length is not a number from 1 to the number of blocks.
     """
-    require_chain("chain", chain)
+    possible = set(deletable(chain))
     return [
         Lesion("delete", places, name=f"delete {_named(chain, places)}")
         for length in _checked(chain, lengths)
         for places in _ranges(chain, length)
-        if all(b.skip is not None or (b.keeps_shape and b.in_shape is not None) for b in _blocks(chain, places))
+        if possible.issuperset(places)
     ]
 
 

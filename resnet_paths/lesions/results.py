@@ -51,7 +51,7 @@ class Evaluation:
 
     Args:
         measures: What is measured; statistics that several measures read are taken once.
-        labels: Of the batch; None if there are none.
+        labels: Labels of the batch; None for a batch without labels.
         counts: As in `Outcome`.
         num_rows: How many lesions.
     """

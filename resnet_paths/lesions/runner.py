@@ -63,7 +63,7 @@ class Runner:
 
         Args:
             inputs: A tensor [batch, ...], a tuple of positional arguments or a mapping of keyword arguments.
-            labels: Labels [batch, ...]; None if there are none.
+            labels: Labels [batch, ...]; None for a batch without labels.
             wanted: Indices of chains.
 
         Returns:
@@ -274,8 +274,8 @@ def counts_of_items(inputs: Inputs, labels: torch.Tensor | None, shift_labels: b
 
     Args:
         inputs: Of the batch.
-        labels: Shifted already, if they are to be; None if there are none.
-        shift_labels: Whether a position counts only if the next token is none of padding either.
+        labels: Labels, already shifted if `shift_labels`; None for a batch without labels.
+        shift_labels: Whether a position counts only if the next token is not padding either.
 
     Returns:
         Bool [batch, ...]; None where all count.

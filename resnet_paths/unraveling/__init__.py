@@ -146,7 +146,7 @@ def _read(
             chain = assemble(traced, parts, sizes, None if is_plain else signature, context)
             claim = Claim(chain, model, signature, tensors, output, expected, traced, parts)
             if has_values([expected, *tensors]):
-                check_output(claim)
+                claim = replace(claim, returned=check_output(claim))
                 _check_other_sizes(claim, sizes)
         except Exception:
             if not free_sizes:

@@ -35,7 +35,7 @@ def verify(claim: Claim, *, costly: bool) -> None:
     if not has_values([claim.expected, *claim.tensors]):
         check_structure(claim)
         return
-    returned = check_output(claim)
+    returned = check_output(claim) if claim.returned is None else claim.returned
     check_structure(claim)
     if costly:
         with differentiable(leaves_of(claim)):

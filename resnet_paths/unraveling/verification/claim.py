@@ -30,6 +30,7 @@ class Claim:
         expected: That output on the example.
         traced: The graph that the chain was cut from; None for a chain of named blocks.
         parts: Its blocks on the graph; empty for a chain of named blocks.
+        returned: The chain's output on the example, where it has been checked already.
     """
 
     chain: ResidualChain
@@ -40,6 +41,7 @@ class Claim:
     expected: torch.Tensor
     traced: Trace | None = None
     parts: Sequence[Part] = ()
+    returned: torch.Tensor | None = None
 
     @property
     def batch(self) -> int:
