@@ -27,7 +27,6 @@ from resnet_paths.figures.blocks import (
     plot_block_norms,
     plot_gradient_by_depth,
     plot_scalar_gradients,
-    plot_scalings,
 )
 from resnet_paths.figures.chains import plot_chain
 from resnet_paths.figures.costs import plot_cost_by_depth, plot_training_memory
@@ -46,6 +45,7 @@ from resnet_paths.figures.lesions import (
     plot_pair_interactions,
     plot_predicted_effects,
     plot_reorderings,
+    plot_scalings,
     plot_single_deletions,
 )
 from resnet_paths.figures.predictions import plot_prediction_by_path_length

@@ -1,4 +1,4 @@
-"""Figures along the blocks of a network: norms, effect of scaling, and gradient of each block."""
+"""Figures along the blocks of a network: norms and gradient of each block."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from resnet_paths._utils.errors import ResnetPathsError
-from resnet_paths.figures.layout import INK, MARKERS, MUTED, checked, groups_of, legend_above, mark_stages
+from resnet_paths.figures.layout import MARKERS, MUTED, checked, groups_of, legend_above, mark_stages
 
 __all__ = [
     "plot_block_directions",
     "plot_block_norms",
     "plot_gradient_by_depth",
     "plot_scalar_gradients",
-    "plot_scalings",
 ]
 
 _NORMS = {"skip_norm": "x, along the skip", "branch_norm": "F(x)", "sum_norm": "F(x) + x"}
@@ -60,46 +59,6 @@ def plot_block_directions(frame: pd.DataFrame, ax: Axes | None = None, highlight
     """
     ax = _plot_along_blocks(frame, _DIRECTIONS, ax, highlight, "cosine, share", log=False)
     ax.axhline(0, color=MUTED, linewidth=0.7, zorder=0)
-    return ax
-
-
-def plot_scalings(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Test error against the factor on a branch: one line per block, with its 95 % interval.
-
-    Args:
-        frame: From `resnet_paths.lesion_study` of `resnet_paths.scalings`, with columns ``block`` (name) and ``factor``
-            beside ``error_rate``, ``error_rate_low``, ``error_rate_high`` and ``intact_error_rate`` in [0, 1].
-        ax: The axes to draw into; the current axes if None.
-
-    Returns:
-        The axes.
-
-    Raises:
-        ResnetPathsError: If columns are missing, a factor occurs twice for one block, or a rate is not in [0, 1].
-    """
-    bounds = ["error_rate_low", "error_rate_high", "intact_error_rate"]
-    frame = checked("frame", frame, "error_rate", ["block", "factor"], bounds, rate=True)
-    ax = plt.gca() if ax is None else ax
-    for intact in frame["intact_error_rate"].unique():
-        ax.axhline(100 * intact, color=INK, linestyle="--", linewidth=0.7, zorder=1, label="intact")
-    for (block, rows), marker in zip(groups_of(frame, ["block"], "factor"), cycle(MARKERS), strict=False):
-        percent = 100 * rows["error_rate"]
-        error = (percent - 100 * rows["error_rate_low"], 100 * rows["error_rate_high"] - percent)
-        ax.errorbar(
-            rows["factor"],
-            percent,
-            yerr=error,
-            marker=marker,
-            markersize=2.5,
-            linewidth=0.8,
-            elinewidth=0.5,
-            label=str(block),
-        )
-    ax.set(xlabel="factor on the branch", ylabel="test error (%)")
-    ax.set_ylim(bottom=0)
-    ax.set_xlim(left=min(0, ax.get_xlim()[0]))
-    handles, labels = ax.get_legend_handles_labels()
-    legend_above(ax, list(dict(zip(labels, handles, strict=True)).values()))
     return ax
 
 

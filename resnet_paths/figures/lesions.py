@@ -32,6 +32,7 @@ __all__ = [
     "plot_pair_interactions",
     "plot_predicted_effects",
     "plot_reorderings",
+    "plot_scalings",
     "plot_single_deletions",
 ]
 
@@ -272,6 +273,46 @@ def plot_predicted_effects(
         for x, height, index in zip(both[score], y, both["block_index"], strict=True):
             ax.annotate(str(index), (x, height), (3, 2), textcoords="offset points", fontsize="small", color=INK)
     ax.set(xlabel=_SCORES[score], ylabel=_EFFECTS[effect])
+    return ax
+
+
+def plot_scalings(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Test error against the factor on a branch: one line per block, with its 95 % interval.
+
+    Args:
+        frame: From `resnet_paths.lesion_study` of `resnet_paths.scalings`, with columns ``block`` (name) and ``factor``
+            beside ``error_rate``, ``error_rate_low``, ``error_rate_high`` and ``intact_error_rate`` in [0, 1].
+        ax: The axes to draw into; the current axes if None.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ResnetPathsError: If columns are missing, a factor occurs twice for one block, or a rate is not in [0, 1].
+    """
+    bounds = ["error_rate_low", "error_rate_high", "intact_error_rate"]
+    frame = checked("frame", frame, "error_rate", ["block", "factor"], bounds, rate=True)
+    ax = plt.gca() if ax is None else ax
+    for intact in frame["intact_error_rate"].unique():
+        ax.axhline(100 * intact, color=INK, linestyle="--", linewidth=0.7, zorder=1, label="intact")
+    for (block, rows), marker in zip(groups_of(frame, ["block"], "factor"), cycle(MARKERS), strict=False):
+        percent = 100 * rows["error_rate"]
+        error = (percent - 100 * rows["error_rate_low"], 100 * rows["error_rate_high"] - percent)
+        ax.errorbar(
+            rows["factor"],
+            percent,
+            yerr=error,
+            marker=marker,
+            markersize=2.5,
+            linewidth=0.8,
+            elinewidth=0.5,
+            label=str(block),
+        )
+    ax.set(xlabel="factor on the branch", ylabel="test error (%)")
+    ax.set_ylim(bottom=0)
+    ax.set_xlim(left=min(0, ax.get_xlim()[0]))
+    handles, labels = ax.get_legend_handles_labels()
+    legend_above(ax, list(dict(zip(labels, handles, strict=True)).values()))
     return ax
 
 

@@ -17,9 +17,9 @@ from torch import nn
 
 from resnet_paths._utils.devices import wide
 from resnet_paths._utils.errors import ResnetPathsError
-from resnet_paths.core.backward.adjoints import linearize, linearize_all
 from resnet_paths.core.backward.cotangents import Cotangents, Stack, aligned
 from resnet_paths.core.backward.forward import STACKS_AT_ONCE, ForwardPass, prepared, split_to_fit
+from resnet_paths.core.backward.linearize import linearize, linearize_all
 from resnet_paths.core.backward.recursion import (
     Rules,
     head_cotangents,

@@ -16,8 +16,8 @@ import torch
 
 from resnet_paths._utils.errors import ResnetPathsError, nearest_names
 from resnet_paths._utils.statistics import mean_over_examples
-from resnet_paths.core.backward.adjoints import linearize
 from resnet_paths.core.backward.forward import prepared, split_to_fit
+from resnet_paths.core.backward.linearize import linearize
 from resnet_paths.core.backward.recursion import Linearizer
 from resnet_paths.core.chain import ResidualChain, require_chain, require_eval_mode
 from resnet_paths.core.inputs import InputsOrLoader, batches_with_bar

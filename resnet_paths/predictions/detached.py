@@ -26,7 +26,7 @@ from torch import nn
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from resnet_paths.core.backward.adjoints import Context, Pullback, linearize
+from resnet_paths.core.backward.linearize import Context, Pullback, linearize
 from resnet_paths.core.backward.operations import Step, linearize_operation
 from resnet_paths.core.input_sizes import CheckedInputs
 from resnet_paths.core.parts import context_read_by

@@ -17,9 +17,9 @@ import torch
 
 from resnet_paths._utils.devices import wide
 from resnet_paths._utils.errors import ResnetPathsError
-from resnet_paths.core.backward.adjoints import Context, Pullback, finite, inner_products, with_constant
 from resnet_paths.core.backward.cotangents import Cotangents, Stack
 from resnet_paths.core.backward.forward import ForwardPass
+from resnet_paths.core.backward.linearize import Context, Pullback, finite, inner_products, with_constant
 from resnet_paths.core.backward.recursion import Linearizer, Rules, pull_back
 from resnet_paths.core.chain import ResidualChain
 from resnet_paths.core.inputs import Inputs

@@ -12,25 +12,17 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.container import ErrorbarContainer
 
 import resnet_paths as rp
 from resnet_paths import figures
 from resnet_paths.gradients import scalar_gradients
-from tests.figures.test_figures import legend_texts, texts
+from tests.figures.frames import error_bars, legend_texts, texts
 
 
 @pytest.fixture(autouse=True)
 def _style():
     with figures.paper_style("single"):
         yield
-
-
-def drawn(ax, label):
-    """The line with its error bars, [point, (x, y)] and [point, (low, high)]."""
-    (found,) = [c for c in ax.containers if isinstance(c, ErrorbarContainer) and c.get_label() == label]
-    segments = found.lines[2][0].get_segments() if found.lines[2] else []
-    return np.asarray(found.lines[0].get_xydata()), np.array([segment[:, 1] for segment in segments if len(segment)])
 
 
 def norms(**columns):
@@ -43,7 +35,7 @@ def norms(**columns):
 
 def test_norms_are_drawn_as_they_are():
     ax = figures.plot_block_norms(norms(), highlight=2)
-    points, bars = drawn(ax, "F(x)")
+    points, bars = error_bars(ax, "F(x)")
     np.testing.assert_allclose(points, [[0, 2.0], [1, 2.1], [2, 2.2], [3, 2.3]])
     np.testing.assert_allclose(bars[1], [2.08, 2.12])
     assert legend_texts(ax) == ["x, along the skip", "F(x)", "F(x) + x"]
@@ -55,37 +47,16 @@ def test_norms_are_drawn_as_they_are():
 
 def test_a_plain_net_has_sums_alone():
     ax = figures.plot_block_norms(norms(skip_norm=math.nan, skip_norm_se=math.nan, stage=0))
-    assert np.isnan(drawn(ax, "x, along the skip")[0][:, 1]).all()
-    assert drawn(ax, "F(x) + x")[0][0, 1] == 3
+    assert np.isnan(error_bars(ax, "x, along the skip")[0][:, 1]).all()
+    assert error_bars(ax, "F(x) + x")[0][0, 1] == 3
     assert "stage starts" not in texts(ax)
 
 
 def test_directions_are_drawn_as_they_are():
     ax = figures.plot_block_directions(norms(kept_signal_share=[0.3, 0.1, -0.2, math.nan]))
-    assert drawn(ax, "cosine of x and F(x)")[0][1].tolist() == [1, 4.1]
-    assert drawn(ax, "share of the signal kept by the skips")[0][2].tolist() == [2, -0.2]
+    assert error_bars(ax, "cosine of x and F(x)")[0][1].tolist() == [1, 4.1]
+    assert error_bars(ax, "share of the signal kept by the skips")[0][2].tolist() == [2, -0.2]
     assert ax.get_yscale() == "linear"
-
-
-def test_scalings_are_drawn_in_percent_with_intervals():
-    frame = pd.DataFrame({
-        "block": ["a", "a", "b"],
-        "factor": [2.0, 0.5, 1.0],
-        "error_rate": [0.2, 0.1, 0.3],
-        "error_rate_low": [0.15, 0.08, 0.2],
-        "error_rate_high": [0.3, 0.12, 0.4],
-        "intact_error_rate": 0.05,
-    })
-    ax = figures.plot_scalings(frame)
-    points, bars = drawn(ax, "a")
-    np.testing.assert_allclose(points, [[0.5, 10], [2, 20]])
-    np.testing.assert_allclose(bars, [[8, 12], [15, 30]])
-    assert sorted(legend_texts(ax)) == ["a", "b", "intact"]
-    assert [line.get_ydata()[0] for line in ax.lines if line.get_label() == "intact"] == [5]
-    with pytest.raises(rp.ResnetPathsError, match="a rate in"):
-        figures.plot_scalings(frame.assign(error_rate=20))
-    with pytest.raises(rp.ResnetPathsError, match="Missing: factor"):
-        figures.plot_scalings(frame.drop(columns="factor"))
 
 
 def test_gradients_by_depth_are_drawn_as_they_are():
@@ -93,7 +64,7 @@ def test_gradients_by_depth_are_drawn_as_they_are():
     ax = figures.plot_gradient_by_depth(
         pd.concat([one.assign(network="a"), (2 * one).assign(network="b", depth=one.depth)])
     )
-    points, bars = drawn(ax, "b")
+    points, bars = error_bars(ax, "b")
     assert points.tolist() == [[0, 2], [1, 20], [2, 200]]
     np.testing.assert_allclose(bars[2], [180, 220])
     assert legend_texts(ax) == ["a", "b"]

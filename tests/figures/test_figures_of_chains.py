@@ -20,7 +20,7 @@ import resnet_paths as rp
 from resnet_paths.core.chain import Block, ResidualChain
 from resnet_paths.core.parts import Parallel, Placed
 from resnet_paths.figures import paper_style, plot_chain, plot_unraveled_graph
-from tests.figures.test_figures import boxes, legend_texts, routes, texts
+from tests.figures.frames import boxes, legend_texts, routes, texts
 
 
 @pytest.fixture(autouse=True)

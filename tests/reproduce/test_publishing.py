@@ -6,8 +6,9 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from resnet_paths import cli, zoo
+from resnet_paths import zoo
 from resnet_paths._utils.errors import ResnetPathsError
+from resnet_paths.reproduce import cli
 from resnet_paths.reproduce.training import TrainingSettings, evaluate, publishing, train
 from resnet_paths.reproduce.training.publishing import publish, published_errors
 from resnet_paths.zoo import list_networks, load_network, networks_table, training_logs

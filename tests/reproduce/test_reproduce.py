@@ -8,7 +8,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from typer.testing import CliRunner
 
 import resnet_paths as rp
-from resnet_paths import cli
+from resnet_paths.reproduce import cli
 from resnet_paths.reproduce.claims import claims_of
 from resnet_paths.reproduce.runner import reproduce, run_notebook
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from resnet_paths.core.backward.adjoints import Pullback, unchanged
+from resnet_paths.core.backward.linearize import Pullback, unchanged
 
 __all__ = ["Cotangents", "Stack", "aligned", "combined", "joined", "placed", "with_more"]
 

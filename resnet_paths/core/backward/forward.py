@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 
 from resnet_paths._utils.errors import ResnetPathsError
-from resnet_paths.core.backward.adjoints import Context
+from resnet_paths.core.backward.linearize import Context
 from resnet_paths.core.chain import ResidualChain
 from resnet_paths.core.inputs import Inputs, each_tensor, num_examples, split
 from resnet_paths.core.parts import call_part

@@ -25,9 +25,9 @@ import torch
 from torch import nn
 
 from resnet_paths._utils.errors import ResnetPathsError
-from resnet_paths.core.backward.adjoints import Context, Pullback, linearize, unchanged
 from resnet_paths.core.backward.cotangents import Cotangents, Stack, combined, joined, placed, with_more
 from resnet_paths.core.backward.forward import states_from
+from resnet_paths.core.backward.linearize import Context, Pullback, linearize, unchanged
 from resnet_paths.core.chain import Block, ResidualChain
 from resnet_paths.core.parts import call_part, context_read_by
 from resnet_paths.core.paths import Path, branch_number

@@ -10,9 +10,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from resnet_paths import cli, lesions, unraveling
+from resnet_paths import lesions, unraveling
 from resnet_paths._utils.errors import ResnetPathsError
-from resnet_paths.reproduce import training
+from resnet_paths.reproduce import cli, training
 from resnet_paths.zoo import NETWORKS, list_networks, load_network, networks_table
 
 COMMANDS = [command.name or command.callback.__name__ for command in cli.app.registered_commands]
@@ -20,7 +20,7 @@ COMMANDS = [command.name or command.callback.__name__ for command in cli.app.reg
 
 def run(*arguments):
     """The exit status, standard output and standard error of `resnet-paths` in a process of its own."""
-    command = [sys.executable, "-m", "resnet_paths.cli", *arguments]
+    command = [sys.executable, "-m", "resnet_paths.reproduce.cli", *arguments]
     environment = {**os.environ, "COLUMNS": "120"}
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
     return finished.returncode, finished.stdout, finished.stderr
@@ -62,7 +62,7 @@ def test_help_of_train_names_every_option():
 
 
 def test_importing_the_command_line_imports_nothing_heavy():
-    code = "import sys, resnet_paths.cli; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    code = "import sys, resnet_paths.reproduce.cli; print(*sorted({name.split('.')[0] for name in sys.modules}))"
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=100)
     imported = set(finished.stdout.split())
     assert "resnet_paths" in imported
