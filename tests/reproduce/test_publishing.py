@@ -58,27 +58,36 @@ def test_names_of_published_files(finished, images, tmp_path):
 
 
 def test_parameters_are_stored_in_float16_and_loaded_in_float32(shipped, finished, images):
+    halved = []
     for seed, snapshot in ((0, None), (0, 0), (0, 1), (3, None)):
-        stored = load_file(weights_in(shipped, NAME)[seed, snapshot])
         trained = load_network(NAME, finished, seed=seed, snapshot=snapshot)
         parameters = dict(trained.named_parameters())
-        for key, value in trained.state_dict().items():
-            assert stored[key].dtype == (torch.float16 if key in parameters else value.dtype)
-            assert torch.equal(stored[key], value.to(stored[key].dtype))
         model = load_network(NAME, seed=seed, snapshot=snapshot)
         assert not model.training
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
         metadata = read_metadata(weights_in(shipped, NAME)[seed, snapshot])
         before = read_metadata(weights_in(finished, NAME)[seed, snapshot])
-        assert metadata["stored_as"] == "float16"
         assert metadata["trained_test_error_rate"] == before["test_error_rate"]
         assert evaluate(model, images) == (metadata["test_loss"], metadata["test_error_rate"])
         changed = {"stored_as", "trained_test_error_rate", "test_error_rate", "test_loss"}
         assert {k: v for k, v in metadata.items() if k not in changed} == {
             k: v for k, v in before.items() if k not in changed
         }
-    size = weights_in(shipped, NAME)[0, None].stat().st_size
-    assert size < 0.55 * weights_in(finished, NAME)[0, None].stat().st_size
+        # After two epochs logits are nearly equal, and on some processors rounding changes an answer: then the rule
+        # keeps float32.
+        rounded = load_network(NAME, finished, seed=seed, snapshot=snapshot).half().float()
+        rounded.load_state_dict({k: v for k, v in trained.state_dict().items() if k not in parameters}, strict=False)
+        if evaluate(rounded, images)[1] != before["test_error_rate"]:
+            continue
+        halved.append((seed, snapshot))
+        assert metadata["stored_as"] == "float16"
+        stored = load_file(weights_in(shipped, NAME)[seed, snapshot])
+        for key, value in trained.state_dict().items():
+            assert stored[key].dtype == (torch.float16 if key in parameters else value.dtype)
+            assert torch.equal(stored[key], value.to(stored[key].dtype))
+        size = weights_in(shipped, NAME)[seed, snapshot].stat().st_size
+        assert size < 0.55 * weights_in(finished, NAME)[seed, snapshot].stat().st_size
+    assert halved
 
 
 @pytest.mark.parametrize("extra", [1e-4, 2e-4])
