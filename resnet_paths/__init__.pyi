@@ -138,6 +138,7 @@ from .lesions.range_plans import (
 from .predictions import (
     prediction_by_path_length as prediction_by_path_length,
 )
+from .predictions.lens import lens as lens
 from .reproduce.datasets import load_dataset as load_dataset
 from .unraveling import unravel as unravel
 from .unraveling.edits import (

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from resnet_paths._utils.errors import ResnetPathsError, nearest_names
+from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths._utils.statistics import mean_over_examples
 from resnet_paths.core.backward.forward import prepared, split_to_fit
 from resnet_paths.core.backward.linearize import linearize
@@ -22,13 +22,12 @@ from resnet_paths.core.backward.recursion import Linearizer
 from resnet_paths.core.chain import ResidualChain, require_chain, require_eval_mode
 from resnet_paths.core.inputs import InputsOrLoader, batches_with_bar
 from resnet_paths.core.paths import lengths_up_to, path_polynomial
-from resnet_paths.predictions.detached import Detached
+from resnet_paths.predictions.detached import linearizer_of
 from resnet_paths.predictions.outputs import Output, output_function
 from resnet_paths.predictions.sources import Source, contributions, sources_of
 
 __all__ = ["prediction_by_path_length"]
 
-_LINEARIZATIONS = ("tangent", "detached")
 _NUM_RESAMPLES = 1000
 
 
@@ -98,17 +97,13 @@ def prediction_by_path_length(
     """
     require_chain("chain", chain)
     require_eval_mode("chain", chain)
-    if linearization not in _LINEARIZATIONS:
-        allowed = nearest_names(str(linearization), _LINEARIZATIONS, cutoff=0)
-        raise ResnetPathsError("linearization", linearization, f"one of {allowed}")
+    linearizer, tangents = linearizer_of(linearization)
     if by_source not in (True, False, "parts"):
         raise ResnetPathsError("by_source", by_source, "False, True or 'parts'")
     counts = path_polynomial(chain)
     num_lengths = len(counts)
     if max_length is not None:
         num_lengths = lengths_up_to([1] * len(counts), max_length)[-1] + 1
-    detached = Detached() if linearization == "detached" else None
-    linearizer: Linearizer = detached or linearize
     sources = sources_of(chain, by_source == "parts")
     outputs, values = _all_contributions(
         chain, inputs, targets, output, sources, num_lengths, linearizer, memory_budget, progress
@@ -132,7 +127,7 @@ def prediction_by_path_length(
     frame.attrs |= {
         "output": output if isinstance(output, str) else getattr(output, "__name__", "function"),
         "linearization": linearization,
-        "tangent_operations": sorted(detached.tangents) if detached is not None else [],
+        "tangent_operations": sorted(tangents),
         "num_examples": len(outputs),
         "mean_output": float(outputs.mean()),
         "residual": residual,

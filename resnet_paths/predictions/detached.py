@@ -26,13 +26,18 @@ from torch import nn
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from resnet_paths._utils.errors import ResnetPathsError, nearest_names
 from resnet_paths.core.backward.linearize import Context, Pullback, linearize
 from resnet_paths.core.backward.operations import Step, linearize_operation
+from resnet_paths.core.backward.recursion import Linearizer
 from resnet_paths.core.input_sizes import CheckedInputs
 from resnet_paths.core.parts import context_read_by
 from resnet_paths.core.segments import Segment
 
-__all__ = ["Detached"]
+__all__ = ["LINEARIZATIONS", "Detached", "linearizer_of"]
+
+LINEARIZATIONS = ("tangent", "detached")
+"""Names of linearizations."""
 
 aten = torch.ops.aten
 
@@ -61,6 +66,27 @@ _MIXING = {
 
 def _name(node: Node) -> str:
     return str(getattr(node.target, "overloadpacket", node.target)).rsplit(".", 1)[-1].rstrip("_")
+
+
+def linearizer_of(linearization: str) -> tuple[Linearizer, set[str]]:
+    """What linearizes parts, by its name.
+
+    Args:
+        linearization: One of `LINEARIZATIONS`.
+
+    Returns:
+        The linearizer; and the names of operations that keep their tangent for want of a rule, filled as it is used.
+
+    Raises:
+        ResnetPathsError: If the name is unknown.
+    """
+    if linearization not in LINEARIZATIONS:
+        allowed = nearest_names(str(linearization), LINEARIZATIONS, cutoff=0)
+        raise ResnetPathsError("linearization", linearization, f"one of {allowed}")
+    if linearization == "tangent":
+        return linearize, set()
+    detached = Detached()
+    return detached, detached.tangents
 
 
 class Detached:

@@ -247,7 +247,13 @@ def _vjp_of_each(
             return [None] * len(wanted)
         return list(
             torch.autograd.grad(
-                outputs, wanted, cotangents, retain_graph=True, allow_unused=True, is_grads_batched=batched
+                outputs,
+                wanted,
+                cotangents,
+                retain_graph=True,
+                create_graph=torch.is_grad_enabled(),  # for `resnet_paths.core.backward.tangents`
+                allow_unused=True,
+                is_grads_batched=batched,
             )
         )
 
