@@ -26,7 +26,7 @@ from resnet_paths.predictions.detached import linearizer_of
 from resnet_paths.predictions.outputs import Output, output_function
 from resnet_paths.predictions.sources import Source, contributions, sources_of
 
-__all__ = ["prediction_by_path_length"]
+__all__ = ["linearize", "prediction_by_path_length"]
 
 _NUM_RESAMPLES = 1000
 

@@ -27,8 +27,8 @@ from torch.nn import functional as F
 from resnet_paths._utils.devices import wide
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths._utils.statistics import mean_over_examples, rate_interval
-from resnet_paths.core.backward.linearize import Context, Pullback, unchanged
 from resnet_paths.core.backward.forward import ForwardPass, prepared, split_to_fit
+from resnet_paths.core.backward.linearize import Context, Pullback, unchanged
 from resnet_paths.core.backward.recursion import Linearizer
 from resnet_paths.core.backward.tangents import differentiable_pullbacks, pushed
 from resnet_paths.core.chain import Block, ResidualChain, require_chain, require_eval_mode
