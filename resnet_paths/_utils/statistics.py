@@ -38,6 +38,7 @@ __all__ = [
     "Estimate",
     "adjusted_p_values",
     "mean_over_examples",
+    "mean_over_items",
     "paired_rate_interval",
     "rate_interval",
     "studentised_interval",
@@ -67,11 +68,27 @@ def mean_over_examples(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         Mean and standard error [...]; the error of a single value is NaN.
     """
     known = np.isfinite(values)
-    num = known.sum(-1)
+    return mean_over_items(np.where(known, values, 0), known)
+
+
+def mean_over_items(sums: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean over the items of all examples, such as their tokens, and its standard error with examples as clusters.
+
+    The error is that of a ratio estimator, to first order. With one item per example it is that of the mean.
+
+    Args:
+        sums: Sum over the items of each example, [..., example].
+        sizes: Number of items of each example, likewise; examples of none are left out.
+
+    Returns:
+        Mean and standard error [...]; the error of a single example is NaN.
+    """
+    num = (sizes > 0).sum(-1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        mean = np.where(known, values, 0).sum(-1) / num
-        squares = np.where(known, values - mean[..., None], 0) ** 2
-        return mean, np.sqrt(squares.sum(-1) / (num - 1) / num)
+        total = sizes.sum(-1)
+        mean = sums.sum(-1) / total
+        influences = np.where(sizes > 0, sums - mean[..., None] * sizes, 0) / total[..., None]
+        return mean, np.sqrt((influences**2).sum(-1) * num / (num - 1))
 
 
 def rate_interval(counts: np.ndarray, sizes: np.ndarray) -> Estimate:

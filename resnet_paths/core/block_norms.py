@@ -6,6 +6,7 @@ The forward pass only. What the sizes predict about a deletion is in `resnet_pat
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
@@ -13,11 +14,12 @@ import torch
 
 from resnet_paths._utils.devices import wide
 from resnet_paths._utils.errors import ResnetPathsError
-from resnet_paths._utils.statistics import mean_over_examples
+from resnet_paths._utils.statistics import mean_over_items
 from resnet_paths.core.chain import ResidualChain, require_chain, require_eval_mode
 from resnet_paths.core.inputs import Inputs, InputsOrLoader, batches_of, each_tensor, num_examples
 from resnet_paths.core.parts import call_part
 from resnet_paths.core.placement import device_of
+from resnet_paths.core.positions import Tokens, counted_positions, validate_tokens, vectors_of
 from resnet_paths.core.signature import arguments_of
 
 __all__ = ["block_norms"]
@@ -26,10 +28,11 @@ _COLUMNS = ("input_norm", "skip_norm", "branch_norm", "sum_norm", "cosine", "kep
 
 
 @torch.no_grad()
-def block_norms(chain: ResidualChain, inputs: InputsOrLoader) -> pd.DataFrame:
+def block_norms(chain: ResidualChain, inputs: InputsOrLoader, *, tokens: Tokens = None) -> pd.DataFrame:
     """How large x, F(x) and F(x) + x are in every block, and which way F(x) points.
 
-    Norms are Euclidean, of an example's whole x; what is carried beside it, such as an attention mask, is left out.
+    Norms are Euclidean, of an example's whole x, or of the vector of each token; what is carried beside it, such as an
+    attention mask, is left out, and so is padding.
     The signal kept along the skip is what the path of skips alone, which takes no branch at all, brings to a block's
     output: with s that path's x and y the output, the share is <s, y> / <y, y>, 1 where the branches have added
     nothing.
@@ -37,28 +40,32 @@ def block_norms(chain: ResidualChain, inputs: InputsOrLoader) -> pd.DataFrame:
     Args:
         chain: The chain, in eval mode.
         inputs: A batch or a loader, as for `resnet_paths.gradient_by_path_length`; targets are not read.
+        tokens: Which tokens of states [batch, token, feature] are measured, as for `resnet_paths.predicted_effects`;
+            None for whole examples. Tokens where a mapping's ``"attention_mask"`` [batch, token] is 0 do not count.
 
     Returns:
-        One row per block: ``block_index``, ``block`` (name), ``stage``, ``skip_kind``; means over examples, each with
-            its
-        standard error ``..._se``: ``input_norm`` of x, ``skip_norm`` of what the skip makes of it (x itself for an
-        identity), ``branch_norm`` of F(x), ``sum_norm`` of their sum, ahead of what may follow the addition; ``cosine``
-        of the angle between skip and branch; ``kept_signal_share``, NaN behind a block without skip; ``num_examples``.
+        One row per block: ``block_index``, ``block`` (name), ``stage``, ``skip_kind``; means over examples or over all
+        tokens, each with its standard error ``..._se``, with examples as clusters: ``input_norm`` of x, ``skip_norm``
+        of what the skip makes of it (x itself for an identity), ``branch_norm`` of F(x), ``sum_norm`` of their sum,
+        ahead of what may follow the addition; ``cosine`` of the angle between skip and branch;
+        ``kept_signal_share``, NaN behind a block without skip; ``num_examples``.
 
     Raises:
-        ResnetPathsError: If the chain is in training mode, there is no example, or blocks work on several tensors.
+        ResnetPathsError: If the chain is in training mode, there is no example, blocks work on several tensors, or
+            `tokens` does not fit the states.
     """
     require_chain("chain", chain)
     require_eval_mode("chain", chain)
+    validate_tokens(tokens)
     device = device_of(chain)
     found = []
     for batch, _ in batches_of(inputs):
         if num_examples(batch):
-            found.append(_of_batch(chain, each_tensor(lambda t: t.to(device), batch)))
+            found.append(_of_batch(chain, each_tensor(lambda t: t.to(device), batch), tokens))
     if not found:
         raise ResnetPathsError("inputs", "no examples", "at least one example")
-    values = np.concatenate(found, 2)  # [block, column, example]
-    mean, error = mean_over_examples(values)
+    values = np.concatenate(found, 3)  # [block, column, sum and number, example]
+    mean, error = mean_over_items(values[:, :, 0], values[:, :, 1])
     frame = pd.DataFrame({
         "block_index": range(len(chain)),
         "block": [block.name for block in chain],
@@ -67,15 +74,17 @@ def block_norms(chain: ResidualChain, inputs: InputsOrLoader) -> pd.DataFrame:
     })
     for number, name in enumerate(_COLUMNS):
         frame[name], frame[f"{name}_se"] = mean[:, number], error[:, number]
-    frame["num_examples"] = values.shape[2]
+    frame["num_examples"] = values.shape[3]
     return frame
 
 
-def _of_batch(chain: ResidualChain, inputs: Inputs) -> np.ndarray:
-    """[block, column, example] in float64."""
+def _of_batch(chain: ResidualChain, inputs: Inputs, tokens: Tokens) -> np.ndarray:
+    """[block, column, sum over the vectors of an example and their number, example] in float64."""
     args, kwargs = arguments_of(each_tensor(torch.clone, inputs))
     _, cache = chain.run_with_cache(*args, **kwargs)
     kept = cache.state[0]
+    states = [state for state in cache.state if state is not None]  # every block has one
+    dim, positions = None if tokens is None else -1, counted_positions(inputs, tokens, states)
     rows = []
     for index, block in enumerate(chain):
         skip, branch = cache.skip[index], cache.branch[index]
@@ -84,23 +93,35 @@ def _of_batch(chain: ResidualChain, inputs: Inputs) -> np.ndarray:
             kept = None
         else:
             kept = call_part(block.replace(branch=None), kept.clone(), cache.context)
-        after = _vectors(cache.state[index + 1])
+        after = cache.state[index + 1]
         assert after is not None  # every block has an output
-        x, one, other, whole, left = map(_vectors, (cache.state[index], skip, branch, total, kept))
-        missing = torch.full((len(after),), math.nan, dtype=torch.float64, device=after.device)
-        norms = [missing if part is None else part.norm(dim=1) for part in (x, one, other, whole)]
+        parts = (cache.state[index], skip, branch, total, after, kept)
+        (x, one, other, whole, y, left), counts = _vectors(parts, dim, positions)
+        missing = torch.full(counts.shape, math.nan, dtype=torch.float64, device=counts.device)
+        norms = [missing if part is None else part.norm(dim=-1) for part in (x, one, other, whole)]
         cosine = missing if one is None or other is None else _cosine(one, other)
-        share = missing if left is None else (left * after).sum(1) / (after * after).sum(1)
-        rows.append(torch.stack([*norms, cosine, share]).cpu().numpy())
+        share = missing if left is None or y is None else (left * y).sum(-1) / (y * y).sum(-1)
+        each = torch.stack([*norms, cosine, share])
+        known = counts & torch.isfinite(each)
+        rows.append(torch.stack([torch.where(known, each, 0).sum(-1), known.sum(-1).to(each)], 1).cpu().numpy())
     return np.stack(rows)
 
 
-def _vectors(state: torch.Tensor | None) -> torch.Tensor | None:
-    """A state in float64, [example, number]; None of none."""
-    return None if state is None else wide(state).flatten(1)
+def _vectors(
+    states: Iterable[torch.Tensor | None], dim: int | None, positions: torch.Tensor | None
+) -> tuple[list[torch.Tensor | None], torch.Tensor]:
+    """States in float64, [example, vector, number], None of none; and which vectors of the last of them count."""
+    found: list[torch.Tensor | None] = []
+    for state in states:
+        if state is None:
+            found.append(None)
+        else:
+            vectors, counts = vectors_of(wide(state), dim, positions)
+            found.append(vectors)
+    return found, counts
 
 
 def _cosine(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """NaN where one of them is 0: it has no direction."""
-    cosine: torch.Tensor = (one * other).sum(1) / (one.norm(dim=1) * other.norm(dim=1))
+    cosine: torch.Tensor = (one * other).sum(-1) / (one.norm(dim=-1) * other.norm(dim=-1))
     return cosine

@@ -37,7 +37,6 @@ __all__ = [
 ]
 
 _SCORES = {
-    "first_order_loss_increase": "loss increase to first order (nats)",
     "block_influence": "block influence (1 - cosine)",
     "angular_distance": "angular distance (fraction of 180 degrees)",
     "relative_branch_norm": "norm of branch / norm of skip",
@@ -246,9 +245,9 @@ def plot_predicted_effects(
 
     Args:
         predicted: From `resnet_paths.predicted_effects`.
-        study: From `resnet_paths.lesion_study` with single deletions; other rows are ignored.
-        score: ``"first_order_loss_increase"``, ``"block_influence"``, ``"angular_distance"`` or
-            ``"relative_branch_norm"``.
+        study: From `resnet_paths.lesion_study` with deletions of these blocks or ranges; other rows are ignored.
+        score: ``"block_influence"``, ``"angular_distance"``, ``"relative_branch_norm"``, or the first-order estimate
+            of a measure, such as ``"first_order_cross_entropy_increase"``.
         ax: The axes to draw into; the current axes if None.
         effect: ``"error_rate_increase"``, drawn in points, or ``"cross_entropy"``.
 
@@ -259,20 +258,22 @@ def plot_predicted_effects(
         ResnetPathsError: If the score or the effect is unknown, columns are missing, or the frame concatenates two
             studies.
     """
-    for argument, value, known in (("score", score, _SCORES), ("effect", effect, _EFFECTS)):
-        if value not in known:
-            raise ResnetPathsError(argument, value, f"one of {', '.join(map(repr, known))}")
-    predicted = checked("predicted", predicted, score, ["block_index"], [f"{score}_se"])
-    single = deletions_of("study", study, 1, [effect])
-    single = checked("study", single.assign(block_index=[b for (b,) in single["blocks"]]), effect, ["block_index"])
-    both = predicted.merge(single, on="block_index")
+    label = _score_label(score)
+    if effect not in _EFFECTS:
+        raise ResnetPathsError("effect", effect, f"one of {', '.join(map(repr, _EFFECTS))}")
+    predicted = checked("predicted", predicted, score, ["blocks"], [f"{score}_se", "num_blocks", "block_index"])
+    spans = predicted["num_blocks"].unique().tolist()
+    if len(spans) > 1:
+        raise ResnetPathsError("predicted", f"ranges of {spans} blocks", "the rows of one span")
+    deleted = checked("study", deletions_of("study", study, spans[0], [effect]), effect, ["blocks"])
+    both = predicted.merge(deleted[["blocks", effect]], on="blocks")
     ax = plt.gca() if ax is None else ax
     y = both[effect] * (100 if effect == "error_rate_increase" else 1)
     ax.errorbar(both[score], y, xerr=both[f"{score}_se"], linestyle="none", marker="o", markersize=2.5, elinewidth=0.5)
     if len(both) <= 12:
         for x, height, index in zip(both[score], y, both["block_index"], strict=True):
             ax.annotate(str(index), (x, height), (3, 2), textcoords="offset points", fontsize="small", color=INK)
-    ax.set(xlabel=_SCORES[score], ylabel=_EFFECTS[effect])
+    ax.set(xlabel=label, ylabel=_EFFECTS[effect])
     return ax
 
 
@@ -314,6 +315,17 @@ def plot_scalings(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     handles, labels = ax.get_legend_handles_labels()
     legend_above(ax, list(dict(zip(labels, handles, strict=True)).values()))
     return ax
+
+
+def _score_label(score: str) -> str:
+    """The label of an axis for a column of `resnet_paths.predicted_effects`."""
+    measure = score.removeprefix("first_order_").removesuffix("_increase")
+    if score == f"first_order_{measure}_increase":
+        return f"increase of {measure.replace('_', ' ')} to first order"
+    if score not in _SCORES:
+        known = ", ".join(map(repr, (*_SCORES, "first_order_cross_entropy_increase")))
+        raise ResnetPathsError("score", score, f"one of {known}")
+    return _SCORES[score]
 
 
 def _plot_quartiles(

@@ -27,7 +27,16 @@ from torch.nn import functional as F
 from resnet_paths._utils.devices import widest_float
 from resnet_paths._utils.errors import ResnetPathsError, nearest_names
 
-__all__ = ["IGNORED", "Measure", "Outcome", "measure", "measures_of", "not_finite", "validate_logits"]
+__all__ = [
+    "IGNORED",
+    "Measure",
+    "Outcome",
+    "measure",
+    "measures_of",
+    "not_finite",
+    "validate_logits",
+    "validate_outputs",
+]
 
 IGNORED = -100
 """Label of items that do not count, as in torch and transformers."""
@@ -216,6 +225,31 @@ def validate_logits(logits: Any, labels: torch.Tensor | None) -> int:
             "labels", [int(shown.min()), int(shown.max())], f"class indices from 0 to {num_classes - 1}, or {IGNORED}"
         )
     return fitting[0]
+
+
+def validate_outputs(measures: Iterable[Measure], outputs: object, labels: torch.Tensor | None) -> None:
+    """Validate that measures can be taken of what a chain returned.
+
+    Args:
+        measures: The measures.
+        outputs: What the chain returned.
+        labels: Labels of the batch; None for a batch without labels.
+
+    Raises:
+        ResnetPathsError: If the outputs are not one tensor, labels are missing, or they do not fit the outputs.
+    """
+    if not isinstance(outputs, torch.Tensor):
+        raise ResnetPathsError("chain", f"a chain that returns a {type(outputs).__name__}", "one tensor [batch, ...]")
+    for measure in measures:
+        if measure.reads and labels is None:
+            raise ResnetPathsError(
+                "loader",
+                "a batch without labels",
+                f"batches of (inputs, labels), which {measure.name!r} reads",
+                "Without labels there are measures=('agreement', 'kl_divergence').",
+            )
+        if measure.reads == "classes" or (measure.reads_intact and measure.key == ""):
+            validate_logits(outputs, labels if measure.reads else None)
 
 
 def not_finite(outcome: Outcome) -> torch.Tensor:

@@ -21,7 +21,7 @@ from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths._utils.fingerprint import fingerprint
 from resnet_paths.core.inputs import Inputs, each_tensor, num_examples, split
 from resnet_paths.core.placement import PRECISIONS, device_of
-from resnet_paths.lesions.measures import IGNORED, Measure, validate_logits
+from resnet_paths.lesions.measures import IGNORED, Measure, validate_outputs
 from resnet_paths.lesions.results import BatchResult, Evaluation
 from resnet_paths.lesions.trie import Trie
 
@@ -115,26 +115,10 @@ class Runner:
             for index, outputs in trie.logits(inputs, wanted, budget):
                 shape = getattr(outputs, "shape", None)
                 if shape is None or shape not in checked:
-                    self._validate(outputs, labels)
+                    validate_outputs(self.measures, outputs, labels)
                     checked.add(shape)
                 evaluation.add(rows[index], outputs)
         return evaluation.result()
-
-    def _validate(self, outputs: object, labels: torch.Tensor | None) -> None:
-        if not isinstance(outputs, torch.Tensor):
-            raise ResnetPathsError(
-                "chain", f"a chain that returns a {type(outputs).__name__}", "one tensor [batch, ...]"
-            )
-        for measure in self.measures:
-            if measure.reads and labels is None:
-                raise ResnetPathsError(
-                    "loader",
-                    "a batch without labels",
-                    f"batches of (inputs, labels), which {measure.name!r} reads",
-                    "Without labels there are measures=('agreement', 'kl_divergence').",
-                )
-            if measure.reads == "classes" or (measure.reads_intact and measure.key == ""):
-                validate_logits(outputs, labels if measure.reads else None)
 
     def _settled(self) -> tuple[Trie, torch.device, torch.dtype | None]:
         """The trie on its device; made at the first batch, where it runs."""

@@ -19,11 +19,13 @@ from torch.nn import functional as F
 import resnet_paths as rp
 from resnet_paths.core.chain import Block, ResidualChain
 from resnet_paths.lesions import score_correlations
-from resnet_paths.lesions.predicted import SCORES
+from resnet_paths.lesions.predicted import SCORES as LABEL_FREE
 from tests.chains import Plan, assert_same, inputs, plans, random_chain, random_model, snapshot
 from tests.gradients.gradient_reference import build, recipes, seeded
 from tests.lesions.test_lesion_options import study
 from tests.lesions.test_lesions import STEADY, labelled
+
+SCORES = ("first_order_cross_entropy_increase", *LABEL_FREE)
 
 
 def effects(chain, loader, **options):
@@ -81,7 +83,7 @@ def by_hand(chain, batches, index):
     cosine[~one.any(1) & ~other.any(1)] = 1  # a state of 0 that stays 0
     norms = [np.linalg.norm(s.flatten(1).numpy(), axis=1) for s in (total - without, without)]
     return {
-        "first_order_loss_increase": first_order.numpy(),
+        "first_order_cross_entropy_increase": first_order.numpy(),
         "block_influence": 1 - cosine,
         "angular_distance": np.arccos(np.clip(cosine, -1, 1)) / math.pi,
         "relative_branch_norm": np.where(norms[0] == 0, 0, norms[0] / norms[1]),
@@ -144,7 +146,7 @@ def test_tiny_linear_branches_are_predicted_to_second_order():
         chain = chain.with_blocks(b.replace(branch=t) for b, t in zip(chain, tiny, strict=True))
         frame = study(chain, labelled(60))
         measured = frame.cross_entropy - losses(chain, labelled(60)).mean().item()
-        return measured.to_numpy(), effects(chain, labelled(60)).first_order_loss_increase.to_numpy()
+        return measured.to_numpy(), effects(chain, labelled(60)).first_order_cross_entropy_increase.to_numpy()
 
     errors = []
     for scale in (1e-2, 5e-3):
@@ -190,7 +192,9 @@ def test_cosines_and_norms_over_one_dimension():
                 means = values.mean(1)  # of an example, over all places
                 assert frame[score][1] == pytest.approx(means.mean().item(), rel=1e-9)
                 assert frame[f"{score}_se"][1] == pytest.approx(means.std().item() / math.sqrt(6), rel=1e-9)
-        assert frame.first_order_loss_increase.equals(effects(chain, [(x, y)]).first_order_loss_increase)
+        assert frame.first_order_cross_entropy_increase.equals(
+            effects(chain, [(x, y)]).first_order_cross_entropy_increase
+        )
     flat = effects(random_chain(STEADY), labelled(), feature_dim=-1)
     pd.testing.assert_frame_equal(flat, effects(random_chain(STEADY), labelled()))
     for dim in (0, -3, 3, -4, 17):
@@ -316,17 +320,15 @@ def test_correlations_leave_out_what_cannot_be_deleted():
 def test_what_cannot_be_correlated():
     chain = random_chain(STEADY)
     predicted, frame = effects(chain, labelled()), study(chain, labelled())
-    with pytest.raises(
-        rp.ResnetPathsError, match=r"predicted: got .*; allowed: a frame with a column 'block_influence'"
-    ):
+    with pytest.raises(rp.ResnetPathsError, match=r"predicted: got .*; allowed: a frame of predicted_effects"):
         score_correlations(frame, frame)
-    with pytest.raises(rp.ResnetPathsError, match=r"study: .*lesion_study.*Missing: kind, blocks, error"):
+    with pytest.raises(rp.ResnetPathsError, match=r"study: .*lesion_study.*Missing: kind, error"):
         score_correlations(predicted, predicted)
     with pytest.raises(
-        rp.ResnetPathsError, match=r"single deletions of 2 of the blocks.*at least three.*single_deletions"
+        rp.ResnetPathsError, match=r"2 single deletions in both frames.*at least three.*single_deletions"
     ):
         score_correlations(predicted, frame[:2])
-    with pytest.raises(rp.ResnetPathsError, match=r"single deletions of 0 of the blocks"):
+    with pytest.raises(rp.ResnetPathsError, match=r"0 single deletions in both frames"):
         score_correlations(predicted, study(chain, labelled(), rp.duplications(chain)))
     two = pd.concat([frame, frame.assign(cross_entropy=frame.cross_entropy + 1)])
     with pytest.raises(rp.ResnetPathsError, match=r"study: got 'different effects of deleting 0'; .*one study"):
@@ -342,5 +344,5 @@ def test_effects_are_drawn_of_deletions_alone():
     )
     assert ax.containers[0].lines[0].get_ydata().tolist() == study(chain, labelled()).cross_entropy.tolist()
     plt.close(ax.figure)
-    with pytest.raises(rp.ResnetPathsError, match=r"study: got .*Missing: kind, blocks"):
+    with pytest.raises(rp.ResnetPathsError, match=r"study: got .*Missing: kind, error"):
         rp.figures.plot_predicted_effects(predicted, predicted, "block_influence")
