@@ -138,6 +138,13 @@ from .lesions.range_plans import (
 from .predictions import (
     prediction_by_path_length as prediction_by_path_length,
 )
+from .predictions.deletions import (
+    deletion_account as deletion_account,
+)
+from .predictions.deletions import (
+    effect_matrix as effect_matrix,
+)
+from .predictions.direct import direct_effects as direct_effects
 from .predictions.lens import lens as lens
 from .reproduce.datasets import load_dataset as load_dataset
 from .unraveling import unravel as unravel

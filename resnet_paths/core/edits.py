@@ -23,6 +23,7 @@ from resnet_paths.core.parts import Parallel, Scaled
 from resnet_paths.core.paths import Entry, branch_number, check_path, choices_of
 
 __all__ = [
+    "deletable",
     "delete_block",
     "delete_blocks",
     "duplicate_block",
@@ -78,6 +79,16 @@ def delete_blocks(chain: ResidualChain, blocks: Iterable[int | str]) -> Residual
     for block in _listed(blocks):
         chain = _with_changed(chain, block, _without_branch)
     return chain
+
+
+def deletable(chain: ResidualChain) -> list[int]:
+    """Positions of the blocks that can be deleted: those with a skip, or whose input has the shape of their output."""
+    require_chain("chain", chain)
+    return [
+        index
+        for index, block in enumerate(chain)
+        if block.skip is not None or (block.keeps_shape and block.in_shape is not None)
+    ]
 
 
 def permute_blocks(chain: ResidualChain, order: Sequence[int | str]) -> ResidualChain:

@@ -18,6 +18,7 @@ import torch
 
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.core.chain import ResidualChain, is_identity, require_chain, require_eval_mode
+from resnet_paths.core.edits import deletable
 from resnet_paths.core.groups import group_blocks, runs_of
 from resnet_paths.core.inputs import checked_inputs, each_tensor, num_examples
 from resnet_paths.core.parts import Constant
@@ -337,16 +338,6 @@ def _random_sets(
 
 def _name(chain: ResidualChain, index: int) -> str:
     return chain[index].name or str(index)
-
-
-def deletable(chain: ResidualChain) -> list[int]:
-    """Positions of the blocks that can be deleted: those with a skip, or whose input has the shape of their output."""
-    require_chain("chain", chain)
-    return [
-        index
-        for index, block in enumerate(chain)
-        if block.skip is not None or (block.keeps_shape and block.in_shape is not None)
-    ]
 
 
 def _is_exchangeable(chain: ResidualChain, index: int) -> bool:

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.core.chain import Block, ResidualChain, require_chain
+from resnet_paths.core.edits import deletable
 from resnet_paths.lesions.lesion import Lesion
-from resnet_paths.lesions.plans import deletable
 
 __all__ = ["neighbour_swaps", "range_deletions", "range_repeats", "range_swaps", "ranked_deletions"]
 

@@ -15,7 +15,6 @@ import pandas as pd
 import torch
 
 from resnet_paths._utils.errors import ResnetPathsError
-from resnet_paths._utils.statistics import mean_over_examples
 from resnet_paths.core.backward.forward import prepared, split_to_fit
 from resnet_paths.core.backward.linearize import linearize
 from resnet_paths.core.backward.recursion import Linearizer
@@ -23,12 +22,11 @@ from resnet_paths.core.chain import ResidualChain, require_chain, require_eval_m
 from resnet_paths.core.inputs import InputsOrLoader, batches_with_bar
 from resnet_paths.core.paths import lengths_up_to, path_polynomial
 from resnet_paths.predictions.detached import linearizer_of
-from resnet_paths.predictions.outputs import Output, output_function
+from resnet_paths.predictions.outputs import Output, name_of, output_function
+from resnet_paths.predictions.shares import checked_residual, share_columns
 from resnet_paths.predictions.sources import Source, contributions, sources_of
 
 __all__ = ["linearize", "prediction_by_path_length"]
-
-_NUM_RESAMPLES = 1000
 
 
 @torch.inference_mode(False)
@@ -108,7 +106,7 @@ def prediction_by_path_length(
     outputs, values = _all_contributions(
         chain, inputs, targets, output, sources, num_lengths, linearizer, memory_budget, progress
     )
-    residual = None if num_lengths < len(counts) else _checked_residual(chain, outputs, values)
+    residual = None if num_lengths < len(counts) else checked_residual(chain, outputs, values.sum(1))
     if by_source:
         rows = [(source, k) for source in sources for k in range(num_lengths)]
         frame = _source_columns(chain, rows, by_source == "parts")
@@ -122,10 +120,10 @@ def prediction_by_path_length(
             "num_paths": pd.Series(counts[:num_lengths], dtype=object),
         })
         of_rows = values.sum(0)
-    for name, column in _statistics(of_rows, outputs, generator).items():
+    for name, column in share_columns(of_rows, outputs, generator).items():
         frame[name] = column
     frame.attrs |= {
-        "output": output if isinstance(output, str) else getattr(output, "__name__", "function"),
+        "output": name_of(output),
         "linearization": linearization,
         "tangent_operations": sorted(tangents),
         "num_examples": len(outputs),
@@ -158,22 +156,6 @@ def _all_contributions(
     return np.concatenate([one for one, _ in found]), np.concatenate([all_ for _, all_ in found], 2)
 
 
-def _checked_residual(chain: ResidualChain, outputs: np.ndarray, values: np.ndarray) -> float:
-    residuals = np.abs(values.sum((0, 1)) - outputs)
-    dtypes = [p.dtype for p in chain.parameters() if p.is_floating_point()]
-    eps = max((torch.finfo(dtype).eps for dtype in dtypes), default=torch.finfo(torch.float32).eps)
-    allowed = 256 * eps * np.maximum(np.abs(values).sum((0, 1)), np.abs(outputs))
-    if not (residuals <= allowed).all():
-        worst = int(np.argmax(residuals - allowed))
-        raise ResnetPathsError(
-            "chain",
-            f"contributions that differ from the output of example {worst} by {residuals[worst]:.3g}",
-            f"a difference of at most {allowed[worst]:.3g}, which rounding explains",
-            "Convert a copy of the chain and the inputs to float64.",
-        )
-    return float(residuals.max())
-
-
 def _source_columns(chain: ResidualChain, rows: Sequence[tuple[Source, int]], parts: bool) -> pd.DataFrame:
     blocks = list(chain)
     polynomials: dict[int | None, list[int]] = {None: [1]}
@@ -193,30 +175,3 @@ def _source_columns(chain: ResidualChain, rows: Sequence[tuple[Source, int]], pa
     columns["path_length"] = [length for _, length in rows]
     columns["num_paths"] = pd.Series([count(source, length) for source, length in rows], dtype=object)
     return pd.DataFrame(columns)
-
-
-def _statistics(values: np.ndarray, outputs: np.ndarray, generator: torch.Generator | None) -> dict[str, np.ndarray]:
-    """Columns for contributions [row, example]."""
-    mean, error = mean_over_examples(values)
-    num = len(outputs)
-    low, high = np.full((2, len(values)), np.nan)
-    if num > 1:
-        if generator is None:
-            generator = torch.Generator().manual_seed(0)
-        drawn = torch.randint(num, (_NUM_RESAMPLES, num), generator=generator)
-        weights = torch.zeros(_NUM_RESAMPLES, num, dtype=torch.float64).scatter_add_(
-            1, drawn, torch.ones(drawn.shape, dtype=torch.float64)
-        )
-        with np.errstate(divide="ignore", invalid="ignore"):
-            shares = (weights.numpy() @ values.T) / (weights.numpy() @ outputs)[:, None]
-        low, high = np.nanquantile(shares, [0.025, 0.975], axis=0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        share = values.sum(1) / outputs.sum()
-    return {
-        "contribution": mean,
-        "contribution_se": error,
-        "share": share,
-        "share_low": low,
-        "share_high": high,
-        "mean_absolute_contribution": np.abs(values).mean(1),
-    }

@@ -9,7 +9,7 @@ import torch
 
 from resnet_paths._utils.errors import ResnetPathsError, nearest_names
 
-__all__ = ["OUTPUTS", "Output", "output_function"]
+__all__ = ["OUTPUTS", "Output", "name_of", "output_at", "output_function"]
 
 OUTPUTS = ("margin", "logit", "log_probability")
 """Names of outputs."""
@@ -38,17 +38,34 @@ def output_function(output: Output, targets: object) -> Callable[[torch.Tensor],
             "output", output, f"a function, or one of {nearest_names(str(output), OUTPUTS, cutoff=0)}"
         )
 
-    def of(logits: torch.Tensor) -> torch.Tensor:
-        chosen = _classes(logits, targets)[:, None]
-        if output == "log_probability":
-            return logits.log_softmax(1).gather(1, chosen)[:, 0]
-        own = logits.gather(1, chosen)[:, 0]
-        if output == "logit":
-            return own
-        others = logits.detach().scatter(1, chosen, -torch.inf)
-        return own - logits.gather(1, others.argmax(1, keepdim=True))[:, 0]
+    return lambda logits: output_at(output, targets, logits)(logits)
 
-    return of
+
+def output_at(output: Output, targets: object, outputs: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The function that an `output` stands for, with the classes that it compares held.
+
+    Args:
+        output: As for `output_function`.
+        targets: Likewise.
+        outputs: The outputs from which predicted class and runner-up are taken, [batch, class].
+
+    Returns:
+        From outputs [batch, class] to numbers [batch].
+    """
+    if callable(output):
+        return output
+    chosen = _classes(outputs, targets)[:, None]
+    if output == "log_probability":
+        return lambda logits: logits.log_softmax(1).gather(1, chosen)[:, 0]
+    if output == "logit":
+        return lambda logits: logits.gather(1, chosen)[:, 0]
+    runner_up = outputs.detach().scatter(1, chosen, -torch.inf).argmax(1, keepdim=True)
+    return lambda logits: logits.gather(1, chosen)[:, 0] - logits.gather(1, runner_up)[:, 0]
+
+
+def name_of(output: Output) -> str:
+    """The name of an output, for the attributes of a frame."""
+    return output if isinstance(output, str) else getattr(output, "__name__", "function")
 
 
 def _classes(logits: torch.Tensor, targets: object) -> torch.Tensor:

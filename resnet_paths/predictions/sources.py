@@ -25,7 +25,7 @@ from resnet_paths.core.chain import ResidualChain
 from resnet_paths.core.inputs import Inputs
 from resnet_paths.core.parts import call_part
 
-__all__ = ["PARTS", "Source", "contributions", "sources_of"]
+__all__ = ["PARTS", "Source", "at_head", "contributions", "sources_of"]
 
 PARTS = ("pre", "skip", "branch", "post")
 """Parts of a block that may have a constant."""
@@ -130,20 +130,47 @@ def _above_blocks(
     linearizer: Linearizer,
 ) -> tuple[np.ndarray, torch.Tensor, Cotangents]:
     """Outputs; the constant of the head, with that of the output's own function; the cotangents behind all blocks."""
-    state, context = point.states[-1], point.context
-    direct = _checked(output_of(call_part(chain.head, state.clone(), context.values)), point.num_examples)
+    context = point.context
+    outputs, constant, of_state, read = at_head(chain, point.states[-1], context, output_of, linearizer)
+    of_context = {n: read[n] if n in read else torch.zeros_like(context.values[n]) for n in context.carrying}
+    return outputs.cpu().numpy(), constant, Cotangents.of(of_state, of_context)
+
+
+def at_head(
+    chain: ResidualChain,
+    state: torch.Tensor,
+    context: Context,
+    output_of: Callable[[torch.Tensor], torch.Tensor],
+    linearizer: Linearizer,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """The output of each example as an affine map of the last state.
+
+    Args:
+        chain: The chain; only its head is run.
+        state: Output of the last block.
+        context: The context.
+        output_of: From what the chain returns to one number per example.
+        linearizer: What linearizes the head.
+
+    Returns:
+        Outputs and constants [batch], float64; the cotangent of the state, and those of the context that carries a
+        gradient, by name.
+
+    Raises:
+        ResnetPathsError: If `output_of` does not return one finite number per example.
+    """
+    direct = wide(_checked(output_of(call_part(chain.head, state.clone(), context.values)), len(state)))
     logits, pullback = linearizer(chain.head, state, context)
     leaf = logits.detach().clone().requires_grad_()
     with torch.enable_grad():
         output = output_of(leaf)
         slope = torch.autograd.grad(output.sum(), leaf)[0] if output.requires_grad else torch.zeros_like(leaf)
     pieces = pullback.of_all(slope[None])
-    constant = wide(direct)
+    constant = direct
     for piece, value in zip(pieces, [state, *(finite(context.values[n]) for n in pullback.context)], strict=True):
         constant = constant - inner_products(piece, value)[0]
-    read = dict(zip(pullback.context, pieces[1:], strict=True))
-    of_context = {n: read[n][0] if n in read else torch.zeros_like(context.values[n]) for n in context.carrying}
-    return wide(direct).cpu().numpy(), constant, Cotangents.of(pieces[0][0], of_context)
+    of_state, *of_context = (piece[0] for piece in pieces)
+    return direct, constant, of_state, dict(zip(pullback.context, of_context, strict=True))
 
 
 def _checked(output: object, size: int) -> torch.Tensor:

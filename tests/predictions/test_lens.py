@@ -16,6 +16,7 @@ import resnet_paths as rp
 from resnet_paths.core.chain import Block, ResidualChain
 from resnet_paths.core.paths import path_length
 from tests.gradients.gradient_reference import Recipe, batch, build, recipes, seeded, sides
+from tests.predictions.plain_networks import made
 from tests.predictions.test_predictions import Stem, WithContext
 
 
@@ -96,55 +97,18 @@ def test_batches_are_split_without_a_change():
         np.testing.assert_allclose(parts[column], whole[column], atol=1e-12)
 
 
-class Attention(nn.Module):
-    """As models call it; torch has no second derivative of the fused kernel."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm, self.projections, self.last = nn.LayerNorm(8), nn.Linear(8, 24), nn.Linear(8, 8)
-
-    def forward(self, x):
-        q, k, v = self.projections(self.norm(x)).unflatten(2, (3, 2, 4)).permute(2, 0, 3, 1, 4)
-        return self.last(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
-
-
-class LanguageModel(nn.Module):
-    def __init__(self, num_blocks=2):
-        super().__init__()
-        self.embedding, self.norm, self.head = nn.Embedding(9, 8), nn.LayerNorm(8), nn.Linear(8, 9, bias=False)
-        self.attention = nn.ModuleList(Attention() for _ in range(num_blocks))
-        layers = [(nn.LayerNorm(8), nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)) for _ in range(num_blocks)]
-        self.mlp = nn.ModuleList(nn.Sequential(*each) for each in layers)
-
-    def forward(self, tokens):
-        x = self.embedding(tokens)
-        for attention, mlp in zip(self.attention, self.mlp, strict=True):
-            x = x + attention(x)
-            x = x + mlp(x)
-        return self.head(self.norm(x))
-
-
-@pytest.fixture(scope="module")
-def language_model():
-    """Model, its chain, tokens, and the states before and behind each block by hooks."""
-    with seeded(6):
-        model, tokens = LanguageModel().double().eval(), torch.randint(9, (3, 5))
-    return model, rp.unravel(model, tokens, verify=False), tokens
-
-
-def test_logit_and_jacobian_lens_of_a_language_model(language_model):
-    model, chain, tokens = language_model
-    states = [model.embedding(tokens)]
-    for attention, mlp in zip(model.attention, model.mlp, strict=True):
-        states += [states[-1] + attention(states[-1])]
-        states += [states[-1] + mlp(states[-1])]
+def test_logit_and_jacobian_lens_of_a_language_model():
+    model, chain, tokens = made("gpt2")
+    states = [model.embedding(tokens) + model.positions]
+    for branch in model.branches:
+        states += [states[-1] + branch(states[-1])]
     frame, logits = read_by(chain, tokens, max_length=None)
     rows = dict(zip(zip(frame.depth, frame.path_length, strict=True), logits, strict=True))
 
     def above(depth):
         def run(x):
             for index in range(depth, 4):
-                x = x + (model.mlp if index % 2 else model.attention)[index // 2](x)
+                x = x + model.branches[index](x)
             return x
 
         return run
@@ -161,9 +125,9 @@ def test_logit_and_jacobian_lens_of_a_language_model(language_model):
     assert last.kl_divergence[0] == pytest.approx(divergence, abs=1e-12)
 
 
-def test_detached_lens_holds_attention_and_norms(language_model):
-    """The full length adds up with the constants: the same as the prediction's paths from the stem."""
-    _, chain, tokens = language_model
+def test_detached_lens_holds_attention_and_norms():
+    """It differs from the tangent wherever a branch is on the path, and nowhere else."""
+    _, chain, tokens = made("gpt2")
     frame, logits = read_by(chain, tokens, max_length=None, linearization="detached")
     assert frame.attrs["tangent_operations"] == []
     tangent = read_by(chain, tokens, max_length=None)[1]
