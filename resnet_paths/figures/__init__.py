@@ -48,7 +48,13 @@ from resnet_paths.figures.lesions import (
     plot_scalings,
     plot_single_deletions,
 )
-from resnet_paths.figures.predictions import plot_prediction_by_path_length
+from resnet_paths.figures.predictions import (
+    plot_effect_matrix,
+    plot_lens,
+    plot_prediction_by_path_length,
+    plot_prediction_by_source,
+    plot_waterfall,
+)
 from resnet_paths.figures.style import paper_style, save_figure, weights_hash
 
 if not TYPE_CHECKING:  # a type checker would accept any name of this module
@@ -62,9 +68,11 @@ __all__ = [
     "plot_chain",
     "plot_coherence",
     "plot_cost_by_depth",
+    "plot_effect_matrix",
     "plot_effective_window",
     "plot_gradient_by_depth",
     "plot_layer_schedules",
+    "plot_lens",
     "plot_lesion_counts",
     "plot_pair_interactions",
     "plot_path_gradients",
@@ -72,6 +80,7 @@ __all__ = [
     "plot_path_shares",
     "plot_predicted_effects",
     "plot_prediction_by_path_length",
+    "plot_prediction_by_source",
     "plot_reorderings",
     "plot_scalar_gradients",
     "plot_scalings",
@@ -79,6 +88,7 @@ __all__ = [
     "plot_training_curves",
     "plot_training_memory",
     "plot_unraveled_graph",
+    "plot_waterfall",
     "plot_windows",
     "save_figure",
     "weights_hash",

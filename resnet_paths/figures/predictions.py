@@ -1,17 +1,40 @@
-"""Figures of the prediction by path length."""
+"""Figures of predictions: by path length and source, lenses, effects of deletions, contributions to one output."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import torch
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.figures.layout import INK, checked
 
-__all__ = ["plot_prediction_by_path_length"]
+__all__ = [
+    "plot_effect_matrix",
+    "plot_lens",
+    "plot_prediction_by_path_length",
+    "plot_prediction_by_source",
+    "plot_waterfall",
+]
+
+_MOST_NAMES = 14  # rows that can be labelled by name
+_LENS_LABELS = {
+    "kl_divergence": "KL divergence from the output (nats)",
+    "agreement": "agreement with the prediction (%)",
+    "prediction_rank": "rank of the prediction",
+}
+_EFFECT_LABELS = {
+    "relative_change": "relative change of the branch (%)",
+    "max_relative_change": "largest relative change of the branch (%)",
+    "direct_effect_change": "change of the direct effect",
+}
 
 
 def plot_prediction_by_path_length(
@@ -39,19 +62,218 @@ def plot_prediction_by_path_length(
     _draw_shares(ax, frame["path_length"], frame["share"], frame[["share_low", "share_high"]].to_numpy().T, 0)
     ax.set(xlabel="path length (blocks)", ylabel="prediction (%)")
     if gradient is not None:
-        # Both in the place of the axes, in a way that the layout of the figure knows.
-        place = ax.get_subplotspec()
-        if place is None:
-            raise ResnetPathsError("ax", "axes at a free position", "axes made by plt.subplots where gradient is given")
-        halves = place.subgridspec(2, 1)
-        ax.set_subplotspec(halves[0])
-        below = ax.figure.add_subplot(halves[1], sharex=ax)
+        below = _beside(ax, "gradient", rows=2, sharex=ax)
         share, error = gradient["gradient_share"], 1.96 * gradient["gradient_share_se"]
         _draw_shares(below, gradient["path_length"], share, np.stack([share - error, share + error]), 1)
         below.set(xlabel="path length (blocks)", ylabel="gradient (%)")
         ax.set_xlabel("")
         ax.tick_params(labelbottom=False)
     return ax
+
+
+def plot_prediction_by_source(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Heat map of the share of each source and path length in the output.
+
+    Args:
+        frame: From `resnet_paths.prediction_by_path_length` with ``by_source=True``.
+        ax: The axes to draw into; the current axes if None.
+
+    Returns:
+        The axes, with a colour bar in percent, centred at 0. Cells without paths are grey.
+
+    Raises:
+        ResnetPathsError: If columns are missing, all values are NaN, or a source and length occur twice.
+    """
+    frame = checked("frame", frame, "share", ["source", "path_length"])
+    ax = plt.gca() if ax is None else ax
+    names = list(dict.fromkeys(frame["source"]))
+    table = frame.pivot_table(index="source", columns="path_length", values="share").reindex(names)
+    _draw_map(ax, table.columns, np.arange(len(names)), 100 * table.to_numpy(), "share of the prediction (%)")
+    ax.set(xlabel="path length from the source (blocks)", ylabel="source")
+    ax.yaxis.set_inverted(True)
+    shown = names
+    if len(names) > _MOST_NAMES:  # numbers of blocks, as in the other figures
+        shown = ["stem", *(str(i) if i % 10 == 0 else "" for i in range(len(names) - 2)), "head"]
+    ax.set_yticks([i for i, name in enumerate(shown) if name], [name for name in shown if name])
+    return ax
+
+
+def plot_lens(frame: pd.DataFrame, ax: Axes | None = None, value: str = "kl_divergence") -> Axes:
+    """Heat map of a lens over states and path lengths; a line if there is one length only, as for the logit lens.
+
+    Args:
+        frame: From `resnet_paths.lens`.
+        ax: The axes to draw into; the current axes if None.
+        value: ``"kl_divergence"``, ``"agreement"`` or ``"prediction_rank"``.
+
+    Returns:
+        The axes. The line has bars of the 95 % interval; a heat map has a colour bar, and cells without paths are grey.
+
+    Raises:
+        ResnetPathsError: If `value` is unknown, columns are missing, all values are NaN, or a state and length occur
+            twice.
+    """
+    if value not in _LENS_LABELS:
+        raise ResnetPathsError("value", value, f"one of {', '.join(map(repr, _LENS_LABELS))}")
+    bounds = ["agreement_low", "agreement_high"] if value == "agreement" else [f"{value}_se"]
+    frame = checked("frame", frame, value, ["depth", "path_length"], bounds)
+    ax = plt.gca() if ax is None else ax
+    scale = 100 if value == "agreement" else 1
+    lengths = frame["path_length"].to_numpy()
+    if (lengths == lengths[0]).all():
+        y = scale * frame[value].to_numpy()
+        if value == "agreement":
+            error = np.abs(scale * frame[bounds].to_numpy().T - y)
+        else:
+            error = np.stack([1.96 * frame[bounds[0]].to_numpy()] * 2)
+        ax.errorbar(frame["depth"], y, yerr=error, marker="o", color="C0", elinewidth=0.8)
+        ax.set(ylabel=_LENS_LABELS[value])
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    else:
+        table = scale * frame.pivot_table(index="path_length", columns="depth", values=value)
+        _draw_map(ax, table.columns, table.index, table.to_numpy(), _LENS_LABELS[value], "viridis")
+        ax.set(ylabel="branches of later blocks (at most)")
+    ax.set(xlabel="blocks before the state")
+    return ax
+
+
+def plot_effect_matrix(frame: pd.DataFrame, ax: Axes | None = None, value: str = "relative_change") -> Axes:
+    """Heat map of the change of each later block when a block is deleted (Csordás et al. 2025).
+
+    Args:
+        frame: From `resnet_paths.effect_matrix`, for deletions of single blocks.
+        ax: The axes to draw into; the current axes if None.
+        value: ``"relative_change"``, ``"max_relative_change"`` or ``"direct_effect_change"``.
+
+    Returns:
+        The axes, with a colour bar that is centred at 0.
+
+    Raises:
+        ResnetPathsError: If `value` is unknown, columns are missing, all values are NaN, or a pair of blocks occurs
+            twice.
+    """
+    if value not in _EFFECT_LABELS:
+        raise ResnetPathsError("value", value, f"one of {', '.join(map(repr, _EFFECT_LABELS))}")
+    frame = checked("frame", frame, value, ["deleted_index", "block_index"])
+    ax = plt.gca() if ax is None else ax
+    blocks = np.arange(frame["deleted_index"].min(), frame["block_index"].max() + 1)
+    table = frame.pivot_table(index="deleted_index", columns="block_index", values=value)
+    table = table.reindex(index=blocks, columns=blocks).astype(float)
+    scale = 1 if value == "direct_effect_change" else 100
+    label = _EFFECT_LABELS[value]
+    if value == "direct_effect_change" and "output" in frame.attrs:
+        label += f" ({frame.attrs['output']})"
+    _draw_map(ax, blocks, blocks, scale * table.to_numpy(), label)
+    ax.set(xlabel="later block (index from 0)", ylabel="deleted block", facecolor="none")
+    ax.yaxis.set_inverted(True)
+    return ax
+
+
+def plot_waterfall(
+    frame: pd.DataFrame, ax: Axes | None = None, image: torch.Tensor | np.ndarray | None = None, num_bars: int = 12
+) -> Axes:
+    """The contributions to the output one after the other, from 0 to the output; beside them the image.
+
+    Args:
+        frame: From `resnet_paths.direct_effects` or `resnet_paths.prediction_by_path_length`, for a single example as a
+            rule; for several, the mean is drawn. Rows of one source are added up.
+        ax: The axes to draw into; the current axes if None.
+        image: The input, [channel, height, width] or [height, width], scaled to its range; it is drawn into new axes on
+            the left, which share the place of `ax` in its figure. None to leave it out.
+        num_bars: Number of contributions with a bar of their own, the largest by magnitude; the others have one
+            together.
+
+    Returns:
+        The axes of the contributions, first source on top.
+
+    Raises:
+        ResnetPathsError: If columns are missing, all values are NaN, `num_bars` is below 1, the image has another
+            shape, or `ax` has no place in a grid that could be divided.
+    """
+    value = "direct_effect" if isinstance(frame, pd.DataFrame) and "direct_effect" in frame else "contribution"
+    key = "source" if isinstance(frame, pd.DataFrame) and "source" in frame else "path_length"
+    frame = checked("frame", frame, value, [key, "path_length"] if value == "contribution" else [key])
+    if not isinstance(num_bars, int) or num_bars < 1:
+        raise ResnetPathsError("num_bars", num_bars, "an int of at least 1")
+    ax = plt.gca() if ax is None else ax
+    if image is not None:
+        _draw_image(_beside(ax, "image", columns=(1, 2)), image)
+    names, values = _largest(frame.groupby(key, sort=False)[value].sum(), num_bars)
+    ends = np.cumsum(values)
+    starts = ends - values
+    rows = np.arange(len(values))
+    digits = max(2 - math.floor(math.log10(np.abs([*values, ends[-1]]).max() or 1.0)), 0)  # three of the largest
+    colours = ["C0" if number >= 0 else "C1" for number in values]
+    ax.barh(rows, values, left=starts, color=colours, height=0.7)
+    ax.vlines(ends[:-1], rows[:-1], rows[1:], color=INK, linewidth=0.5)
+    ax.barh(len(rows), ends[-1], color="0.5", height=0.7)
+    for row, (number, left, right) in enumerate(zip([*values, ends[-1]], [*starts, 0], [*ends, ends[-1]], strict=True)):
+        text = f"{number:+.{digits}f}" if row < len(values) else f"{number:.{digits}f}"
+        place: dict[str, Any] = {"xytext": (2, 0), "textcoords": "offset points", "va": "center", "fontsize": "small"}
+        ax.annotate(text, (max(left, right), row), **place)
+    ax.axvline(0, color=INK, linewidth=0.5)
+    output = str(frame.attrs.get("output", "output")).replace("_", " ")
+    ax.set_yticks([*rows, len(rows)], [*names, output])
+    ax.set(xlabel=f"contribution to the {output}", ylabel="path length (blocks)" if key == "path_length" else "")
+    ax.yaxis.set_inverted(True)
+    low, high = min(0, starts.min(), ends.min()), max(0, starts.max(), ends.max())
+    room = (high - low) or 1.0
+    ax.set_xlim(low - 0.03 * room if low < 0 else 0, high + 0.18 * room)  # for the numbers
+    return ax
+
+
+def _largest(values: pd.Series, num_bars: int) -> tuple[list[str], np.ndarray]:
+    """Names and contributions of the largest, in their order, and the sum of the others."""
+    if len(values) <= num_bars:
+        return [str(name) for name in values.index], values.to_numpy()
+    chosen = values.abs().rank(ascending=False, method="first") <= num_bars
+    others = values[~chosen]
+    names = [*(str(name) for name in values[chosen].index), f"{len(others)} others"]
+    return names, np.append(values[chosen].to_numpy(), others.sum())
+
+
+def _draw_image(ax: Axes, image: torch.Tensor | np.ndarray) -> None:
+    pixels = np.asarray(torch.as_tensor(image).detach().cpu(), dtype=float)
+    if pixels.ndim == 4 and len(pixels) == 1:
+        pixels = pixels[0]
+    if pixels.ndim == 3 and pixels.shape[0] in (1, 3):
+        pixels = np.moveaxis(pixels, 0, 2)
+    if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] not in (1, 3)):
+        raise ResnetPathsError("image", list(np.shape(image)), "an image [height, width] or [1 or 3, height, width]")
+    low, high = pixels.min(), pixels.max()
+    ax.imshow((pixels - low) / ((high - low) or 1.0), cmap="gray", interpolation="nearest")
+    ax.set_axis_off()
+
+
+def _beside(ax: Axes, argument: str, rows: int = 1, columns: Sequence[int] = (1,), **options: Any) -> Axes:
+    """New axes in the place of `ax`, in a way that the layout of the figure knows: below it, or left of it."""
+    place = ax.get_subplotspec()
+    if place is None:
+        raise ResnetPathsError("ax", "axes at a free position", f"axes made by plt.subplots where {argument} is given")
+    cells = place.subgridspec(rows, len(columns), width_ratios=list(columns))
+    own, new = (0, 1) if rows > 1 else (1, 0)
+    ax.set_subplotspec(cells[own])
+    made: Axes = ax.figure.add_subplot(cells[new], **options)
+    return made
+
+
+def _draw_map(
+    ax: Axes,
+    x: Sequence[int] | pd.Index | np.ndarray,
+    y: Sequence[int] | pd.Index | np.ndarray,
+    values: np.ndarray,
+    label: str,
+    sequential: str | None = None,
+) -> None:
+    """A heat map with a colour bar, diverging from 0 unless a sequential colour map is given."""
+    most = None if sequential else float(np.nanmax(np.abs(values))) or 1.0
+    low = None if most is None else -most
+    across, up = (np.append(np.asarray(at, dtype=float), float(at[-1]) + 1) - 0.5 for at in (x, y))
+    mesh = ax.pcolormesh(across, up, values, cmap=sequential or "RdBu_r", vmin=low, vmax=most, rasterized=True)
+    ax.figure.colorbar(mesh, ax=ax, label=label, pad=0.02)
+    ax.set_facecolor("0.9")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
 
 
 def _draw_shares(ax: Axes, lengths: pd.Series, shares: pd.Series, interval: np.ndarray, colour: int) -> None:

@@ -1,15 +1,15 @@
-"""What happens to the later blocks when a block is deleted: effect matrix, and the account of the change of the output.
+"""Effects of a deletion on the later blocks: the effect matrix, and a decomposition of the change of the output.
 
-At the activations of the intact network the output is an affine map of what each branch adds
-(`resnet_paths.predictions.direct`). A deletion takes the direct effect of the deleted block away, and changes what the
-later blocks add. What the intact affine map does not explain is a change of the map itself, for a transformer of the
-scale of its last norm:
+At the activations of the intact network the output is an affine map of the outputs of all branches
+(`resnet_paths.predictions.direct`). A deletion removes the direct effect of the deleted block and changes the outputs
+of the later branches. The remaining change is that of the affine map itself; for a transformer, of the scale of its
+last norm:
 
     total effect = - direct effect + changes of later direct effects + change of the head (+ change along the skips)
 
-The last term is 0 where the state is a plain sum, as in transformers and in stages of pre-activation ResNets. Parts of
-the network that make up for the deletion are said to repair it (McGrath et al. 2023, https://arxiv.org/abs/2307.15771;
-Rushing and Nanda 2024, https://arxiv.org/abs/2402.15390).
+The last term is 0 if the state is a plain sum, as in transformers and within a stage of a pre-activation ResNet. The
+part of the direct effect that the other terms compensate is called self-repair (McGrath et al. 2023,
+https://arxiv.org/abs/2307.15771; Rushing and Nanda 2024, https://arxiv.org/abs/2402.15390).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ __all__ = ["Deletion", "deletion_account", "effect_matrix"]
 
 
 class Deletion(Protocol):
-    """What is read of a lesion, such as those of `resnet_paths.single_deletions`."""
+    """The attributes of a lesion that are used, such as those of `resnet_paths.single_deletions`."""
 
     @property
     def kind(self) -> str:
@@ -65,7 +65,7 @@ def effect_matrix(
     memory_budget: int = 2**31,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """The relative change of what each later block adds when a block is deleted (Csordás et al. 2025).
+    """The relative change of the output of each later branch when a block is deleted (Csordás et al. 2025).
 
     With ``a_l`` for the output of the branch of block l and ``a'_l`` after the deletion, the relative change is
     ``|a'_l - a_l| / |a_l|`` (https://arxiv.org/abs/2505.13898); of states [batch, token, feature] it is
@@ -128,12 +128,12 @@ def deletion_account(
     memory_budget: int = 2**31,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """The change of the output when a block is deleted, as a sum: direct effect, later blocks, head.
+    """The change of the output when a block is deleted, as the sum of direct effect, later blocks and head.
 
     See `resnet_paths.predictions.deletions`; ``total_effect`` is ``- direct_effect + later_change + head_change +
     skip_change`` for each example. The share that is repaired is pooled over examples: the sum of the changes over the
-    sum of the direct effects. 1 means that the output does not change, a negative share that the later blocks add to
-    the damage. Where the direct effects of the examples nearly cancel, it has a wide interval.
+    sum of the direct effects. 1 means that the output does not change; a negative share means that the later blocks and
+    the head add to the effect. The share has no meaning for a block whose direct effect is not different from 0.
 
     Args:
         chain: The intact chain, in eval mode.
@@ -149,11 +149,12 @@ def deletion_account(
         One row per deletion: ``deleted``, ``deleted_index`` (<NA> for several blocks); means over examples, each with
         its standard error: ``total_effect``, the output after the deletion less the output before; ``direct_effect`` of
         the deleted block; ``later_change``, the sum of the changes of the direct effects of the later blocks;
-        ``head_change``, of what the head makes of the last state, for a transformer the change of the scale of its last
-        norm; ``skip_change``, of the skips of later blocks and of what precedes and follows their additions, 0 where
+        ``head_change``, the change of the affine map of the head, for a transformer of the scale of its last norm;
+        ``skip_change``, the change of the maps of later skips and of what precedes and follows their additions, 0 if
         the state is a plain sum; and ``repaired_share``, ``repaired_share_by_blocks`` (``later_change`` alone) and
         ``repaired_share_by_head`` (``head_change`` alone), each with the ends ``_low`` and ``_high`` of a 95 % interval
-        over examples (bootstrap percentiles). ``attrs`` as for `effect_matrix`.
+        over examples (bootstrap percentiles; NaN where the sign of the direct effect is uncertain). ``attrs`` as for
+        `effect_matrix`.
 
     Raises:
         ResnetPathsError: As `effect_matrix`.

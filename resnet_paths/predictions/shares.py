@@ -54,7 +54,9 @@ def pooled_share(
         generator: Source of the random numbers, on the CPU; None for a new one, seeded with 0.
 
     Returns:
-        Shares, and lower and upper ends of their intervals, [row]; the ends are NaN for a single example.
+        Shares, and lower and upper ends of their intervals, [row]. The ends are NaN for a single example, and where
+        the sign of the total is uncertain, so that any share is possible: more than 2.5 % of the resampled totals have
+        the other sign.
     """
     num = values.shape[1]
     low, high = np.full((2, len(values)), np.nan)
@@ -67,6 +69,8 @@ def pooled_share(
             counts.scatter_add_(1, drawn, torch.ones(drawn.shape, dtype=torch.float64))
             sums = counts.numpy() @ (totals if totals.ndim > 1 else totals[None]).T
             low, high = np.nanquantile((counts.numpy() @ values.T) / sums, [0.025, 0.975], axis=0)
+            is_certain = np.maximum((sums > 0).mean(0), (sums < 0).mean(0)) >= 0.975
+            low, high = np.where(is_certain, low, np.nan), np.where(is_certain, high, np.nan)
     return share, low, high
 
 

@@ -1,4 +1,4 @@
-"""The figure of the prediction by path length shows the numbers of its frames."""
+"""Figures of predictions show the numbers of their frames."""
 
 from __future__ import annotations
 
@@ -35,3 +35,106 @@ def test_frames_by_source_are_refused():
     twice = pd.concat([PREDICTION, PREDICTION])
     with pytest.raises(rp.ResnetPathsError, match="path_length"):
         rp.figures.plot_prediction_by_path_length(twice)
+
+
+def mesh_of(ax):
+    """The values of a heat map, with NaN where there is no cell, and its limits."""
+    (mesh,) = ax.collections
+    values = np.ma.filled(np.ma.masked_invalid(mesh.get_array()).astype(float), np.nan)
+    return values, mesh.get_clim()
+
+
+def test_sources_and_lengths():
+    frame = pd.DataFrame({
+        "source": ["stem", "stem", "block0", "block0", "head"],
+        "path_length": [0, 1, 0, 1, 0],
+        "share": [0.5, -0.8, 0.1, 0.9, 0.3],
+    })
+    fig, ax = plt.subplots()
+    values, limits = mesh_of(rp.figures.plot_prediction_by_source(frame, ax))
+    np.testing.assert_allclose(values, [[50, -80], [10, 90], [30, np.nan]])
+    assert limits == (-90, 90)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["stem", "block0", "head"]
+    with pytest.raises(rp.ResnetPathsError, match="repeated rows"):  # parts of blocks apart
+        rp.figures.plot_prediction_by_source(pd.concat([frame, frame]), ax)
+    plt.close(fig)
+
+
+LENS = pd.DataFrame({
+    "depth": [0, 0, 1],
+    "path_length": [0, 1, 0],
+    "kl_divergence": [2.0, 1.0, 0.5],
+    "kl_divergence_se": 0.1,
+    "agreement": [0.1, 0.5, 0.8],
+    "agreement_low": [0.05, 0.4, 0.7],
+    "agreement_high": [0.2, 0.7, 0.85],
+})
+
+
+def test_lens_map_and_line():
+    fig, ax = plt.subplots()
+    values, _ = mesh_of(rp.figures.plot_lens(LENS, ax))
+    np.testing.assert_allclose(values, [[2, 0.5], [1, np.nan]])
+    ax.clear()
+    rp.figures.plot_lens(LENS[LENS.path_length == 0], ax, "agreement")
+    np.testing.assert_allclose(ax.lines[0].get_xydata(), [[0, 10], [1, 80]])
+    np.testing.assert_allclose([s[:, 1] for s in ax.collections[0].get_segments()], [[5, 20], [70, 85]])
+    ax.clear()
+    rp.figures.plot_lens(LENS[LENS.path_length == 0], ax)
+    np.testing.assert_allclose([np.diff(s[:, 1])[0] for s in ax.collections[0].get_segments()], 0.392)
+    with pytest.raises(rp.ResnetPathsError, match="value"):
+        rp.figures.plot_lens(LENS, ax, "entropy")
+    plt.close(fig)
+
+
+def test_effect_matrix_is_triangular_and_centred():
+    frame = pd.DataFrame({
+        "deleted_index": pd.array([0, 0, 1], dtype="Int64"),
+        "block_index": [1, 2, 2],
+        "relative_change": [0.5, 0.2, 1.5],
+        "direct_effect_change": [-3.0, 1.0, 2.0],
+    })
+    fig, axes = plt.subplots(1, 2)
+    values, limits = mesh_of(rp.figures.plot_effect_matrix(frame, axes[0]))
+    np.testing.assert_allclose(values, [[np.nan, 50, 20], [np.nan, np.nan, 150], [np.nan] * 3])
+    assert limits == (-150, 150)
+    values, limits = mesh_of(rp.figures.plot_effect_matrix(frame, axes[1], "direct_effect_change"))
+    assert (values[0, 1], limits) == (-3, (-3, 3))
+    several = frame.assign(deleted_index=pd.array([None] * 3, dtype="Int64"))
+    with pytest.raises(rp.ResnetPathsError, match="deleted_index"):
+        rp.figures.plot_effect_matrix(several, axes[0])
+    plt.close(fig)
+
+
+def test_waterfall_ends_at_the_output():
+    frame = pd.DataFrame({"source": ["stem", "a", "b", "c", "constants"], "direct_effect": [1.0, 0.1, -2.0, 4.0, -0.2]})
+    frame.attrs["output"] = "margin"
+    fig, ax = plt.subplots()
+    image = np.arange(12.0).reshape(1, 3, 4)
+    assert rp.figures.plot_waterfall(frame, ax, image=image, num_bars=3) is ax
+    bars = [(bar.get_x(), bar.get_width()) for bar in ax.patches]
+    np.testing.assert_allclose(bars, [(0, 1), (1, -2), (-1, 4), (3, -0.1), (0, 2.9)], atol=1e-12)
+    names = [label.get_text() for label in ax.get_yticklabels()]
+    assert names == ["stem", "b", "c", "2 others", "margin"]
+    shown = fig.axes[1].images[0].get_array()
+    np.testing.assert_allclose(np.squeeze(shown), image[0] / 11)
+    assert fig.axes[1].get_position().x1 <= ax.get_position().x0
+    plt.close(fig)
+
+
+def test_waterfall_of_lengths_and_of_sources():
+    by_length = pd.DataFrame({"path_length": [0, 1], "contribution": [0.5, 0.25]})
+    by_source = pd.DataFrame({
+        "source": ["stem", "stem", "head"],
+        "path_length": [0, 1, 0],
+        "contribution": [1.0, 2, 3],
+    })
+    fig, axes = plt.subplots(1, 2)
+    for ax, frame, widths in zip(axes, (by_length, by_source), ([0.5, 0.25, 0.75], [3, 3, 6]), strict=True):
+        rp.figures.plot_waterfall(frame, ax)
+        np.testing.assert_allclose([bar.get_width() for bar in ax.patches], widths)
+    with pytest.raises(rp.ResnetPathsError, match="image"):
+        rp.figures.plot_waterfall(by_length, axes[0], image=np.zeros((5, 5, 5)))
+    with pytest.raises(rp.ResnetPathsError, match="num_bars"):
+        rp.figures.plot_waterfall(by_length, axes[0], num_bars=0)
+    plt.close(fig)

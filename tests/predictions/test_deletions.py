@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import resnet_paths as rp
+from resnet_paths.predictions.shares import pooled_share
 from tests.gradients.gradient_reference import Recipe, assert_column, batch, build, jacobian, recipes, sides
 from tests.predictions.enumeration import margin
 from tests.predictions.plain_networks import ResNet, made, run
@@ -160,6 +161,15 @@ def test_intervals_are_those_of_resampled_examples():
     assert frame.repaired_share_low[0] == pytest.approx(low, abs=0.15 * width)
     assert frame.repaired_share_high[0] == pytest.approx(high, abs=0.15 * width)
     assert np.isnan(each[0].repaired_share_low[0])
+
+
+def test_no_interval_where_the_sign_of_the_total_is_uncertain():
+    values = np.linspace(1.0, 2.0, 40)[None]
+    totals = np.stack([np.linspace(1.0, 2.0, 40), np.linspace(-1.0, 1.01, 40)])
+    share, low, high = pooled_share(np.repeat(values, 2, 0), totals, None)
+    np.testing.assert_allclose(share, values.sum() / totals.sum(1))
+    np.testing.assert_allclose([low[0], high[0]], 1)
+    assert np.isnan([low[1], high[1]]).all()
 
 
 def test_deletions_are_those_of_the_plan():
