@@ -15,8 +15,9 @@ import torch
 from resnet_paths._utils.devices import wide
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths._utils.statistics import mean_over_items
-from resnet_paths.core.chain import ResidualChain, require_chain, require_eval_mode
+from resnet_paths.core.chain import ResidualChain, require_chain
 from resnet_paths.core.inputs import Inputs, InputsOrLoader, batches_of, each_tensor, num_examples
+from resnet_paths.core.modes import require_eval_mode
 from resnet_paths.core.parts import call_part
 from resnet_paths.core.placement import device_of
 from resnet_paths.core.positions import Tokens, counted_positions, validate_tokens, vectors_of

@@ -23,16 +23,16 @@ from torch import nn
 
 from resnet_paths._utils.errors import ResnetPathsError, nearest_names
 from resnet_paths.core.cache import ByBlock, Cache
-from resnet_paths.core.modes import depends_on_mode
-from resnet_paths.core.parts import BlockFields, Difference, Fork, Parallel, Placed, added, call_part, context_read_by
+from resnet_paths.core.parts import BlockFields, LinearCombination, Parallel, Placed, added, call_part, context_read_by
 from resnet_paths.core.paths import Choice, InBranch, num_paths
 from resnet_paths.core.summary import chain_table, dimensions, indented
 from resnet_paths.core.units import length_polynomial
+from resnet_paths.core.weight_layers import weight_layers
 
 __all__ = ["Block", "ResidualChain"]
 
 
-class Block(Fork):
+class Block(nn.Module):
     """One residual block: ``y = post(skip(h) + branch(h))`` with ``h = pre(x)``.
 
     Args:
@@ -129,10 +129,11 @@ class Block(Fork):
     @property
     def run(self) -> ResidualChain | None:
         """The run of blocks that it stands for (`resnet_paths.group_blocks`); None where it is no group."""
-        if not isinstance(self.branch, Difference):
+        if not (isinstance(self.branch, LinearCombination) and self.branch.is_difference):
             return None
-        leads_around = self.skip is self.branch.around or (is_identity(self.skip) and is_identity(self.branch.around))
-        return cast("ResidualChain", self.branch.run) if leads_around else None
+        run, around = self.branch
+        leads_around = self.skip is around or (is_identity(self.skip) and is_identity(around))
+        return cast("ResidualChain", run) if leads_around else None
 
     @property
     def branch_names(self) -> tuple[str, ...]:
@@ -149,8 +150,8 @@ class Block(Fork):
         Returns:
             A block.
         """
-        if isinstance(self.branch, Difference):
-            return self.replace(branch=Difference(branch, self.branch.around))
+        if isinstance(self.branch, LinearCombination) and self.branch.is_difference:
+            return self.replace(branch=LinearCombination([branch, self.branch[1]], self.branch.factors))
         if not isinstance(self.branch, Parallel):
             return self.replace(branch=branch)
         branches = [branch if i == number else other for i, other in enumerate(self.branch, start=1)]
@@ -444,6 +445,13 @@ class ResidualChain(nn.Module):
         return length_polynomial(self, unit)
 
 
+@weight_layers.register
+def _(block: Block) -> int:
+    # Its skip and its branch are side by side.
+    longest = max(weight_layers(block.skip), weight_layers(block.branch))
+    return weight_layers(block.pre) + longest + weight_layers(block.post)
+
+
 def _rounds_otherwise(block: Block) -> bool:
     """Whether skip and branch, added, differ by rounding from what a block adds up."""
     adds_onto_skip = isinstance(block.branch, Parallel) and block.branch.onto_skip and block.skip is not None
@@ -467,32 +475,6 @@ def require_chain(argument: str, value: object) -> None:
             "a ResidualChain",
             "Make one with resnet_paths.unravel(model, example_inputs).",
         )
-
-
-def require_eval_mode(argument: str, module: nn.Module) -> None:
-    """Validate that a module computes what it computes in eval mode: no dropout, no updates of running statistics.
-
-    Args:
-        argument: Name of the argument, for the message.
-        module: A model or a chain.
-
-    Raises:
-        ResnetPathsError: If a part whose code asks for the mode is in training mode, or BatchNorm normalises by the
-            batch even in eval mode; it is named.
-    """
-    for name, part in module.named_modules():
-        shown = f"{type(part).__name__} {name!r}" if name else type(part).__name__
-        if part.training and depends_on_mode(type(part)):
-            raise ResnetPathsError(
-                argument, f"{shown} in training mode", f"a {argument} in eval mode", f"Call {argument}.eval() first."
-            )
-        if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.running_mean is None:
-            raise ResnetPathsError(
-                argument,
-                f"{shown} without running statistics",
-                "normalisation that treats each example alone",
-                "Make it with track_running_stats=True.",
-            )
 
 
 def is_identity(module: nn.Module | None) -> bool:

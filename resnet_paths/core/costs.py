@@ -20,8 +20,8 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from resnet_paths._utils.errors import ResnetPathsError
-from resnet_paths.core.chain import require_eval_mode
 from resnet_paths.core.inputs import Inputs, checked_inputs, num_examples
+from resnet_paths.core.modes import require_eval_mode
 from resnet_paths.core.signature import arguments_of
 
 __all__ = ["ForwardCost", "TrainingMemory", "forward_cost", "training_memory"]

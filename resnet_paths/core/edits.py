@@ -19,7 +19,7 @@ from torch import nn
 
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.core.chain import Block, ResidualChain, is_identity, require_chain
-from resnet_paths.core.parts import Parallel, Scaled
+from resnet_paths.core.parts import LinearCombination, Parallel
 from resnet_paths.core.paths import Entry, branch_number, check_path, choices_of
 
 __all__ = [
@@ -204,11 +204,11 @@ def scale_block(chain: ResidualChain, block: int | str, factor: float) -> Residu
         if branch is None:
             raise ResnetPathsError("block", block, "a block with a branch", "This one's branch is deleted.")
         if isinstance(branch, Parallel):
-            scaled_branches = [Scaled(b, factor) for b in branch]
+            scaled_branches = [LinearCombination([b], [factor]) for b in branch]
             return original.replace(branch=Parallel(scaled_branches, onto_skip=branch.onto_skip, names=branch.names))
         if isinstance(branch, ResidualChain):  # its paths still count
-            return original.replace(branch=branch.with_head(Scaled(branch.head, factor)))
-        return original.replace(branch=Scaled(branch, factor))
+            return original.replace(branch=branch.with_head(LinearCombination([branch.head], [factor])))
+        return original.replace(branch=LinearCombination([branch], [factor]))
 
     return _with_changed(chain, block, scaled)
 
@@ -275,7 +275,7 @@ def parallel_blocks(
     names = [name for member in members for name in (member.branch_names or (member.name,) * len(member.branches))]
     names = names if len(set(names)) == len(names) else []
     if combine == "mean":
-        branches = [Scaled(branch, 1 / len(members)) for branch in branches]
+        branches = [LinearCombination([branch], [1 / len(members)]) for branch in branches]
     joined = members[-1].replace(branch=Parallel(branches, names=names), name="|".join(m.name for m in members))
     rest = list(chain)
     rest[places[0] : places[-1] + 1] = [joined]

@@ -20,7 +20,7 @@ from torch import nn
 
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.core.chain import Block, ResidualChain, is_identity, require_chain
-from resnet_paths.core.parts import Difference
+from resnet_paths.core.parts import LinearCombination
 from resnet_paths.core.units import layer_of
 
 __all__ = ["group_blocks", "runs_of", "ungrouped"]
@@ -141,7 +141,7 @@ def _group(chain: ResidualChain, members: list[Block], name: str) -> Block:
     if all(member.skip is not None for member in members):
         skip = _around(chain, members)
         has_branch = any(member.branch is not None for member in members)
-        branch = Difference(run, skip) if has_branch else None
+        branch = LinearCombination([run, skip], [1.0, -1.0]) if has_branch else None
     concatenates = all(member.skip_kind in ("concat", "identity") for member in members)
     group = Block(
         branch,

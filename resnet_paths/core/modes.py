@@ -9,7 +9,9 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["depends_on_mode"]
+from resnet_paths._utils.errors import ResnetPathsError
+
+__all__ = ["depends_on_mode", "require_eval_mode"]
 
 
 def depends_on_mode(kind: type[nn.Module]) -> bool:
@@ -43,6 +45,32 @@ def depends_on_mode(kind: type[nn.Module]) -> bool:
                 return True
             waiting += read
     return False
+
+
+def require_eval_mode(argument: str, module: nn.Module) -> None:
+    """Validate that a module computes what it computes in eval mode: no dropout, no updates of running statistics.
+
+    Args:
+        argument: Name of the argument, for the message.
+        module: A model or a chain.
+
+    Raises:
+        ResnetPathsError: If a part whose code asks for the mode is in training mode, or BatchNorm normalises by the
+            batch even in eval mode; it is named.
+    """
+    for name, part in module.named_modules():
+        shown = f"{type(part).__name__} {name!r}" if name else type(part).__name__
+        if part.training and depends_on_mode(type(part)):
+            raise ResnetPathsError(
+                argument, f"{shown} in training mode", f"a {argument} in eval mode", f"Call {argument}.eval() first."
+            )
+        if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.running_mean is None:
+            raise ResnetPathsError(
+                argument,
+                f"{shown} without running statistics",
+                "normalisation that treats each example alone",
+                "Make it with track_running_stats=True.",
+            )
 
 
 def _codes_of(member: object) -> Iterator[CodeType]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias, TypedDict
@@ -15,11 +16,9 @@ from resnet_paths._utils.errors import ResnetPathsError
 __all__ = [
     "BlockFields",
     "Constant",
-    "Difference",
-    "Fork",
+    "LinearCombination",
     "Parallel",
     "Placed",
-    "Scaled",
     "added",
     "call_part",
     "context_read_by",
@@ -103,35 +102,38 @@ def added(one: State, other: State) -> torch.Tensor:
     return one + other
 
 
-class Fork(nn.Module):
-    """A module that computes ``post(skip(h) + branch(h))`` with ``h = pre(x)``: a `resnet_paths.core.chain.Block`.
+class LinearCombination(nn.ModuleList):
+    """Modules at one input, each times a number, added up: ``sum(factor * module(x))``.
 
-    Files that blocks are built on know them by this class.
+    A scaled branch is one of a single module; what a group of blocks adds to its input is the difference
+    ``run(x) - around(x)``. A path takes it as a whole, unlike `Parallel`.
+
+    Args:
+        modules: The modules.
+        factors: A number for each.
     """
 
-    pre: nn.Module
-    skip: nn.Module | None
-    branch: nn.Module | None
-    post: nn.Module
+    def __init__(self, modules: Iterable[nn.Module], factors: Iterable[float]) -> None:
+        super().__init__(modules)
+        self.factors = tuple(factors)
+        self.training = any(module.training for module in self)
+        self.reads_context = context_read_by(*self)
 
-
-class Scaled(nn.Module):
-    """A branch times a number: ``factor * branch(x)``."""
-
-    def __init__(self, branch: nn.Module, factor: float) -> None:
-        super().__init__()
-        self.branch = branch
-        self.factor = factor
-        self.reads_context = context_read_by(branch)
-        self.training = branch.training
+    @property
+    def is_difference(self) -> bool:
+        """Whether it is one module less another, as of a group of blocks."""
+        return self.factors == (1.0, -1.0)
 
     def forward(self, x: torch.Tensor, **context: torch.Tensor) -> torch.Tensor:
-        """``factor * branch(x)``."""
-        return self.factor * call_part(self.branch, x, context)
+        """The sum at `x`."""
+        # On copies: parts written by hand may work in place.
+        inputs = [x] if len(self) == 1 else [x.clone() for _ in self]
+        terms = [f * call_part(part, given, context) for part, given, f in zip(self, inputs, self.factors, strict=True)]
+        return functools.reduce(added, terms)
 
     def extra_repr(self) -> str:
-        """The factor."""
-        return f"factor={self.factor}"
+        """The factors."""
+        return f"factors={self.factors}"
 
 
 class Constant(nn.Module):
@@ -176,29 +178,6 @@ class Placed(nn.Module):
     def extra_repr(self) -> str:
         """The dimension and the zeros."""
         return f"dim={self.dim}, before={self.before}, after={self.after}"
-
-
-class Difference(nn.Module):
-    """What a run of blocks adds to its input: ``run(x) - around(x)``, the branch of a group of blocks.
-
-    A block whose skip is `around` returns ``run(x)``, bit for bit: nothing is subtracted and added again.
-
-    Args:
-        run: The blocks in series, a chain.
-        around: What leads around all of them, the identity where they keep the shape.
-    """
-
-    def __init__(self, run: nn.Module, around: nn.Module) -> None:
-        super().__init__()
-        self.run = run
-        self.around = around
-        self.reads_context = context_read_by(run, around)
-        self.training = run.training
-
-    def forward(self, x: torch.Tensor, **context: torch.Tensor) -> torch.Tensor:
-        """``run(x) - around(x)``."""
-        # On copies: parts written by hand may work in place.
-        return call_part(self.run, x.clone(), context) - call_part(self.around, x.clone(), context)
 
 
 class Parallel(nn.ModuleList):

@@ -7,8 +7,8 @@ classes. What is exported is the call, which has the model's own parameters unde
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeAlias
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from resnet_paths._utils.errors import ResnetPathsError
 
-__all__ = ["Call", "Inputs", "Signature", "arguments_of"]
+__all__ = ["Call", "Function", "Inputs", "Signature", "arguments_of"]
 
 Inputs: TypeAlias = torch.Tensor | Sequence[object] | Mapping[str, object]
 """What a model is called with: a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments."""
@@ -144,6 +144,32 @@ class Call(nn.Module):
         """The chosen output."""
         args, kwargs = self._signature.arguments(tensors)
         return chosen(self._called[0](*args, **kwargs), self._output)
+
+
+class Function(nn.Module):
+    """A function as a module.
+
+    Args:
+        function: It is given the module, then the tensors, then what this module is called with. To be sent to other
+            processes it is a function at the top of a file, or `functools.partial` of one.
+        module: A module that it uses; None if it uses none.
+        tensors: Tensors that it uses; they follow where this module is moved or converted.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], module: nn.Module | None = None, tensors: Iterable[torch.Tensor] = ()
+    ) -> None:
+        super().__init__()
+        self.function = function
+        self.module = module
+        for index, tensor in enumerate(tensors):
+            self.register_buffer(f"tensor{index}", tensor, persistent=False)
+        self.training = False
+
+    def forward(self, *inputs: Any, **keywords: Any) -> Any:
+        """What the function returns."""
+        held = [] if self.module is None else [self.module]
+        return self.function(*held, *self.buffers(recurse=False), *inputs, **keywords)
 
 
 def chosen(returned: object, output: str | int | None) -> torch.Tensor:

@@ -10,7 +10,7 @@ import pandas as pd
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from resnet_paths.core.parts import Difference, Parallel
+from resnet_paths.core.parts import LinearCombination, Parallel
 from resnet_paths.core.paths import Choice
 from resnet_paths.core.weight_layers import weight_layers
 
@@ -109,8 +109,8 @@ def contents(module: nn.Module | None) -> str:
 def _words(module: nn.Module) -> Iterable[str]:
     if isinstance(module, GraphModule):
         yield from filter(None, (_word(module, node) for node in module.graph.nodes))
-    elif isinstance(module, Difference):
-        yield from _words(module.run)
+    elif isinstance(module, LinearCombination):
+        yield from _words(module[0])
     elif isinstance(module, Parallel):
         yield " | ".join(contents(branch) for branch in module)
     elif not list(module.children()):

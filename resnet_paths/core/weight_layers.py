@@ -5,11 +5,13 @@ Pooling in windows makes a branch as well, although it is no weight layer.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from resnet_paths.core.parts import Difference, Fork, Parallel
+from resnet_paths.core.parts import LinearCombination, Parallel
 
 __all__ = ["CONVOLUTIONS", "is_weighted", "makes_branch", "weight_layers"]
 
@@ -114,6 +116,7 @@ def makes_branch(node: Node) -> bool:
     return is_weighted(node) or node.target in _POOLINGS
 
 
+@functools.singledispatch
 def weight_layers(module: nn.Module | None) -> int:
     """Number of weight layers on the longest route through a module: convolutions and linear layers with parameters.
 
@@ -130,14 +133,9 @@ def weight_layers(module: nn.Module | None) -> int:
         return 0
     if isinstance(module, GraphModule):
         return _longest_route(module)
-    if isinstance(module, Difference):
-        return weight_layers(module.run)
     inner = list(map(weight_layers, module.children()))
-    if isinstance(module, Parallel):
+    if isinstance(module, LinearCombination | Parallel):
         return max(inner, default=0)
-    if isinstance(module, Fork):  # its skip and its branch are side by side
-        longest = max(weight_layers(module.skip), weight_layers(module.branch))
-        return weight_layers(module.pre) + longest + weight_layers(module.post)
     return int(isinstance(module, _MODULES)) + sum(inner)
 
 

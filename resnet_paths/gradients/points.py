@@ -13,7 +13,6 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from torch import nn
 
 from resnet_paths._utils.devices import wide
 from resnet_paths._utils.errors import ResnetPathsError
@@ -28,8 +27,9 @@ from resnet_paths.core.backward.recursion import (
     pull_back,
     pull_paths,
 )
-from resnet_paths.core.chain import ResidualChain, require_chain, require_eval_mode
+from resnet_paths.core.chain import ResidualChain, require_chain
 from resnet_paths.core.inputs import Inputs, each_tensor, num_examples, split
+from resnet_paths.core.modes import require_eval_mode
 from resnet_paths.core.paths import Choices, Path
 from resnet_paths.core.signature import Signature, arguments_of
 from resnet_paths.gradients.losses import Loss, cross_entropy
@@ -244,7 +244,13 @@ class Point(ForwardPass):
         signature, tensors = Signature.of(*arguments_of(self.inputs))
         if signature.is_plain and len(tensors) == 1 and not chain.context_names:
             return stacks[0].pulled(linearize(chain.stem, tensors[0])[1])[0]
-        _, pull = linearize_all(_Beginning(chain, signature, self.context.carrying), tensors)
+
+        def beginning(*given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            args, kwargs = signature.arguments(given)
+            state, context = chain.begin(*args, **kwargs)
+            return (state, *(context[name] for name in self.context.carrying))
+
+        _, pull = linearize_all(beginning, tensors)
         first = stacks[0]
         leading = first.exponents.shape[:2]
         pieces = pull([stack.values.flatten(0, 1) for stack in stacks])
@@ -279,22 +285,6 @@ def _side_by_side(stacks: Sequence[Stack]) -> Stack:
     if len(stacks) == 1:
         return stacks[0]
     return replace(stacks[0], values=torch.cat([stack.values.flatten(3) for stack in stacks], 3))
-
-
-class _Beginning(nn.Module):
-    """The first state, and some of the context, as a module of the tensors among a chain's arguments."""
-
-    def __init__(self, chain: ResidualChain, signature: Signature, names: Sequence[str]) -> None:
-        super().__init__()
-        self.chain = chain
-        self.signature = signature
-        self.names = names
-        self.training = chain.training
-
-    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        args, kwargs = self.signature.arguments(tensors)
-        state, context = self.chain.begin(*args, **kwargs)
-        return (state, *(context[name] for name in self.names))
 
 
 def num_block_vjps(choices: Choices, longest: int) -> int:

@@ -33,8 +33,9 @@ from tqdm.auto import tqdm
 
 from resnet_paths._utils.errors import ResnetPathsError, StudyInterrupted
 from resnet_paths._utils.fingerprint import fingerprint
-from resnet_paths.core.chain import ResidualChain, require_chain, require_eval_mode
+from resnet_paths.core.chain import ResidualChain, require_chain
 from resnet_paths.core.inputs import Inputs, inputs_of, require_loader
+from resnet_paths.core.modes import require_eval_mode
 from resnet_paths.core.placement import PRECISIONS
 from resnet_paths.lesions.frames import pair_interactions
 from resnet_paths.lesions.keys import computes_what_it_says, network_key

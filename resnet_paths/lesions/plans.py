@@ -17,10 +17,11 @@ from typing import Any, SupportsIndex
 import torch
 
 from resnet_paths._utils.errors import ResnetPathsError
-from resnet_paths.core.chain import ResidualChain, is_identity, require_chain, require_eval_mode
+from resnet_paths.core.chain import ResidualChain, is_identity, require_chain
 from resnet_paths.core.edits import deletable
 from resnet_paths.core.groups import group_blocks, runs_of
 from resnet_paths.core.inputs import checked_inputs, each_tensor, num_examples
+from resnet_paths.core.modes import require_eval_mode
 from resnet_paths.core.parts import Constant
 from resnet_paths.core.placement import device_of
 from resnet_paths.core.signature import arguments_of

@@ -23,8 +23,9 @@ from tqdm.auto import tqdm
 from resnet_paths._utils.devices import wide
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths._utils.statistics import mean_over_items
-from resnet_paths.core.chain import Block, ResidualChain, require_chain, require_eval_mode
+from resnet_paths.core.chain import Block, ResidualChain, require_chain
 from resnet_paths.core.inputs import Inputs, each_tensor, num_examples, require_loader, unpack, unpack_optional
+from resnet_paths.core.modes import require_eval_mode
 from resnet_paths.core.parts import call_part
 from resnet_paths.core.placement import device_of, place_modules
 from resnet_paths.core.positions import Tokens, counted_positions, validate_tokens, vectors_of
@@ -274,7 +275,7 @@ def _gradients(
         if not sums.requires_grad:
             raise ResnetPathsError("measures", measure.name, "measures with a gradient, such as 'cross_entropy'")
         gradients.append(torch.autograd.grad(sums[:, 0].sum(), totals, retain_graph=True, materialize_grads=True))
-        all_sums.append(sums.detach().double().cpu().numpy())
+        all_sums.append(sums.detach().cpu().double().numpy())
     return all_sums, gradients
 
 

@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 from resnet_paths.core.chain import Block, ResidualChain, is_identity
 from resnet_paths.core.groups import ungrouped
 from resnet_paths.core.inputs import each_tensor, num_examples
-from resnet_paths.core.parts import Constant, Difference, Parallel, Placed, Scaled, call_part, context_read_by
+from resnet_paths.core.parts import Constant, LinearCombination, Parallel, Placed, call_part, context_read_by
 from resnet_paths.core.placement import place_modules
 from resnet_paths.core.signature import arguments_of
 from resnet_paths.lesions.batchnorm import averaged_statistics, batch_statistics, given_statistics
@@ -265,12 +265,10 @@ def _part_key(part: nn.Module | None, key_of: Callable[[nn.Module], Hashable]) -
     """Each edit makes new wrappers, so their content counts."""
     if part is None or is_identity(part):
         return type(part).__name__
-    if isinstance(part, Scaled):
-        return ("scaled", part.factor, _part_key(part.branch, key_of))
+    if isinstance(part, LinearCombination):
+        return ("combination", part.factors, *(_part_key(term, key_of) for term in part))
     if type(part) is ResidualChain:
         return ("chain", *(_step_key(step, key_of) for _, step in steps_of(part)))
-    if isinstance(part, Difference):
-        return ("difference", _part_key(part.run, key_of), _part_key(part.around, key_of))
     if isinstance(part, Parallel):
         return ("parallel", part.onto_skip, *(_part_key(branch, key_of) for branch in part))
     return key_of(part)
@@ -282,7 +280,7 @@ def _keeps_its_input(part: nn.Module) -> bool:
         return False
     if isinstance(part, GraphModule):
         return all(map(_computes_only, part.graph.nodes))
-    ours = type(part) in (Block, Constant, Difference, Parallel, Placed, ResidualChain, Scaled)
+    ours = type(part) in (Block, Constant, LinearCombination, Parallel, Placed, ResidualChain)
     of_torch = type(part).__module__.startswith("torch.nn.modules.") and not getattr(part, "inplace", False)
     return (ours or of_torch) and all(map(_keeps_its_input, part.children()))
 

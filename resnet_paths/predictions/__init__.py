@@ -18,8 +18,9 @@ from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.core.backward.forward import prepared, split_to_fit
 from resnet_paths.core.backward.linearize import linearize
 from resnet_paths.core.backward.recursion import Linearizer
-from resnet_paths.core.chain import ResidualChain, require_chain, require_eval_mode
+from resnet_paths.core.chain import ResidualChain, require_chain
 from resnet_paths.core.inputs import InputsOrLoader, batches_with_bar
+from resnet_paths.core.modes import require_eval_mode
 from resnet_paths.core.paths import lengths_up_to, path_polynomial
 from resnet_paths.predictions.detached import linearizer_of
 from resnet_paths.predictions.outputs import Output, name_of, output_function

@@ -27,9 +27,10 @@ from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths._utils.statistics import mean_over_examples
 from resnet_paths.core.backward.forward import ForwardPass, prepared, split_to_fit
 from resnet_paths.core.backward.linearize import Context, inner_products
-from resnet_paths.core.chain import Block, ResidualChain, require_chain, require_eval_mode
+from resnet_paths.core.chain import Block, ResidualChain, require_chain
 from resnet_paths.core.edits import deletable, delete_blocks
 from resnet_paths.core.inputs import InputsOrLoader, batches_with_bar
+from resnet_paths.core.modes import require_eval_mode
 from resnet_paths.core.parts import call_part
 from resnet_paths.predictions.detached import linearizer_of
 from resnet_paths.predictions.direct import SkipPath

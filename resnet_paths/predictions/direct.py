@@ -23,8 +23,9 @@ import torch
 from resnet_paths.core.backward.forward import ForwardPass, prepared, split_to_fit
 from resnet_paths.core.backward.linearize import Context, Pullback, inner_products, unchanged
 from resnet_paths.core.backward.recursion import Linearizer
-from resnet_paths.core.chain import ResidualChain, require_chain, require_eval_mode
+from resnet_paths.core.chain import ResidualChain, require_chain
 from resnet_paths.core.inputs import InputsOrLoader, batches_with_bar
+from resnet_paths.core.modes import require_eval_mode
 from resnet_paths.core.parts import call_part
 from resnet_paths.predictions.detached import linearizer_of
 from resnet_paths.predictions.outputs import Output, name_of, output_at

@@ -31,8 +31,9 @@ from resnet_paths.core.backward.forward import ForwardPass, prepared, split_to_f
 from resnet_paths.core.backward.linearize import Context, Pullback, unchanged
 from resnet_paths.core.backward.recursion import Linearizer
 from resnet_paths.core.backward.tangents import differentiable_pullbacks, pushed
-from resnet_paths.core.chain import Block, ResidualChain, require_chain, require_eval_mode
+from resnet_paths.core.chain import Block, ResidualChain, require_chain
 from resnet_paths.core.inputs import InputsOrLoader, batches_with_bar
+from resnet_paths.core.modes import require_eval_mode
 from resnet_paths.core.parts import call_part
 from resnet_paths.core.paths import path_polynomial
 from resnet_paths.predictions.detached import linearizer_of

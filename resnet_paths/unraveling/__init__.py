@@ -19,8 +19,9 @@ from torch import nn
 from torch._subclasses import FakeTensor
 
 from resnet_paths._utils.errors import ResnetPathsError, UnravelError
-from resnet_paths.core.chain import ResidualChain, require_eval_mode
+from resnet_paths.core.chain import ResidualChain
 from resnet_paths.core.input_sizes import InputSizes
+from resnet_paths.core.modes import require_eval_mode
 from resnet_paths.core.signature import Call, Inputs, Signature, arguments_of, chosen
 from resnet_paths.unraveling.adapters import keep_adapters_in_layers
 from resnet_paths.unraveling.assembly import assemble

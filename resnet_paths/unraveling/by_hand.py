@@ -10,6 +10,7 @@ import contextlib
 import contextvars
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from torch.utils import _pytree as pytree
 from resnet_paths._utils.errors import ResnetPathsError, nearest_names
 from resnet_paths.core.chain import Block, ResidualChain
 from resnet_paths.core.parts import BlockFields
-from resnet_paths.core.signature import Signature, chosen
+from resnet_paths.core.signature import Function, Signature, chosen
 
 __all__ = ["chain_of_named_blocks"]
 
@@ -29,13 +30,6 @@ class _Reached(Exception):  # noqa: N818 - no error: it stops a model where the 
         self.state = state
 
 
-class _Stop(nn.Module):
-    """In the first block's place: takes its input out of the model."""
-
-    def forward(self, state: torch.Tensor, *_: object, **__: object) -> None:
-        raise _Reached(state)
-
-
 class _State:
     """Marks the position of a block's output in what the block returns."""
 
@@ -43,65 +37,53 @@ class _State:
 _GIVEN: contextvars.ContextVar[torch.Tensor] = contextvars.ContextVar("given")
 
 
-class _Give(nn.Module):
+def _stop(state: torch.Tensor, *_: object, **__: object) -> None:
+    """In the first block's place: takes its input out of the model."""
+    raise _Reached(state)
+
+
+def _form_of(returned: object) -> object:
+    """What a block returned on the example, without its output."""
+    output = chosen(returned, None)
+    form: object = pytree.tree_map(lambda leaf: _State if leaf is output else leaf, returned)
+    if all(leaf is not _State for leaf in pytree.tree_leaves(form)):
+        raise ResnetPathsError(
+            "blocks",
+            f"one that returns a {type(returned).__name__}",
+            "modules that return a tensor, or a tuple, list or mapping with it",
+        )
+    return form
+
+
+def _give(form: object, *_: object, **__: object) -> object:
     """In a block's place: returns what the block returned on the example, with the given state as its output."""
-
-    def __init__(self, returned: object) -> None:
-        super().__init__()
-        output = chosen(returned, None)
-        self.form = pytree.tree_map(lambda leaf: _State if leaf is output else leaf, returned)
-        if all(leaf is not _State for leaf in pytree.tree_leaves(self.form)):
-            raise ResnetPathsError(
-                "blocks",
-                f"one that returns a {type(returned).__name__}",
-                "modules that return a tensor, or a tuple, list or mapping with it",
-            )
-
-    def forward(self, *_: object, **__: object) -> object:
-        state = _GIVEN.get()
-        return pytree.tree_map(lambda leaf: state if leaf is _State else leaf, self.form)
+    state = _GIVEN.get()
+    return pytree.tree_map(lambda leaf: state if leaf is _State else leaf, form)
 
 
-class _Before(nn.Module):
+def _before_blocks(model: nn.Module, *args: object, **kwargs: object) -> torch.Tensor:
     """What the first block gets."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.training = False
-
-    def forward(self, *args: object, **kwargs: object) -> torch.Tensor:
-        try:
-            self.model(*args, **kwargs)
-        except _Reached as reached:
-            return reached.state
-        raise AssertionError("the first block was not reached")
+    try:
+        model(*args, **kwargs)
+    except _Reached as reached:
+        return reached.state
+    raise AssertionError("the first block was not reached")
 
 
-class _After(nn.Module):
+def _after_blocks(
+    signature: Signature, output: str | int | None, model: nn.Module, *example_and_state: torch.Tensor
+) -> torch.Tensor:
     """What the model makes of the last block's output; it runs on the example meanwhile, its blocks replaced."""
-
-    def __init__(
-        self, model: nn.Module, signature: Signature, example: Sequence[torch.Tensor], output: str | int | None
-    ) -> None:
-        super().__init__()
-        self.model = model
-        self.signature = signature
-        for index, tensor in enumerate(example):  # as buffers: they follow where the chain is moved or converted
-            self.register_buffer(f"example{index}", _first_row(tensor).clone(), persistent=False)
-        self.output = output
-        self.training = False
-
-    def forward(self, state: torch.Tensor) -> torch.Tensor:
-        example = (tensor.to(state.device) for tensor in self.buffers(recurse=False))
-        # Clones: the model may write over its inputs.
-        rows = [row.expand(len(state), *row.shape[1:]).clone() if row.dim() else row.clone() for row in example]
-        args, kwargs = self.signature.arguments(rows)
-        token = _GIVEN.set(state)
-        try:
-            return chosen(self.model(*args, **kwargs), self.output)
-        finally:
-            _GIVEN.reset(token)
+    *example, state = example_and_state
+    # Clones: the model may write over its inputs.
+    rows = (row.to(state.device) for row in example)
+    rows = (row.expand(len(state), *row.shape[1:]).clone() if row.dim() else row.clone() for row in rows)
+    args, kwargs = signature.arguments(rows)
+    token = _GIVEN.set(state)
+    try:
+        return chosen(model(*args, **kwargs), output)
+    finally:
+        _GIVEN.reset(token)
 
 
 def _first_row(tensor: torch.Tensor) -> torch.Tensor:
@@ -155,9 +137,11 @@ def chain_of_named_blocks(
     for index, block in enumerate(blocks):
         stage += int(index > 0 and block.out_shape != blocks[index - 1].out_shape)
         block.stage = stage
-    stem = _Before(_with_replaced(model, dict.fromkeys(names, _Stop())))
-    given = {name: _Give(calls[name][1]) for name in names}
-    chain = ResidualChain(stem, blocks, _After(_with_replaced(model, given), signature, tensors, output))
+    stem = Function(_before_blocks, _with_replaced(model, dict.fromkeys(names, Function(_stop))))
+    given = {name: Function(partial(_give, _form_of(calls[name][1]))) for name in names}
+    example = [_first_row(tensor).clone() for tensor in tensors]
+    head = Function(partial(_after_blocks, signature, output), _with_replaced(model, given), example)
+    chain = ResidualChain(stem, blocks, head)
     chain.training = chain.blocks.training = False
     chain.eval_only = True
     return chain

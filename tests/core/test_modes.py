@@ -14,7 +14,7 @@ import resnet_paths as rp
 from resnet_paths.core.chain import Block, ResidualChain
 from resnet_paths.core.costs import forward_cost
 from resnet_paths.core.modes import depends_on_mode
-from resnet_paths.core.parts import Parallel, Scaled
+from resnet_paths.core.parts import LinearCombination, Parallel
 from resnet_paths.zoo.random_depth import DrawnBlock
 
 
@@ -108,7 +108,7 @@ def test_classes_whose_mode_matters(kind):
         Block,
         ResidualChain,
         Parallel,
-        Scaled,
+        LinearCombination,
         Elsewhere,
     ],
 )

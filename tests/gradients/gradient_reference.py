@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import resnet_paths as rp
 from resnet_paths.core.backward.cotangents import Stack
 from resnet_paths.core.chain import Block, ResidualChain
-from resnet_paths.core.parts import Parallel, Placed, Scaled
+from resnet_paths.core.parts import LinearCombination, Parallel, Placed
 from resnet_paths.core.paths import InBranch, path_length, path_polynomial
 from resnet_paths.gradients.points import Place
 
@@ -149,14 +149,14 @@ def _blocks(blocks: tuple[Recipe, ...], width: int, of_pairs: bool) -> tuple[lis
         if recipe.skip == "concat" and wide > width:
             branch: nn.Module = nn.Sequential(_function(width, wide - width), Placed(1, width, 0))
         elif recipe.branch == "scaled":
-            branch = Scaled(layer(_function(width, wide), wide, keep=False), -0.7)
+            branch = LinearCombination([layer(_function(width, wide), wide, keep=False)], [-0.7])
         elif isinstance(recipe.branch, int):
             sides = [layer(_function(width, wide), wide, keep=False) for _ in range(recipe.branch)]
-            branch = Parallel([*sides[1:], Scaled(sides[0], 0.5)])
+            branch = Parallel([*sides[1:], LinearCombination([sides[0]], [0.5])])
         elif recipe.branch == "chain":
             inside = [Block(layer(_function(width, width), width, keep=False), nn.Identity())]
             last = layer(_function(width, wide), wide, keep=False)
-            branch = Parallel([ResidualChain(nn.Identity(), inside, nn.Identity()), Scaled(last, 0.5)])
+            branch = Parallel([ResidualChain(nn.Identity(), inside, nn.Identity()), LinearCombination([last], [0.5])])
             if wide != width:
                 branch[0] = nn.Sequential(branch[0], layer(nn.Linear(width, wide), wide, keep=True))
         elif isinstance(recipe.branch, tuple):

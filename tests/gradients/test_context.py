@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import resnet_paths as rp
 from resnet_paths.core.chain import Block, ResidualChain
-from resnet_paths.core.parts import Parallel, Scaled, call_part
+from resnet_paths.core.parts import LinearCombination, Parallel, call_part
 from resnet_paths.core.paths import path_length
 from resnet_paths.gradients import gradient_by_stage_lengths, gradient_through_block
 from resnet_paths.gradients.points import Place
@@ -68,7 +68,12 @@ def blocks_of(kind):
     if kind == "everywhere":
         return [
             Block(Reads("gate", "first"), Reads("gate"), pre=Reads("first"), post=Reads("gate", "truth"), name="a"),
-            Block(Parallel([Reads("gate"), Scaled(Reads("first"), 0.5), Reads()]), nn.Identity(), name="b", stage=1),
+            Block(
+                Parallel([Reads("gate"), LinearCombination([Reads("first")], [0.5]), Reads()]),
+                nn.Identity(),
+                name="b",
+                stage=1,
+            ),
             Block(None, Reads("gate"), name="c", stage=1),
         ]
     inner = [Block(Reads("gate"), nn.Identity(), name="x"), Block(Reads("first"), Reads("gate"), name="y")]

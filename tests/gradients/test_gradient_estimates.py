@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import resnet_paths as rp
 from resnet_paths.core.chain import ResidualChain
-from resnet_paths.core.parts import Scaled
+from resnet_paths.core.parts import LinearCombination
 from resnet_paths.core.paths import path_length
 from resnet_paths.gradients.points import Place, Point
 from tests.chains import assert_same, snapshot
@@ -351,7 +351,9 @@ def test_a_limit_to_the_length(method):
 
 def test_coherence_of_paths_that_are_all_alike():
     """The coherence is then the root of their number, and every path that is sampled has the mean norm."""
-    blocks = [rp.Block(Scaled(torch.nn.Identity(), 0.5), torch.nn.Identity(), name=f"{i}") for i in range(5)]
+    blocks = [
+        rp.Block(LinearCombination([torch.nn.Identity()], [0.5]), torch.nn.Identity(), name=f"{i}") for i in range(5)
+    ]
     with seeded():
         chain = ResidualChain(torch.nn.Linear(5, 3), blocks, torch.nn.Linear(3, 3)).double().eval()
     frame = gradients_of(chain, *batch(), method="energy", num_draws=400)

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import resnet_paths as rp
 from resnet_paths.core.chain import Block, ResidualChain
-from resnet_paths.core.parts import Constant, Parallel, Scaled
+from resnet_paths.core.parts import Constant, LinearCombination, Parallel
 from resnet_paths.core.placement import place_modules
 from resnet_paths.lesions.functions import step_function
 from resnet_paths.zoo import build_network
@@ -115,7 +115,7 @@ BRANCHES = {
     "relu6": lambda: traced(lambda x, f: F.hardswish(F.relu6(f(x))), linear()),
     "returns its input": lambda: nn.Identity(),
     "constant": lambda: Constant(torch.arange(4.0).double()),
-    "scaled": lambda: Scaled(traced(lambda x, f: F.relu(f(x)), linear()), 0.3),
+    "scaled": lambda: LinearCombination([traced(lambda x, f: F.relu(f(x)), linear())], [0.3]),
     "parallel": lambda: Parallel([traced(lambda x, f: F.relu(f(x)), linear()) for _ in range(2)]),
     "parallel, onto the skip": lambda: Parallel([linear(), linear()], onto_skip=True),
     "chain": lambda: ResidualChain(nn.Identity(), [Block(linear(), nn.Identity())], nn.ReLU()),

@@ -158,7 +158,7 @@ def test_numbers_of_numpy_are_numbers():
         with pytest.raises(rp.ResnetPathsError, match=r"counts: got np.float64\(1.0\)"):
             plan(chain, np.ones(1), 1, seeded())
     for lesions in (rp.scalings(chain, np.float32([0.5])), rp.scalings(chain, np.array([2]))):
-        assert isinstance(lesions[0].edit(chain)[0].branch.factor, float)
+        assert isinstance(lesions[0].edit(chain)[0].branch.factors[0], float)
     batches = loader()
     stacked = rp.lesion_study(chain, batches, rp.single_deletions(chain), batch_budget=np.int64(32), progress=False)
     assert stacked.equals(rp.lesion_study(chain, batches, rp.single_deletions(chain), batch_budget=32, progress=False))

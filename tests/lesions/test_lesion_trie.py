@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 import resnet_paths as rp
 from resnet_paths.core.chain import Block, ResidualChain
-from resnet_paths.core.parts import Scaled
+from resnet_paths.core.parts import LinearCombination
 from resnet_paths.lesions.trie import Trie, steps_of
 from tests.chains import Plan, inputs, plans, random_chain
 from tests.gradients.gradient_reference import build, recipes, seeded
@@ -35,8 +35,8 @@ def edited(chain, kind, i, j):
         "duplicate": lambda: rp.duplicate_block(chain, i),
         "scale": lambda: rp.scale_block(chain, i, 0.5 + j),
         "parallel": lambda: rp.parallel_blocks(chain, [i, i + 1]),
-        "head": lambda: chain.with_head(Scaled(chain.head, 2.0)),
-        "stem": lambda: ResidualChain(Scaled(chain.stem, 2.0), chain, chain.head),
+        "head": lambda: chain.with_head(LinearCombination([chain.head], [2.0])),
+        "stem": lambda: ResidualChain(LinearCombination([chain.stem], [2.0]), chain, chain.head),
         "inside": lambda: chain.with_blocks(
             b.replace(branch=rp.delete_block(inner, j % len(inner))) if k == i else b for k, b in enumerate(chain)
         ),

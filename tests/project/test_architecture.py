@@ -95,6 +95,22 @@ def test_the_root_of_the_package_is_small():
     assert len(entries) <= 12
 
 
+def classes(*paths: Path) -> set[tuple[str, tuple[str, ...]]]:
+    """Name and bases of each class in some files, other than in the docstring of another."""
+    nodes = [node for path in paths for node in ast.walk(ast.parse(path.read_text()))]
+    return {(node.name, tuple(map(ast.unparse, node.bases))) for node in nodes if isinstance(node, ast.ClassDef)}
+
+
+def test_chains_are_made_of_few_kinds_of_modules():
+    outside_zoo = classes(*(path for name, path in FILES.items() if name.split(".")[0] != "zoo"))
+    modules = {"nn.Module", "nn.ModuleList", "GraphModule"}
+    while found := {name for name, bases in outside_zoo if modules & set(bases)} - modules:
+        modules |= found
+    kinds = modules - {"nn.Module", "nn.ModuleList", "GraphModule", "Call"}  # a Call is exported, and in no chain
+    assert {"Block", "ResidualChain", "Segment", "Parallel"} <= kinds
+    assert len(kinds) <= 9
+
+
 def test_every_public_name_is_there_and_has_a_docstring():
     for name in rp.__all__:
         assert getattr(rp, name).__doc__, name

@@ -19,7 +19,7 @@ from torch import nn
 
 import resnet_paths as rp
 from resnet_paths._utils.fingerprint import fingerprint, is_determined
-from resnet_paths.core.parts import Constant, Parallel, Scaled
+from resnet_paths.core.parts import Constant, LinearCombination, Parallel
 from resnet_paths.lesions.keys import computes_what_it_says, network_key
 from tests.chains import Plan, inputs, plans, random_chain, random_model
 
@@ -106,7 +106,8 @@ def test_parameters_buffers_and_structure_count():
     orders = [nn.Sequential(*order) for order in itertools.permutations([linear, relu, nn.Tanh()])]
     assert len({fingerprint(o) for o in orders}) == 6
     assert fingerprint(nn.Sequential(linear, relu)) != fingerprint(nn.Sequential(nn.Sequential(linear, relu)))
-    assert len({fingerprint(p) for p in (linear, Scaled(linear, 1.0), Scaled(linear, 0.5), Parallel([linear]))}) == 4
+    scaled = [LinearCombination([linear], [factor]) for factor in (1.0, 0.5)]
+    assert len({fingerprint(part) for part in (linear, *scaled, Parallel([linear]))}) == 4
     assert fingerprint(Constant(torch.ones(2))) != fingerprint(Constant(torch.zeros(2)))
 
 

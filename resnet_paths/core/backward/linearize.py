@@ -22,7 +22,7 @@ from torch.fx import Node
 from resnet_paths._utils.devices import wide
 from resnet_paths.core.backward.operations import Step, linearize_operation, without_vmap_warnings
 from resnet_paths.core.input_sizes import CheckedInputs
-from resnet_paths.core.parts import Placed, Scaled, context_read_by
+from resnet_paths.core.parts import LinearCombination, Placed, context_read_by
 from resnet_paths.core.segments import Segment
 
 __all__ = [
@@ -147,7 +147,7 @@ def linearize(
         The output, and its pullback.
 
     Example:
-        >>> double = Scaled(nn.Identity(), 2.0)
+        >>> double = LinearCombination([nn.Identity()], [2.0])
         >>> output, pullback = linearize(double, torch.ones(3))
         >>> output, pullback(torch.eye(3)).diagonal()
         (tensor([2., 2., 2.]), tensor([2., 2., 2.]))
@@ -161,9 +161,9 @@ def linearize(
         return module(state), Pullback(lambda cotangents: (cotangents.narrow(dim, start, size),))
     if type(module) is nn.Sequential:
         return _linearize_in_series(list(module), state, context, operation)
-    if isinstance(module, Scaled):
-        factor = module.factor
-        output, inside = linearize(module.branch, state, context, operation)
+    if isinstance(module, LinearCombination) and len(module) == 1:
+        (factor,) = module.factors
+        output, inside = linearize(module[0], state, context, operation)
         return factor * output, Pullback(lambda cotangents: inside.of_all(factor * cotangents), inside.context)
     read = context_read_by(module) if context.values else ()
     carrying = tuple(name for name in read if name in context.carrying)
@@ -174,16 +174,16 @@ def linearize(
 
 
 def linearize_all(
-    module: nn.Module,
+    module: Callable[..., Any],
     inputs: Sequence[torch.Tensor],
     names: Sequence[str] = (),
     constants: Mapping[str, torch.Tensor] | None = None,
     operation: LinearizeOperation = linearize_operation,
 ) -> tuple[list[torch.Tensor], _PullAll]:
-    """A module of several inputs and outputs at a point, and its transposed Jacobian there.
+    """A module or function of several inputs and outputs at a point, and its transposed Jacobian there.
 
     Args:
-        module: The module.
+        module: The module, or a function of tensors that returns a tensor or a tuple.
         inputs: Where to linearize; tensors without a floating dtype have no gradient.
         names: Names of the last inputs, which are passed by keyword; the others are passed by position.
         constants: Further arguments by keyword, through which no gradient flows.
@@ -220,7 +220,10 @@ def _linearize_in_series(
 
 
 def _linearize_by_autograd(
-    module: nn.Module, inputs: Sequence[torch.Tensor], names: Sequence[str], constants: Mapping[str, torch.Tensor]
+    module: Callable[..., Any],
+    inputs: Sequence[torch.Tensor],
+    names: Sequence[str],
+    constants: Mapping[str, torch.Tensor],
 ) -> tuple[list[torch.Tensor], _PullAll]:
     leaves = [t.detach().requires_grad_(t.is_floating_point() or t.is_complex()) for t in inputs]
     with torch.enable_grad():
