@@ -254,6 +254,7 @@ class ResidualChain(nn.Module):
         self.reads_context = tuple(name for name in read if name not in self.context_names)
         self.eval_only = False  # set for a chain that was read from a model in eval mode
         self.notes: tuple[str, ...] = ()  # what was guessed when it was read; the end of the summary
+        self.casts: tuple[str, ...] = ()  # modules whose exported code chooses a dtype: see `validate_precision`
 
     def begin(self, *inputs: Any, **keywords: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The first state, and the context that blocks and head read.
@@ -386,8 +387,7 @@ class ResidualChain(nn.Module):
 
     def _in_my_mode(self, chain: ResidualChain) -> ResidualChain:
         chain.training = chain.blocks.training = self.training  # not chain.train(): the parts are shared
-        chain.eval_only = self.eval_only
-        chain.notes = self.notes
+        chain.eval_only, chain.notes, chain.casts = self.eval_only, self.notes, self.casts
         return chain
 
     def __repr__(self) -> str:

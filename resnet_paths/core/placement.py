@@ -13,9 +13,10 @@ from torch.fx import GraphModule
 
 from resnet_paths._utils.devices import choose_device
 from resnet_paths._utils.errors import ResnetPathsError
+from resnet_paths.core.chain import ResidualChain
 from resnet_paths.core.folding import fold_batchnorm as fold
 
-__all__ = ["PRECISIONS", "device_of", "place_modules"]
+__all__ = ["PRECISIONS", "device_of", "place_modules", "validate_precision"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -32,6 +33,33 @@ def device_of(*modules: nn.Module) -> torch.device:
     """Where the first parameter or buffer of some modules lies; the CPU if they have none."""
     tensors = (t for module in modules for t in itertools.chain(module.parameters(), module.buffers()))
     return next((t.device for t in tensors), torch.device("cpu"))
+
+
+def validate_precision(precision: object, chain: ResidualChain) -> None:
+    """Validate an argument `precision`, and that a chain computes in it what its model would.
+
+    Args:
+        precision: The value received.
+        chain: The chain that is to be converted.
+
+    Raises:
+        ResnetPathsError: If it is no key of `PRECISIONS`, or lower than the chain's own and the model's code computes
+            some of it in a dtype of its choice, such as the statistics of a norm in float32: a graph that was exported
+            in float32 does not hold where.
+    """
+    if precision is None:
+        return
+    if not isinstance(precision, str) or precision not in PRECISIONS:
+        raise ResnetPathsError("precision", precision, f"one of {', '.join(map(repr, PRECISIONS))}, or None")
+    dtypes = {tensor.dtype for tensor in chain.parameters() if tensor.is_floating_point()}
+    if chain.casts and any(dtype.itemsize > PRECISIONS[precision].itemsize for dtype in dtypes):
+        raise ResnetPathsError(
+            "precision",
+            precision,
+            f"the precision of the chain, or a higher one: {chain.casts[0]!r} chooses dtypes itself, such as float32",
+            "Such casts are lost in this chain. Convert the model first: "
+            f"unravel(model.to(torch.{precision}), example_inputs), with precision=None.",
+        )
 
 
 def place_modules(

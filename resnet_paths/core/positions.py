@@ -94,6 +94,7 @@ def vectors_of(
         [batch, vector, feature]; bool [batch, vector].
     """
     if positions is not None and state.dim() > 2 and state.shape[:2] == positions.shape:
+        positions = positions.to(state.device)
         counted = positions.reshape(*positions.shape, *[1] * (state.dim() - 2)).expand(state.shape)
         state = torch.where(counted, state, 0)
         own = positions.any(1)

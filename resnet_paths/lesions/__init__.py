@@ -36,7 +36,7 @@ from resnet_paths._utils.fingerprint import fingerprint
 from resnet_paths.core.chain import ResidualChain, require_chain
 from resnet_paths.core.inputs import Inputs, inputs_of, require_loader
 from resnet_paths.core.modes import require_eval_mode
-from resnet_paths.core.placement import PRECISIONS
+from resnet_paths.core.placement import validate_precision
 from resnet_paths.lesions.frames import pair_interactions
 from resnet_paths.lesions.keys import computes_what_it_says, network_key
 from resnet_paths.lesions.lesion import Lesion
@@ -108,7 +108,9 @@ def lesion_study(
             its workers. The chain is sent to each worker once.
         device: Where to run; ``"auto"`` is where the chain is, or the accelerator if the chain is on the CPU and there
             is one. With an executor each worker chooses for itself.
-        precision: ``"bfloat16"``, ``"float16"``, ``"float32"`` or ``"float64"``; None for the chain's own.
+        precision: ``"bfloat16"``, ``"float16"``, ``"float32"`` or ``"float64"``; None for the chain's own. A lower one
+            than the chain's is refused where the model's code computes parts of it in a dtype of its choice, as
+            RMSNorm and rotary embeddings do in float32: convert such a model before it is unraveled.
         channels_last: Whether images are stored with their channels last; many convolutions are faster so.
         batch_budget: Most examples that a step may take at a time. Batches that are larger are split; states of
             several lesions that wait for the same step are stacked up to it, which is faster where one batch leaves
@@ -146,13 +148,14 @@ def lesion_study(
 
     Raises:
         ResnetPathsError: If the chain is in training mode; the loader is empty, shuffles although there is a store, or
-            does not give such batches; labels are out of range; the store cannot be written to; the chain cannot be
-            sent to the executor's workers, or one of these breaks down.
+            does not give such batches; labels are out of range; the precision is refused; the store cannot be written
+            to; the chain cannot be sent to the executor's workers, or one of these breaks down.
         StudyInterrupted: If it is interrupted.
     """
     require_chain("chain", chain)
     require_eval_mode("chain", chain)
-    batch_budget = _checked_settings(precision, batch_budget, adjust)
+    validate_precision(precision, chain)
+    batch_budget = _checked_settings(batch_budget, adjust)
     _look_at_loader(loader, store)
     named, measured = _named(lesions), measures_of(measures)
     _refuse_what_is_not_measured(measured, per_class, store)
@@ -364,12 +367,10 @@ def _look_at_loader(loader: Any, store: str | Path | None) -> None:
             warnings.warn(f"loader: drop_last=True leaves out {left_out} examples", stacklevel=3)
 
 
-def _checked_settings(precision: str | None, batch_budget: SupportsIndex | None, adjust: str | None) -> int | None:
+def _checked_settings(batch_budget: SupportsIndex | None, adjust: str | None) -> int | None:
     """The batch budget as a plain int."""
     if adjust not in (None, "holm", "fdr_bh"):
         raise ResnetPathsError("adjust", adjust, "'holm', 'fdr_bh' or None")
-    if precision is not None and precision not in PRECISIONS:
-        raise ResnetPathsError("precision", precision, f"one of {', '.join(map(repr, PRECISIONS))}, or None")
     if batch_budget is not None and (
         not isinstance(batch_budget, SupportsIndex)
         or isinstance(batch_budget, bool)

@@ -246,7 +246,7 @@ def _of_batch(chain: ResidualChain, inputs: Inputs, labels: torch.Tensor | None,
                 found[span, first] = _scores(last, alone, *pair, context, positions, scored.dim).cpu()
             left = None if alone is None else _after(last, alone, context)
     rows = [found[span, first] for span in scored.spans for first in range(len(chain) - span + 1)]
-    return _BatchScores(torch.stack(rows).numpy(), sums, list(torch.stack(changes, 1).cpu().numpy()))
+    return _BatchScores(torch.stack(rows).numpy(), sums, list(torch.stack(changes, 1).numpy()))
 
 
 def _states(
@@ -283,10 +283,10 @@ def _gradients(
 def _changes(alone: torch.Tensor | None, total: torch.Tensor, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
     """<gradient, S - T> of each measure and example, [measure, example]; NaN if the block cannot be deleted."""
     if alone is None:
-        return torch.full((len(gradients), len(total)), math.nan, dtype=torch.float64, device=total.device)
+        return torch.full((len(gradients), len(total)), math.nan, dtype=torch.float64)
     difference = wide(alone - total)
     each = [(wide(gradient) * difference).flatten(1).sum(1) for gradient in gradients]
-    return torch.stack(each) if each else difference.new_empty(0, len(total))
+    return torch.stack(each).cpu() if each else torch.empty(0, len(total), dtype=torch.float64)
 
 
 @torch.no_grad()

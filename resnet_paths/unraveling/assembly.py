@@ -44,6 +44,7 @@ def assemble(
     assembler = _Assembler(traced, context)
     chain = assembler.chain(stem, parts, traced.output, context_names=[node.name for node in context])
     chain.notes = (*assembler.notes, f"Input sizes: {sizes}.")
+    chain.casts = traced.casts
     return chain
 
 

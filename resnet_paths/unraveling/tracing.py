@@ -24,6 +24,7 @@ from resnet_paths.core.input_sizes import InputSizes
 from resnet_paths.core.segments import Segment
 from resnet_paths.core.signature import Call
 from resnet_paths.unraveling.batch_sizes import refuse_guards_of_the_batch
+from resnet_paths.unraveling.casts import casts_of
 from resnet_paths.unraveling.export import export, quiet
 from resnet_paths.unraveling.graphs import dependents, walk_back
 from resnet_paths.unraveling.packing import Packed, values_of
@@ -54,7 +55,10 @@ class Trace:
         tensors: Parameters, buffers and constants by the names that the graph uses.
         given: Inputs on which nothing counts as dependent, such as an attention mask that every block reads.
         sizes: What sizes the inputs may have, for the trace of a whole model; None for a part of one.
+        casts: Modules whose code chooses a floating dtype (`resnet_paths.unraveling.casts`), for that of a whole model.
     """
+
+    casts: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -193,6 +197,7 @@ def trace(model: nn.Module, inputs: tuple[torch.Tensor, ...], *, free_sizes: boo
         program = export(model, inputs, free_sizes=free_sizes)
         refuse_operations(name_of(model), program.graph)
         sizes = input_sizes(_user_inputs(program))
+        casts = tuple(dict.fromkeys(module_path(node) or name_of(model) for node in casts_of(program.graph)))
         if not write_out_of_place(program.graph):
             with torch.no_grad(), quiet():
                 program = program.run_decompositions({})
@@ -206,7 +211,9 @@ def trace(model: nn.Module, inputs: tuple[torch.Tensor, ...], *, free_sizes: boo
             "Replace the data-dependent branch by tensor operations such as torch.where; or name the residual modules "
             'of a model that is a stack of them: unravel(model, x, blocks=["layer1.0", ...]).',
         ) from error
-    return _flatten(model, program, sizes)
+    traced = _flatten(model, program, sizes)
+    traced.casts = casts
+    return traced
 
 
 def _user_inputs(program: torch.export.ExportedProgram) -> list[Node]:
