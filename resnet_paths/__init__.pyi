@@ -52,9 +52,7 @@ from .core.paths import (
 from .core.paths import (
     path_histogram as path_histogram,
 )
-from .core.paths import (
-    sample_paths as sample_paths,
-)
+from .core.sampling import sample_paths as sample_paths
 from .core.unraveled_graph import unraveled_graph as unraveled_graph
 from .figures import widgets as widgets
 from .gradients import (

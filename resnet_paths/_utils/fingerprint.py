@@ -13,12 +13,13 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule
 from torch.fx.node import map_arg
 
 from resnet_paths._utils.errors import ResnetPathsError
 
-__all__ = ["fingerprint", "is_determined"]
+__all__ = ["bytes_of", "fingerprint", "is_determined"]
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, slice, range, torch.Size)
 _NAMED = (torch.dtype, torch.memory_format, torch.layout)
@@ -61,7 +62,7 @@ def is_determined(module: nn.Module, is_ours: Callable[[nn.Module], bool] = lamb
     Returns:
         Whether it and all its submodules are graphs of torch's own operations, or such modules, and none has hooks.
     """
-    if module._forward_hooks or module._forward_pre_hooks:
+    if module._forward_hooks or module._forward_pre_hooks or nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
         return False
     if isinstance(module, GraphModule):
         return all(
@@ -77,7 +78,7 @@ def is_determined(module: nn.Module, is_ours: Callable[[nn.Module], bool] = lamb
 def _digest(value: object, known: dict[int, bytes]) -> bytes:
     """32 bytes that stand for the value."""
     if isinstance(value, torch.Tensor):
-        return _hash("tensor", str(value.dtype), tuple(value.shape), _bytes_of(value))
+        return _hash("tensor", str(value.dtype), tuple(value.shape), bytes_of(value))
     if isinstance(value, np.ndarray | np.generic) and not value.dtype.hasobject:
         return _hash("array", str(value.dtype), value.shape, np.ascontiguousarray(value).tobytes())
     if isinstance(value, _PLAIN):
@@ -136,13 +137,14 @@ def _hash(*parts: object) -> bytes:
     return digest.digest()
 
 
-def _bytes_of(tensor: torch.Tensor) -> bytes:
+def bytes_of(tensor: torch.Tensor) -> bytes:
+    """The values of a tensor in the order of its indices, on any device; nothing of one without values."""
     tensor = tensor.detach()
     if tensor.is_quantized:
         tensor = tensor.dequantize()
     if tensor.layout is not torch.strided:
         tensor = tensor.to_dense()
-    if tensor.is_meta or not tensor.numel():
+    if tensor.is_meta or not tensor.numel() or isinstance(tensor, FakeTensor):
         return b""
     tensor = tensor.cpu().resolve_conj().resolve_neg().contiguous()
     return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -14,17 +14,20 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Unpack, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, SupportsIndex, Unpack, cast
 
 import pandas as pd
 import torch
 from torch import nn
 
+from resnet_paths._utils.arguments import is_boolean, require_int
 from resnet_paths._utils.errors import ResnetPathsError, nearest_names
 from resnet_paths.core.cache import ByBlock, Cache
 from resnet_paths.core.parts import BlockFields, LinearCombination, Parallel, Placed, added, call_part, context_read_by
 from resnet_paths.core.paths import Choice, InBranch, num_paths
+from resnet_paths.core.polynomials import shown_count
+from resnet_paths.core.source import Source
 from resnet_paths.core.summary import chain_table, dimensions, indented
 from resnet_paths.core.units import length_polynomial
 from resnet_paths.core.weight_layers import weight_layers
@@ -255,6 +258,7 @@ class ResidualChain(nn.Module):
         self.eval_only = False  # set for a chain that was read from a model in eval mode
         self.notes: tuple[str, ...] = ()  # what was guessed when it was read; the end of the summary
         self.casts: tuple[str, ...] = ()  # modules whose exported code chooses a dtype: see `validate_precision`
+        self.source = Source()  # the tensors of the model that it was read from
 
     def begin(self, *inputs: Any, **keywords: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The first state, and the context that blocks and head read.
@@ -266,6 +270,7 @@ class ResidualChain(nn.Module):
         Returns:
             Output of the stem, and the context by name; an empty dictionary where there is none.
         """
+        self.source.check()
         if self.reads_context:
             return call_part(self.stem, inputs[0], keywords), keywords
         if not self.context_names:
@@ -370,12 +375,9 @@ class ResidualChain(nn.Module):
             if block not in names:
                 raise ResnetPathsError("block", block, f"the name of a block, nearest {nearest_names(block, names)}")
             return names.index(block)
-        if isinstance(block, bool) or not hasattr(block, "__index__"):
+        if is_boolean(block) or not isinstance(block, SupportsIndex):
             raise ResnetPathsError("block", block, "the position or the name of a block")
-        index = block.__index__()
-        if not -len(self) <= index < len(self):
-            raise ResnetPathsError("block", index, f"a position from {-len(self)} to {len(self) - 1}")
-        return index % len(self)
+        return require_int("block", block, -len(self), len(self) - 1, noun="a position") % len(self)
 
     def with_blocks(self, blocks: Iterable[Block]) -> ResidualChain:
         """A chain of other blocks between the same stem and head."""
@@ -388,12 +390,19 @@ class ResidualChain(nn.Module):
     def _in_my_mode(self, chain: ResidualChain) -> ResidualChain:
         chain.training = chain.blocks.training = self.training  # not chain.train(): the parts are shared
         chain.eval_only, chain.notes, chain.casts = self.eval_only, self.notes, self.casts
+        chain.source = self.source
         return chain
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ResidualChain:
+        """As of any module; what is moved or converted no longer shares all tensors with its model."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.source = Source()
+        return self
 
     def __repr__(self) -> str:
         """One line for the chain and one line per block."""
         lines = [f"  {index:>3} {block.summary()}" for index, block in enumerate(self)]
-        return "\n".join([f"ResidualChain of {len(self)} blocks, {self.num_paths:,} paths", *lines])
+        return "\n".join([f"ResidualChain of {len(self)} blocks, {shown_count(self.num_paths)} paths", *lines])
 
     def summary(self) -> str:
         """A table for people: what every block holds, those inside branches indented.
@@ -403,7 +412,7 @@ class ResidualChain(nn.Module):
             weight layers on the longest route through the branch, parameters, shapes without the batch.
         """
         size = sum(p.numel() for p in self.parameters())
-        first = f"ResidualChain of {len(self)} blocks, {self.num_paths:,} paths, {size:,} parameters"
+        first = f"ResidualChain of {len(self)} blocks, {shown_count(self.num_paths)} paths, {size:,} parameters"
         if not len(self):
             return first
         table = indented(self.to_frame()).to_string(index=False, justify="left")
@@ -411,7 +420,7 @@ class ResidualChain(nn.Module):
 
     def _repr_html_(self) -> str:
         """The same as a table in a notebook."""
-        first = f"<p>ResidualChain of {len(self)} blocks, {self.num_paths:,} paths</p>"
+        first = f"<p>ResidualChain of {len(self)} blocks, {shown_count(self.num_paths)} paths</p>"
         if not len(self):
             return first
         style = indented(self.to_frame()).style.hide(axis="index")
@@ -466,7 +475,7 @@ def require_chain(argument: str, value: object) -> None:
         value: The value received.
 
     Raises:
-        ResnetPathsError: If it is not a `ResidualChain`.
+        ResnetPathsError: If it is not a `ResidualChain`, or its model has replaced a tensor that both shared.
     """
     if not isinstance(value, ResidualChain):
         raise ResnetPathsError(
@@ -475,6 +484,7 @@ def require_chain(argument: str, value: object) -> None:
             "a ResidualChain",
             "Make one with resnet_paths.unravel(model, example_inputs).",
         )
+    value.source.check()
 
 
 def is_identity(module: nn.Module | None) -> bool:

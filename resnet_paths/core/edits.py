@@ -76,9 +76,17 @@ def delete_blocks(chain: ResidualChain, blocks: Iterable[int | str]) -> Residual
         ResnetPathsError: As `delete_block`.
     """
     require_chain("chain", chain)
+    names = {b.name for b in chain}
+    own, inside = set[int](), list[str]()
     for block in _listed(blocks):
+        if isinstance(block, str) and block not in names:
+            inside.append(block)
+        else:
+            own.add(chain.block_index(block))
+    # All at once: each new chain looks at every block. A block inside another one's branch goes with that.
+    for block in inside:
         chain = _with_changed(chain, block, _without_branch)
-    return chain
+    return chain.with_blocks(_without_branch(b) if i in own else b for i, b in enumerate(chain))
 
 
 def deletable(chain: ResidualChain) -> list[int]:

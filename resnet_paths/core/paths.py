@@ -14,15 +14,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from fractions import Fraction
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Generic, Protocol, SupportsIndex, TypeAlias, TypeVar, runtime_checkable
 
-import numpy as np
 import pandas as pd
-import torch
 
+from resnet_paths._utils.arguments import is_boolean, require_int
 from resnet_paths._utils.errors import ResnetPathsError
+from resnet_paths.core.polynomials import lengths_of_product, product_of_powers
 
 __all__ = [
     "Choices",
@@ -30,14 +30,19 @@ __all__ = [
     "InBranch",
     "Path",
     "branch_number",
+    "check_length",
     "check_path",
+    "choices_of",
     "enumerate_paths",
     "lengths_up_to",
     "path_histogram",
     "path_length",
     "path_polynomial",
-    "sample_paths",
+    "polynomial_of",
+    "polynomial_of_block",
 ]
+
+_MOST_BITS = 8 * 8 * 10**9
 
 T = TypeVar("T")
 
@@ -131,10 +136,8 @@ def choices_of(chain: HasPathChoices | int) -> Choices:
         >>> choices_of(2)
         ((False, True), (False, True))
     """
-    if isinstance(chain, SupportsIndex):
-        if chain.__index__() < 0 or isinstance(chain, bool):
-            raise ResnetPathsError("chain", chain, "a chain, or a number of blocks of at least 0")
-        return ((False, True),) * chain.__index__()
+    if isinstance(chain, SupportsIndex) or is_boolean(chain):
+        return ((False, True),) * require_int("chain", chain, 0)
     if not isinstance(chain, HasPathChoices):
         raise ResnetPathsError(
             "chain",
@@ -154,43 +157,55 @@ def path_polynomial(chain: HasPathChoices | int) -> list[int]:
         chain: A chain, or a number of residual blocks.
 
     Returns:
-        Exact ints; entry k is the number of paths of length k, and the list ends at the longest path.
+        Exact ints; entry k is the number of paths of length k, and the list ends at the longest path. Of n blocks they
+        have about n^2 / 11 bytes together: seconds and 1 GB for 100,000 blocks.
+
+    Raises:
+        ResnetPathsError: If they would take more than 8 GB.
 
     Example:
         >>> path_polynomial(3)
         [1, 3, 3, 1]
     """
-    return _polynomial(choices_of(chain))
+    choices = choices_of(chain)
+    kinds = _kinds_of_block(choices)
+    digits = sum(count * math.log2(sum(kind)) for kind, count in kinds.items())
+    longest = sum(count * (len(kind) - 1) for kind, count in kinds.items())
+    if digits * longest > _MOST_BITS:
+        raise ResnetPathsError(
+            "chain",
+            f"{len(choices)} blocks",
+            "a chain whose exact numbers of paths fit into 8 GB",
+            "Of n residual blocks path lengths are binomial: scipy.stats.binom(n, 0.5).",
+        )
+    return polynomial_of(choices)
 
 
-def _polynomial(choices: Choices) -> list[int]:
-    coefficients = [1]
-    for offered in choices:
-        coefficients = multiplied(coefficients, _polynomial_of_block(offered))
-    return coefficients
+def polynomial_of(choices: Choices) -> list[int]:
+    """Number of paths by length that `choices` allow, exact ints."""
+    return product_of_powers(_kinds_of_block(choices))
 
 
-def _polynomial_of_block(offered: Sequence[Choice]) -> list[int]:
+def _kinds_of_block(choices: Choices) -> Counter[tuple[int, ...]]:
+    """How many blocks have each polynomial; a chain has few kinds, of which each is found once."""
+    kinds: Counter[tuple[int, ...]] = Counter()
+    for offered, count in Counter(map(tuple, choices)).items():
+        kinds[tuple(polynomial_of_block(offered))] += count
+    return kinds
+
+
+def polynomial_of_block(offered: Sequence[Choice]) -> list[int]:
+    """Number of entries by length that one block offers."""
     total = [0]
     for choice in offered:
-        inner = [0, *_polynomial(choice)] if isinstance(choice, tuple) else [0, 1] if choice else [1]
+        inner = [0, *polynomial_of(choice)] if isinstance(choice, tuple) else [0, 1] if choice else [1]
         total = [a + b for a, b in itertools.zip_longest(total, inner, fillvalue=0)]
     return total
 
 
-def multiplied(one: list[int], other: list[int]) -> list[int]:
-    """The product of two polynomials, lowest coefficient first.
-
-    Args:
-        one: Coefficients.
-        other: Coefficients.
-
-    Returns:
-        Coefficients of the product, exact ints.
-    """
-    # Arrays of objects hold Python's own ints, which do not overflow.
-    product: list[int] = np.convolve(np.array(one, dtype=object), np.array(other, dtype=object)).tolist()
-    return product
+def _lengths(choices: Choices) -> int:
+    """The lengths of at least one path: bit k is set for length k."""
+    return lengths_of_product(_kinds_of_block(choices))
 
 
 def lengths_up_to(counts: Sequence[int], max_length: int | None) -> list[int]:
@@ -213,9 +228,8 @@ def lengths_up_to(counts: Sequence[int], max_length: int | None) -> list[int]:
     possible = [k for k, count in enumerate(counts) if count]
     if max_length is None:
         return possible
-    if not isinstance(max_length, SupportsIndex) or not possible[0] <= int(max_length) <= possible[-1]:
-        raise ResnetPathsError("max_length", max_length, f"an int from {possible[0]} to {possible[-1]}, or None")
-    return [k for k in possible if k <= max_length]
+    most = require_int("max_length", max_length, possible[0], possible[-1])
+    return [k for k in possible if k <= most]
 
 
 def path_histogram(chain: HasPathChoices | int, unit: str = "block") -> pd.DataFrame:
@@ -278,7 +292,7 @@ def enumerate_paths(chain: HasPathChoices | int, length: int | None = None) -> I
         [(False, False, True), (False, True, False), (True, False, False)]
     """
     choices = choices_of(chain)
-    return _paths(choices, _ANY_LENGTH if length is None else 1 << _check_length(choices, length))
+    return _paths(choices, _ANY_LENGTH if length is None else 1 << check_length(choices, length))
 
 
 _ANY_LENGTH = -1
@@ -293,7 +307,8 @@ def _paths(choices: Choices, allowed: int) -> Iterator[Path]:
     # lengths_from[i]: bit k is set if blocks i, i + 1, ... can make a path of length k.
     lengths_from = [1]
     for offered in reversed(choices):
-        lengths_from.insert(0, sum(1 << k for k, n in enumerate(_product_of_sets(lengths_from[0], offered)) if n))
+        lengths_from.append(lengths_of_product({tuple(polynomial_of_block(offered)): 1}, lengths_from[-1]))
+    lengths_from.reverse()
     path: list[Entry] = []
     left = [allowed]
     walkers = [_entries(choices[0], allowed, lengths_from[1])]
@@ -312,15 +327,11 @@ def _paths(choices: Choices, allowed: int) -> Iterator[Path]:
             walkers.append(_entries(choices[len(path)], left[-1], lengths_from[len(path) + 1]))
 
 
-def _product_of_sets(lengths: int, offered: Sequence[Choice]) -> list[int]:
-    return multiplied([lengths >> k & 1 for k in range(lengths.bit_length())], _polynomial_of_block(offered))
-
-
 def _entries(offered: Sequence[Choice], allowed: int, lengths_after: int) -> Iterator[Entry]:
     """Entries of one block after which the later blocks can still make one of the lengths allowed."""
     for choice in offered:
         if isinstance(choice, tuple):
-            possible = [k for k, count in enumerate(_polynomial(choice)) if count]
+            possible = [k for k, bit in enumerate(bin(_lengths(choice))[:1:-1]) if bit == "1"]
             inner = _paths(choice, sum(1 << k for k in possible if allowed >> (k + 1) & lengths_after))
             yield from (InBranch(path, branch_number(choice)) for path in inner)
         elif allowed >> bool(choice) & lengths_after:
@@ -359,88 +370,6 @@ def _length_of_entry(entry: Entry) -> int:
     return 1 + path_length(entry) if isinstance(entry, tuple) else int(bool(entry))
 
 
-def sample_paths(chain: HasPathChoices | int, length: int, num_samples: int, generator: torch.Generator) -> list[Path]:
-    """Paths drawn uniformly, with replacement, from all paths of one length.
-
-    The protocol of Veit et al. 2016, section 4.3, draws blocks in the same way.
-
-    Args:
-        chain: A chain, or a number of residual blocks.
-        length: Number of branches taken.
-        num_samples: How many to draw.
-        generator: Source of the random numbers.
-
-    Returns:
-        `num_samples` paths, one entry per block.
-
-    Raises:
-        ResnetPathsError: If no path has that length, or `num_samples` is negative.
-
-    Example:
-        >>> paths = sample_paths(54, length=10, num_samples=3, generator=torch.Generator().manual_seed(0))
-        >>> [sum(path) for path in paths]
-        [10, 10, 10]
-    """
-    choices = choices_of(chain)
-    length = _check_length(choices, length)
-    if num_samples < 0:
-        raise ResnetPathsError("num_samples", num_samples, "an int of at least 0")
-    uniforms = _uniforms(generator)
-    draw = _sampler(choices, length)
-    return [draw(length, uniforms) for _ in range(num_samples)]
-
-
-def _sampler(choices: Choices, longest: int) -> Callable[[int, Iterator[float]], Path]:
-    """A function that draws a path of a length up to `longest`, uniformly."""
-    polynomials = [_polynomial_of_block(offered)[: longest + 1] for offered in choices]
-    # completions[i][k]: number of continuations from block i with k more branches.
-    completions = [[1]]
-    for polynomial in reversed(polynomials):
-        completions.insert(0, multiplied(completions[0], polynomial)[: longest + 1])
-    inner = [[_sampler(c, longest) if isinstance(c, tuple) else None for c in offered] for offered in choices]
-
-    def draw(left: int, uniforms: Iterator[float]) -> Path:
-        path: list[Entry] = []
-        for i, (offered, samplers) in enumerate(zip(choices, inner, strict=True)):
-            after = completions[i + 1]
-            weights = [n * after[left - k] if 0 <= left - k < len(after) else 0 for k, n in enumerate(polynomials[i])]
-            taken = _pick(weights, next(uniforms))
-            left -= taken
-            numbers = [_number_of_entries(choice, taken) for choice in offered]
-            which = _pick(numbers, next(uniforms)) if sum(map(bool, numbers)) > 1 else numbers.index(max(numbers))
-            sampler, choice = samplers[which], offered[which]
-            if sampler is None:
-                path.append(choice)
-            else:
-                path.append(InBranch(sampler(taken - 1, uniforms), branch_number(choice)))
-        return tuple(path)
-
-    return draw
-
-
-def _number_of_entries(choice: Choice, length: int) -> int:
-    """How many entries of one length an alternative stands for."""
-    if not isinstance(choice, tuple):
-        return int(bool(choice) == length) if length < 2 else 0
-    inner = _polynomial(choice)
-    return inner[length - 1] if 0 < length <= len(inner) else 0
-
-
-def _pick(weights: Sequence[int], uniform: float) -> int:
-    """An index with a probability proportional to its exact integer weight."""
-    left = uniform * sum(weights) if sum(weights) < 2**53 else int(Fraction(uniform) * sum(weights))
-    for index, weight in enumerate(weights):
-        left -= weight
-        if left < 0:
-            return index
-    return max(i for i, weight in enumerate(weights) if weight)  # rounding brought us to the very end
-
-
-def _uniforms(generator: torch.Generator) -> Iterator[float]:
-    while True:
-        yield from torch.rand(1024, generator=generator, dtype=torch.float64, device=generator.device).tolist()
-
-
 def check_path(choices: Choices, path: Sequence[Entry]) -> Path:
     """`path` as a tuple, once it is known to be one of the paths that `choices` allow.
 
@@ -471,12 +400,15 @@ def check_path(choices: Choices, path: Sequence[Entry]) -> Path:
     return path
 
 
-def _check_length(choices: Choices, length: int) -> int:
-    counts = _polynomial(choices)
-    possible = [k for k, count in enumerate(counts) if count]
-    if not isinstance(length, SupportsIndex) or length.__index__() not in possible:
-        raise ResnetPathsError("length", length, f"an int from {possible[0]} to {possible[-1]}")
-    return length.__index__()
+def check_length(choices: Choices, length: object) -> int:
+    """Validate that a path that `choices` allow has a length; returns it as a plain int."""
+    possible = _lengths(choices)
+    longest = possible.bit_length() - 1
+    length = require_int("length", length, 0, longest)
+    if not possible >> length & 1:
+        shortest = (possible & -possible).bit_length() - 1
+        raise ResnetPathsError("length", length, f"the length of a path, from {shortest} to {longest}")
+    return length
 
 
 def num_paths(choices: Choices) -> int:
@@ -488,8 +420,7 @@ def num_paths(choices: Choices) -> int:
     Returns:
         The product of their numbers.
     """
-    return (
-        sum(_polynomial(choices))
-        if any(isinstance(c, tuple) for o in choices for c in o)
-        else math.prod(len(c) for c in choices)
+    return math.prod(
+        sum(num_paths(c) if isinstance(c, tuple) else 1 for c in offered) ** count
+        for offered, count in Counter(map(tuple, choices)).items()
     )

@@ -20,13 +20,15 @@ A chain has one block per residual addition. Blocks whose names are equal up to 
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from torch import nn
 
 from resnet_paths._utils.errors import ResnetPathsError
-from resnet_paths.core.paths import Choice, HasPathChoices, multiplied, path_polynomial
+from resnet_paths.core.paths import Choice, HasPathChoices, path_polynomial
+from resnet_paths.core.polynomials import product_of_powers
 from resnet_paths.core.weight_layers import weight_layers
 
 __all__ = ["UNITS", "length_polynomial"]
@@ -77,27 +79,22 @@ def length_polynomial(chain: CountedChain, unit: str) -> list[int]:
         raise ResnetPathsError(
             "unit", unit, "'block' for a chain inside a branch", "Unravel with max_depth=0 to keep branches whole."
         )
-    total = [1]
+    factors: Counter[tuple[int, ...]] = Counter()
     if unit == "transformer_layer":
         for _, group in itertools.groupby(blocks, key=layer_of):
-            inside = [1]
-            for block in group:
-                inside = multiplied(inside, _of_block(block, [1] * len(block.path_choices)))
+            inside = product_of_powers(Counter(_of_block(block, [1] * len(block.path_choices)) for block in group))
             # A path that takes any branch of the group passes through the layer, otherwise around it.
-            total = multiplied(total, [inside[0], sum(inside[1:])])
+            factors[inside[0], sum(inside[1:])] += 1
     else:
-        for block in blocks:
-            total = multiplied(total, _of_block(block, _lengths_in_layers(block)))
-    while len(total) > 1 and not total[-1]:
-        total.pop()
-    return total
+        factors.update(_of_block(block, _lengths_in_layers(block)) for block in blocks)
+    return product_of_powers(factors)
 
 
-def _of_block(block: CountedBlock, lengths: list[int]) -> list[int]:
+def _of_block(block: CountedBlock, lengths: list[int]) -> tuple[int, ...]:
     coefficients = [0] * (max([0, *lengths]) + 1)
     for choice, length in zip(block.path_choices, lengths, strict=True):
         coefficients[length if choice else 0] += 1
-    return coefficients
+    return tuple(coefficients)
 
 
 def _lengths_in_layers(block: CountedBlock) -> list[int]:

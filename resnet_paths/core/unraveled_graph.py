@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-
 import networkx as nx
 
+from resnet_paths._utils.arguments import require_int
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.core.chain import ResidualChain
 from resnet_paths.core.paths import HasPathChoices, Path, choices_of, entries_of, num_paths
+from resnet_paths.core.polynomials import shown_count
 
 __all__ = ["unraveled_graph"]
 
@@ -41,14 +41,18 @@ def unraveled_graph(chain: HasPathChoices | int, *, max_nodes: int = 100_000) ->
         (16, 8)
     """
     choices = choices_of(chain)
-    widths = list(itertools.accumulate((num_paths([c]) for c in reversed(choices)), lambda a, b: a * b, initial=1))
-    if sum(widths) + 1 > max_nodes:
-        raise ResnetPathsError(
-            "chain",
-            f"{len(choices)} blocks, {widths[-1]} paths, {sum(widths) + 1} nodes",
-            f"a graph of at most {max_nodes} nodes",
-            "Draw a shallower chain, use enumerate_paths, or raise max_nodes.",
-        )
+    max_nodes = require_int("max_nodes", max_nodes, 1)
+    width, num_nodes = 1, 2
+    for choices_of_block in reversed(choices):  # no further than it may be built
+        width *= num_paths([choices_of_block])
+        num_nodes += width
+        if num_nodes > max_nodes:
+            raise ResnetPathsError(
+                "chain",
+                f"{len(choices)} blocks, {shown_count(num_paths(choices))} paths",
+                f"a graph of at most {max_nodes} nodes",
+                "Draw a shallower chain, use enumerate_paths, or raise max_nodes.",
+            )
     names = [b.name for b in chain] if isinstance(chain, ResidualChain) else [f"block{i}" for i in range(len(choices))]
     graph = nx.DiGraph(block_names=names)
     graph.add_node("input", depth=0)

@@ -27,7 +27,8 @@ from resnet_paths._utils.errors import ResnetPathsError, nearest_names
 from resnet_paths._utils.statistics import mean_over_examples
 from resnet_paths.core.chain import ResidualChain
 from resnet_paths.core.inputs import Inputs, InputsOrLoader, batches_with_bar
-from resnet_paths.core.paths import lengths_up_to, path_polynomial, sample_paths
+from resnet_paths.core.paths import lengths_up_to, path_polynomial
+from resnet_paths.core.sampling import sample_paths
 from resnet_paths.gradients.effective import (
     PAPER_WINDOW,
     EffectiveWindow,

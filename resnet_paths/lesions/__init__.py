@@ -34,12 +34,12 @@ from tqdm.auto import tqdm
 from resnet_paths._utils.errors import ResnetPathsError, StudyInterrupted
 from resnet_paths._utils.fingerprint import fingerprint
 from resnet_paths.core.chain import ResidualChain, require_chain
-from resnet_paths.core.inputs import Inputs, inputs_of, require_loader
+from resnet_paths.core.inputs import Inputs, each_tensor, inputs_of, require_loader
 from resnet_paths.core.modes import require_eval_mode
 from resnet_paths.core.placement import validate_precision
 from resnet_paths.lesions.frames import pair_interactions
 from resnet_paths.lesions.keys import computes_what_it_says, network_key
-from resnet_paths.lesions.lesion import Lesion
+from resnet_paths.lesions.lesion import Lesion, edits_of
 from resnet_paths.lesions.measures import Measure, measure, measures_of
 from resnet_paths.lesions.predicted import predicted_effects, score_correlations
 from resnet_paths.lesions.results import BatchResult, rows_of_study
@@ -212,7 +212,7 @@ class _Collected:
             if labels is None or labels.dim() != 1 or bool((labels < 0).any()):
                 shown = None if labels is None else list(labels.shape)
                 raise ResnetPathsError("per_class", f"True with labels {shown}", "True with one class for each example")
-            self.classes[number] = labels.cpu().numpy()
+            self.classes[number] = labels.cpu().numpy().copy()  # the loader may use its tensors again
 
     def frame(self) -> pd.DataFrame:
         # In the order of the loader, whichever batch was finished first.
@@ -245,6 +245,10 @@ def _settings(runner: Runner) -> dict[str, object]:
         "channels_last": runner.channels_last,
         "fold_batchnorm": runner.fold_batchnorm,
         "batchnorm": fingerprint(runner.statistics_batches) if runner.statistics_batches else "intact",
+        "autocast": [[device, str(dtype)] for device, dtype in runner.autocast],
+        # Of float32: TF32 and bfloat16 products differ by more than rounding.
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "cudnn_tf32": torch.backends.cudnn.allow_tf32,
     }
 
 
@@ -292,8 +296,8 @@ def _edits(
     """The chain, then each lesion of it, made one at a time; `keys` takes keys, and indices of undetermined ones."""
     known: dict[int, bytes] = {}
     # The intact chain comes first: increases are taken against it on the same images.
-    named = itertools.chain([("chain", chain)], ((f"lesion {one.name!r}", one.edit(chain)) for one in lesions))
-    for index, (argument, edited) in enumerate(named):
+    edits = ((f"lesion {lesion.name!r}", edited) for lesion, edited in edits_of(chain, lesions))
+    for index, (argument, edited) in enumerate(itertools.chain([("chain", chain)], edits)):
         require_chain(argument, edited)
         yield edited
         if keys is not None:
@@ -312,7 +316,8 @@ def _inputs_of(batches: Iterable[object] | None) -> tuple[Inputs, ...]:
             "batches of inputs to take the statistics from, or None",
             "Pass a list of a few batches of training images.",
         )
-    inputs = tuple(map(inputs_of, batches))
+    # Copied as they come: a loader may use its tensors again.
+    inputs = tuple(each_tensor(torch.clone, inputs_of(batch)) for batch in batches)
     if not inputs or not all(isinstance(x, torch.Tensor | tuple | dict) for x in inputs):
         raise ResnetPathsError("reestimate_batchnorm", "no tensors", "at least one batch of inputs")
     return inputs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 
 from scipy import stats
@@ -20,8 +20,9 @@ from resnet_paths.core.edits import (
     swap_blocks,
 )
 from resnet_paths.core.groups import group_blocks
+from resnet_paths.lesions.guard import Guard
 
-__all__ = ["KINDS", "Lesion"]
+__all__ = ["KINDS", "Lesion", "edits_of"]
 
 KINDS = ("delete", "duplicate", "scale", "swap", "permute", "replace", "repeat", "parallel")
 """What a lesion may do to its blocks."""
@@ -156,3 +157,37 @@ def _with_repeated_middle(chain: ResidualChain, blocks: Sequence[int]) -> Residu
     return chain.with_blocks(
         middle.replace(name=f"{middle.name}@{index}") if index in blocks else block for index, block in enumerate(chain)
     )
+
+
+def edits_of(chain: ResidualChain, lesions: Iterable[Lesion]) -> Iterator[tuple[Lesion, ResidualChain]]:
+    """Each lesion and the chain that it makes, one at a time.
+
+    Args:
+        chain: The intact chain.
+        lesions: Lesions of it.
+
+    Yields:
+        A lesion, and the lesioned chain.
+
+    Raises:
+        ResnetPathsError: If a lesion does not fit the chain, raises, or changes the chain that it is given.
+    """
+    guard: Guard | None = None
+    for lesion in lesions:
+        if lesion.function is None:
+            yield lesion, lesion.edit(chain)
+            continue
+        guard = guard or Guard(chain)
+        try:
+            with guard.watching(lesion.name):
+                edited = lesion.edit(chain)
+        except ResnetPathsError:
+            raise
+        except Exception as error:
+            raise ResnetPathsError(
+                "lesions",
+                lesion.name,
+                "functions from chain to chain that do not raise",
+                f"It raised {type(error).__name__}: {error}",
+            ) from error
+        yield lesion, edited

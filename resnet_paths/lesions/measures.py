@@ -302,7 +302,14 @@ def _sums_of_values(values: torch.Tensor, weights: torch.Tensor | None, counts: 
 
 def _sums_of_function(function: Callable[..., Any], name: str, reads_intact: bool, outcome: Outcome) -> torch.Tensor:
     given = (outcome.outputs, outcome.labels, *([outcome.intact] if reads_intact else []))
-    returned = function(*given)
+    try:
+        returned = function(*given)
+    except (ResnetPathsError, torch.OutOfMemoryError):  # the latter is tried again with fewer examples
+        raise
+    except Exception as error:
+        raise ResnetPathsError(
+            "measures", name, "functions that do not raise", f"It raised {type(error).__name__}: {error}"
+        ) from error
     values, weights = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, None)
     tensors = isinstance(values, torch.Tensor) and (weights is None or isinstance(weights, torch.Tensor))
     if not tensors or not values.dim() or len(values) != len(outcome.outputs):

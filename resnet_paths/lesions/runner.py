@@ -42,6 +42,8 @@ class Runner:
         measures: What is measured.
         shift_labels: As for `resnet_paths.lesion_study`.
         statistics_batches: Batches of inputs to take BatchNorm statistics from; none keeps the intact network's.
+        autocast: Device types for which `torch.autocast` is on where the study is called, each with its dtype. It is a
+            setting of a thread, so that workers would not have it.
     """
 
     trie: Trie
@@ -53,6 +55,7 @@ class Runner:
     measures: tuple[Measure, ...] = ()
     shift_labels: bool = False
     statistics_batches: tuple[Inputs, ...] = ()
+    autocast: tuple[tuple[str, torch.dtype], ...] = field(default_factory=lambda: tuple(_autocast_here()))
     _token: str = field(default_factory=lambda: uuid.uuid4().hex)
     _placed: tuple[Trie, torch.device, torch.dtype | None] | None = None
     _pickled: bytes | None = None
@@ -79,7 +82,7 @@ class Runner:
         while True:
             budget = self.batch_budget
             try:
-                with _refusing_mixed_precision(self.precision):
+                with _refusing_mixed_precision(self.precision), self._in_autocast():
                     parts = [
                         self._run_part(trie, self._as_wanted(x, device, dtype), y, wanted, budget)
                         for x, y in split(inputs, labels, budget or batch)
@@ -95,6 +98,7 @@ class Runner:
             trie, device, dtype = self._settled()
         with (
             _refusing_mixed_precision(self.precision),
+            self._in_autocast(),
             torch.no_grad() if trie.statistics else torch.inference_mode(),
         ):
             outputs = trie.logits(self._as_wanted(inputs, device, dtype), wanted)
@@ -131,7 +135,7 @@ class Runner:
             )
             device, dtype = device_of(*trie.steps), PRECISIONS.get(self.precision or "")
             try:
-                with torch.no_grad():
+                with torch.no_grad(), self._in_autocast():
                     for inputs in self.statistics_batches:
                         trie.estimate(self._as_wanted(inputs, device, dtype))
             except torch.OutOfMemoryError as error:
@@ -155,6 +159,16 @@ class Runner:
             )
 
         return each_tensor(wanted, inputs)
+
+    @contextlib.contextmanager
+    def _in_autocast(self) -> Iterator[None]:
+        """Context with the autocast of the study, and no other."""
+        with contextlib.ExitStack() as stack:
+            for device, _ in _autocast_here():
+                stack.enter_context(torch.autocast(device, enabled=False))
+            for device, dtype in self.autocast:
+                stack.enter_context(torch.autocast(device, dtype))
+            yield
 
     def _halve_budget(self, failed: int | None, batch: int, error: torch.OutOfMemoryError) -> None:
         """Halve the number of examples at a time, for this batch and those to come."""
@@ -184,10 +198,19 @@ class Runner:
                 self.measures,
                 self.shift_labels,
                 self.statistics_batches,
+                self.autocast,
                 self._token,
             )
             self._pickled = pickle.dumps(settings, protocol=pickle.HIGHEST_PROTOCOL)
         return _unpickled_once, (self._token, self._pickled)
+
+
+def _autocast_here() -> Iterator[tuple[str, torch.dtype]]:
+    """Device types with autocast in this thread, and its dtype."""
+    accelerator = torch.accelerator.current_accelerator()
+    for device in ["cpu"] if accelerator is None else ["cpu", accelerator.type]:
+        if torch.is_autocast_enabled(device):
+            yield device, torch.get_autocast_dtype(device)
 
 
 _SETTLED: dict[str, Runner] = {}

@@ -14,7 +14,7 @@ from concurrent.futures import Executor, Future
 import torch
 
 from resnet_paths._utils.errors import ResnetPathsError
-from resnet_paths.core.inputs import Inputs, num_examples, unpack, unpack_optional
+from resnet_paths.core.inputs import Inputs, each_tensor, num_examples, unpack, unpack_optional
 from resnet_paths.lesions.keys import with_probe
 from resnet_paths.lesions.results import BatchResult
 from resnet_paths.lesions.runner import Runner, num_workers, run_batch, shared_with_workers
@@ -49,24 +49,52 @@ def finished_batches(
     Yields:
         Position of the batch, its labels, result of all chains, and whether all of it came from the store.
     """
-    jobs = _jobs(runner, loader, store, keys, undetermined)
+    jobs = _jobs(runner, _read(loader), store, keys, undetermined, copies=executor is not None)
     yield from _run_here(runner, jobs) if executor is None else _run_on(executor, runner, jobs)
 
 
+def _read(loader: Iterable[object]) -> Iterator[object]:
+    """What a loader gives; where it raises, the batch is named."""
+    number, batches = 0, iter(loader)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except ResnetPathsError:
+            raise
+        except Exception as error:
+            raise ResnetPathsError(
+                "loader",
+                f"{type(error).__name__} at batch {number}: {error}",
+                "a loader that gives all its batches",
+                "Batches are counted from 0; those before it are kept where there is a store.",
+            ) from error
+        yield batch
+        number += 1
+
+
 def _jobs(
-    runner: Runner, loader: Iterable[object], store: Store | None, keys: Sequence[str], undetermined: Sequence[int]
+    runner: Runner,
+    loader: Iterable[object],
+    store: Store | None,
+    keys: Sequence[str],
+    undetermined: Sequence[int],
+    copies: bool,
 ) -> Iterator[_Job]:
     needs_labels = any(measure.reads for measure in runner.measures) or runner.shift_labels
     batches = map(unpack if needs_labels else unpack_optional, loader)
     everything = list(range(runner.trie.num_chains))
     for number, (inputs, labels) in enumerate(batch for batch in batches if num_examples(batch[0])):
+        if copies:  # while it waits for a worker, a loader may use its tensors again
+            inputs, labels = each_tensor(torch.clone, (inputs, labels))
         if store is None:
             yield (inputs, labels, everything), _finisher(number, labels)
             continue
         if not number:
             keys = with_probe(keys, runner, undetermined, inputs)
         batch = Store.batch_key(inputs, labels)
-        known = store.read(batch, keys)
+        known = store.read(batch, keys, num_examples(inputs))
         # Lesions that come to the same network are computed once.
         missing = list({keys[i]: i for i in reversed(everything) if keys[i] not in known}.values())[::-1]
         yield (inputs, labels, missing), _stored_finisher(number, labels, store, batch, keys, known, missing)
@@ -104,7 +132,7 @@ def _run_here(runner: Runner, jobs: Iterable[_Job]) -> Iterator[_Finished]:
         yield finish(runner.run(inputs, labels, missing) if missing else None)
 
 
-def _run_on(executor: Executor, runner: Runner, jobs: Iterable[_Job]) -> Iterator[_Finished]:
+def _run_on(executor: Executor, runner: Runner, jobs: Iterator[_Job]) -> Iterator[_Finished]:
     with _refusing_what_cannot_be_sent():
         shared = shared_with_workers(executor, runner)
     # Enough to keep all workers busy, and no more: the data may be larger than memory.
@@ -119,8 +147,16 @@ def _run_on(executor: Executor, runner: Runner, jobs: Iterable[_Job]) -> Iterato
                 finish = pending.pop(future)
                 yield finish(_result_of(future))
 
+    failure: Exception | None = None
     try:
-        for arguments, finish in jobs:
+        while True:
+            try:
+                arguments, finish = next(jobs)
+            except StopIteration:
+                break
+            except Exception as error:  # what was handed out is finished, and stored, first
+                failure = error
+                break
             if not arguments[2]:
                 yield finish(None)
                 continue
@@ -129,6 +165,8 @@ def _run_on(executor: Executor, runner: Runner, jobs: Iterable[_Job]) -> Iterato
             pending[future] = finish
             yield from wait(until=most - 1)
         yield from wait(until=0)
+        if failure is not None:
+            raise failure
     finally:
         for future in pending:
             future.cancel()

@@ -5,16 +5,17 @@
 
 CONTEXT is a fingerprint of measures, precision, layout, BatchNorm treatment and code version; BATCH one of the images
 and labels; each lesion in a part has a fingerprint of the whole lesioned network (`resnet_paths.lesions.keys`). So
-results of other models or data sets may be in the same folder and are never mixed in. Parts hold a checksum, and are
-written under a temporary name and renamed; two studies at once write the same rows to the same names. What a killed
-study was writing remains under its temporary name, which no study takes for a part; a study that begins an hour later
-removes it.
+results of other models or data sets may be in the same folder and are never mixed in. A part holds all three in full,
+and a checksum: one that was changed, or that lies under the name of another, is computed again. Parts are written under
+a temporary name and renamed; two studies at once write the same rows to the same names. What a killed study was writing
+remains under its temporary name, which no study takes for a part; a study that begins an hour later removes it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import time
 import warnings
 import zlib
@@ -30,11 +31,11 @@ from resnet_paths._utils.files import write_then_rename
 from resnet_paths._utils.fingerprint import fingerprint
 from resnet_paths.core.inputs import Inputs
 from resnet_paths.lesions.results import BatchResult
-from resnet_paths.zoo.weights import read_metadata, read_tensors, write_tensors
+from resnet_paths.zoo.weights import read_checked, write_tensors
 
 __all__ = ["Store"]
 
-_FORMAT = 2
+_FORMAT = 3
 _DIGITS = 16
 _STALE_AFTER = 3600.0  # seconds; a part is written in far less
 
@@ -57,7 +58,9 @@ class Store:
             "torch": torch.__version__.split("+")[0],
             **settings,
         }
-        self.folder = Path(folder) / fingerprint(json.dumps(about, sort_keys=True))[:_DIGITS]
+        self._context = fingerprint(json.dumps(about, sort_keys=True))
+        self._warned = False
+        self.folder = Path(folder) / self._context[:_DIGITS]
         try:
             self._write_description(about)
         except OSError as error:
@@ -82,28 +85,34 @@ class Store:
             labels: [batch, ...], or None.
 
         Returns:
-            Hexadecimal digits.
+            64 hexadecimal digits.
         """
-        return fingerprint(inputs, labels)[:_DIGITS]
+        return fingerprint(inputs, labels)
 
-    def read(self, batch: str, lesions: Sequence[str]) -> dict[str, BatchResult]:
+    def read(self, batch: str, lesions: Sequence[str], num_examples: int) -> dict[str, BatchResult]:
         """What is known of a batch.
 
         Args:
             batch: From `batch_key`.
             lesions: Fingerprints of lesioned networks.
+            num_examples: Of the batch.
 
         Returns:
-            A result of one row for each lesion that was finished; a part that cannot be read is left out, with a
-            warning.
+            A result of one row for each lesion that was finished; a part that cannot be read, or is not of this batch,
+            is left out. The first such part of a study gives a warning.
         """
         wanted = set(lesions)
         found: dict[str, BatchResult] = {}
-        for path in self._parts.get(batch, ()):
+        for path in self._parts.get(batch[:_DIGITS], ()):
             try:
-                names, result = _read_part(path)
-            except (ResnetPathsError, KeyError, ValueError, RuntimeError, TypeError, OSError, zlib.error) as error:
-                warnings.warn(f"store: {path} cannot be read and is computed again: {error}", stacklevel=3)
+                names, result = _read_part(path, {"context": self._context, "batch": batch}, num_examples)
+            except _UNREADABLE as error:
+                if not self._warned:
+                    warnings.warn(
+                        f"store: {path} cannot be read and is computed again: {error} (Others give no warning.)",
+                        stacklevel=3,
+                    )
+                self._warned = True
                 continue
             found |= {name: result.row(row) for row, name in enumerate(names) if name in wanted}
         return found
@@ -122,14 +131,14 @@ class Store:
         # In one order, so that studies that name the same lesions in another order write the same.
         order = sorted(range(len(lesions)), key=lesions.__getitem__)
         names = [lesions[row] for row in order]
-        path = self.folder / f"{batch}-{fingerprint(names)[:_DIGITS]}.safetensors"
+        path = self.folder / f"{batch[:_DIGITS]}-{fingerprint(names)[:_DIGITS]}.safetensors"
         sums = {name: values[order] for name, values in result.sums.items()}
         # Compressed bytes: most sums are small counts, and a lesion may well make some infinite, which a file of
         # weights refuses.
         packed = {name: zlib.compress(np.ascontiguousarray(values).tobytes(), 1) for name, values in sums.items()}
         tensors = {name: torch.frombuffer(bytearray(data), dtype=torch.uint8) for name, data in packed.items()}
         forms = {name: [str(values.dtype), list(values.shape)] for name, values in sums.items()}
-        metadata = {"lesions": names, "forms": forms, "checksum": _checksum(names, tensors)}
+        metadata = {"context": self._context, "batch": batch, "lesions": names, "forms": forms}
         try:
             write_tensors(path, tensors, metadata)
         except Exception as error:  # safetensors wraps a full disk in an error of its own
@@ -139,7 +148,7 @@ class Store:
                 "a folder with space left that can be written to",
                 f"{error}. Finished batches are kept: make room and run the study again.",
             ) from error
-        self._parts.setdefault(batch, []).append(path)
+        self._parts.setdefault(batch[:_DIGITS], []).append(path)
 
     def _write_description(self, about: Mapping[str, object]) -> None:
         # Written even where it is there: a store that cannot be written to is to be found out before any work.
@@ -152,7 +161,7 @@ class Store:
             try:
                 stated = json.loads(path.read_text())
                 version = f"resnet_paths {stated['resnet_paths']} with torch {stated['torch']}"
-            except (OSError, ValueError, KeyError, TypeError):
+            except (OSError, ValueError, KeyError, TypeError, RecursionError):
                 version = f"unknown ({path.parent.name})"
             others.add(version)
         others.discard(f"resnet_paths {about['resnet_paths']} with torch {about['torch']}")
@@ -163,18 +172,27 @@ class Store:
             )
 
 
-def _checksum(names: Sequence[str], tensors: Mapping[str, torch.Tensor]) -> str:
-    return fingerprint(list(names), sorted(tensors.items()))
+_UNREADABLE = (ResnetPathsError, KeyError, ValueError, RuntimeError, TypeError, OSError, zlib.error, MemoryError)
 
 
-def _read_part(path: Path) -> tuple[list[str], BatchResult]:
-    metadata, tensors = read_metadata(path), read_tensors(path)
+def _read_part(path: Path, stated: Mapping[str, str], num_examples: int) -> tuple[list[str], BatchResult]:
+    """Lesions and result of a part, once it is known to be the one with these keys."""
+    metadata, tensors = read_checked(path, needs_checksum=True)
+    for key, value in stated.items():
+        if metadata[key] != value:
+            raise ResnetPathsError("store", f"a part of another {key}", f"the {key} that its name says")
     names = metadata["lesions"]
-    if metadata["checksum"] != _checksum(names, tensors):
-        raise ResnetPathsError("store", str(path), "a part as it was written")
     sums = {}
     for name, (dtype, shape) in metadata["forms"].items():
-        sums[name] = np.frombuffer(zlib.decompress(tensors[name].numpy().tobytes()), dtype).reshape(shape)
-    if not sums or any(len(values) != len(names) for values in sums.values()):
-        raise ResnetPathsError("store", str(path), "a part with as many rows as lesions")
+        if [len(names), num_examples] != shape[:2] or not all(type(n) is int and n >= 0 for n in shape):
+            raise ResnetPathsError("store", shape, f"{name} of {len(names)} lesions and {num_examples} examples")
+        kind = np.dtype(dtype)
+        size = math.prod(shape) * kind.itemsize
+        # No more than there should be, whatever was compressed; one byte more tells that there is more.
+        data = zlib.decompressobj().decompress(tensors[name].numpy().tobytes(), size + 1)
+        if len(data) != size:
+            raise ResnetPathsError("store", f"{len(data)} bytes of {name}", f"{size} bytes")
+        sums[name] = np.frombuffer(data, kind).reshape(shape)
+    if not sums:
+        raise ResnetPathsError("store", "no sums", "a part with the sums of at least one measure")
     return names, BatchResult(sums)

@@ -23,6 +23,7 @@ from resnet_paths.core.chain import ResidualChain
 from resnet_paths.core.input_sizes import InputSizes
 from resnet_paths.core.modes import require_eval_mode
 from resnet_paths.core.signature import Call, Inputs, Signature, arguments_of, chosen
+from resnet_paths.core.source import Source
 from resnet_paths.unraveling.adapters import keep_adapters_in_layers
 from resnet_paths.unraveling.assembly import assemble
 from resnet_paths.unraveling.by_hand import chain_of_named_blocks
@@ -118,6 +119,7 @@ def unravel(
             is_plain = signature.is_plain and returned is expected and not takes_any_number_of_inputs(model)
             claim = _read(model, is_plain, signature, tensors, output, expected, options, adapters=adapters)
         verify_chain(claim, costly=verify)
+    claim.chain.source = Source(model, claim.chain)
     return claim.chain
 
 

@@ -19,10 +19,12 @@ from torch import nn
 
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths._utils.files import write_then_rename
+from resnet_paths._utils.fingerprint import fingerprint
 
 __all__ = [
     "Metadata",
     "choose_weights",
+    "read_checked",
     "read_metadata",
     "read_tensors",
     "read_weights",
@@ -35,6 +37,7 @@ Metadata: TypeAlias = dict[str, Any]
 """What a weights file holds beside its tensors: a JSON object, as `json.loads` returns it."""
 
 _ENTRY = "resnet_paths"
+_CHECKSUM = "sha256"  # of tensors and metadata; files of other programs have none
 _ADVICE = "Weights files are written by 'resnet-paths train'; convert others with safetensors.torch.save_file."
 
 
@@ -116,8 +119,9 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
     from safetensors.torch import save_file
 
     plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    entry = json.dumps(dict(metadata))
     with write_then_rename(path) as temporary:
-        save_file(plain, temporary, metadata={_ENTRY: json.dumps(dict(metadata))})
+        save_file(plain, temporary, metadata={_ENTRY: entry, _CHECKSUM: _checksum(entry, plain)})
 
 
 def read_metadata(path: Path) -> Metadata:
@@ -132,18 +136,7 @@ def read_metadata(path: Path) -> Metadata:
     Raises:
         ResnetPathsError: If the file is missing, truncated, a pickle, or not a safetensors file.
     """
-    from safetensors import SafetensorError, safe_open
-
-    _check_not_pickle(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            entries = file.metadata() or {}
-        metadata = json.loads(entries.get(_ENTRY, "{}"))
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
-        raise ResnetPathsError(f"weights file {path}", str(error), "a complete safetensors file", _ADVICE) from error
-    if not isinstance(metadata, dict):
-        raise ResnetPathsError(f"weights file {path}", metadata, f"a JSON object as its metadata {_ENTRY!r}", _ADVICE)
-    return metadata
+    return _metadata_of(path, _entries_of(path))
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -156,20 +149,76 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         Tensors by name.
 
     Raises:
-        ResnetPathsError: If the file is missing, truncated, a pickle, not a safetensors file, or contains non-finite
-            values.
+        ResnetPathsError: If the file is missing, truncated, a pickle, not a safetensors file, has another checksum than
+            it states, or contains non-finite values.
+    """
+    return read_checked(path)[1]
+
+
+def read_checked(path: Path, *, needs_checksum: bool = False) -> tuple[Metadata, dict[str, torch.Tensor]]:
+    """Read metadata and tensors of a file and verify its checksum.
+
+    Args:
+        path: The ``.safetensors`` file.
+        needs_checksum: Whether a file without a checksum, such as those of other programs, is refused.
+
+    Returns:
+        Metadata, and tensors by name, on the CPU.
+
+    Raises:
+        ResnetPathsError: As `read_tensors`.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    _check_not_pickle(path)
+    entries = _entries_of(path)
+    metadata = _metadata_of(path, entries)
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ResnetPathsError(f"weights file {path}", str(error), "a complete safetensors file", _ADVICE) from error
+    stated = entries.get(_CHECKSUM)
+    if (needs_checksum or stated is not None) and stated != _checksum(entries.get(_ENTRY, ""), tensors):
+        raise ResnetPathsError(
+            f"weights file {path}",
+            "a checksum that differs" if stated else "no checksum",
+            "a file as it was written",
+            "It was changed since: restore it, or delete it and make it again.",
+        )
     for name, tensor in tensors.items():
         _check_finite(path, name, tensor)
-    return tensors
+    return metadata, tensors
+
+
+def _entries_of(path: Path) -> dict[str, str]:
+    """The metadata of a file as they are stored."""
+    from safetensors import SafetensorError, safe_open
+
+    _check_not_pickle(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ResnetPathsError(f"weights file {path}", str(error), "a complete safetensors file", _ADVICE) from error
+
+
+def _metadata_of(path: Path, entries: Mapping[str, str]) -> Metadata:
+    try:
+        metadata = json.loads(entries.get(_ENTRY, "{}"))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ResnetPathsError(
+            f"weights file {path}", f"{type(error).__name__}: {error}", f"a JSON object as its metadata {_ENTRY!r}"
+        ) from error
+    if not isinstance(metadata, dict):
+        raise ResnetPathsError(f"weights file {path}", metadata, f"a JSON object as its metadata {_ENTRY!r}", _ADVICE)
+    log = metadata.get("log", [])
+    if not isinstance(log, list) or not all(isinstance(row, dict) for row in log):
+        raise ResnetPathsError(f"log of weights file {path}", log, "a list of one JSON object for each epoch", _ADVICE)
+    return metadata
+
+
+def _checksum(entry: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    return fingerprint(entry, sorted(tensors.items()))
 
 
 def read_weights(path: Path, model: nn.Module, network: str) -> None:
@@ -184,10 +233,10 @@ def read_weights(path: Path, model: nn.Module, network: str) -> None:
         ResnetPathsError: See `read_tensors`; also if the file belongs to another network, or names, shapes or dtypes do
             not match.
     """
-    stated = read_metadata(path).get("network", network)
+    metadata, tensors = read_checked(path)
+    stated = metadata.get("network", network)
     if stated != network:
         raise ResnetPathsError(f"weights file {path}", f"weights of {stated!r}", f"weights of {network!r}")
-    tensors = read_tensors(path)
     expected = model.state_dict()
     for name in sorted(expected.keys() | tensors.keys()):
         have, want = tensors.get(name), expected.get(name)

@@ -24,7 +24,7 @@ import torch
 from torch.nn import functional as F
 
 import resnet_paths as rp
-from resnet_paths.core.paths import sample_paths
+from resnet_paths.core.sampling import sample_paths
 from resnet_paths.gradients.points import Place, Point
 from resnet_paths.zoo import load_network
 from tests.benchmarks.lesions import fashion_images

@@ -2,12 +2,14 @@
 
 import json
 import pickle
+import random
 import struct
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -387,3 +389,38 @@ def test_training_logs_are_one_tidy_frame():
     for name, message in (("plain-21", "name: got 'plain-21'"), (untrained, f"names: got '{untrained}'; .*plain-20")):
         with pytest.raises(ResnetPathsError, match=message):
             training_logs(name)
+
+
+# Files that were changed
+
+
+def test_no_flipped_bit_of_weights_goes_unnoticed(weights, model):
+    content, bits = weights.read_bytes(), random.Random(0)
+    for _ in range(100):
+        flipped = bytearray(content)
+        flipped[bits.randrange(len(content))] ^= 1 << bits.randrange(8)
+        weights.write_bytes(bytes(flipped))
+        with pytest.raises(ResnetPathsError, match="weights file"):
+            read_weights(weights, model, SMALL)
+
+
+def test_the_checksum_covers_the_metadata(weights, model):
+    with safe_open(weights, "pt") as file:
+        entries = file.metadata()
+    entries["resnet_paths"] = entries["resnet_paths"].replace('"seed": 1', '"seed": 2')
+    save_file(read_tensors(weights), weights, entries)
+    with pytest.raises(ResnetPathsError, match=r"got 'a checksum that differs'; allowed: a file as it was written"):
+        read_tensors(weights)
+
+
+@pytest.mark.parametrize("log", [3, "epochs", {"epoch": 1}, [1, 2], ["a"], None])
+def test_a_log_that_is_none_is_refused(weights, log):
+    write_tensors(weights, read_tensors(weights), {"network": SMALL, "log": log})
+    with pytest.raises(ResnetPathsError, match=r"log of weights file .*: got .*; allowed: a list of one JSON object"):
+        load_network(SMALL, weights)
+
+
+def test_metadata_that_are_nested_without_end_are_refused(weights):
+    save_file(read_tensors(weights), weights, {"resnet_paths": "[" * 100_000})
+    with pytest.raises(ResnetPathsError, match=r"weights file .*: got 'RecursionError"):
+        load_network(SMALL, weights)

@@ -1,0 +1,235 @@
+"""Lesion functions, loaders and losses written by others: what they change or raise reaches no row without a word."""
+
+from __future__ import annotations
+
+import concurrent.futures
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+import resnet_paths as rp
+from resnet_paths.core.chain import ResidualChain
+from tests.chains import assert_same, inputs, random_chain, snapshot
+from tests.lesions.test_lesion_options import study
+from tests.lesions.test_lesion_store import counts
+from tests.lesions.test_lesions import STEADY, labelled
+
+same = pd.testing.assert_frame_equal
+
+
+def without_grad(change):
+    def lesion(chain):
+        with torch.no_grad():
+            change(chain)
+        return rp.delete_block(chain, 0)
+
+    return lesion
+
+
+def drops_a_block(chain):
+    del chain.blocks[2]
+
+
+STRUCTURE = {
+    "branch": lambda c: setattr(c[0], "branch", None),
+    "branch by the list": lambda c: setattr(c.blocks[0], "branch", None),
+    "skip": lambda c: setattr(c[1], "skip", nn.Linear(3, 3).double()),
+    "post": lambda c: setattr(c[1], "post", nn.Tanh()),
+    "drops a block": drops_a_block,
+    "another block": lambda c: c.blocks.__setitem__(0, c[1]),
+    "appends": lambda c: c.blocks.append(c[0]),
+    "order": lambda c: setattr(c, "blocks", nn.ModuleList(list(c)[::-1])),
+    "head": lambda c: setattr(c, "head", nn.Identity()),
+    "inside a branch": lambda c: c[0].branch.__setitem__(1, nn.ReLU()),
+    "parameter": lambda c: setattr(c[0].branch[0], "weight", nn.Parameter(torch.zeros(4, 3).double())),
+    "hook": lambda c: c[0].register_forward_hook(lambda module, args, output: 0 * output),
+    "pre-hook": lambda c: c[0].branch.register_forward_pre_hook(lambda module, args: (0 * args[0],)),
+    "name": lambda c: setattr(c[0], "name", "other"),
+    "mode": lambda c: c.train(),
+}
+NUMBERS = {
+    "zeroed": lambda c: c[0].branch[0].weight.zero_(),
+    "zeroed data": lambda c: c[0].branch[0].weight.data.zero_(),
+    "sign": lambda c: c[0].branch[2].weight.data.neg_(),
+    "one number": lambda c: c.head.bias[1].add_(1e-9),
+    "initialised": lambda c: nn.init.normal_(c.stem.weight),
+    "converted": lambda c: c.float(),
+}
+
+
+@pytest.mark.parametrize("change", STRUCTURE)
+def test_a_function_that_changes_the_chain_is_named_and_the_chain_restored(change):
+    chain = random_chain(STEADY)
+    before, x = snapshot(chain), inputs()
+    expected, names = chain(x), [b.name for b in chain]
+    lesion = without_grad(STRUCTURE[change])
+    with pytest.raises(rp.ResnetPathsError, match=r"lesions: got 'lesion'; allowed: functions that return another"):
+        study(chain, labelled(8), [lambda c: rp.delete_block(c, 1), lesion])
+    assert_same(before, snapshot(chain))
+    assert torch.equal(chain(x), expected)
+    assert [b.name for b in chain] == names
+
+
+@pytest.mark.parametrize("change", NUMBERS)
+def test_a_function_that_writes_over_weights_is_named(change):
+    chain = random_chain(STEADY)
+    with pytest.raises(rp.ResnetPathsError, match=r"lesions: got 'lesion'; .*It wrote over '.*(weight|bias)'"):
+        study(chain, labelled(8), [without_grad(NUMBERS[change])])
+
+
+def test_a_function_that_raises_is_named_and_keeps_the_cause():
+    def broken(chain):
+        raise KeyError("conv3")
+
+    with pytest.raises(rp.ResnetPathsError, match=r"lesions: got 'broken'; .* It raised KeyError: 'conv3'") as caught:
+        study(random_chain(STEADY), labelled(8), [broken])
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_a_measure_that_raises_is_named_and_keeps_the_cause():
+    def broken(outputs, labels):
+        return outputs.logits
+
+    with pytest.raises(rp.ResnetPathsError, match=r"measures: got 'broken'; .* It raised AttributeError") as caught:
+        study(random_chain(STEADY), labelled(8), measures=[broken])
+    assert isinstance(caught.value.__cause__, AttributeError)
+
+
+# Loaders
+
+
+def reusing(loader):
+    """The same batches, in the same two tensors each time."""
+    held = [torch.empty_like(t) for t in next(iter(loader))]
+    for batch in loader:
+        for tensor, new in zip(held, batch, strict=True):
+            tensor.copy_(new)
+        yield held[0], held[1]
+
+
+@pytest.mark.parametrize("options", [{}, {"store": True}, {"per_class": True}])
+@pytest.mark.parametrize("with_threads", [False, True])
+def test_a_loader_may_use_its_tensors_again(with_threads, options, tmp_path):
+    chain, loader = random_chain(STEADY), labelled(40, batch_size=4)
+    if "store" in options:
+        options = {"store": tmp_path}
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        executor = threads if with_threads else None
+        found = study(chain, reusing(loader), executor=executor, **options)
+        expected = study(chain, loader, per_class="per_class" in options)
+        same(found, expected)
+        if "store" in options:
+            again = study(chain, loader, **options)
+            assert counts(again) == (0, 10)
+            same(again, expected)
+
+
+def test_statistics_are_taken_from_all_batches_of_a_loader_that_uses_its_tensors_again():
+    from tests.lesions.test_lesion_options import norm_chain
+
+    chain, loader = norm_chain(), labelled(16)
+    expected = study(chain, loader, reestimate_batchnorm=list(loader))
+    same(study(chain, loader, reestimate_batchnorm=reusing(loader)), expected)
+
+
+@pytest.mark.parametrize("with_threads", [False, True])
+def test_a_loader_that_raises_names_the_batch_and_what_was_handed_out_is_kept(with_threads, tmp_path):
+    chain, batches = random_chain(STEADY), list(labelled(40, batch_size=4))
+
+    def broken():
+        yield from batches[:5]
+        raise OSError("no such image")
+
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        executor = threads if with_threads else None
+        message = r"loader: got 'OSError at batch 5: no such image'; .* those before it are kept"
+        with pytest.raises(rp.ResnetPathsError, match=message) as caught:
+            study(chain, broken(), store=tmp_path, executor=executor)
+    assert isinstance(caught.value.__cause__, OSError)
+    assert counts(study(chain, batches, store=tmp_path)) == (5, 5)
+
+
+# Weights replaced behind a chain
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.linear = nn.BatchNorm1d(3), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return x + self.linear(self.norm(x)).relu()
+
+
+def model():
+    return nn.Sequential(nn.Linear(5, 3), Block(), Block(), nn.Linear(3, 3)).eval()
+
+
+def assigned(m):
+    m.load_state_dict({k: v.clone() for k, v in m.state_dict().items()}, assign=True)
+
+
+REPLACED = {
+    "assign": assigned,
+    "parameter": lambda m: setattr(m[1].linear, "weight", nn.Parameter(torch.zeros(3, 3))),
+    "no bias": lambda m: setattr(m[1].linear, "bias", None),
+    "buffer": lambda m: setattr(m[2].norm, "running_mean", torch.ones(3)),
+    "double": lambda m: m.double(),
+    "half": lambda m: m.half(),
+    "parametrized": lambda m: nn.utils.parametrizations.weight_norm(m[1].linear),
+    "meta": lambda m: m.to("meta"),
+}
+CALLS = {
+    "forward": lambda c, x: c(x),
+    "of an edit": lambda c, x: c.with_head(c.head)(x),
+    "cache": lambda c, x: c.run_with_cache(x),
+    "edit": lambda c, x: rp.delete_block(c, 0),
+    "study": lambda c, x: study(c, [(x, torch.zeros(2, dtype=torch.int64))]),
+    "gradient": lambda c, x: rp.gradient_by_path_length(c, x, torch.zeros(2, dtype=torch.int64)),
+    "prediction": lambda c, x: rp.prediction_by_path_length(c, x),
+}
+
+
+@pytest.mark.parametrize("replace", REPLACED)
+def test_a_chain_notices_that_its_model_has_other_tensors(replace):
+    read, x = model(), torch.zeros(2, 5)
+    chain = rp.unravel(read, x)
+    edited = rp.delete_block(chain, 0)
+    REPLACED[replace](read)
+    for one in (chain, edited):
+        for call in CALLS.values():
+            with pytest.raises(rp.ResnetPathsError, match=r"tensor '.*' was replaced.*Unravel the model again"):
+                call(one, x)
+    if replace != "meta":
+        assert len(rp.unravel(read, x.to(read[0].weight.dtype), verify=False)) == 2
+
+
+def test_what_is_written_into_the_tensors_of_a_model_reaches_its_chain():
+    read, x = model(), torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
+    chain = rp.unravel(read, x)
+    read.load_state_dict(model().state_dict())
+    optimizer = torch.optim.SGD(read.parameters(), lr=0.1)
+    read(x).sum().backward()
+    optimizer.step()
+    assert torch.equal(chain(x), read(x))
+    moved = rp.unravel(read, x).double()  # the chain itself, by intent
+    assert moved(x.double()).dtype == torch.float64
+
+
+def test_a_copy_a_chain_by_hand_and_one_whose_model_is_gone_stand_alone():
+    import copy
+    import pickle
+
+    read, x = model(), torch.zeros(2, 5)
+    chain = rp.unravel(read, x)
+    expected, copied, sent = chain(x), copy.deepcopy(chain), pickle.loads(pickle.dumps(chain))
+    assigned(read)
+    for one in (copied, sent):
+        assert torch.equal(one(x), expected)
+    chain = rp.unravel(read, x)
+    del read
+    assert torch.equal(chain(x), expected)
+    by_hand = ResidualChain(chain.stem, chain, chain.head).eval()
+    assert torch.equal(by_hand(x), expected)
