@@ -103,7 +103,7 @@ def prediction_by_path_length(
     num_lengths = len(counts)
     if max_length is not None:
         num_lengths = lengths_up_to([1] * len(counts), max_length)[-1] + 1
-    sources = sources_of(chain, by_source == "parts")
+    sources = sources_of(chain, by_source)
     outputs, values = _all_contributions(
         chain, inputs, targets, output, sources, num_lengths, linearizer, memory_budget, progress
     )

@@ -38,7 +38,8 @@ class Source:
     Attributes:
         name: ``"stem"``, the name of a block, or ``"head"``.
         block_index: Position of the block; None of stem and head.
-        part: ``"pre"``, ``"skip"``, ``"branch"`` or ``"post"``; None of the whole block, and of stem and head.
+        part: ``"pre"``, ``"skip"``, ``"branch"`` or ``"post"``; None of a whole block, of stem and head; ``"all"`` of
+            all blocks together.
     """
 
     name: str
@@ -46,24 +47,30 @@ class Source:
     part: str | None = None
 
     @property
+    def is_of_blocks(self) -> bool:
+        """Whether it is a part, a block or all of them."""
+        return self.block_index is not None or self.part is not None
+
+    @property
     def key(self) -> str:
         """The name of its entry in the context; no such entry of a chain's own has a space in it."""
         return f"constant {self.block_index} {self.part}"
 
 
-def sources_of(chain: ResidualChain, parts: bool = False) -> list[Source]:
+def sources_of(chain: ResidualChain, by_source: bool | str = True) -> list[Source]:
     """All sources of a chain.
 
     Args:
         chain: The chain.
-        parts: Whether the parts of a block are sources of their own.
+        by_source: Whether each block is a source of its own, or all blocks are one; ``"parts"`` for the parts of each.
 
     Returns:
         The stem, the blocks from first to last, the head.
     """
-    blocks = [
-        Source(block.name, index, part) for index, block in enumerate(chain) for part in (PARTS if parts else (None,))
-    ]
+    if not by_source:
+        return [Source("stem"), Source("blocks", part="all"), Source("head")]
+    parts = PARTS if by_source == "parts" else (None,)
+    blocks = [Source(block.name, index, part) for index, block in enumerate(chain) for part in parts]
     return [Source("stem"), *blocks, Source("head")]
 
 
@@ -93,11 +100,11 @@ def contributions(
         ResnetPathsError: If `output_of` does not return one finite number per example.
     """
     point = ForwardPass(chain, inputs)
-    blocks = {(s.block_index, s.part): s.key for s in sources if s.block_index is not None}
-    by_part = (0, "branch") in blocks
+    blocks = {(s.block_index, s.part): s.key for s in sources if s.is_of_blocks}
 
     def of_part(index: int, part: str) -> Linearizer:
-        return functools.partial(_with_constant, linearizer, blocks[index, part if by_part else None])
+        key = next(blocks[place] for place in ((index, part), (index, None), (None, "all")) if place in blocks)
+        return functools.partial(_with_constant, linearizer, key)
 
     outputs, constant, above = _above_blocks(chain, point, output_of, linearizer)
     none = Stack.of(torch.zeros_like(constant)).rows(0, 0)
@@ -106,7 +113,7 @@ def contributions(
     found = pull_back(chain, point.states, point.context, above, rules)
     values = np.zeros((len(sources), num_lengths, point.num_examples))
     for row, source in zip(values, sources, strict=True):
-        if source.block_index is not None:
+        if source.is_of_blocks:
             _add(row, found.context[source.key], None)
         elif source.name == "head":
             row[0] = constant.cpu().numpy()

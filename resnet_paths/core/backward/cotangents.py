@@ -58,7 +58,7 @@ class Stack:
 
     def up_to(self, longest: int) -> Stack:
         """Its lengths up to `longest`, which may be none."""
-        return self.rows(0, max(longest - self.shortest + 1, 0))
+        return self if longest >= self.longest else self.rows(0, max(longest - self.shortest + 1, 0))
 
     def chosen(self, rows: Sequence[int]) -> Stack:
         """Some rows in the order wanted, where rows are not lengths; the memory is their own."""
@@ -84,8 +84,8 @@ class Stack:
         of_context = {name: replace(self, values=v) for name, v in zip(pullback.context, read, strict=True)}
         return replace(self, values=values), of_context
 
-    def renormalised(self) -> Stack:
-        """The same cotangents with mantissas far from the ends of the dtype's range."""
+    def renormalised(self, in_place: bool = False) -> Stack:
+        """The same cotangents with mantissas far from the ends of the dtype's range; `in_place` in their own memory."""
         if not len(self):
             return self
         largest = _largest(self.values)
@@ -93,11 +93,13 @@ class Stack:
         room = 2 if largest.dtype == torch.float16 else 30
         shift = torch.where(shift.abs() > room, shift, 0)
         exponents = torch.where(largest == 0, _ZERO, self.exponents + shift)
-        if not bool(shift.any()):
-            return replace(self, exponents=exponents)
-        # In two steps: 2**140 is no float32, though the product may be.
-        half = shift // 2
-        values = self.values * _power_of_two(-half, self.values) * _power_of_two(half - shift, self.values)
+        shifted = shift.flatten(1).any(1).nonzero()[:, 0].tolist()
+        values = self.values if in_place or not shifted else self.values.clone()
+        for row in shifted:
+            # In two steps: 2**140 is no float32, though the product may be.
+            half = shift[row] // 2
+            for power in (-half, half - shift[row]):
+                values[row] *= _power_of_two(power, values[row])
         return Stack(values, exponents, self.shortest)
 
 
@@ -143,7 +145,8 @@ class Cotangents:
 
     def without_context(self) -> Cotangents:
         """Those of the state alone, with no rows for the context."""
-        return Cotangents(self.state, {name: stack.rows(0, 0) for name, stack in self.context.items()})
+        empty = {name: stack.rows(0, 0) if len(stack) else stack for name, stack in self.context.items()}
+        return Cotangents(self.state, empty)
 
     def apart(self, names: Sequence[str]) -> tuple[dict[str, Stack], Cotangents]:
         """Some entries of the context, and all else, with no rows for these."""
@@ -213,7 +216,8 @@ def combined(
         total[place].addcmul_(pulled, factor)
     assert total is not None  # the source has rows
     stacks = (replace(source, values=torch.cat(pieces)) for pieces in zip(*read, strict=True))
-    return Stack(total, exponents, shortest).renormalised(), dict(zip(pullback.context, stacks, strict=True))
+    found = Stack(total, exponents, shortest).renormalised(in_place=True)
+    return found, dict(zip(pullback.context, stacks, strict=True))
 
 
 def _pull(pullback: Pullback, values: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -89,8 +89,11 @@ def with_constant(
         context: What it may read beside that.
 
     Returns:
-        A pullback with one more entry of the context, of cotangents [K, batch] in float64.
+        A pullback with one more entry of the context, of cotangents [K, batch] in float64; the same one of an
+        identity, which has no constant.
     """
+    if pullback is unchanged:
+        return pullback
     read_from = [state, *(finite(context.values[each]) for each in pullback.context)]
 
     def of_all(cotangents: torch.Tensor) -> tuple[torch.Tensor, ...]:
