@@ -92,7 +92,7 @@ class Block(nn.Module):
         self.out_shape = None if out_shape is None else tuple(out_shape)
 
     def forward(self, x: torch.Tensor, **context: torch.Tensor) -> torch.Tensor:
-        """``post(skip(h) + branch(h))`` with ``h = pre(x)``, [batch, *in_shape] to [batch, *out_shape]."""
+        """``post(skip(h) + branch(h))`` with ``h = pre(x)``, ``[batch, *in_shape]`` to ``[batch, *out_shape]``."""
         x = call_part(self.pre, x, context)
         return call_part(self.post, self.added_up(x, context), context)
 

@@ -15,6 +15,7 @@ TEXTS = [
     ROOT / "pyproject.toml",
     *(ROOT / ".github").rglob("*.*"),
     *sorted((ROOT / "notebooks").glob("*.ipynb")),
+    *(path for suffix in ("md", "rst", "py") for path in sorted((ROOT / "notebooks").rglob(f"*.{suffix}"))),
     *sorted((ROOT / "resnet_paths").rglob("*.py")),
 ]
 # What is banned, and what to write instead.
