@@ -1,7 +1,7 @@
 """Where a model's code chooses a floating dtype, as many norms and rotary embeddings do: ``x.to(torch.float32)``.
 
 An exported graph holds the dtypes of the run that was exported. In the graph of a float32 model a cast to float32 that
-the code asks for, and the one back to the dtype of the input, both do nothing and cannot be told apart; in that of a
+the code asks for, and the one back to the dtype of the input, both do nothing and cannot be distinguished; in that of a
 bfloat16 model they can.
 """
 
