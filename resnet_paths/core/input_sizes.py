@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from resnet_paths._utils.errors import ResnetPathsError
+from resnet_paths.core.signature import Signature
 
 __all__ = ["CheckedInputs", "InputSizes"]
 
@@ -164,27 +165,23 @@ class CheckedInputs(nn.Module):
     Args:
         module: The module; it takes tensors in a row.
         sizes: What sizes they may have.
-        tensors_of: The tensors among positional and keyword arguments; None where the arguments are the tensors.
+        signature: How the model is called; None where its arguments are tensors in a row.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        sizes: InputSizes,
-        tensors_of: Callable[[tuple[object, ...], dict[str, object]], tuple[torch.Tensor, ...]] | None = None,
-    ) -> None:
+    def __init__(self, module: nn.Module, sizes: InputSizes, signature: Signature | None = None) -> None:
         super().__init__()
         self.module = module
         self.sizes = sizes
-        self.tensors_of = tensors_of
+        self.signature = signature
         self.training = False
 
     def check(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The inputs, once they are known to have the right sizes."""
-        self.sizes.check(inputs)
+        if not torch.compiler.is_exporting():  # where sizes are symbols, which a look at their values would fix
+            self.sizes.check(inputs)
         return inputs
 
     def forward(self, *inputs: Any, **keywords: object) -> object:
         """What the module returns, for inputs of the right sizes."""
-        tensors = inputs if self.tensors_of is None else self.tensors_of(inputs, keywords)
+        tensors = inputs if self.signature is None else self.signature.tensors(inputs, keywords)
         return self.module(*self.check(*tensors))

@@ -39,8 +39,7 @@ def assemble(
     Returns:
         A chain in eval mode.
     """
-    tensors_of = None if signature is None else signature.tensors
-    stem = CheckedInputs(traced.segment(traced.inputs, parts[0].start, *context), sizes, tensors_of)
+    stem = CheckedInputs(traced.segment(traced.inputs, parts[0].start, *context), sizes, signature)
     assembler = _Assembler(traced, context)
     chain = assembler.chain(stem, parts, traced.output, context_names=[node.name for node in context])
     chain.notes = (*assembler.notes, f"Input sizes: {sizes}.")
