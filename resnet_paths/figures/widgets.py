@@ -4,6 +4,7 @@
     rp.widgets.explore_blocks(chain, loader)        norms in a block; its branch scaled from 0.1 to 2.0
     rp.widgets.explore_lesions(chain, loader)       blocks deleted and restored: error and remaining paths
     rp.widgets.explore_paths()                      one path highlighted among all paths
+    rp.widgets.explore_prediction(chain, images)    the margin of an image by source and path length; a block deleted
 
 Each explorer calls functions of the library and draws their results with functions of `resnet_paths.figures`. The
 docstrings name these functions, for static versions of the figures.
@@ -31,20 +32,24 @@ from resnet_paths.figures import (
     plot_block_norms,
     plot_lesion_counts,
     plot_path_histogram,
+    plot_prediction_by_source,
     plot_scalar_gradients,
     plot_scalings,
     plot_unraveled_graph,
+    plot_waterfall,
 )
 from resnet_paths.gradients import scalar_gradients
 from resnet_paths.gradients.scalar import ACTIVATIONS
 from resnet_paths.lesions import lesion_study
 from resnet_paths.lesions.lesion import Lesion
 from resnet_paths.lesions.plans import scalings, single_deletions
+from resnet_paths.predictions import prediction_by_path_length
+from resnet_paths.predictions.deletions import deletion_account
 
 with requires_extra("notebooks"):
     import ipywidgets as ipw
 
-__all__ = ["explore_blocks", "explore_gradient_highway", "explore_lesions", "explore_paths"]
+__all__ = ["explore_blocks", "explore_gradient_highway", "explore_lesions", "explore_paths", "explore_prediction"]
 
 Loader = Iterable[tuple[torch.Tensor, torch.Tensor]]
 
@@ -207,6 +212,63 @@ def explore_paths(num_blocks: int = 3) -> ipw.VBox:
 
     slider = ipw.IntSlider(num_blocks, 1, _MAX_BLOCKS, description="blocks", continuous_update=False)
     return _explorer({"num_blocks": slider, **buttons}, answer, aspect=0.5, wrap=True)
+
+
+def explore_prediction(chain: ResidualChain, images: torch.Tensor) -> ipw.VBox:
+    """A slider for the image and a menu for the deleted block: the margin by source and path length, and its change.
+
+    Static version: ``plot_prediction_by_source(prediction_by_path_length(chain, images[i:i+1], by_source=True,
+    linearization="detached"))``, `plot_waterfall` of the same frame, and `deletion_account`.
+
+    Args:
+        chain: The intact chain, in eval mode.
+        images: Inputs [batch, channel, height, width].
+
+    Returns:
+        The widget.
+
+    Raises:
+        ResnetPathsError: If `images` are no images; also see `prediction_by_path_length`.
+    """
+    if not isinstance(images, torch.Tensor) or images.dim() != 4 or not len(images):
+        shown = list(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
+        raise ResnetPathsError("images", shown, "a tensor [batch, channel, height, width] of at least one image")
+    deletions = {lesion.name: lesion for lesion in single_deletions(chain)}
+    known: dict[int, pd.DataFrame] = {}
+
+    def answer(axes: Sequence[Axes], image: int, deleted: str) -> str:
+        one = images[image : image + 1]
+        if image not in known:
+            known[image] = prediction_by_path_length(chain, one, by_source=True, linearization="detached")
+        frame = known[image]
+        margin = frame.attrs["mean_output"]
+        of_stem = frame.loc[frame["source"] == "stem", "contribution"].sum()
+        words = f"The margin of image {image} is <b>{margin:.3g}</b>, of which {of_stem:.3g} starts at the stem."
+        plot_prediction_by_source(frame, axes[0])
+        if deleted in deletions:
+            row = deletion_account(chain, one, [deletions[deleted]]).iloc[0]
+            terms = {
+                "intact": margin,
+                f"- {row.deleted}": -row.direct_effect,
+                "later blocks": row.later_change,
+                "skips": row.skip_change,
+                "head": row.head_change,
+            }
+            words += (
+                f" Without {html.escape(row.deleted)} it is <b>{margin + row.total_effect:.3g}</b>: "
+                f"{-row.direct_effect:+.3g} by the direct effect of the block, {row.later_change:+.3g} by the later "
+                f"blocks, {row.skip_change:+.3g} by their skips, {row.head_change:+.3g} by the head."
+            )
+            frame = pd.DataFrame({"source": list(terms), "direct_effect": list(terms.values())})
+            frame.attrs["output"] = "margin"
+        plot_waterfall(frame, axes[1], image=one[0])
+        return words
+
+    controls = {
+        "image": ipw.IntSlider(0, 0, len(images) - 1, description="image", continuous_update=False),
+        "deleted": ipw.Dropdown(options=["delete nothing", *deletions], description="deletion"),
+    }
+    return _explorer(controls, answer, num_axes=2)
 
 
 def _explorer(

@@ -12,6 +12,7 @@ import resnet_paths as rp
 from resnet_paths.gradients import scalar_gradients
 from tests.chains import Plan, random_chain
 from tests.lesions.test_lesions import STEADY, labelled
+from tests.predictions.plain_networks import made
 
 
 class Explorer:
@@ -93,7 +94,27 @@ def test_the_path_explorer_counts_paths_of_one_length():
     assert not explorer.controls["f2"].disabled
 
 
+def test_the_prediction_explorer_says_the_account_of_a_deletion():
+    _, chain, images = made("resnet")
+    explorer = Explorer(rp.widgets.explore_prediction(chain, images))
+    frame = rp.prediction_by_path_length(chain, images[:1], by_source=True, linearization="detached")
+    margin, of_stem = frame.attrs["mean_output"], frame[frame.source == "stem"].contribution.sum()
+    assert explorer.text == f"The margin of image 0 is {margin:.3g}, of which {of_stem:.3g} starts at the stem."
+    assert explorer.set("image", 2) == (True, True)
+    lesion = rp.single_deletions(chain)[1]
+    assert explorer.set("deletion", lesion.name) == (True, True)
+    margin = rp.direct_effects(chain, images[2:3]).attrs["mean_output"]
+    row = rp.deletion_account(chain, images[2:3], [lesion]).iloc[0]
+    with torch.no_grad():
+        chosen, other = chain(images[2:3])[0].topk(2).indices
+        logits = rp.delete_block(chain, 1)(images[2:3])[0]
+    assert row.total_effect == pytest.approx((logits[chosen] - logits[other]).item() - margin)
+    assert f"Without {chain[1].name} it is {margin + row.total_effect:.3g}: {-row.direct_effect:+.3g}" in explorer.text
+
+
 def test_bad_input_is_refused(loader):
+    with pytest.raises(rp.ResnetPathsError, match=r"images: got \[2, 3\]"):
+        rp.widgets.explore_prediction(random_chain(STEADY), torch.zeros(2, 3))
     with pytest.raises(rp.ResnetPathsError, match="num_blocks: got 6; allowed: a number from 1 to 5"):
         rp.widgets.explore_paths(6)
     with pytest.raises(rp.ResnetPathsError, match="depth: got 0; allowed: a number from 1 to 100"):
