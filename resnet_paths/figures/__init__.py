@@ -55,6 +55,7 @@ from resnet_paths.figures.predictions import (
     plot_prediction_by_source,
     plot_waterfall,
 )
+from resnet_paths.figures.ranges import plot_range_deletions, plot_range_repeats
 from resnet_paths.figures.style import paper_style, save_figure, weights_hash
 
 if not TYPE_CHECKING:  # a type checker would accept any name of this module
@@ -81,6 +82,8 @@ __all__ = [
     "plot_predicted_effects",
     "plot_prediction_by_path_length",
     "plot_prediction_by_source",
+    "plot_range_deletions",
+    "plot_range_repeats",
     "plot_reorderings",
     "plot_scalar_gradients",
     "plot_scalings",

@@ -19,6 +19,7 @@ __all__ = [
     "MARKERS",
     "MUTED",
     "checked",
+    "draw_map",
     "draw_sum",
     "groups_of",
     "legend_above",
@@ -173,6 +174,46 @@ def mark_stages(ax: Axes, starts: Sequence[int]) -> None:
         fontsize="small",
         color=INK,
     )
+
+
+def draw_map(
+    ax: Axes,
+    x: Sequence[int] | pd.Index | np.ndarray,
+    y: Sequence[int] | pd.Index | np.ndarray,
+    values: np.ndarray,
+    label: str,
+    sequential: str | None = None,
+    *,
+    robust: bool = False,
+) -> None:
+    """Draw a heat map with a colour bar; cells without a value are grey.
+
+    Args:
+        ax: The axes.
+        x: Neighbouring whole numbers along the horizontal axis.
+        y: Likewise along the vertical axis.
+        values: Array [y, x], NaN where there is no value.
+        label: Of the colour bar.
+        sequential: A sequential colour map; None for one that diverges from 0.
+        robust: Whether colours end at the 2nd and the 98th percentile, so that few extreme values leave the others
+            distinct; an arrow on the colour bar then shows that values lie beyond.
+    """
+    least, most = float(np.nanmin(values)), float(np.nanmax(values))
+    low, high = least, most
+    if robust:  # values of the map itself: between two, one extreme value would count
+        low = float(np.nanpercentile(values, 2, method="higher"))
+        high = float(np.nanpercentile(values, 98, method="lower"))
+        low, high = (low, high) if low < high else (least, most)
+    if sequential is None:
+        high = max(abs(low), abs(high)) or 1.0
+        low = -high
+    beyond = {(True, True): "both", (True, False): "min", (False, True): "max", (False, False): "neither"}
+    across, up = (np.append(np.asarray(at, dtype=float), float(at[-1]) + 1) - 0.5 for at in (x, y))
+    mesh = ax.pcolormesh(across, up, values, cmap=sequential or "RdBu_r", vmin=low, vmax=high, rasterized=True)
+    ax.figure.colorbar(mesh, ax=ax, label=label, pad=0.02, extend=beyond[least < low, most > high])
+    ax.set_facecolor("0.9")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
 
 
 def draw_sum(ax: Axes, at: tuple[float, float], on: bool, muted: bool, points: float, sign: str = "+") -> None:

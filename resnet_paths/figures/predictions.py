@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from resnet_paths._utils.errors import ResnetPathsError
-from resnet_paths.figures.layout import INK, checked
+from resnet_paths.figures.layout import INK, checked, draw_map
 
 __all__ = [
     "plot_effect_matrix",
@@ -88,7 +88,7 @@ def plot_prediction_by_source(frame: pd.DataFrame, ax: Axes | None = None) -> Ax
     ax = plt.gca() if ax is None else ax
     names = list(dict.fromkeys(frame["source"]))
     table = frame.pivot_table(index="source", columns="path_length", values="share").reindex(names)
-    _draw_map(ax, table.columns, np.arange(len(names)), 100 * table.to_numpy(), "share of the prediction (%)")
+    draw_map(ax, table.columns, np.arange(len(names)), 100 * table.to_numpy(), "share of the prediction (%)")
     ax.set(xlabel="path length from the source (blocks)", ylabel="source")
     ax.yaxis.set_inverted(True)
     shown = names
@@ -131,7 +131,7 @@ def plot_lens(frame: pd.DataFrame, ax: Axes | None = None, value: str = "kl_dive
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     else:
         table = scale * frame.pivot_table(index="path_length", columns="depth", values=value)
-        _draw_map(ax, table.columns, table.index, table.to_numpy(), _LENS_LABELS[value], "viridis")
+        draw_map(ax, table.columns, table.index, table.to_numpy(), _LENS_LABELS[value], "viridis")
         ax.set(ylabel="branches of later blocks (at most)")
     ax.set(xlabel="blocks before the state")
     return ax
@@ -163,7 +163,7 @@ def plot_effect_matrix(frame: pd.DataFrame, ax: Axes | None = None, value: str =
     label = _EFFECT_LABELS[value]
     if value == "direct_effect_change" and "output" in frame.attrs:
         label += f" ({frame.attrs['output']})"
-    _draw_map(ax, blocks, blocks, scale * table.to_numpy(), label)
+    draw_map(ax, blocks, blocks, scale * table.to_numpy(), label)
     ax.set(xlabel="later block (index from 0)", ylabel="deleted block", facecolor="none")
     ax.yaxis.set_inverted(True)
     return ax
@@ -255,25 +255,6 @@ def _beside(ax: Axes, argument: str, rows: int = 1, columns: Sequence[int] = (1,
     ax.set_subplotspec(cells[own])
     made: Axes = ax.figure.add_subplot(cells[new], **options)
     return made
-
-
-def _draw_map(
-    ax: Axes,
-    x: Sequence[int] | pd.Index | np.ndarray,
-    y: Sequence[int] | pd.Index | np.ndarray,
-    values: np.ndarray,
-    label: str,
-    sequential: str | None = None,
-) -> None:
-    """A heat map with a colour bar, diverging from 0 unless a sequential colour map is given."""
-    most = None if sequential else float(np.nanmax(np.abs(values))) or 1.0
-    low = None if most is None else -most
-    across, up = (np.append(np.asarray(at, dtype=float), float(at[-1]) + 1) - 0.5 for at in (x, y))
-    mesh = ax.pcolormesh(across, up, values, cmap=sequential or "RdBu_r", vmin=low, vmax=most, rasterized=True)
-    ax.figure.colorbar(mesh, ax=ax, label=label, pad=0.02)
-    ax.set_facecolor("0.9")
-    for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
 
 
 def _draw_shares(ax: Axes, lengths: pd.Series, shares: pd.Series, interval: np.ndarray, colour: int) -> None:
