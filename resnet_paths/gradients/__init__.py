@@ -6,17 +6,23 @@ and sum to G_k, and the whole gradient G:
 - ``summed_path_gradient_norm``, the norm of G_k, and ``gradient_share``, <G_k, G> / <G, G>, which sums to 1 and may be
   negative: method ``"exact"``, one backward pass of n (n + 1) / 2 block VJPs;
 - ``rms_path_gradient_norm``, the root of the mean over paths of |g_S|^2, and ``coherence``, |G_k| over the root of the
-  sum of |g_S|^2 (1 if the paths are orthogonal, more if they pull together): method ``"energy"``. With a random sign
-  on every branch the expectation of |G_k|^2 is exactly that sum (Parseval's identity), over all paths at once;
+  sum of |g_S|^2 (1 if the paths are orthogonal, more if they pull together): method ``"energy"``;
 - ``mean_path_gradient_norm``, the mean over paths of |g_S|, the paper's figure 6b, and ``total_gradient_magnitude``,
-  num_paths times that, its figure 6c: method ``"sampled"``, the paper's own protocol (section 4.3).
+  num_paths times that, its figure 6c: method ``"sampled"``. ``uncancelled_share`` is |G_k| over the total magnitude.
+
+The last two are estimates. A few paths hold most of the gradient, so that paths are drawn in proportion to what they
+are expected to carry and weighted (conditional Poisson sampling, `resnet_paths.gradients.weighted`). The paper's own
+protocol (section 4.3) draws them uniformly: ``paths="uniform"``. With a random sign on every branch the expectation of
+|G_k|^2 is the sum of |g_S|^2 as well (Parseval's identity): ``paths="signs"``.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping
 from typing import SupportsIndex
 
 import numpy as np
@@ -28,13 +34,20 @@ from resnet_paths._utils.statistics import mean_over_examples
 from resnet_paths.core.chain import ResidualChain
 from resnet_paths.core.inputs import Inputs, InputsOrLoader, batches_with_bar
 from resnet_paths.core.paths import lengths_up_to, path_polynomial
-from resnet_paths.core.sampling import sample_paths
 from resnet_paths.gradients.effective import (
     PAPER_WINDOW,
     EffectiveWindow,
     GeometricDecay,
     effective_window,
     fit_decay,
+)
+from resnet_paths.gradients.estimates import (
+    Draws,
+    Points,
+    measure_exactly,
+    measure_uniform,
+    measure_weighted,
+    rows_at_once,
 )
 from resnet_paths.gradients.losses import Loss
 from resnet_paths.gradients.measurements import Measurements
@@ -54,10 +67,8 @@ __all__ = [
     "scalar_gradients",
 ]
 
-_METHODS = ("exact", "energy", "sampled")
-_MOST_DRAWS = 1000
-_DRAWS_AT_ONCE = 8
-_PATHS_AT_ONCE = 64
+_PATHS = {"exact": (None,), "energy": ("weighted", "signs"), "sampled": ("weighted", "uniform")}
+_FEW = 10
 
 
 @torch.inference_mode(False)
@@ -71,6 +82,7 @@ def gradient_by_path_length(
     max_length: int | None = None,
     with_respect_to: str | int | tuple[str, str | int] = "input",
     per_example: bool = True,
+    paths: str | None = None,
     num_draws: int | None = None,
     relative_error: float = 0.1,
     average: str = "mean",
@@ -99,12 +111,17 @@ def gradient_by_path_length(
             block, by the length of the path above it.
         per_example: Whether the norm is that of an example's gradient. If not, a batch counts as one measurement: the
             norm is that of the gradient of the batch's mean loss, and standard errors are over batches.
-        num_draws: Draws of signs, or of paths of each length, for each batch. If None: 20 paths, each measured on all
-            examples of the batch; signs until `relative_error` is reached, 1000 draws at most.
-        relative_error: For ``"energy"``: the relative standard error of ``rms_path_gradient_norm``, due to the signs,
-            at which to stop, reached at every length that holds at least a thousandth of the energy. Where paths are
-            nearly all alike (coherence of hundreds and more) few draws show too little of the spread: the energy
-            comes out too low, with too small an error; take more draws there.
+        paths: What is drawn: ``"weighted"`` paths; for ``"sampled"`` also ``"uniform"``, the paper's protocol; for
+            ``"energy"`` also ``"signs"``, a random sign on every branch. None for weighted paths, and uniform ones for
+            ``average="log-mean"``. All examples of a batch take the same paths.
+        num_draws: Draws of signs, or of paths of each length, for each batch. If None: weighted paths and signs until
+            `relative_error` is reached, 5000 paths of each length or 1000 signs at most; 20 uniform paths. Where a
+            length has no more paths than that, weighted paths are all of them, each once, without error.
+        relative_error: The relative standard error due to the draws at which to stop: of ``mean_path_gradient_norm``
+            and of the square of ``rms_path_gradient_norm`` for weighted paths, of ``rms_path_gradient_norm`` for signs.
+            It is reached at every length that holds at least a thousandth of the sum over lengths. Where paths are
+            nearly all alike (coherence of hundreds and more) few draws of signs show too little of the spread: the
+            energy comes out too low, with too small an error.
         average: For ``"sampled"``: ``"mean"``, or ``"log-mean"`` for the geometric mean of the norms.
         generator: Source of the random numbers, on the CPU; None for a new one, seeded with 0.
         memory_budget: Bytes that stacks of cotangents and kept activations may take; batches are split to fit.
@@ -113,7 +130,12 @@ def gradient_by_path_length(
     Returns:
         One row per path length: ``path_length``; ``num_paths``, an exact int; the quantities of the method, each with a
         standard error ``..._se``. For exact quantities that is over examples (NaN for a single one); for estimates it
-        is the error due to the draws, for these examples, and ``..._examples_se`` is the error due to both.
+        is the error due to the draws, for these examples, and ``..._examples_se`` is the error due to both. Weighted
+        paths give the quantities of both estimates, with ``"energy"`` also ``uncancelled_share``; 95 % intervals due to
+        the draws, ``..._low`` and ``..._high``; ``num_draws``; and ``effective_sample_size``, the number of draws with
+        equal contributions that would have the same error (a warning tells where it is below 10). In simulations
+        of random chains, 93 to 94 % of the intervals held the truth at the default error, and 94 % at 64 paths of each
+        length, on average over chains; the worst of them had 75 %.
         ``underflowed`` tells whether a norm that is not 0 was too small for a float64. ``attrs`` hold ``method``,
         ``with_respect_to``, ``num_examples``, ``num_draws``, ``num_block_vjps`` (for an example; the whole gradient, to
         which shares refer, takes one more per block), ``omitted_share`` (the share of the gradient on paths longer than
@@ -137,24 +159,19 @@ def gradient_by_path_length(
         [0.3501, 0.4202, 0.1891, 0.0378, 0.0028]
     """
     place = Place.of(chain, with_respect_to)
-    _check_options(method, num_draws, relative_error, average)
+    paths = _checked_options(method, paths, num_draws, relative_error, average)
     if not per_example and place.of_parameters:
         raise ResnetPathsError("per_example", per_example, "True for gradients of parameters")
     counts = path_polynomial(place.above)
     lengths = lengths_up_to(counts, max_length)
-    if generator is None:
-        generator = torch.Generator().manual_seed(0)
+    draws = Draws(num_draws, relative_error, generator or torch.Generator().manual_seed(0))
     all_measured = []
     for batch_inputs, batch_targets in batches_with_bar("gradient", inputs, targets, progress):
 
         def points(rows: int, batch: Inputs = batch_inputs, truth: object = batch_targets) -> Iterator[Point]:
             return place.points(batch, truth, loss, memory_budget, rows)
 
-        if method == "sampled":
-            measured = _measure_sampled(place, points, lengths, num_draws or 20, generator)
-        else:
-            draws = None if method == "exact" else (num_draws, relative_error, generator)
-            measured = Measurements.joined([_measure_exactly(p, lengths, draws) for p in points(_rows(lengths, draws))])
+        measured = _measure(place, points, {k: counts[k] for k in lengths}, draws, method, paths)
         all_measured.append(measured if per_example else measured.of_batch())
     whole = Measurements.joined(all_measured)
     frame = pd.DataFrame({
@@ -163,14 +180,17 @@ def gradient_by_path_length(
     })
     for name, column in whole.columns([counts[k] for k in lengths], average).items():
         frame[name] = column
-    vjps = sum(lengths) if method == "sampled" else num_block_vjps(place.above.path_choices, lengths[-1])
+    if paths == "weighted":
+        _warn_of_few_paths(frame)
+    vjps = 0 if method == "sampled" else num_block_vjps(place.above.path_choices, lengths[-1])
     frame.attrs |= {
         "method": method,
+        "paths": paths,
         "with_respect_to": with_respect_to,
         "per_example": per_example,
         "num_examples": whole.num_examples,
         "num_draws": whole.num_draws,
-        "num_block_vjps": vjps * (whole.num_draws if method == "sampled" else 1 + whole.num_draws),
+        "num_block_vjps": vjps * (1 + whole.num_draws if paths == "signs" else 1) + whole.num_path_vjps,
         "longest_path": len(counts) - 1,
         "total_num_paths": sum(counts),
         "omitted_share": whole.omitted_share,
@@ -351,84 +371,55 @@ def _place_of_states(chain: ResidualChain, with_respect_to: str | int | tuple[st
     return place
 
 
-def _check_options(method: str, num_draws: int | None, relative_error: float, average: str) -> None:
-    if method not in _METHODS:
-        raise ResnetPathsError("method", method, f"one of {nearest_names(str(method), _METHODS, cutoff=0)}")
+def _measure(
+    place: Place, points: Points, counts: Mapping[int, int], draws: Draws, method: str, paths: str | None
+) -> Measurements:
+    """One batch by a method."""
+    lengths, parts = list(counts), []
+    if method != "sampled":
+        signs = draws if paths == "signs" else None
+        parts.append(
+            Measurements.joined([measure_exactly(p, lengths, signs) for p in points(rows_at_once(lengths, signs))])
+        )
+    if paths == "uniform":
+        parts.append(measure_uniform(place, points, lengths, draws))
+    if paths == "weighted":
+        parts.append(measure_weighted(place, points, counts, draws))
+    return functools.reduce(Measurements.beside, parts)
+
+
+def _checked_options(
+    method: str, paths: str | None, num_draws: int | None, relative_error: float, average: str
+) -> str | None:
+    """What is drawn, once all options are known to be allowed."""
+    if method not in _PATHS:
+        raise ResnetPathsError("method", method, f"one of {nearest_names(str(method), _PATHS, cutoff=0)}")
     if average not in ("mean", "log-mean"):
         raise ResnetPathsError("average", average, "'mean' or 'log-mean'")
+    allowed = _PATHS[method]
+    if method == "sampled" and average == "log-mean":
+        allowed = ("uniform",)  # the logarithms of norms vary far less than the weights
+    if paths is not None and paths not in allowed:
+        names = " or ".join(map(repr, allowed))
+        raise ResnetPathsError("paths", paths, f"{names} for method={method!r} and average={average!r}")
     if num_draws is not None and (not isinstance(num_draws, SupportsIndex) or int(num_draws) < 2):
         raise ResnetPathsError("num_draws", num_draws, "an int of at least 2, so that the error can be estimated")
     if not 0 < relative_error < 1:
         raise ResnetPathsError("relative_error", relative_error, "a number between 0 and 1, both excluded")
+    return allowed[0] if paths is None else paths
 
 
-Draws = tuple[int | None, float, torch.Generator]
-
-
-def _rows(lengths: Sequence[int], draws: Draws | None) -> int:
-    return (lengths[-1] + 1) * (1 if draws is None else min(draws[0] or _DRAWS_AT_ONCE, _DRAWS_AT_ONCE))
-
-
-def _measure_exactly(point: Point, lengths: Sequence[int], draws: Draws | None) -> Measurements:
-    """Norms and shares of the sums over paths; with `draws`, the energies over paths too."""
-    stack = point.by_length(lengths[-1])
-    norms, lost = point.norms(stack)
-    rows = [k - stack.shortest for k in lengths]
-    measured = Measurements(
-        point.num_examples,
-        np.asarray(lost[rows].any((1, 2))),
-        norms[rows, 0],
-        point.shares(stack, point.whole)[rows],
-        point.norms(point.whole)[0][0, 0],
-    )
-    del stack
-    if draws is None:
-        return measured
-    num_draws, relative_error, generator = draws
-    energies = np.empty((len(lengths), 0, point.num_examples))
-    while energies.shape[1] < (num_draws or _MOST_DRAWS):
-        now = min((num_draws or _MOST_DRAWS) - energies.shape[1], _DRAWS_AT_ONCE)
-
-        def draw_signs(now: int = now) -> torch.Tensor:
-            bits = torch.randint(2, (now, point.num_examples), generator=generator)
-            return (2 * bits - 1).to(point.device)
-
-        drawn = point.norms(point.by_length(lengths[-1], now, draw_signs))[0][rows] ** 2
-        energies = np.concatenate([energies, drawn], 1)
-        measured.energies = energies.mean(1)
-        measured.energy_variances = energies.var(1, ddof=1) / energies.shape[1] if energies.shape[1] > 1 else None
-        if num_draws is None and energies.shape[1] > _DRAWS_AT_ONCE and _is_settled(measured, relative_error):
-            break
-    measured.num_draws = energies.shape[1]
-    measured.underflowed |= ((energies.mean(1) == 0) & (norms[rows, 0] > 0)).any(1)
-    return measured
-
-
-def _is_settled(measured: Measurements, relative_error: float) -> bool:
-    """Whether the roots of the energies are known well enough, at all lengths that hold a thousandth of the energy."""
-    assert measured.energies is not None
-    assert measured.energy_variances is not None
-    total, variance = measured.energies.sum(1), measured.energy_variances.sum(1)
-    counted = total >= total.sum() / 1000
-    return bool((np.sqrt(variance[counted]) <= 2 * relative_error * total[counted]).all())
-
-
-def _measure_sampled(
-    place: Place,
-    points: Callable[[int], Iterable[Point]],
-    lengths: Sequence[int],
-    num_draws: int,
-    generator: torch.Generator,
-) -> Measurements:
-    """Norms of single paths; all examples of a batch take the same paths, as in the paper."""
-    paths = [path for k in lengths for path in sample_paths(place.above, k, num_draws, generator)]
-    found, lost, num_examples = [], np.zeros(len(lengths), dtype=bool), 0
-    for point in points(min(len(paths), _PATHS_AT_ONCE)):
-        norms = []
-        for start in range(0, len(paths), _PATHS_AT_ONCE):
-            some, underflowed = point.norms(point.of_paths(paths[start : start + _PATHS_AT_ONCE]))
-            norms.append(some[:, 0])
-            lost[np.unique((start + np.nonzero(underflowed)[0]) // num_draws)] = True
-        found.append(np.concatenate(norms).reshape(len(lengths), num_draws, -1))
-        num_examples += point.num_examples
-    return Measurements(num_examples, lost, by_draw=[np.concatenate(found, 2)], num_draws=num_draws)
+def _warn_of_few_paths(frame: pd.DataFrame) -> None:
+    """Say where the estimates of lengths that count rest on a few paths."""
+    totals = frame["total_gradient_magnitude"]
+    few = frame[
+        (frame["effective_sample_size"] < _FEW)
+        & (frame["num_draws"] < frame["num_paths"])
+        & (totals >= totals.sum() / 1000)
+    ]
+    if len(few):
+        warnings.warn(
+            f"At path lengths {few.path_length.tolist()} the effective sample size is below {_FEW}: errors and "
+            f"intervals there are too small. Take a larger num_draws, or num_draws=None and a smaller relative_error.",
+            stacklevel=3,
+        )

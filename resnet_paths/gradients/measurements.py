@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from resnet_paths._utils.statistics import mean_over_examples
+from resnet_paths.gradients.importance import Mean, WeightedNorms, mean_of
 
 __all__ = ["Measurements"]
 
@@ -26,7 +27,9 @@ class Measurements:
         energies: Estimates of the sum over paths of squared norms, [length, measurement].
         energy_variances: Their variances due to the draws of signs, [length, measurement].
         by_draw: Norms of single paths, for each batch an array [length, draw, measurement].
-        num_draws: Draws of signs or paths.
+        weighted: Norms of weighted paths, for each batch a list over lengths.
+        num_draws: Draws of signs or paths; the most of any length.
+        num_path_vjps: Block VJPs of single paths.
     """
 
     num_examples: int
@@ -37,7 +40,9 @@ class Measurements:
     energies: np.ndarray | None = None
     energy_variances: np.ndarray | None = None
     by_draw: list[np.ndarray] | None = None
+    weighted: list[list[WeightedNorms]] | None = None
     num_draws: int = 0
+    num_path_vjps: int = 0
 
     @classmethod
     def joined(cls, parts: Sequence[Measurements]) -> Measurements:
@@ -49,20 +54,36 @@ class Measurements:
 
         names = ("norms", "shares", "whole", "energies", "energy_variances")
         by_draw = [array for r in parts for array in r.by_draw or []]
+        weighted = [lengths for r in parts for lengths in r.weighted or []]
         return cls(
             sum(r.num_examples for r in parts),
             np.any([r.underflowed for r in parts], axis=0),
             **{name: all_of(name) for name in names},
             by_draw=by_draw or None,
+            weighted=weighted or None,
             num_draws=max(r.num_draws for r in parts),
+            num_path_vjps=max(r.num_path_vjps for r in parts),
+        )
+
+    def beside(self, other: Measurements) -> Measurements:
+        """What was measured on the same examples in two ways, as one."""
+        return replace(
+            self,
+            underflowed=self.underflowed | other.underflowed,
+            by_draw=other.by_draw,
+            weighted=other.weighted,
+            num_draws=other.num_draws,
+            num_path_vjps=other.num_path_vjps,
         )
 
     def of_batch(self) -> Measurements:
         """One measurement of the whole batch: the gradient of the mean loss, all examples' inputs side by side."""
         n = self.num_examples
-        one = Measurements(n, self.underflowed, num_draws=self.num_draws)
+        one = Measurements(n, self.underflowed, num_draws=self.num_draws, num_path_vjps=self.num_path_vjps)
         if self.by_draw is not None:
             one.by_draw = [_norm(array) / n for array in self.by_draw]
+        if self.weighted is not None:
+            one.weighted = [[replace(w, norms=_norm(w.norms) / n) for w in lengths] for lengths in self.weighted]
         if self.norms is not None and self.shares is not None and self.whole is not None:
             one.norms, one.whole = _norm(self.norms) / n, _norm(self.whole) / n
             with np.errstate(invalid="ignore", divide="ignore"):
@@ -93,6 +114,8 @@ class Measurements:
             columns |= self._energy_columns(counts)
         if self.by_draw is not None:
             columns |= self._sampled_columns(counts, average)
+        if self.weighted is not None:
+            columns |= self._weighted_columns(counts)
         return columns | {"underflowed": self.underflowed}
 
     def _energy_columns(self, counts: Sequence[int]) -> dict[str, np.ndarray]:
@@ -115,6 +138,24 @@ class Measurements:
                 "coherence_se": coherence * se / (2 * energy),
                 "coherence_examples_se": residual_se / (2 * coherence * energy),
             }
+
+    def _weighted_columns(self, counts: Sequence[int]) -> dict[str, np.ndarray]:
+        assert self.weighted is not None
+        rows = []
+        for row, (count, batches) in enumerate(zip(counts, zip(*self.weighted, strict=True), strict=True)):
+            scale = max(float(batch.norms.max()) for batch in batches) or 1.0
+            norm, energy = (mean_of(batches, power, scale) for power in (1, 2))
+            found = _of_mean("mean_path_gradient_norm", norm, scale)
+            found |= {
+                f"total_gradient_magnitude{suffix}": _times(found[f"mean_path_gradient_norm{suffix}"], count)
+                for suffix in _SUFFIXES
+            }
+            found |= _of_root("rms_path_gradient_norm", energy, scale)
+            if self.norms is not None:
+                found |= _of_sums(self.norms[row] / scale, norm, energy, count)
+            found["effective_sample_size"] = min(norm.effective_sample_size, energy.effective_sample_size)
+            rows.append(found | {"num_draws": norm.num_draws})
+        return {name: np.array([found[name] for found in rows]) for name in rows[0]}
 
     def _sampled_columns(self, counts: Sequence[int], average: str) -> dict[str, np.ndarray]:
         assert self.by_draw is not None
@@ -160,3 +201,49 @@ def _times(value: float, count: int) -> float:
 def _over(root: float, count: int) -> float:
     """``root / sqrt(count)`` for a count of any size."""
     return 0.0 if not root else math.exp(math.log(root) - math.log(count) / 2)
+
+
+_SUFFIXES = ("", "_se", "_examples_se", "_low", "_high")
+
+
+def _of_mean(name: str, mean: Mean, scale: float) -> dict[str, float]:
+    numbers = (mean.value, mean.se, math.hypot(mean.se, mean.examples_se), mean.low, mean.high)
+    return {f"{name}{suffix}": number * scale for suffix, number in zip(_SUFFIXES, numbers, strict=True)}
+
+
+def _of_root(name: str, energy: Mean, scale: float) -> dict[str, float]:
+    """The root of an energy; its errors to first order."""
+    root = math.sqrt(energy.value)
+    slope = 0.5 / root if root else 0.0
+    errors = (slope * energy.se, slope * math.hypot(energy.se, energy.examples_se))
+    numbers = (root, *errors, math.sqrt(energy.low), math.sqrt(energy.high))
+    return {f"{name}{suffix}": number * scale for suffix, number in zip(_SUFFIXES, numbers, strict=True)}
+
+
+def _of_sums(norms: np.ndarray, norm: Mean, energy: Mean, count: int) -> dict[str, float]:
+    """What the norms of the sums over paths say beside the estimates: coherence, and the share that does not cancel."""
+    total, square = float(norms.mean()), float((norms**2).mean())
+
+    def coherence_of(value: float) -> float:
+        return _over(math.sqrt(square / value), count) if value else math.nan
+
+    def share_of(value: float) -> float:
+        return total / _times(value, count) if value else math.nan
+
+    coherence, share = coherence_of(energy.value), share_of(norm.value)
+    relative = energy.se / energy.value / 2 if energy.value else math.nan
+    of_examples = math.nan
+    if energy.value and square:
+        residuals = norms**2 / square - energy.each / energy.value
+        of_examples = float(mean_over_examples(residuals)[1]) / 2
+    return {
+        "coherence": coherence,
+        "coherence_se": coherence * relative,
+        "coherence_examples_se": coherence * math.hypot(relative, of_examples),
+        "coherence_low": coherence_of(energy.high),
+        "coherence_high": coherence_of(energy.low),
+        "uncancelled_share": share,
+        "uncancelled_share_se": share * norm.se / norm.value if norm.value else math.nan,
+        "uncancelled_share_low": share_of(norm.high),
+        "uncancelled_share_high": share_of(norm.low),
+    }

@@ -18,6 +18,7 @@ from resnet_paths._utils.devices import wide
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.core.backward.cotangents import Cotangents, Stack, aligned
 from resnet_paths.core.backward.forward import STACKS_AT_ONCE, ForwardPass, prepared, split_to_fit
+from resnet_paths.core.backward.gains import Gains, gains
 from resnet_paths.core.backward.linearize import linearize, linearize_all
 from resnet_paths.core.backward.recursion import (
     Rules,
@@ -160,6 +161,11 @@ class Point(ForwardPass):
         start = Cotangents.of(*self.cotangents, num_rows=len(paths))
         chain, down_to = self.place.chain, self.place.down_to
         return self._at_place(pull_paths(chain, self.states, self.context, start, paths, down_to=down_to))
+
+    def gains(self) -> Gains:
+        """Norms of the whole gradient behind skip and branches of the blocks above the place."""
+        chain, down_to = self.place.chain, self.place.down_to
+        return gains(chain, self.states, self.context, Stack.of(self.cotangents[0]), down_to=down_to)[0]
 
     def through_branches(self) -> Stack:
         """The whole gradient at the place, then its part through each block's branch, last block first."""

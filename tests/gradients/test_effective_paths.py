@@ -92,7 +92,8 @@ def frames():
     chain = rp.unravel(rp.load_network("preact-resnet-20"), torch.zeros(2, 1, 28, 28))
     images = rp.load_dataset("fashion-mnist")
     x, y = torch.stack([images[i][0] for i in range(3)]), torch.tensor([images[i][1] for i in range(3)])
-    return {m: rp.gradient_by_path_length(chain, x, y, method=m, num_draws=4) for m in ("exact", "energy", "sampled")}
+    drawn = {"exact": None, "energy": "signs", "sampled": "uniform"}
+    return {m: rp.gradient_by_path_length(chain, x, y, method=m, paths=p, num_draws=4) for m, p in drawn.items()}
 
 
 def overlapping(texts, renderer):

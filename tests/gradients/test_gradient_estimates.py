@@ -96,7 +96,7 @@ def test_energies_of_random_chains(kind):
     of_pairs, recipe = kind
     chain = build(recipe, of_pairs=of_pairs)
     expected = path_gradients(chain, *batch())
-    frame = gradients_of(chain, *batch(), method="energy", num_draws=100, generator=generator_of(1))
+    frame = gradients_of(chain, *batch(), method="energy", paths="signs", num_draws=100, generator=generator_of(1))
     exact = gradients_of(chain, *batch())
     pd.testing.assert_frame_equal(frame[exact.columns], exact)
     counts = Counter(map(path_length, expected))
@@ -119,7 +119,7 @@ def test_sampled_norms_of_random_chains(kind):
     expected = norms_by_length(path_gradients(chain, *batch()))
     for average in ("mean", "log-mean"):
         frame = gradients_of(
-            chain, *batch(), method="sampled", num_draws=64, average=average, generator=generator_of(1)
+            chain, *batch(), method="sampled", paths="uniform", num_draws=64, average=average, generator=generator_of(1)
         )
         logs = average == "log-mean"
         values = [norms.log() if logs else norms for norms in expected.values()]
@@ -135,11 +135,11 @@ def test_sampled_norms_of_random_chains(kind):
 
 REPEATS = 100
 OPTIONS = {
-    "energy": {"method": "energy", "num_draws": 24},
-    "sampled": {"method": "sampled", "num_draws": 12},
-    "log-mean": {"method": "sampled", "num_draws": 12, "average": "log-mean"},
-    "energy, batch": {"method": "energy", "num_draws": 24, "per_example": False},
-    "sampled, batch": {"method": "sampled", "num_draws": 12, "per_example": False},
+    "energy": {"method": "energy", "paths": "signs", "num_draws": 24},
+    "sampled": {"method": "sampled", "paths": "uniform", "num_draws": 12},
+    "log-mean": {"method": "sampled", "paths": "uniform", "num_draws": 12, "average": "log-mean"},
+    "energy, batch": {"method": "energy", "paths": "signs", "num_draws": 24, "per_example": False},
+    "sampled, batch": {"method": "sampled", "paths": "uniform", "num_draws": 12, "per_example": False},
 }
 
 
@@ -205,10 +205,10 @@ def test_the_batch_as_one_measurement():
     inputs, targets = batch(5)
     expected = path_gradients(chain, inputs, targets)
     options = {"num_draws": 100, "per_example": False}
-    frame = gradients_of(chain, inputs, targets, method="energy", **options)
+    frame = gradients_of(chain, inputs, targets, method="energy", paths="signs", **options)
     rms = np.sqrt([float((v**2).sum(1).mean()) / 25 for v in norms_by_length(expected).values()])
     assert (abs(frame.rms_path_gradient_norm - rms) <= 4 * frame.rms_path_gradient_norm_se + 1e-12).all()
-    frame = gradients_of(chain, inputs, targets, method="sampled", **options)
+    frame = gradients_of(chain, inputs, targets, method="sampled", paths="uniform", **options)
     mean = [float((v**2).sum(1).sqrt().mean()) / 5 for v in norms_by_length(expected).values()]
     assert (abs(frame.mean_path_gradient_norm - mean) <= 4 * frame.mean_path_gradient_norm_se + 1e-12).all()
     assert frame.mean_path_gradient_norm_examples_se.isna().all()
@@ -253,10 +253,10 @@ def test_estimates_at_other_places(place):
     chain = build(SMALL)
     expected = norms_by_length(path_gradients(chain, *batch(), place))
     options = {"with_respect_to": place, "num_draws": 150, "generator": generator_of(1)}
-    frame = gradients_of(chain, *batch(), method="energy", **options)
+    frame = gradients_of(chain, *batch(), method="energy", paths="signs", **options)
     rms = np.array([float((v**2).mean().sqrt()) for v in expected.values()])
     assert (abs(frame.rms_path_gradient_norm - rms) <= 4 * frame.rms_path_gradient_norm_se + 1e-9 * rms).all()
-    frame = gradients_of(chain, *batch(), method="sampled", **options)
+    frame = gradients_of(chain, *batch(), method="sampled", paths="uniform", **options)
     mean = np.array([float(v.mean()) for v in expected.values()])
     assert (abs(frame.mean_path_gradient_norm - mean) <= 4 * frame.mean_path_gradient_norm_se + 1e-9 * mean).all()
     assert frame.attrs["omitted_share"] is None
@@ -266,16 +266,16 @@ def test_signs_are_drawn_until_the_error_is_reached():
     chain = build(SMALL)
     draws = []
     for wanted in (0.2, 0.1, 0.04):
-        frame = gradients_of(chain, *batch(), method="energy", relative_error=wanted)
+        frame = gradients_of(chain, *batch(), method="energy", paths="signs", relative_error=wanted)
         energy = frame.rms_path_gradient_norm**2 * frame.num_paths.astype(float)
         error = frame.rms_path_gradient_norm_se / frame.rms_path_gradient_norm
         assert (error[energy >= energy.sum() / 1000] <= wanted).all()
         draws.append(frame.attrs["num_draws"])
     assert 8 < draws[0] < draws[1] < draws[2] < 1000
-    default = gradients_of(chain, *batch(), method="energy")
+    default = gradients_of(chain, *batch(), method="energy", paths="signs")
     assert default.attrs["num_draws"] == draws[1]
     # An error that cannot be reached ends at a thousand draws.
-    assert gradients_of(chain, *batch(), method="energy", relative_error=1e-4).attrs["num_draws"] == 1000
+    assert gradients_of(chain, *batch(), method="energy", paths="signs", relative_error=1e-4).attrs["num_draws"] == 1000
 
 
 @pytest.mark.parametrize("num_draws", [2, 8, 13])
@@ -294,22 +294,26 @@ def test_as_many_draws_as_asked_for(num_draws, monkeypatch):
 
     monkeypatch.setattr(Point, "by_length", counting_draws)
     monkeypatch.setattr(Point, "of_paths", counting_paths)
-    frame = gradients_of(chain, *batch(), method="energy", num_draws=num_draws)
+    frame = gradients_of(chain, *batch(), method="energy", paths="signs", num_draws=num_draws)
     assert counted == {"draws": num_draws}
     vjps = gradients_of(chain, *batch()).attrs["num_block_vjps"]
     assert (frame.attrs["num_draws"], frame.attrs["num_block_vjps"]) == (num_draws, vjps * (1 + num_draws))
     counted.clear()
-    frame = gradients_of(chain, *batch(), method="sampled", num_draws=num_draws)
+    frame = gradients_of(chain, *batch(), method="sampled", paths="uniform", num_draws=num_draws)
     assert counted == dict.fromkeys(frame.path_length, num_draws)
     assert frame.attrs["num_draws"] == num_draws
     assert frame.attrs["num_block_vjps"] == num_draws * sum(frame.path_length)
 
 
 def test_twenty_paths_unless_told_otherwise():
-    assert gradients_of(build(SMALL), *batch(), method="sampled").attrs["num_draws"] == 20
+    assert gradients_of(build(SMALL), *batch(), method="sampled", paths="uniform").attrs["num_draws"] == 20
 
 
-@pytest.mark.parametrize("options", [{"method": "energy"}, {"method": "sampled"}], ids=["energy", "sampled"])
+@pytest.mark.parametrize(
+    "options",
+    [{"method": "energy", "paths": "signs"}, {"method": "sampled", "paths": "uniform"}],
+    ids=["energy", "sampled"],
+)
 def test_the_generator_alone_decides(options):
     chain = build(SMALL)
     before = torch.random.get_rng_state()
@@ -330,10 +334,12 @@ def test_the_generator_alone_decides(options):
 
 def test_a_small_memory_leaves_sampled_paths_as_they_are():
     chain = build(SMALL)
-    whole, split = (gradients_of(chain, *batch(5), method="sampled", memory_budget=budget) for budget in (2**31, 1))
+    whole, split = (
+        gradients_of(chain, *batch(5), method="sampled", paths="uniform", memory_budget=budget) for budget in (2**31, 1)
+    )
     for name in whole.columns[2:-1]:
         assert_close(split[name], whole[name])
-    split = gradients_of(chain, *batch(5), method="energy", memory_budget=1, num_draws=100)
+    split = gradients_of(chain, *batch(5), method="energy", paths="signs", memory_budget=1, num_draws=100)
     rms = [float((v**2).mean().sqrt()) for v in norms_by_length(path_gradients(chain, *batch(5))).values()]
     assert (abs(split.rms_path_gradient_norm - rms) <= 4 * split.rms_path_gradient_norm_se + 1e-12).all()
 
@@ -356,10 +362,10 @@ def test_coherence_of_paths_that_are_all_alike():
     ]
     with seeded():
         chain = ResidualChain(torch.nn.Linear(5, 3), blocks, torch.nn.Linear(3, 3)).double().eval()
-    frame = gradients_of(chain, *batch(), method="energy", num_draws=400)
+    frame = gradients_of(chain, *batch(), method="energy", paths="signs", num_draws=400)
     roots = [math.sqrt(math.comb(5, k)) for k in range(6)]
     assert (abs(frame.coherence - roots) <= 4 * frame.coherence_se + 1e-9).all()
-    sampled = gradients_of(chain, *batch(), method="sampled")
+    sampled = gradients_of(chain, *batch(), method="sampled", paths="uniform")
     assert sampled.mean_path_gradient_norm_se.max() < 1e-12 * sampled.mean_path_gradient_norm.max()
     assert_close(sampled.total_gradient_magnitude, frame.summed_path_gradient_norm)
 
@@ -369,8 +375,9 @@ def test_coherence_of_paths_that_are_all_alike():
 
 INSTRUMENTS = {
     "exact": gradients_of,
-    "energy": functools.partial(gradients_of, method="energy", num_draws=3),
-    "sampled": functools.partial(gradients_of, method="sampled"),
+    "energy": functools.partial(gradients_of, method="energy", paths="signs", num_draws=3),
+    "sampled": functools.partial(gradients_of, method="sampled", paths="uniform"),
+    "weighted": functools.partial(gradients_of, method="energy", num_draws=3),
     "parameters": functools.partial(gradients_of, with_respect_to=("parameters", 1)),
     "by stage": rp.gradient_by_stage_lengths,
     "through blocks": rp.gradient_through_block,
