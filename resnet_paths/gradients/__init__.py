@@ -134,8 +134,8 @@ def gradient_by_path_length(
         paths give the quantities of both estimates, with ``"energy"`` also ``uncancelled_share``; 95 % intervals due to
         the draws, ``..._low`` and ``..._high``; ``num_draws``; and ``effective_sample_size``, the number of draws with
         equal contributions that would have the same error (a warning tells where it is below 10). In simulations
-        of random chains, 93 to 94 % of the intervals held the truth at the default error, and 94 % at 64 paths of each
-        length, on average over chains; the worst of them had 75 %.
+        of random chains 93 to 94 % of the intervals held the truth at the default error, and 94 % on a ResNet-110 at
+        128 paths of each length, of norms and energies (``python -m tests.benchmarks.estimates``).
         ``underflowed`` tells whether a norm that is not 0 was too small for a float64. ``attrs`` hold ``method``,
         ``with_respect_to``, ``num_examples``, ``num_draws``, ``num_block_vjps`` (for an example; the whole gradient, to
         which shares refer, takes one more per block), ``omitted_share`` (the share of the gradient on paths longer than
