@@ -29,10 +29,11 @@ of mean 0.05 or 0.5 and a + b = 5: 92.8 and 95.0.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 __all__ = [
     "Estimate",
@@ -166,9 +167,9 @@ def studentised_interval(value: float, influences: np.ndarray) -> Estimate:
         return Estimate(np.nan, np.nan, 1.0 if squares == 0 and value == 0 else np.nan)
     error = np.sqrt(squares * num / (num - 1))
     skewness = float(np.sum(influences**3)) * np.sqrt(num) / squares**1.5
-    quantile = stats.t.ppf(_LEVEL, num - 1)
+    quantile = special.stdtrit(num - 1, _LEVEL)
     low, high = (value - error * _without_correction(q, skewness, num) for q in (quantile, -quantile))
-    p_value = 2 * stats.t.sf(abs(_corrected(value / error, skewness, num)), num - 1)
+    p_value = 2 * special.stdtr(num - 1, -abs(_corrected(value / error, skewness, num)))
     return Estimate(float(low), float(high), float(p_value))
 
 
@@ -218,18 +219,18 @@ def _effective_size(variance_of_item: float, deviations: _Array, sizes: _Array) 
 
 def _tango_bound(up: float, down: float, size: float, end: float, difference: float) -> float:
     """The difference, towards `end`, that the score test just does not reject: found by bisection."""
-    inside, outside = difference, end
+    up, down, difference, inside, outside = float(up), float(down), float(difference), float(difference), end
     for _ in range(60):
         middle = (inside + outside) / 2
         # The share of items that change down, where the difference is `middle`: its likelihood's maximum.
         linear = -up - down + (2 - up + down) * middle
-        share = (np.sqrt(max(linear**2 + 8 * down * middle * (1 - middle), 0.0)) - linear) / 4
+        share = (math.sqrt(max(linear**2 + 8 * down * middle * (1 - middle), 0.0)) - linear) / 4
         variance = max(2 * share + middle * (1 - middle), 0.0)
-        if abs(difference - middle) * np.sqrt(size) <= _Z * np.sqrt(variance):
+        if abs(difference - middle) * math.sqrt(size) <= _Z * math.sqrt(variance):
             inside = middle
         else:
             outside = middle
-    return float(inside)
+    return inside
 
 
 def _corrected(studentised: float, skewness: float, num: int) -> float:

@@ -19,9 +19,8 @@ import itertools
 import math
 import operator
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -42,7 +41,7 @@ from resnet_paths.lesions.keys import computes_what_it_says, network_key
 from resnet_paths.lesions.lesion import Lesion, edits_of
 from resnet_paths.lesions.measures import Measure, measure, measures_of
 from resnet_paths.lesions.predicted import predicted_effects, score_correlations
-from resnet_paths.lesions.results import BatchResult, rows_of_study
+from resnet_paths.lesions.results import Sums, rows_of_study
 from resnet_paths.lesions.runner import Runner
 from resnet_paths.lesions.schedule import finished_batches
 from resnet_paths.lesions.store import Store
@@ -91,7 +90,8 @@ def lesion_study(
             position] for tokens or [batch, height, width] for pixels, or values of the outputs' shape. Whole labels of
             -100 do not count, nor do positions where a mapping's ``"attention_mask"`` [batch, position] is 0. Read
             once. A loader that drops its last batch gets a warning.
-        lesions: Lesions, or functions from chain to chain, of which nothing else is known.
+        lesions: Lesions, or functions from chain to chain, of which nothing else is known; ``Lesion("", function=f,
+            key="1")`` also says under which key a store keeps what the function does.
         measures: What is measured: names, or functions and `resnet_paths.measure` of such. ``"error_rate"``,
             ``"top_5_error"`` (or another number), ``"cross_entropy"`` in nats, ``"perplexity"``, its exponential,
             ``"margin"`` (logit of the right class less the largest other), ``"mean_iou"`` (intersection over union, the
@@ -177,63 +177,25 @@ def lesion_study(
         undetermined=undetermined,
         executor=executor,
     )
-    collected = _Collected(chain, named, runner, per_class, per_example, adjust)
+    finished: dict[int, tuple[Sums, np.ndarray | None, bool]] = {}
     with tqdm(total=_length_of(loader), desc="lesion study", unit="batch", disable=not progress) as bar:
         try:
-            for batch in results:
-                collected.add(*batch)
+            for number, labels, sums, was_found in results:
+                finished[number] = sums, _classes_of(labels) if per_class else None, was_found
                 bar.update()
         except KeyboardInterrupt as interrupt:
-            made = collected.frame() if collected.results else None
-            raise StudyInterrupted(made, len(collected.results), store) from interrupt
-    if not collected.results:
+            made = _frame_of(chain, named, runner, finished, adjust, per_example) if finished else None
+            raise StudyInterrupted(made, len(finished), store) from interrupt
+    if not finished:
         raise ResnetPathsError("loader", "no batches", "a loader of at least one batch")
-    return collected.frame()
+    return _frame_of(chain, named, runner, finished, adjust, per_example)
 
 
-@dataclass
-class _Collected:
-    """The batches of a study that are finished, and the frame over them."""
-
-    chain: ResidualChain
-    lesions: Sequence[Lesion]
-    runner: Runner
-    per_class: bool
-    per_example: bool
-    adjust: str | None
-    results: dict[int, BatchResult] = field(default_factory=dict)
-    classes: dict[int, np.ndarray] = field(default_factory=dict)
-    num_found: int = 0
-
-    def add(self, number: int, labels: torch.Tensor | None, result: BatchResult, was_found: bool) -> None:
-        self.results[number] = result
-        self.num_found += was_found
-        if self.per_class:
-            if labels is None or labels.dim() != 1 or bool((labels < 0).any()):
-                shown = None if labels is None else list(labels.shape)
-                raise ResnetPathsError("per_class", f"True with labels {shown}", "True with one class for each example")
-            self.classes[number] = labels.cpu().numpy().copy()  # the loader may use its tensors again
-
-    def frame(self) -> pd.DataFrame:
-        # In the order of the loader, whichever batch was finished first.
-        numbers = sorted(self.results)
-        rows = rows_of_study(
-            [self.results[number] for number in numbers],
-            self.runner.measures,
-            adjust=self.adjust,
-            per_example=self.per_example,
-            classes=np.concatenate([self.classes[number] for number in numbers]) if self.per_class else None,
-        )
-        made = _frame_of(self.chain, self.lesions, rows)
-        made["batchnorm_statistics"] = "re-estimated" if self.runner.statistics_batches else "intact"
-        made.attrs = {
-            "block_evaluations": self.runner.trie.block_evaluations,
-            "block_evaluations_naive": self.runner.trie.block_evaluations_naive,
-            "batches_computed": len(numbers) - self.num_found,
-            "batches_found": self.num_found,
-            "fold_batchnorm": self.runner.fold_batchnorm,
-        }
-        return made
+def _classes_of(labels: torch.Tensor | None) -> np.ndarray:
+    if labels is None or labels.dim() != 1 or bool((labels < 0).any()):
+        shown = None if labels is None else list(labels.shape)
+        raise ResnetPathsError("per_class", f"True with labels {shown}", "True with one class for each example")
+    return labels.cpu().numpy().copy()  # the loader may use its tensors again
 
 
 def _settings(runner: Runner) -> dict[str, object]:
@@ -266,7 +228,37 @@ def _refuse_what_is_not_measured(measures: Sequence[Measure], per_class: bool, s
         )
 
 
-def _frame_of(chain: ResidualChain, lesions: Sequence[Lesion], rows: Sequence[dict[str, object]]) -> pd.DataFrame:
+def _frame_of(
+    chain: ResidualChain,
+    lesions: Sequence[Lesion],
+    runner: Runner,
+    finished: Mapping[int, tuple[Sums, np.ndarray | None, bool]],
+    adjust: str | None,
+    per_example: bool,
+) -> pd.DataFrame:
+    """One row per lesion, over the batches that are finished: sums, classes, and whether they were in the store."""
+    # In the order of the loader, whichever batch was finished first.
+    all_sums, classes, were_found = zip(*(finished[number] for number in sorted(finished)), strict=True)
+    rows = rows_of_study(
+        all_sums,
+        runner.measures,
+        adjust=adjust,
+        per_example=per_example,
+        classes=None if classes[0] is None else np.concatenate(classes),
+    )
+    made = _described(chain, lesions, rows)
+    made["batchnorm_statistics"] = "re-estimated" if runner.statistics_batches else "intact"
+    made.attrs = {
+        "block_evaluations": runner.trie.block_evaluations,
+        "block_evaluations_naive": runner.trie.block_evaluations_naive,
+        "batches_computed": len(finished) - sum(were_found),
+        "batches_found": sum(were_found),
+        "fold_batchnorm": runner.fold_batchnorm,
+    }
+    return made
+
+
+def _described(chain: ResidualChain, lesions: Sequence[Lesion], rows: Sequence[dict[str, object]]) -> pd.DataFrame:
     """One row per lesion; `rows` begin with that of the intact chain."""
     described = [
         {
@@ -296,12 +288,13 @@ def _edits(
     """The chain, then each lesion of it, made one at a time; `keys` takes keys, and indices of undetermined ones."""
     known: dict[int, bytes] = {}
     # The intact chain comes first: increases are taken against it on the same images.
-    edits = ((f"lesion {lesion.name!r}", edited) for lesion, edited in edits_of(chain, lesions))
-    for index, (argument, edited) in enumerate(itertools.chain([("chain", chain)], edits)):
+    edits = ((f"lesion {lesion.name!r}", lesion.key, edited) for lesion, edited in edits_of(chain, lesions))
+    for index, (argument, key, edited) in enumerate(itertools.chain([("chain", None, chain)], edits)):
         require_chain(argument, edited)
         yield edited
         if keys is not None:
-            keys[0].append(network_key(edited, known))
+            network = network_key(edited, known)
+            keys[0].append(network if key is None else fingerprint(network, key))
             if not computes_what_it_says(edited):
                 keys[1].append(index)
 

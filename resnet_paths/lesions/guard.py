@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
@@ -18,43 +19,46 @@ from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths._utils.fingerprint import bytes_of
 from resnet_paths.core.chain import ResidualChain
 
-__all__ = ["Guard"]
+__all__ = ["guard_of"]
 
 _TABLES = ("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")
 
 
-class Guard:
-    """A chain as it is now: its modules and the numbers in its tensors.
+def guard_of(chain: ResidualChain) -> Callable[[str], AbstractContextManager[None]]:
+    """A context in which a lesion function runs, for a chain as it is now: its modules and the numbers in its tensors.
 
     Args:
         chain: The chain.
-    """
 
-    def __init__(self, chain: ResidualChain) -> None:
-        modules = list(chain.modules())
-        self._tables = [(vars(m), name, vars(m)[name], dict(vars(m)[name])) for m in modules for name in _TABLES]
-        self._attributes = [(vars(m), _attributes_of(m)) for m in modules]
-        named = itertools.chain(chain.named_parameters(), chain.named_buffers())
-        self._numbers = [(name, tensor, _checksum(tensor)) for name, tensor in named]
+    Returns:
+        From the name of a lesion to a context. It raises `ResnetPathsError`, with the name, where the function changes
+        the chain that it is given.
+    """
+    modules = list(chain.modules())
+    tables = [(vars(m), name, vars(m)[name], dict(vars(m)[name])) for m in modules for name in _TABLES]
+    attributes = [(vars(m), _attributes_of(m)) for m in modules]
+    named = itertools.chain(chain.named_parameters(), chain.named_buffers())
+    numbers = [(name, tensor, _checksum(tensor)) for name, tensor in named]
+
+    def restore() -> bool:
+        """Put parts and attributes back where they were; returns whether any was changed."""
+        changed = [kept for kept in tables if not _is_same(kept[0][kept[1]], kept[3])]
+        for own, name, table, before in changed:
+            table.clear()  # in their order
+            table.update(before)
+            own[name] = table
+        others = [(own, before) for own, before in attributes if not _is_same(own, before)]
+        for own, before in others:
+            own.update(before)
+        return bool(changed or others)
 
     @contextlib.contextmanager
-    def watching(self, lesion: str) -> Iterator[None]:
-        """Context in which a lesion function runs.
-
-        Args:
-            lesion: Its name.
-
-        Yields:
-            Nothing.
-
-        Raises:
-            ResnetPathsError: If it changes the chain that it was given; it is named.
-        """
+    def watching(lesion: str) -> Iterator[None]:
         try:
             yield
         finally:  # also where it raises: what it broke may be why
-            was_changed = self._restore()
-            written = [name for name, tensor, before in self._numbers if _checksum(tensor) != before]
+            was_changed = restore()
+            written = [name for name, tensor, before in numbers if _checksum(tensor) != before]
             if written or was_changed:
                 raise ResnetPathsError(
                     "lesions",
@@ -65,17 +69,7 @@ class Guard:
                     else "Use delete_block, Block.replace or ResidualChain.with_blocks, which make new ones.",
                 )
 
-    def _restore(self) -> bool:
-        """Put parts and attributes back where they were; returns whether any was changed."""
-        tables = [kept for kept in self._tables if not _is_same(kept[0][kept[1]], kept[3])]
-        for own, name, table, before in tables:
-            table.clear()  # in their order
-            table.update(before)
-            own[name] = table
-        attributes = [(own, before) for own, before in self._attributes if not _is_same(own, before)]
-        for own, before in attributes:
-            own.update(before)
-        return bool(tables or attributes)
+    return watching
 
 
 def _attributes_of(module: nn.Module) -> dict[str, object]:

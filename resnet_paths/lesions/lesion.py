@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import KW_ONLY, dataclass, replace
 
 from scipy import stats
@@ -20,7 +21,7 @@ from resnet_paths.core.edits import (
     swap_blocks,
 )
 from resnet_paths.core.groups import group_blocks
-from resnet_paths.lesions.guard import Guard
+from resnet_paths.lesions.guard import guard_of
 
 __all__ = ["KINDS", "Lesion", "edits_of"]
 
@@ -51,6 +52,9 @@ class Lesion:
             transformer layers; `blocks` and `order` then hold all blocks of a run.
         seed: Seed that the generator which drew the lesion started from; None if none did.
         function: From the intact chain to the lesioned one, where the lesion is of no kind above.
+        key: What a store knows a `function` by, beside the network that it makes. Of modules that were not exported a
+            store sees class, attributes, tensors, and outputs for a probe of two examples; choose another key when
+            their code changes in a way that this may not show.
 
     Raises:
         ResnetPathsError: If the kind is another, or lacks its parameter.
@@ -73,6 +77,7 @@ class Lesion:
     runs: tuple[tuple[int, ...], ...] = ()
     seed: int | None = None
     function: Callable[[ResidualChain], ResidualChain] | None = None
+    key: str | None = None
 
     def __post_init__(self) -> None:
         """Validate kind and parameters."""
@@ -82,6 +87,8 @@ class Lesion:
         needed = _NEEDS.get(self.kind)
         if needed and getattr(self, needed) is None:
             raise ResnetPathsError(needed, None, f"the {needed} of a lesion of kind {self.kind!r}")
+        if self.key is not None and (self.kind or not isinstance(self.key, str)):
+            raise ResnetPathsError("key", self.key, "a str, with a function", "Other lesions need none.")
         if self.kind and (self.blocks is None or not hasattr(self.blocks, "__iter__")):
             raise ResnetPathsError("blocks", self.blocks, "a tuple of positions of blocks")
         if self.kind == "swap" and self.order is None and len(self.blocks or ()) != 2:
@@ -172,14 +179,14 @@ def edits_of(chain: ResidualChain, lesions: Iterable[Lesion]) -> Iterator[tuple[
     Raises:
         ResnetPathsError: If a lesion does not fit the chain, raises, or changes the chain that it is given.
     """
-    guard: Guard | None = None
+    guard: Callable[[str], AbstractContextManager[None]] | None = None
     for lesion in lesions:
         if lesion.function is None:
             yield lesion, lesion.edit(chain)
             continue
-        guard = guard or Guard(chain)
+        guard = guard or guard_of(chain)
         try:
-            with guard.watching(lesion.name):
+            with guard(lesion.name):
                 edited = lesion.edit(chain)
         except ResnetPathsError:
             raise

@@ -19,7 +19,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch.nn import functional as F
@@ -30,7 +30,6 @@ from resnet_paths._utils.errors import ResnetPathsError, nearest_names
 __all__ = [
     "IGNORED",
     "Measure",
-    "Outcome",
     "measure",
     "measures_of",
     "not_finite",
@@ -42,22 +41,7 @@ IGNORED = -100
 """Label of items that do not count, as in torch and transformers."""
 _SLICE = 1 << 24  # numbers that are read at a time
 
-
-@dataclass(frozen=True)
-class Outcome:
-    """What one network returned for a batch, and what it is held against.
-
-    Attributes:
-        outputs: What the network returned, [batch, ...].
-        labels: Labels [batch, ...]; None for a batch without labels.
-        intact: What the intact network returned; None where no measure reads it.
-        counts: Which items count, bool [batch, ...]; None where all do.
-    """
-
-    outputs: torch.Tensor
-    labels: torch.Tensor | None
-    intact: torch.Tensor | None = None
-    counts: torch.Tensor | None = None
+_Optional: TypeAlias = torch.Tensor | None
 
 
 def _mean_of_items(sums: torch.Tensor) -> torch.Tensor:
@@ -71,7 +55,8 @@ class Measure:
 
     Attributes:
         name: Of its columns.
-        sums: From an `Outcome` to the sums of each example, [batch, sum].
+        sums: From outputs [batch, ...], labels [batch, ...] or None, outputs of the intact network or None, and which
+            items count, bool [batch, ...] or None for all, to the sums of each example, [batch, sum].
         value: From sums over examples [..., sum] to the number [...]; it stays the same where all sums are multiplied
             by one factor.
         statistic: Name of the sums: measures with one name read the same.
@@ -83,7 +68,7 @@ class Measure:
     """
 
     name: str
-    sums: Callable[[Outcome], torch.Tensor]
+    sums: Callable[[torch.Tensor, _Optional, _Optional, _Optional], torch.Tensor]
     _: KW_ONLY
     value: Callable[[torch.Tensor], torch.Tensor] = _mean_of_items
     statistic: str
@@ -252,9 +237,8 @@ def validate_outputs(measures: Iterable[Measure], outputs: object, labels: torch
             validate_logits(outputs, labels if measure.reads else None)
 
 
-def not_finite(outcome: Outcome) -> torch.Tensor:
-    """Whether any number of an example's outputs is not finite, bool [batch, 1]; padding is left out."""
-    outputs, counts = outcome.outputs, outcome.counts
+def not_finite(outputs: torch.Tensor, counts: torch.Tensor | None) -> torch.Tensor:
+    """Whether any number of an example's outputs is not finite, bool [batch, 1]; padding is omitted."""
     of_items = counts is not None and outputs.shape[: counts.dim()] == counts.shape
     shape = counts.shape if of_items and counts is not None else outputs.shape[:1]
     spoilt = torch.empty(shape, dtype=torch.bool, device=outputs.device)
@@ -300,8 +284,16 @@ def _sums_of_values(values: torch.Tensor, weights: torch.Tensor | None, counts: 
     return torch.stack([x.reshape(len(x), -1).sum(1, dtype=dtype) for x in (weighted, weights)], 1)
 
 
-def _sums_of_function(function: Callable[..., Any], name: str, reads_intact: bool, outcome: Outcome) -> torch.Tensor:
-    given = (outcome.outputs, outcome.labels, *([outcome.intact] if reads_intact else []))
+def _sums_of_function(
+    function: Callable[..., Any],
+    name: str,
+    reads_intact: bool,
+    outputs: torch.Tensor,
+    labels: _Optional,
+    intact: _Optional,
+    counts: _Optional,
+) -> torch.Tensor:
+    given = (outputs, labels, *([intact] if reads_intact else []))
     try:
         returned = function(*given)
     except (ResnetPathsError, torch.OutOfMemoryError):  # the latter is tried again with fewer examples
@@ -312,7 +304,7 @@ def _sums_of_function(function: Callable[..., Any], name: str, reads_intact: boo
         ) from error
     values, weights = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, None)
     tensors = isinstance(values, torch.Tensor) and (weights is None or isinstance(weights, torch.Tensor))
-    if not tensors or not values.dim() or len(values) != len(outcome.outputs):
+    if not tensors or not values.dim() or len(values) != len(outputs):
         shown = list(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
         raise ResnetPathsError(
             "measures", f"{name}, which returned {shown}", "values [batch] or [batch, ...], alone or with their weights"
@@ -323,16 +315,16 @@ def _sums_of_function(function: Callable[..., Any], name: str, reads_intact: boo
             f"{name}, whose weights are {list(weights.shape)}",
             f"weights of the values' shape, {list(values.shape)}",
         )
-    return _sums_of_values(values, weights, outcome.counts)
+    return _sums_of_values(values, weights, counts)
 
 
-def _each_item(function: Callable[..., torch.Tensor], outcome: Outcome, reads: str = "classes") -> torch.Tensor:
+def _each_item(
+    function: Callable[..., torch.Tensor], outputs: torch.Tensor, labels: _Optional, intact: _Optional = None
+) -> torch.Tensor:
     """A function of rows of logits [item, class] and labels, or the intact rows, for each item [batch, ...]."""
-    labels = outcome.labels if reads else None
-    like = outcome.labels if outcome.labels is not None and not outcome.labels.is_floating_point() else None
-    dim = _class_dim(outcome.outputs, like)
-    logits = outcome.outputs.movedim(dim, -1)
-    intact = outcome.intact.movedim(dim, -1) if outcome.intact is not None and not reads else None
+    dim = _class_dim(outputs, None if labels is None or labels.is_floating_point() else labels)
+    logits = outputs.movedim(dim, -1)
+    intact = None if intact is None else intact.movedim(dim, -1)
     values = None
     for part in _slices(logits, min(logits.dim() - 1, 2)):
         read = logits[part]
@@ -362,8 +354,15 @@ def _class_dim(logits: Any, labels: torch.Tensor | None) -> int:
     return next((dim for dim in preferred if shapes[dim] == labels.shape), preferred[0])
 
 
-def _sums_of_items(function: Callable[..., torch.Tensor], reads: str, outcome: Outcome) -> torch.Tensor:
-    return _sums_of_values(_each_item(function, outcome, reads), None, outcome.counts)
+def _sums_of_items(
+    function: Callable[..., torch.Tensor],
+    reads: str,
+    outputs: torch.Tensor,
+    labels: _Optional,
+    intact: _Optional,
+    counts: _Optional,
+) -> torch.Tensor:
+    return _sums_of_values(_each_item(function, outputs, labels, None if reads else intact), None, counts)
 
 
 def _finite(rows: torch.Tensor) -> torch.Tensor:
@@ -408,8 +407,7 @@ def _kl_divergence(rows: torch.Tensor, intact: torch.Tensor) -> torch.Tensor:
     return torch.where(share == 0, 0.0, share * (of_intact - rows.log_softmax(1))).sum(1)
 
 
-def _values_and_labels(outcome: Outcome) -> tuple[torch.Tensor, torch.Tensor]:
-    outputs, labels = outcome.outputs, outcome.labels
+def _values_and_labels(outputs: torch.Tensor, labels: _Optional) -> tuple[torch.Tensor, torch.Tensor]:
     assert labels is not None  # held by the study
     if outputs.shape == (*labels.shape, 1):
         outputs = outputs[..., 0]
@@ -421,15 +419,16 @@ def _values_and_labels(outcome: Outcome) -> tuple[torch.Tensor, torch.Tensor]:
     return tuple(x if x.dtype == torch.float64 else x.float() for x in (outputs, labels))  # type: ignore[return-value]
 
 
-def _squared_error_sums(outcome: Outcome) -> torch.Tensor:
-    outputs, labels = _values_and_labels(outcome)
-    return _sums_of_values((outputs - labels).square(), None, outcome.counts)
+def _squared_error_sums(
+    outputs: torch.Tensor, labels: _Optional, _intact: _Optional, counts: _Optional
+) -> torch.Tensor:
+    outputs, labels = _values_and_labels(outputs, labels)
+    return _sums_of_values((outputs - labels).square(), None, counts)
 
 
-def _variance_sums(outcome: Outcome) -> torch.Tensor:
+def _variance_sums(outputs: torch.Tensor, labels: _Optional, _intact: _Optional, counts: _Optional) -> torch.Tensor:
     """Squared errors, squared labels; labels, and their number, of each output where labels are [batch, output]."""
-    outputs, labels = (x.to(widest_float(x.device)) for x in _values_and_labels(outcome))
-    counts = outcome.counts
+    outputs, labels = (x.to(widest_float(x.device)) for x in _values_and_labels(outputs, labels))
     if labels.dim() == 2 and (counts is None or counts.dim() == 1):
         each = torch.ones_like(labels) if counts is None else counts[:, None].expand_as(labels).to(labels)
         alone = torch.cat([torch.where(each > 0, labels, 0), each], 1)
@@ -444,13 +443,12 @@ def _explained_variance(sums: torch.Tensor) -> torch.Tensor:
     return 1 - sums[..., 0] / (sums[..., 1] - (of_labels.square() / number).sum(-1))
 
 
-def _overlap_sums(outcome: Outcome) -> torch.Tensor:
+def _overlap_sums(outputs: torch.Tensor, labels: _Optional, _intact: _Optional, counts: _Optional) -> torch.Tensor:
     """Items in the intersection of prediction and label, and in their union, of each class."""
-    labels = outcome.labels
     assert labels is not None  # held by the study
-    predicted = _each_item(_predicted, outcome)
-    num_classes = outcome.outputs.shape[_class_dim(outcome.outputs, labels)]
-    known = labels != IGNORED if outcome.counts is None else outcome.counts
+    predicted = _each_item(_predicted, outputs, labels)
+    num_classes = outputs.shape[_class_dim(outputs, labels)]
+    known = labels != IGNORED if counts is None else counts
 
     def counted(classes: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
         example = torch.arange(len(classes), device=classes.device).reshape(-1, *[1] * (classes.dim() - 1))

@@ -31,7 +31,7 @@ from resnet_paths.core.placement import device_of, place_modules
 from resnet_paths.core.positions import Tokens, counted_positions, validate_tokens, vectors_of
 from resnet_paths.core.signature import arguments_of
 from resnet_paths.lesions.frames import deletions_of
-from resnet_paths.lesions.measures import Measure, Outcome, measures_of, validate_outputs
+from resnet_paths.lesions.measures import Measure, measures_of, validate_outputs
 from resnet_paths.lesions.runner import counts_of_items, shifted
 
 __all__ = ["SCORES", "predicted_effects", "score_correlations"]
@@ -229,8 +229,8 @@ def _of_batch(chain: ResidualChain, inputs: Inputs, labels: torch.Tensor | None,
         labels = shifted(labels) if scored.shift_labels and labels is not None else labels
         validate_outputs(scored.measures, outputs, labels)
         counts = counts_of_items(inputs, labels, scored.shift_labels)
-        outcome = Outcome(outputs, labels, outputs.detach(), counts)
-        sums, gradients = _gradients(scored.measures, outcome, totals)
+        all_sums = [measure.sums(outputs, labels, outputs.detach(), counts) for measure in scored.measures]
+        sums, gradients = _gradients(scored.measures, all_sums, totals)
     positions = counted_positions(inputs, scored.tokens, states)
     found: dict[tuple[int, int], torch.Tensor] = {}
     changes: list[torch.Tensor] = []
@@ -266,12 +266,11 @@ def _states(
 
 
 def _gradients(
-    measures: Sequence[Measure], outcome: Outcome, totals: list[torch.Tensor]
+    measures: Sequence[Measure], sums_of_each: Sequence[torch.Tensor], totals: list[torch.Tensor]
 ) -> tuple[list[np.ndarray], list[tuple[torch.Tensor, ...]]]:
     """The sums of each measure, and gradients of the first, the one that depends on the outputs smoothly."""
     all_sums, gradients = [], []
-    for measure in measures:
-        sums = measure.sums(outcome)
+    for measure, sums in zip(measures, sums_of_each, strict=True):
         if not sums.requires_grad:
             raise ResnetPathsError("measures", measure.name, "measures with a gradient, such as 'cross_entropy'")
         gradients.append(torch.autograd.grad(sums[:, 0].sum(), totals, retain_graph=True, materialize_grads=True))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -17,74 +16,62 @@ from resnet_paths._utils.statistics import (
     rate_interval,
     studentised_interval,
 )
-from resnet_paths.lesions.measures import Measure, Outcome, not_finite
+from resnet_paths.lesions.measures import Measure, not_finite
 
-__all__ = ["BatchResult", "Evaluation", "rows_of_study"]
+__all__ = ["Sums", "joined", "rows_of", "rows_of_study", "sums_of"]
 
 _NOT_FINITE = "not finite"
 
 
-@dataclass(frozen=True)
-class BatchResult:
-    """What lesions did on one batch: what an executor returns and the store keeps.
-
-    Attributes:
-        sums: By statistic, what each example adds up, [lesion, example, sum]; under ``"not finite"`` whether any of its
-            outputs was not.
-    """
-
-    sums: Mapping[str, np.ndarray]
-
-    def row(self, index: int) -> BatchResult:
-        """The result of one lesion."""
-        return BatchResult({name: values[index : index + 1] for name, values in self.sums.items()})
-
-    @staticmethod
-    def joined(results: Sequence[BatchResult], axis: int = 0) -> BatchResult:
-        """Results of different lesions (axis 0) or of different examples (axis 1) as one."""
-        names = results[0].sums
-        return BatchResult({name: np.concatenate([r.sums[name] for r in results], axis) for name in names})
+Sums: TypeAlias = dict[str, np.ndarray]
+"""What lesions did on one batch, which is what an executor returns and the store keeps: by statistic what each example
+adds up, [lesion, example, sum]; under ``"not finite"`` whether any of its outputs was not."""
 
 
-class Evaluation:
-    """Takes the sums of every statistic, one lesion after the other, and keeps nothing else.
+def rows_of(sums: Sums, lesions: Sequence[int]) -> Sums:
+    """The sums of some lesions.
 
     Args:
-        measures: What is measured; statistics that several measures read are taken once.
-        labels: Labels of the batch; None for a batch without labels.
-        counts: As in `Outcome`.
-        num_rows: How many lesions.
+        sums: Of some lesions.
+        lesions: Which of them.
+
+    Returns:
+        Their sums, in this order.
     """
+    return {name: values[lesions] for name, values in sums.items()}
 
-    def __init__(
-        self, measures: Sequence[Measure], labels: torch.Tensor | None, counts: torch.Tensor | None, num_rows: int
-    ) -> None:
-        self.measures = {measure.statistic: measure for measure in measures}
-        self.labels, self.counts, self.num_rows = labels, counts, num_rows
-        self.intact: Any = None
-        # In one place from the start: small tensors between large ones would keep the memory of these from being used
-        # again.
-        self._sums: dict[str, torch.Tensor] = {}
 
-    def add(self, row: int, outputs: Any) -> None:
-        """Take the sums of one lesion."""
-        outcome = Outcome(outputs, self.labels, self.intact, self.counts)
-        self._keep(_NOT_FINITE, row, not_finite(outcome))
-        for name, measure in self.measures.items():
-            self._keep(name, row, measure.sums(outcome))
+def joined(parts: Sequence[Sums], axis: int = 0) -> Sums:
+    """Sums of different lesions (axis 0) or of different examples (axis 1) as one."""
+    return {name: np.concatenate([part[name] for part in parts], axis) for name in parts[0]}
 
-    def result(self) -> BatchResult:
-        """All rows; the device is waited for here."""
-        return BatchResult({name: sums.cpu().numpy() for name, sums in self._sums.items()})
 
-    def _keep(self, name: str, row: int, sums: torch.Tensor) -> None:
-        if name not in self._sums:
-            self._sums[name] = sums.new_zeros(self.num_rows, *sums.shape)
-        self._sums[name][row] = sums
+def sums_of(
+    measures: Sequence[Measure],
+    outputs: torch.Tensor,
+    labels: torch.Tensor | None,
+    intact: torch.Tensor | None,
+    counts: torch.Tensor | None,
+) -> dict[str, torch.Tensor]:
+    """The sums of each example [example, sum] for one network; those that several measures read are taken once.
+
+    Args:
+        measures: What is measured.
+        outputs: What the network returned, [batch, ...].
+        labels: Labels [batch, ...]; None for a batch without labels.
+        intact: What the intact network returned; None where no measure reads it.
+        counts: Which items count, bool [batch, ...]; None where all do.
+
+    Returns:
+        By statistic, as in `Sums`.
+    """
+    functions = {measure.statistic: measure.sums for measure in measures}
+    taken = {name: function(outputs, labels, intact, counts) for name, function in functions.items()}
+    return {_NOT_FINITE: not_finite(outputs, counts), **taken}
 
 
 def rows_of_study(
-    results: Sequence[BatchResult],
+    results: Sequence[Sums],
     measures: Sequence[Measure],
     *,
     adjust: str | None = None,
@@ -103,10 +90,10 @@ def rows_of_study(
     Returns:
         One dictionary per lesion.
     """
-    spoilt = np.concatenate([result.sums[_NOT_FINITE] for result in results], 1)[..., 0]
+    spoilt = np.concatenate([result[_NOT_FINITE] for result in results], 1)[..., 0]
     rows: list[dict[str, object]] = [{} for _ in spoilt]
     for measure in measures:
-        sums = np.concatenate([result.sums[measure.statistic] for result in results], 1)
+        sums = np.concatenate([result[measure.statistic] for result in results], 1)
         columns = list(_columns(measure, sums))
         if adjust is not None:
             # The intact network is no hypothesis.
@@ -130,41 +117,42 @@ def rows_of_study(
 def _columns(measure: Measure, sums: np.ndarray) -> Iterator[dict[str, object]]:
     """Of one measure, for each lesion; under ``"p"`` the p-value of no increase."""
     name = measure.name
-    values, influences = _values_and_influences(measure, sums[0])
-    intact_value, intact_influences = values[-1], influences[-1]
-    for of_lesion in sums:
-        values, influences = _values_and_influences(measure, of_lesion)
+    (values, slopes), (shown, shown_slopes) = _values_and_gradients(measure, sums)
+    # A number that stays the same where all sums are multiplied by one factor has influences that sum up to 0: they are
+    # its gradient times the sums of each example.
+    intact_influences = sums[0].astype(np.float64) @ shown_slopes[0]
+    for row, of_lesion in enumerate(sums):
+        increase = shown[row] - shown[0]
         if measure.is_rate:
             own = rate_interval(of_lesion[:, 0], of_lesion[:, 1])
             change = paired_rate_interval(of_lesion[:, 0].astype(np.float64) - sums[0][:, 0], of_lesion[:, 1])
         else:
             some = (of_lesion != 0).any(1) | (sums[0] != 0).any(1)  # others have no items
-            own = _linked(measure, studentised_interval(values[0], influences[0][some]))
-            change = studentised_interval(values[-1] - intact_value, (influences[-1] - intact_influences)[some])
+            exact = of_lesion.astype(np.float64)
+            own = _linked(measure, studentised_interval(values[row], (exact @ slopes[row])[some]))
+            change = studentised_interval(increase, (exact @ shown_slopes[row] - intact_influences)[some])
         yield {
-            name: values[-1],
+            name: shown[row],
             f"{name}_low": own.low,
             f"{name}_high": own.high,
-            f"{name}_increase": values[-1] - intact_value,
+            f"{name}_increase": increase,
             f"{name}_increase_low": change.low,
             f"{name}_increase_high": change.high,
-            f"intact_{name}": intact_value,
+            f"intact_{name}": shown[0],
             "p": change.p_value,
         }
 
 
-def _values_and_influences(measure: Measure, sums: np.ndarray) -> tuple[list[float], list[np.ndarray]]:
-    """The number before and after its link, and to first order what each example adds to both."""
-    # A number that stays the same where all sums are multiplied by one factor has influences that sum up to 0: they are
-    # the gradient times the sums of each example.
-    of_examples = torch.from_numpy(sums).double()
-    total = of_examples.sum(0)
+def _values_and_gradients(measure: Measure, sums: np.ndarray) -> list[tuple[list[float], np.ndarray]]:
+    """The numbers before and after their link, [lesion], and their gradients at the sums over examples."""
+    totals = torch.from_numpy(sums).sum(1, dtype=torch.float64)
     with torch.inference_mode(False), torch.enable_grad():
-        total = total.clone().requires_grad_()
-        value = measure.value(total)
-        shown = value if measure.link is None else measure.link(value)
-        gradients = [torch.autograd.grad(number, total, retain_graph=True)[0] for number in (value, shown)]
-    return [value.item(), shown.item()], [(of_examples @ gradient).numpy() for gradient in gradients]
+        totals = totals.clone().requires_grad_()
+        value = measure.value(totals)
+        numbers = [value, value if measure.link is None else measure.link(value)]
+        # Those of a lesion depend on its own sums alone.
+        gradients = [torch.autograd.grad(number.sum(), totals, retain_graph=True)[0] for number in numbers]
+    return [(number.tolist(), gradient.numpy()) for number, gradient in zip(numbers, gradients, strict=True)]
 
 
 def _linked(measure: Measure, interval: Estimate) -> Estimate:

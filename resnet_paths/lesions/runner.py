@@ -22,7 +22,7 @@ from resnet_paths._utils.fingerprint import fingerprint
 from resnet_paths.core.inputs import Inputs, each_tensor, num_examples, split
 from resnet_paths.core.placement import PRECISIONS, device_of
 from resnet_paths.lesions.measures import IGNORED, Measure, validate_outputs
-from resnet_paths.lesions.results import BatchResult, Evaluation
+from resnet_paths.lesions.results import Sums, joined, sums_of
 from resnet_paths.lesions.trie import Trie
 
 __all__ = ["Runner", "counts_of_items", "num_workers", "run_batch", "shared_with_workers", "shifted"]
@@ -61,7 +61,7 @@ class Runner:
     _pickled: bytes | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def run(self, inputs: Inputs, labels: torch.Tensor | None, wanted: Sequence[int]) -> BatchResult:
+    def run(self, inputs: Inputs, labels: torch.Tensor | None, wanted: Sequence[int]) -> Sums:
         """What the chains with indices `wanted` do on a batch; rows come in the order of `wanted`.
 
         Args:
@@ -90,7 +90,7 @@ class Runner:
                 break
             except torch.OutOfMemoryError as error:
                 self._halve_budget(budget, batch, error)
-        return BatchResult.joined(parts, axis=1)
+        return joined(parts, axis=1)
 
     def output_keys(self, inputs: Inputs, wanted: Sequence[int]) -> dict[int, str]:
         """Fingerprints of what the chains with indices `wanted` return for some inputs."""
@@ -106,23 +106,30 @@ class Runner:
 
     def _run_part(
         self, trie: Trie, inputs: Inputs, labels: torch.Tensor | None, wanted: Sequence[int], budget: int | None
-    ) -> BatchResult:
+    ) -> Sums:
         labels = shifted(labels) if self.shift_labels and labels is not None else labels
-        evaluation = Evaluation(self.measures, labels, counts_of_items(inputs, labels, self.shift_labels), len(wanted))
-        rows = {index: row for row, index in enumerate(wanted)}
+        counts = counts_of_items(inputs, labels, self.shift_labels)
+        row_of = {index: row for row, index in enumerate(wanted)}
+        rows: dict[str, torch.Tensor] = {}
+        intact: torch.Tensor | None = None
         # Not inference mode where operations are caught as they are dispatched: it hides them.
         with torch.no_grad() if trie.statistics else torch.inference_mode():
             if any(measure.reads_intact for measure in self.measures):
                 # By itself: kept until the others wait for its outputs, all states that they start from would be.
-                [(_, evaluation.intact)] = trie.logits(inputs, [0])
+                [(_, intact)] = trie.logits(inputs, [0])
             checked: set[object] = set()  # once for each head: the device is waited for
             for index, outputs in trie.logits(inputs, wanted, budget):
                 shape = getattr(outputs, "shape", None)
                 if shape is None or shape not in checked:
                     validate_outputs(self.measures, outputs, labels)
                     checked.add(shape)
-                evaluation.add(rows[index], outputs)
-        return evaluation.result()
+                for name, sums in sums_of(self.measures, outputs, labels, intact, counts).items():
+                    if name not in rows:
+                        # In one place from the start: small tensors between large ones would keep the memory of these
+                        # from being used again.
+                        rows[name] = sums.new_zeros(len(wanted), *sums.shape)
+                    rows[name][row_of[index]] = sums
+        return {name: sums.cpu().numpy() for name, sums in rows.items()}  # the device is waited for here
 
     def _settled(self) -> tuple[Trie, torch.device, torch.dtype | None]:
         """The trie on its device; made at the first batch, where it runs."""
@@ -229,7 +236,7 @@ def _unpickled_once(token: str, pickled: bytes) -> Runner:
         return _SETTLED[token]
 
 
-def run_batch(runner: Runner, inputs: Inputs, labels: torch.Tensor | None, wanted: Sequence[int]) -> BatchResult:
+def run_batch(runner: Runner, inputs: Inputs, labels: torch.Tensor | None, wanted: Sequence[int]) -> Sums:
     """`Runner.run` as a function that an executor can be given."""
     return runner.run(inputs, labels, wanted)
 

@@ -16,14 +16,14 @@ import torch
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.core.inputs import Inputs, each_tensor, num_examples, unpack, unpack_optional
 from resnet_paths.lesions.keys import with_probe
-from resnet_paths.lesions.results import BatchResult
+from resnet_paths.lesions.results import Sums, joined, rows_of
 from resnet_paths.lesions.runner import Runner, num_workers, run_batch, shared_with_workers
 from resnet_paths.lesions.store import Store
 
 __all__ = ["finished_batches"]
 
-_Finished = tuple[int, torch.Tensor | None, BatchResult, bool]
-_Job = tuple[tuple[Inputs, torch.Tensor | None, list[int]], Callable[[BatchResult | None], _Finished]]
+_Finished = tuple[int, torch.Tensor | None, Sums, bool]
+_Job = tuple[tuple[Inputs, torch.Tensor | None, list[int]], Callable[[Sums | None], _Finished]]
 """Arguments of `Runner.run`, and what is done with its result, or with None where nothing is missing."""
 
 
@@ -100,8 +100,8 @@ def _jobs(
         yield (inputs, labels, missing), _stored_finisher(number, labels, store, batch, keys, known, missing)
 
 
-def _finisher(number: int, labels: torch.Tensor | None) -> Callable[[BatchResult | None], _Finished]:
-    def finish(result: BatchResult | None) -> _Finished:
+def _finisher(number: int, labels: torch.Tensor | None) -> Callable[[Sums | None], _Finished]:
+    def finish(result: Sums | None) -> _Finished:
         assert result is not None  # without a store everything is missing
         return number, labels, result, False
 
@@ -114,15 +114,15 @@ def _stored_finisher(
     store: Store,
     batch: str,
     keys: Sequence[str],
-    known: dict[str, BatchResult],
+    known: dict[str, Sums],
     missing: list[int],
-) -> Callable[[BatchResult | None], _Finished]:
-    def finish(result: BatchResult | None) -> _Finished:
+) -> Callable[[Sums | None], _Finished]:
+    def finish(result: Sums | None) -> _Finished:
         rows = dict(known)
         if result is not None:
             store.write(batch, [keys[i] for i in missing], result)
-            rows |= {keys[index]: result.row(row) for row, index in enumerate(missing)}
-        return number, labels, BatchResult.joined([rows[key] for key in keys]), result is None
+            rows |= {keys[index]: rows_of(result, [row]) for row, index in enumerate(missing)}
+        return number, labels, joined([rows[key] for key in keys]), result is None
 
     return finish
 
@@ -137,7 +137,7 @@ def _run_on(executor: Executor, runner: Runner, jobs: Iterator[_Job]) -> Iterato
         shared = shared_with_workers(executor, runner)
     # Enough to keep all workers busy, and no more: the data may be larger than memory.
     most = 2 * num_workers(executor)
-    pending: dict[Future[BatchResult], Callable[[BatchResult | None], _Finished]] = {}
+    pending: dict[Future[Sums], Callable[[Sums | None], _Finished]] = {}
 
     def wait(until: int) -> Iterator[_Finished]:
         while len(pending) > until:
@@ -203,10 +203,10 @@ def _refusing_what_cannot_be_sent() -> Iterator[None]:
         ) from error
 
 
-def _failed(future: Future[BatchResult]) -> bool:
+def _failed(future: Future[Sums]) -> bool:
     return future.cancelled() or future.exception() is not None
 
 
-def _result_of(future: Future[BatchResult]) -> BatchResult:
+def _result_of(future: Future[Sums]) -> Sums:
     with _refusing_broken_executor(), _refusing_what_cannot_be_sent():
         return future.result()

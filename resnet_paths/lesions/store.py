@@ -30,7 +30,7 @@ from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths._utils.files import write_then_rename
 from resnet_paths._utils.fingerprint import fingerprint
 from resnet_paths.core.inputs import Inputs
-from resnet_paths.lesions.results import BatchResult
+from resnet_paths.lesions.results import Sums, rows_of
 from resnet_paths.zoo.weights import read_checked, write_tensors
 
 __all__ = ["Store"]
@@ -89,7 +89,7 @@ class Store:
         """
         return fingerprint(inputs, labels)
 
-    def read(self, batch: str, lesions: Sequence[str], num_examples: int) -> dict[str, BatchResult]:
+    def read(self, batch: str, lesions: Sequence[str], num_examples: int) -> dict[str, Sums]:
         """What is known of a batch.
 
         Args:
@@ -102,7 +102,7 @@ class Store:
             is left out. The first such part of a study gives a warning.
         """
         wanted = set(lesions)
-        found: dict[str, BatchResult] = {}
+        found: dict[str, Sums] = {}
         for path in self._parts.get(batch[:_DIGITS], ()):
             try:
                 names, result = _read_part(path, {"context": self._context, "batch": batch}, num_examples)
@@ -114,10 +114,10 @@ class Store:
                     )
                 self._warned = True
                 continue
-            found |= {name: result.row(row) for row, name in enumerate(names) if name in wanted}
+            found |= {name: rows_of(result, [row]) for row, name in enumerate(names) if name in wanted}
         return found
 
-    def write(self, batch: str, lesions: Sequence[str], result: BatchResult) -> None:
+    def write(self, batch: str, lesions: Sequence[str], result: Sums) -> None:
         """Keep the result of a batch.
 
         Args:
@@ -132,7 +132,7 @@ class Store:
         order = sorted(range(len(lesions)), key=lesions.__getitem__)
         names = [lesions[row] for row in order]
         path = self.folder / f"{batch[:_DIGITS]}-{fingerprint(names)[:_DIGITS]}.safetensors"
-        sums = {name: values[order] for name, values in result.sums.items()}
+        sums = rows_of(result, order)
         # Compressed bytes: most sums are small counts, and a lesion may well make some infinite, which a file of
         # weights refuses.
         packed = {name: zlib.compress(np.ascontiguousarray(values).tobytes(), 1) for name, values in sums.items()}
@@ -175,7 +175,7 @@ class Store:
 _UNREADABLE = (ResnetPathsError, KeyError, ValueError, RuntimeError, TypeError, OSError, zlib.error, MemoryError)
 
 
-def _read_part(path: Path, stated: Mapping[str, str], num_examples: int) -> tuple[list[str], BatchResult]:
+def _read_part(path: Path, stated: Mapping[str, str], num_examples: int) -> tuple[list[str], Sums]:
     """Lesions and result of a part, once it is known to be the one with these keys."""
     metadata, tensors = read_checked(path, needs_checksum=True)
     for key, value in stated.items():
@@ -195,4 +195,4 @@ def _read_part(path: Path, stated: Mapping[str, str], num_examples: int) -> tupl
         sums[name] = np.frombuffer(data, kind).reshape(shape)
     if not sums:
         raise ResnetPathsError("store", "no sums", "a part with the sums of at least one measure")
-    return names, BatchResult(sums)
+    return names, sums

@@ -21,7 +21,6 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
-from torch.utils import _pytree as pytree
 
 from resnet_paths.core.chain import Block, ResidualChain, is_identity
 from resnet_paths.core.groups import ungrouped
@@ -300,9 +299,10 @@ _IN_PLACE = {getattr(operator, f"i{name.strip('_')}", None) for name in dir(oper
 
 def _has_batch_first(chain: ResidualChain, place: int) -> bool:
     """Whether a step takes and returns states with the batch in dimension 0 alone, as far as their shapes are known."""
-    behind, before = (chain[i] if 0 <= i < len(chain) else None for i in (place - 2, place - 1))
-    shapes = (behind and behind.out_shape, before and before.in_shape, before and before.out_shape)
-    return -1 not in pytree.tree_leaves(shapes)
+    shapes = [chain[place - 2].out_shape] if 0 < place - 1 <= len(chain) else []
+    if 0 < place <= len(chain):
+        shapes += [chain[place - 1].in_shape, chain[place - 1].out_shape]
+    return not any(shape is not None and -1 in shape for shape in shapes)
 
 
 def _length(state: torch.Tensor) -> int:

@@ -56,6 +56,22 @@ def counts(frame):
     return frame.attrs["batches_computed"], frame.attrs["batches_found"]
 
 
+def test_a_function_is_found_by_its_key(tmp_path):
+    """As a user says that it changed where neither weights nor a probe of two examples show it."""
+    chain, loader = random_chain(STEADY), labelled()
+
+    def deleting(key):
+        return rp.lesions.Lesion("", name="mine", function=lambda chain: rp.delete_block(chain, 1), key=key)
+
+    expected = study(chain, loader, [deleting(None)])
+    frames = [study(chain, loader, [deleting(key)], store=tmp_path) for key in ("1", "1", "2", None)]
+    for frame in frames:
+        same(frame, expected)
+    assert [frame.attrs["batches_found"] for frame in frames] == [0, 5, 0, 0]
+    with pytest.raises(rp.ResnetPathsError, match=r"key: got '1'; allowed: a str, with a function"):
+        rp.lesions.Lesion("delete", (1,), key="1")
+
+
 def test_a_study_that_is_run_again_computes_nothing(tmp_path):
     chain, loader = random_chain(STEADY), labelled()
     plain = study(chain, loader, per_class=True)
