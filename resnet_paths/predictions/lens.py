@@ -113,9 +113,10 @@ def lens(
         for k, count in enumerate(of_length)
         if count and (max_length is None or k <= int(max_length))
     ]
+    num_rows = [sum(start <= place for start, _ in keys) for place in range(len(counts))]
     found = []
     for batch, _ in batches_with_bar("lens", inputs, None, progress):
-        for part, _ in split_to_fit(chain, *prepared(chain, batch, None), memory_budget, len(keys)):
+        for part, _ in split_to_fit(chain, *prepared(chain, batch, None), memory_budget, num_rows):
             point = ForwardPass(chain, part)
             found.append(_measured(chain, point, keys, logits, linearizer))
     divergence, agreement, rank, num_positions = np.concatenate(found, 2)

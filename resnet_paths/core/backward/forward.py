@@ -6,7 +6,7 @@ split changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -109,7 +109,7 @@ def split_to_fit(
     inputs: Inputs,
     targets: T,
     memory_budget: int,
-    rows: int,
+    rows: int | Sequence[int],
     *,
     down_to: int = 0,
     beside: int = 0,
@@ -121,7 +121,8 @@ def split_to_fit(
         inputs: From `prepared`.
         targets: Likewise.
         memory_budget: Bytes.
-        rows: How many cotangents of one example are carried at once.
+        rows: How many cotangents of one example are carried at once; or a number for the output of the stem and of each
+            block.
         down_to: The block at whose input the backward pass ends.
         beside: Bytes of each example that one row takes elsewhere.
 
@@ -132,9 +133,13 @@ def split_to_fit(
     states, context = forward(chain, one)
     of_context = sum(t.numel() * t.element_size() for t in context.values())
     sizes = [state.numel() * state.element_size() + of_context for state in states]
-    # A row for each block passed so far, up to `rows` in all.
-    num_rows = [min(rows, (len(states) - i) * max(rows // len(states), 1)) for i in range(len(states))]
-    stacks = max(n * size for n, size in zip(num_rows[down_to:], sizes[down_to:], strict=True)) + rows * beside
+    if isinstance(rows, int):
+        # A row for each block passed so far, up to `rows` in all.
+        most, each = rows, max(rows // len(states), 1)
+        num_rows: Sequence[int] = [min(rows, (len(states) - i) * each) for i in range(len(states))]
+    else:
+        most, num_rows = max(rows), rows
+    stacks = max(n * size for n, size in zip(num_rows[down_to:], sizes[down_to:], strict=True)) + most * beside
     needed = sum(sizes) + _INSIDE_A_BLOCK * max(sizes) + STACKS_AT_ONCE * stacks
     yield from split(inputs, targets, max(memory_budget // needed, 1))
 
