@@ -6,14 +6,29 @@ import contextlib
 import math
 import numbers
 import operator
-from typing import SupportsIndex
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import SupportsIndex, TypeVar
 
 import numpy as np
+import pandas as pd
 import torch
 
 from resnet_paths._utils.errors import ResnetPathsError
 
-__all__ = ["require_float", "require_generator", "require_int"]
+__all__ = [
+    "is_boolean",
+    "require_float",
+    "require_frame",
+    "require_function",
+    "require_generator",
+    "require_int",
+    "require_list",
+    "require_path",
+]
+
+T = TypeVar("T")
 
 
 def require_int(
@@ -101,3 +116,81 @@ def require_generator(argument: str, value: object) -> torch.Generator:
 def is_boolean(value: object) -> bool:
     """Whether a value is True or False, also as a number of NumPy or in a tensor: none is taken for 0 or 1."""
     return isinstance(value, bool | np.bool_) or getattr(value, "dtype", None) in (torch.bool, np.dtype(bool))
+
+
+def require_list(argument: str, value: Iterable[T], allowed: str, advice: str = "") -> list[T]:
+    """Validate that an argument can be iterated over, and is not a text.
+
+    Args:
+        argument: Name of the argument, for the message.
+        value: The value received.
+        allowed: What is allowed, for the message.
+        advice: What to do, for the message.
+
+    Returns:
+        What it holds.
+
+    Raises:
+        ResnetPathsError: If it cannot be iterated over.
+    """
+    received: object = value
+    if isinstance(received, Iterable) and not isinstance(received, str | bytes):
+        with contextlib.suppress(TypeError):  # a tensor of one number, or a class
+            return list(received)
+    raise ResnetPathsError(argument, value, allowed, advice)
+
+
+def require_path(argument: str, value: object) -> Path:
+    """Validate the path of a file or folder, which need not exist.
+
+    Args:
+        argument: Name of the argument, for the message.
+        value: The value received.
+
+    Returns:
+        The path.
+
+    Raises:
+        ResnetPathsError: If it is no text and no path, or holds a null character.
+    """
+    if not isinstance(value, str | os.PathLike) or not isinstance(os.fspath(value), str) or "\0" in os.fspath(value):
+        raise ResnetPathsError(argument, value, "a str or a pathlib.Path without null characters")
+    return Path(value)
+
+
+def require_frame(argument: str, value: object, columns: Iterable[str] = ()) -> pd.DataFrame:
+    """Validate a frame.
+
+    Args:
+        argument: Name of the argument, for the message.
+        value: The value received.
+        columns: Those that it must have.
+
+    Returns:
+        The frame.
+
+    Raises:
+        ResnetPathsError: If it is no frame, or a column is missing.
+    """
+    columns = list(columns)
+    allowed = f"a pandas DataFrame with columns {', '.join(columns)}" if columns else "a pandas DataFrame"
+    if not isinstance(value, pd.DataFrame):
+        raise ResnetPathsError(argument, type(value).__name__, allowed)
+    if not set(columns) <= set(value.columns):
+        raise ResnetPathsError(argument, f"columns {', '.join(map(str, value.columns)) or '(none)'}", allowed)
+    return value
+
+
+def require_function(argument: str, value: object, allowed: str) -> None:
+    """Validate that an argument can be called, and is not a class.
+
+    Args:
+        argument: Name of the argument, for the message.
+        value: The value received.
+        allowed: What is allowed, for the message.
+
+    Raises:
+        ResnetPathsError: If it cannot be called.
+    """
+    if not callable(value) or isinstance(value, type):
+        raise ResnetPathsError(argument, value, allowed)

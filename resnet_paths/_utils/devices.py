@@ -25,12 +25,23 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
         >>> choose_device("cpu")
         device(type='cpu')
     """
-    if device == "auto":
+    if isinstance(device, str) and device == "auto":
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    allowed = "'auto' or a torch device, such as 'cpu' or 'cuda:0'"
+    if not isinstance(device, str | torch.device):
+        raise ResnetPathsError("device", device, allowed)
     try:
-        return torch.device(device)
+        chosen = torch.device(device)
     except RuntimeError as error:
-        raise ResnetPathsError("device", device, "'auto' or a torch device, such as 'cpu' or 'cuda:0'") from error
+        raise ResnetPathsError("device", device, allowed) from error
+    if chosen.type == "meta":
+        raise ResnetPathsError("device", device, allowed, "Tensors on 'meta' have no values.")
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if chosen.type in ("cuda", "mps", "xpu"):
+        num = torch.accelerator.device_count() if accelerator and accelerator.type == chosen.type else 0
+        if (chosen.index or 0) >= num:
+            raise ResnetPathsError("device", device, allowed, f"There are {num} devices of type {chosen.type!r}.")
+    return chosen
 
 
 def wide(tensor: torch.Tensor) -> torch.Tensor:

@@ -10,13 +10,12 @@ Positions never shift when a block is deleted: it stays in its place with its sk
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 from torch import nn
 
+from resnet_paths._utils.arguments import require_float, require_int, require_list
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.core.chain import Block, ResidualChain, is_identity, require_chain
 from resnet_paths.core.parts import LinearCombination, Parallel
@@ -205,7 +204,7 @@ def scale_block(chain: ResidualChain, block: int | str, factor: float) -> Residu
     Raises:
         ResnetPathsError: If there is no such block, its branch is deleted, or the factor is not finite.
     """
-    factor = _finite(factor)
+    factor = require_float("factor", factor)
 
     def scaled(original: Block) -> Block:
         branch = original.branch
@@ -236,6 +235,7 @@ def reverse_blocks(chain: ResidualChain, stage: int) -> ResidualChain:
     """
     require_chain("chain", chain)
     stages = sorted({b.stage for b in chain})
+    stage = require_int("stage", stage)
     if stage not in stages:
         raise ResnetPathsError("stage", stage, f"one of {stages}")
     places = [i for i, b in enumerate(chain) if b.stage == stage and b.keeps_shape]
@@ -306,6 +306,7 @@ def path_network(chain: ResidualChain, path: Sequence[Entry]) -> ResidualChain:
     Raises:
         ResnetPathsError: If the path does not fit the chain.
     """
+    require_chain("chain", chain)
     path = check_path(choices_of(chain), path)
     return chain.with_blocks(_take(block, entry) for block, entry in zip(chain, path, strict=True))
 
@@ -377,18 +378,7 @@ def _holds(chain: ResidualChain, name: str) -> bool:
 
 
 def _listed(blocks: Iterable[int | str]) -> list[int | str]:
-    if isinstance(blocks, str) or not isinstance(blocks, Iterable):
-        raise ResnetPathsError("blocks", blocks, "a list of positions or names", f"Write [{blocks!r}].")
-    return list(blocks)
-
-
-def _finite(factor: object) -> float:
-    """Convert a number, also one of NumPy, to a Python float."""
-    if isinstance(factor, int | float) and math.isfinite(factor):
-        return factor
-    if isinstance(factor, numbers.Real) and math.isfinite(factor):
-        return float(factor)
-    raise ResnetPathsError("factor", factor, "a finite number")
+    return require_list("blocks", blocks, "a list of positions or names", f"Write [{blocks!r}].")
 
 
 def _without_branch(block: Block) -> Block:

@@ -18,6 +18,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from resnet_paths._utils.arguments import require_list
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.core.chain import Block, ResidualChain, is_identity, require_chain
 from resnet_paths.core.parts import LinearCombination
@@ -111,12 +112,14 @@ def runs_of(chain: ResidualChain, unit: str | Iterable[Sequence[int | str]]) -> 
     Raises:
         ResnetPathsError: As `group_blocks`.
     """
+    allowed = f"{' or '.join(map(repr, _UNITS))}, or a list of runs of blocks"
     if isinstance(unit, str):
         if unit not in _UNITS:
-            raise ResnetPathsError("unit", unit, f"{' or '.join(map(repr, _UNITS))}, or a list of runs of blocks")
+            raise ResnetPathsError("unit", unit, allowed)
         keys = [block.stage if unit == "stage" else layer_of(block) for block in chain]
         return [tuple(run) for _, run in itertools.groupby(range(len(chain)), key=lambda index: keys[index])]
-    runs = sorted(tuple(sorted(chain.block_index(block) for block in run)) for run in unit)
+    listed = [require_list("unit", run, allowed) for run in require_list("unit", unit, allowed)]
+    runs = sorted(tuple(sorted(chain.block_index(block) for block in run)) for run in listed)
     for run in runs:
         if not run or run != tuple(range(run[0], run[-1] + 1)):
             raise ResnetPathsError("unit", [chain[i].name for i in run], "runs of blocks that stand side by side")

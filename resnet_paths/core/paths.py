@@ -18,9 +18,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Generic, Protocol, SupportsIndex, TypeAlias, TypeVar, runtime_checkable
 
+import numpy as np
 import pandas as pd
 
-from resnet_paths._utils.arguments import is_boolean, require_int
+from resnet_paths._utils.arguments import is_boolean, require_int, require_list
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.core.polynomials import lengths_of_product, product_of_powers
 
@@ -383,14 +384,15 @@ def check_path(choices: Choices, path: Sequence[Entry]) -> Path:
     Raises:
         ResnetPathsError: If its number of entries is wrong, or a block does not offer its entry.
     """
-    path = tuple(path)
+    listed = require_list("path", path, f"{len(choices)} entries, one a block")
+    path = tuple(entry.item() if isinstance(entry, np.generic) else entry for entry in listed)
     if len(path) != len(choices):
         raise ResnetPathsError("path", path, f"{len(choices)} entries, one a block")
     for index, (entry, offered) in enumerate(zip(path, choices, strict=True)):
         inner = {branch_number(choice): choice for choice in offered if isinstance(choice, tuple)}
         if isinstance(entry, tuple) and branch_number(entry) in inner:
             check_path(inner[branch_number(entry)], entry)
-        elif entry not in offered or isinstance(entry, tuple):
+        elif not isinstance(entry, int) or entry not in offered:
             raise ResnetPathsError(
                 f"path[{index}]",
                 entry,

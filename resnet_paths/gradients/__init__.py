@@ -23,12 +23,12 @@ import itertools
 import math
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import SupportsIndex
 
 import numpy as np
 import pandas as pd
 import torch
 
+from resnet_paths._utils.arguments import require_float, require_int
 from resnet_paths._utils.errors import ResnetPathsError, nearest_names
 from resnet_paths._utils.statistics import mean_over_examples
 from resnet_paths.core.chain import ResidualChain
@@ -159,6 +159,7 @@ def gradient_by_path_length(
         [0.3501, 0.4202, 0.1891, 0.0378, 0.0028]
     """
     place = Place.of(chain, with_respect_to)
+    memory_budget = require_int("memory_budget", memory_budget, 1)
     paths = _checked_options(method, paths, num_draws, relative_error, average)
     if not per_example and place.of_parameters:
         raise ResnetPathsError("per_example", per_example, "True for gradients of parameters")
@@ -232,6 +233,7 @@ def gradient_by_stage_lengths(
         ResnetPathsError: As `gradient_by_path_length`.
     """
     place = _place_of_states(chain, with_respect_to)
+    memory_budget = require_int("memory_budget", memory_budget, 1)
     indices = range(place.down_to, len(chain))
     stages = [list(run) for _, run in itertools.groupby(indices, key=lambda i: chain[i].stage)]
     ranges = [range(run[0], run[-1] + 1) for run in stages]
@@ -297,6 +299,7 @@ def gradient_through_block(
         ResnetPathsError: As `gradient_by_path_length`.
     """
     place = _place_of_states(chain, with_respect_to)
+    memory_budget = require_int("memory_budget", memory_budget, 1)
     norms, shares = [], []
     for batch_inputs, batch_targets in batches_with_bar("gradient through blocks", inputs, targets, progress):
         for point in place.points(batch_inputs, batch_targets, loss, memory_budget, len(chain) + 1):
@@ -349,6 +352,7 @@ def gradient_by_depth(
         ResnetPathsError: As `gradient_by_path_length`.
     """
     place = Place.of(chain, "stem")
+    memory_budget = require_int("memory_budget", memory_budget, 1)
     all_measured = []
     for batch_inputs, batch_targets in batches_with_bar("gradient by depth", inputs, targets, progress):
         for point in place.points(batch_inputs, batch_targets, loss, memory_budget, 1):
@@ -402,10 +406,11 @@ def _checked_options(
     if paths is not None and paths not in allowed:
         names = " or ".join(map(repr, allowed))
         raise ResnetPathsError("paths", paths, f"{names} for method={method!r} and average={average!r}")
-    if num_draws is not None and (not isinstance(num_draws, SupportsIndex) or int(num_draws) < 2):
-        raise ResnetPathsError("num_draws", num_draws, "an int of at least 2, so that the error can be estimated")
-    if not 0 < relative_error < 1:
-        raise ResnetPathsError("relative_error", relative_error, "a number between 0 and 1, both excluded")
+    if num_draws is not None:
+        require_int("num_draws", num_draws, 2)  # so that the error can be estimated
+    between = "a number between 0 and 1, both excluded"
+    if not 0 < require_float("relative_error", relative_error, between) < 1:
+        raise ResnetPathsError("relative_error", relative_error, between)
     return allowed[0] if paths is None else paths
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from resnet_paths._utils.arguments import require_float, require_frame
 from resnet_paths._utils.errors import ResnetPathsError, nearest_names
 
 __all__ = ["PAPER_WINDOW", "EffectiveWindow", "GeometricDecay", "effective_window", "fit_decay"]
@@ -62,8 +63,9 @@ def effective_window(frame: pd.DataFrame, quantity: str, share: float = 0.95) ->
         (20, 34, 27)
     """
     values = _column(frame, quantity)
-    if not 0 < share <= 1:
-        raise ResnetPathsError("share", share, "a number above 0 and at most 1")
+    allowed = "a number above 0 and at most 1"
+    if not 0 < require_float("share", share, allowed) <= 1:
+        raise ResnetPathsError("share", share, allowed)
     total = math.fsum(values)
     if not np.isfinite(values).all() or not total > 0:
         raise ResnetPathsError("quantity", quantity, "a column of finite numbers with a positive sum")
@@ -156,7 +158,8 @@ def fit_decay(
 
 
 def _column(frame: pd.DataFrame, quantity: str) -> np.ndarray:
-    if quantity not in frame:
+    require_frame("frame", frame, ["path_length"])
+    if not isinstance(quantity, str) or quantity not in frame:
         raise ResnetPathsError("quantity", quantity, f"a column of the frame, nearest {_nearest(quantity, frame)}")
     return frame[quantity].to_numpy(dtype=float)
 

@@ -14,6 +14,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from resnet_paths._utils.arguments import require_function
 from resnet_paths._utils.devices import wide
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.core.backward.cotangents import Cotangents, Stack, aligned
@@ -107,6 +108,8 @@ class Place:
             ResnetPathsError: If the inputs cannot be differentiated or hold no example.
         """
         chain = self.chain
+        if loss is not None:
+            require_function("loss", loss, "a function from outputs and targets to losses [batch], or None")
         inputs, targets = prepared(chain, inputs, targets)
         if self.of_input:
             _refuse_without_gradient(inputs)

@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import operator
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
@@ -30,6 +29,7 @@ import torch
 from torch.utils import data
 from tqdm.auto import tqdm
 
+from resnet_paths._utils.arguments import require_int, require_path
 from resnet_paths._utils.errors import ResnetPathsError, StudyInterrupted
 from resnet_paths._utils.fingerprint import fingerprint
 from resnet_paths.core.chain import ResidualChain, require_chain
@@ -156,6 +156,9 @@ def lesion_study(
     require_eval_mode("chain", chain)
     validate_precision(precision, chain)
     batch_budget = _checked_settings(batch_budget, adjust)
+    store = None if store is None else require_path("store", store)
+    if executor is not None and not isinstance(executor, Executor):
+        raise ResnetPathsError("executor", executor, "a concurrent.futures.Executor, or None")
     _look_at_loader(loader, store)
     named, measured = _named(lesions), measures_of(measures)
     _refuse_what_is_not_measured(measured, per_class, store)
@@ -369,10 +372,4 @@ def _checked_settings(batch_budget: SupportsIndex | None, adjust: str | None) ->
     """The batch budget as a plain int."""
     if adjust not in (None, "holm", "fdr_bh"):
         raise ResnetPathsError("adjust", adjust, "'holm', 'fdr_bh' or None")
-    if batch_budget is not None and (
-        not isinstance(batch_budget, SupportsIndex)
-        or isinstance(batch_budget, bool)
-        or operator.index(batch_budget) < 1
-    ):
-        raise ResnetPathsError("batch_budget", batch_budget, "a number of examples of at least 1, or None")
-    return None if batch_budget is None else operator.index(batch_budget)
+    return None if batch_budget is None else require_int("batch_budget", batch_budget, 1)

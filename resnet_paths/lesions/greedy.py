@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from operator import index
-from typing import SupportsIndex
 
 import torch
 
+from resnet_paths._utils.arguments import require_int
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.core.chain import ResidualChain
 from resnet_paths.core.inputs import require_loader
@@ -54,8 +53,7 @@ def greedy_deletions(
         ResnetPathsError: If `num_blocks` is not such a number, or the loader can be read only once.
     """
     left = [place for lesion in single_deletions(chain) for place in lesion.blocks or ()]
-    if isinstance(num_blocks, bool) or not isinstance(num_blocks, SupportsIndex) or not 1 <= num_blocks <= len(left):
-        raise ResnetPathsError("num_blocks", num_blocks, f"an int from 1 to {len(left)}")
+    num_blocks = require_int("num_blocks", num_blocks, 1, len(left))
     require_loader(loader)
     if iter(loader) is loader:
         raise ResnetPathsError(
@@ -63,7 +61,7 @@ def greedy_deletions(
         )
     (measured,) = measures_of([measure])
     ranking: list[int] = []
-    for _ in range(index(num_blocks)):
+    for _ in range(num_blocks):
         lesions = [Lesion("delete", tuple(sorted((*ranking, place)))) for place in left]
         frame = lesion_study(
             chain,

@@ -7,15 +7,14 @@ chain may be added to the list.
 from __future__ import annotations
 
 import itertools
-import math
-import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, SupportsIndex
+from typing import Any
 
 import torch
 
+from resnet_paths._utils.arguments import require_float, require_generator, require_int, require_list
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.core.chain import ResidualChain, is_identity, require_chain
 from resnet_paths.core.edits import deletable
@@ -40,6 +39,8 @@ __all__ = [
     "scalings",
     "single_deletions",
 ]
+
+_BLOCKS = "a list of positions or names, or None"
 
 
 def single_deletions(chain: ResidualChain) -> list[Lesion]:
@@ -72,7 +73,11 @@ def pair_deletions(chain: ResidualChain, blocks: Sequence[int | str] | None = No
         ResnetPathsError: If a block does not exist or cannot be deleted.
     """
     possible = deletable(chain)
-    chosen = possible if blocks is None else sorted({chain.block_index(block) for block in blocks})
+    chosen = (
+        possible
+        if blocks is None
+        else sorted({chain.block_index(block) for block in require_list("blocks", blocks, _BLOCKS)})
+    )
     for index in chosen:
         if index not in possible:
             raise ResnetPathsError("blocks", chain[index].name, "blocks that can be deleted")
@@ -119,6 +124,7 @@ def random_swaps(chain: ResidualChain, counts: Iterable[int], repeats: int, gene
         ResnetPathsError: If no two blocks can be swapped, or `repeats` is negative.
     """
     pairs = _exchangeable(chain)
+    require_generator("generator", generator)
     if not pairs:
         raise ResnetPathsError(
             "chain", f"{len(chain)} blocks", "a chain with two blocks of one stage that keep the shape"
@@ -183,7 +189,7 @@ def scalings(chain: ResidualChain, factors: Iterable[float]) -> list[Lesion]:
         One lesion per block and factor, block by block.
     """
     require_chain("chain", chain)
-    factors = list(factors)
+    factors = [require_float("factors", f) for f in require_list("factors", factors, "a list of finite numbers")]
     return [
         Lesion("scale", (index,), name=f"{factor:g} x {_name(chain, index)}", factor=factor)
         for index, block in enumerate(chain)
@@ -285,7 +291,9 @@ def layer_schedules(
         runs = runs_of(chain, "transformer_layer")
         layers = [runs[i] for i in _middle(group_blocks(chain, runs))]
     else:
-        layers = [(index,) for index in sorted(chain.block_index(block) for block in blocks)]
+        layers = [
+            (index,) for index in sorted(chain.block_index(block) for block in require_list("blocks", blocks, _BLOCKS))
+        ]
     places = [index for layer in layers for index in layer]
     side_by_side = places == list(range(places[0], places[-1] + 1)) if places else False
     exchangeable = blocks is None or all(_is_exchangeable(chain, i) for i in places)
@@ -295,7 +303,7 @@ def layer_schedules(
             [chain[i].name for i in places],
             "at least two neighbouring layers or blocks with identity skips and branches",
         )
-    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    generator = torch.Generator().manual_seed(0) if generator is None else require_generator("generator", generator)
     draw = torch.randperm(len(layers), generator=generator, device=generator.device).tolist()
 
     def in_order(order: Iterable[int]) -> tuple[int, ...]:
@@ -329,6 +337,7 @@ def _random_sets(
     possible: list[int], counts: Iterable[int], repeats: int, generator: torch.Generator, what: str
 ) -> list[tuple[int, ...]]:
     """`repeats` sets of each count, each drawn uniformly without replacement."""
+    require_generator("generator", generator)
     sets = []
     for count in _checked_counts(counts, repeats, len(possible), what):
         for _ in range(repeats):
@@ -370,11 +379,6 @@ def _middle(chain: ResidualChain) -> list[int]:
 
 
 def _checked_counts(counts: Iterable[int], repeats: int, most: int | None, what: str) -> list[int]:
-    if not isinstance(repeats, SupportsIndex) or operator.index(repeats) < 0:
-        raise ResnetPathsError("repeats", repeats, "an int of at least 0")
-    counts, highest = list(counts), math.inf if most is None else most
-    for count in counts:
-        if not isinstance(count, SupportsIndex) or not 1 <= operator.index(count) <= highest:
-            allowed = f"numbers of at least 1 ({what})" if most is None else f"numbers from 1 to {most} ({what})"
-            raise ResnetPathsError("counts", count, allowed)
-    return [operator.index(count) for count in counts]
+    require_int("repeats", repeats, 0)
+    listed = require_list("counts", counts, f"a list of numbers of {what}, such as [1, 2]")
+    return [require_int("counts", count, 1, most, noun=f"numbers of {what}") for count in listed]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from resnet_paths._utils.arguments import require_int, require_list
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.core.chain import Block, ResidualChain, require_chain
 from resnet_paths.core.edits import deletable
@@ -89,7 +90,7 @@ def range_swaps(chain: ResidualChain, length: int) -> list[Lesion]:
         ResnetPathsError: If the length is not a number from 1 to half the number of blocks.
     """
     require_chain("chain", chain)
-    (length,) = _checked(chain, [length], len(chain) // 2)
+    length = _checked_length(length, len(chain) // 2)
     lesions = []
     for places in _ranges(chain, 2 * length):
         blocks = _blocks(chain, places)
@@ -117,7 +118,7 @@ def ranked_deletions(chain: ResidualChain, ranking: Sequence[int | str]) -> list
         ResnetPathsError: If there is no such block, or a block occurs twice.
     """
     require_chain("chain", chain)
-    places = [chain.block_index(block) for block in ranking]
+    places = [chain.block_index(block) for block in require_list("ranking", ranking, "a list of positions or names")]
     if len(set(places)) < len(places):
         raise ResnetPathsError("ranking", list(ranking), "each block once")
     return [
@@ -126,13 +127,16 @@ def ranked_deletions(chain: ResidualChain, ranking: Sequence[int | str]) -> list
     ]
 
 
-def _checked(chain: ResidualChain, lengths: Iterable[int] | None, most: int | None = None) -> list[int]:
-    most = len(chain) if most is None else most
-    chosen = list(range(1, most + 1)) if lengths is None else list(lengths)
-    for length in chosen:
-        if isinstance(length, bool) or not hasattr(length, "__index__") or not 1 <= length <= most:
-            raise ResnetPathsError("lengths", length, f"numbers of blocks from 1 to {most}")
-    return chosen
+def _checked(chain: ResidualChain, lengths: Iterable[int] | None) -> list[int]:
+    most = len(chain)
+    if lengths is None:
+        return list(range(1, most + 1))
+    allowed = f"numbers of blocks from 1 to {most}"
+    return [_checked_length(length, most) for length in require_list("lengths", lengths, f"{allowed}, or None")]
+
+
+def _checked_length(length: object, most: int) -> int:
+    return require_int("lengths", length, 1, most, noun="numbers of blocks")
 
 
 def _ranges(chain: ResidualChain, length: int) -> list[tuple[int, ...]]:

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from resnet_paths._utils.arguments import require_generator, require_int
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.core.backward.forward import prepared, split_to_fit
 from resnet_paths.core.backward.linearize import linearize
@@ -97,7 +98,11 @@ def prediction_by_path_length(
     require_chain("chain", chain)
     require_eval_mode("chain", chain)
     linearizer, tangents = linearizer_of(linearization)
-    if by_source not in (True, False, "parts"):
+    output_function(output, None)  # validated before the first pass
+    memory_budget = require_int("memory_budget", memory_budget, 1)
+    if generator is not None:
+        require_generator("generator", generator)
+    if not isinstance(by_source, bool | str) or by_source not in (True, False, "parts"):
         raise ResnetPathsError("by_source", by_source, "False, True or 'parts'")
     counts = path_polynomial(chain)
     num_lengths = len(counts)

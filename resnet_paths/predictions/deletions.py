@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from resnet_paths._utils.arguments import require_generator, require_int
 from resnet_paths._utils.devices import wide
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths._utils.statistics import mean_over_examples
@@ -34,7 +35,7 @@ from resnet_paths.core.modes import require_eval_mode
 from resnet_paths.core.parts import call_part
 from resnet_paths.predictions.detached import linearizer_of
 from resnet_paths.predictions.direct import SkipPath
-from resnet_paths.predictions.outputs import Output, name_of
+from resnet_paths.predictions.outputs import Output, name_of, output_function
 from resnet_paths.predictions.shares import pooled_share
 
 __all__ = ["Deletion", "deletion_account", "effect_matrix"]
@@ -168,6 +169,8 @@ def deletion_account(
         >>> frame.deleted.tolist()
         ['block0', 'block1', 'block2']
     """
+    if generator is not None:
+        require_generator("generator", generator)
     deletions, found, _, attributes = _run(chain, inputs, lesions, output, linearization, memory_budget, progress)
     frame = pd.DataFrame(
         [deletion.columns(chain) for deletion in deletions], columns=["deleted", "deleted_index"]
@@ -220,6 +223,8 @@ def _run(
     require_chain("chain", chain)
     require_eval_mode("chain", chain)
     linearizer, tangents = linearizer_of(linearization)
+    output_function(output, None)  # validated before the first pass
+    memory_budget = require_int("memory_budget", memory_budget, 1)
     deletions = _checked(chain, lesions)
     edited = [delete_blocks(chain, deletion.blocks) for deletion in deletions]
     outputs: list[np.ndarray] = []

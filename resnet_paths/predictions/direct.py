@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from resnet_paths._utils.arguments import require_generator, require_int
 from resnet_paths.core.backward.forward import ForwardPass, prepared, split_to_fit
 from resnet_paths.core.backward.linearize import Context, Pullback, inner_products, unchanged
 from resnet_paths.core.backward.recursion import Linearizer
@@ -28,7 +29,7 @@ from resnet_paths.core.inputs import InputsOrLoader, batches_with_bar
 from resnet_paths.core.modes import require_eval_mode
 from resnet_paths.core.parts import call_part
 from resnet_paths.predictions.detached import linearizer_of
-from resnet_paths.predictions.outputs import Output, name_of, output_at
+from resnet_paths.predictions.outputs import Output, name_of, output_at, output_function
 from resnet_paths.predictions.shares import checked_residual, share_columns
 from resnet_paths.predictions.sources import at_head
 
@@ -92,6 +93,10 @@ def direct_effects(
     require_chain("chain", chain)
     require_eval_mode("chain", chain)
     linearizer, tangents = linearizer_of(linearization)
+    output_function(output, None)  # validated before the first pass
+    memory_budget = require_int("memory_budget", memory_budget, 1)
+    if generator is not None:
+        require_generator("generator", generator)
     found = []
     for batch, labels in batches_with_bar("direct effects", inputs, targets, progress):
         # States, what branches add and cotangents of the sums are kept for all blocks.

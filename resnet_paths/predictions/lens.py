@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import SupportsIndex
 
 import numpy as np
 import pandas as pd
@@ -24,6 +23,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from resnet_paths._utils.arguments import require_int
 from resnet_paths._utils.devices import wide
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths._utils.statistics import mean_over_examples, rate_interval
@@ -102,8 +102,8 @@ def lens(
     require_chain("chain", chain)
     require_eval_mode("chain", chain)
     linearizer, tangents = linearizer_of(linearization)
-    if max_length is not None and (not isinstance(max_length, SupportsIndex) or int(max_length) < 0):
-        raise ResnetPathsError("max_length", max_length, "an int of at least 0, or None for all paths")
+    memory_budget = require_int("memory_budget", memory_budget, 1)
+    max_length = None if max_length is None else require_int("max_length", max_length, 0)
     blocks = list(chain)
     counts = [path_polynomial(chain.with_blocks(blocks[start:])) for start in range(len(blocks) + 1)]
     # One row per state and length of its paths.
@@ -111,7 +111,7 @@ def lens(
         (start, k)
         for start, of_length in enumerate(counts)
         for k, count in enumerate(of_length)
-        if count and (max_length is None or k <= int(max_length))
+        if count and (max_length is None or k <= max_length)
     ]
     num_rows = [sum(start <= place for start, _ in keys) for place in range(len(counts))]
     found = []

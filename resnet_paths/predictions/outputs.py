@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 import torch
 
+from resnet_paths._utils.arguments import require_function
 from resnet_paths._utils.errors import ResnetPathsError, nearest_names
 
 __all__ = ["OUTPUTS", "Output", "name_of", "output_at", "output_function"]
@@ -31,13 +32,11 @@ def output_function(output: Output, targets: object) -> Callable[[torch.Tensor],
     Raises:
         ResnetPathsError: If `output` is unknown.
     """
+    if not isinstance(output, str) or output not in OUTPUTS:
+        names = nearest_names(str(output), OUTPUTS, cutoff=0)
+        require_function("output", output, f"a function, or one of {names}")
     if callable(output):
         return output
-    if output not in OUTPUTS:
-        raise ResnetPathsError(
-            "output", output, f"a function, or one of {nearest_names(str(output), OUTPUTS, cutoff=0)}"
-        )
-
     return lambda logits: output_at(output, targets, logits)(logits)
 
 

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from resnet_paths._utils.arguments import require_path
 from resnet_paths._utils.errors import ResnetPathsError, nearest_names, requires_extra
 from resnet_paths._utils.files import cache_folder, check_sha256, shipped_folder, write_then_rename
 
@@ -101,8 +102,8 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int]]):
     """
 
     def __init__(self, name: str, images: torch.Tensor, labels: torch.Tensor) -> None:
-        if name not in DATASETS:
-            raise ResnetPathsError("name", name, f"one of {nearest_names(name, DATASETS, cutoff=0)}")
+        if not isinstance(name, str) or name not in DATASETS:
+            raise ResnetPathsError("name", name, f"one of {nearest_names(str(name), DATASETS, cutoff=0)}")
         facts = DATASETS[name]
         if images.dtype != torch.uint8 or tuple(images.shape[1:]) != facts.shape or not len(images):
             raise ResnetPathsError(
@@ -170,11 +171,11 @@ def load_dataset(
         >>> len(images), tuple(image.shape), images.classes[label]
         (10000, (1, 28, 28), 'ankle boot')
     """
-    if name not in DATASETS:
-        raise ResnetPathsError("name", name, f"one of {nearest_names(name, DATASETS, cutoff=0)}")
+    if not isinstance(name, str) or name not in DATASETS:
+        raise ResnetPathsError("name", name, f"one of {nearest_names(str(name), DATASETS, cutoff=0)}")
     if split not in ("train", "test"):
         raise ResnetPathsError("split", split, "'train' or 'test'")
-    root = None if folder is None else Path(folder).expanduser()
+    root = None if folder is None else require_path("folder", folder).expanduser()
     if name == "fashion-mnist":
         images, labels = _read_fashion_mnist(split, root, download)
     else:

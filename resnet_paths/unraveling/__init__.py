@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensor
 
+from resnet_paths._utils.arguments import require_list
 from resnet_paths._utils.errors import ResnetPathsError, UnravelError
 from resnet_paths.core.chain import ResidualChain
 from resnet_paths.core.input_sizes import InputSizes
@@ -211,9 +212,11 @@ def _check_arguments(model: nn.Module, example_inputs: Inputs) -> tuple[tuple[ob
 
 
 def _listed(blocks: Sequence[str]) -> list[str]:
-    if isinstance(blocks, str) or not blocks or not all(isinstance(name, str) for name in blocks):
-        raise ResnetPathsError("blocks", blocks, "a list of at least one module's name, as in ['layer1.0']")
-    return list(blocks)
+    allowed = "a list of at least one module's name, as in ['layer1.0']"
+    names = [name for name in require_list("blocks", blocks, allowed) if isinstance(name, str)]
+    if not names or len(names) < len(blocks):
+        raise ResnetPathsError("blocks", blocks, allowed)
+    return names
 
 
 def _run(model: nn.Module, signature: Signature, tensors: Sequence[torch.Tensor]) -> object:

@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from resnet_paths._utils.arguments import require_path
 from resnet_paths._utils.devices import choose_device
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths._utils.files import shipped_folder
@@ -74,7 +75,8 @@ def load_network(
             f"a network with shipped weights ({', '.join(trained)}) or an existing weights file",
             f"Train it with 'resnet-paths train {name}' and pass the file as weights=.",
         )
-    path = choose_weights(name, _shipped() if weights is None else Path(weights), seed, snapshot)
+    device = choose_device(device)
+    path = choose_weights(name, _shipped() if weights is None else require_path("weights", weights), seed, snapshot)
     metadata = read_metadata(path)
     shape = {"in_channels": 1, "num_classes": 10}
     for key, default in shape.items():
@@ -85,7 +87,7 @@ def load_network(
     model = build_network(name, torch.Generator(), num_drawn_blocks=drawn, **shape)
     read_weights(path, model, name)
     model.training_log = _log(metadata)  # type: ignore[assignment]
-    return model.eval().to(choose_device(device))
+    return model.eval().to(device)
 
 
 def list_networks() -> pd.DataFrame:

@@ -155,7 +155,7 @@ def find_network(name: str) -> NetworkFacts:
     Raises:
         ResnetPathsError: If the name is unknown; the message contains the most similar names.
     """
-    if name not in NETWORKS:
+    if not isinstance(name, str) or name not in NETWORKS:
         raise ResnetPathsError("name", name, f"one of the known networks, nearest {nearest_names(name, NETWORKS)}")
     return NETWORKS[name]
 

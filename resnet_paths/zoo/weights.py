@@ -97,7 +97,7 @@ def choose_weights(network: str, weights: Path, seed: int | None, snapshot: int 
         if seed not in seeds:
             raise ResnetPathsError("seed", seed, f"one of {_listed(seeds)}, the seeds of {network!r} in {weights}")
         kept = {e: path for (s, e), path in found.items() if s == seed}
-    if snapshot not in kept:
+    if not isinstance(snapshot, int | None) or snapshot not in kept:
         epochs = sorted(e for e in kept if e is not None)
         raise ResnetPathsError(
             "snapshot",

@@ -342,7 +342,10 @@ def test_a_study_of_all_kinds_has_one_frame():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda c: rp.random_deletions(c, [8], 1, seeded()), r"counts: got 8; allowed: numbers from 1 to 7"),
+        (
+            lambda c: rp.random_deletions(c, [8], 1, seeded()),
+            r"counts: got 8; allowed: numbers of blocks that can be deleted from 1 to 7",
+        ),
         (lambda c: rp.random_deletions(c, [0], 1, seeded()), r"counts: got 0"),
         (lambda c: rp.random_swaps(c, [1], -1, seeded()), r"repeats: got -1"),
         (lambda c: rp.random_swaps(random_chain((3, STAGES[1][3:4])), [1], 1, seeded()), r"two blocks of one stage"),

@@ -1,0 +1,270 @@
+"""Every public function, every argument, every kind of wrong value: one `ResnetPathsError` before any forward pass."""
+
+from __future__ import annotations
+
+import inspect
+import pathlib
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+import resnet_paths as rp
+from resnet_paths.core.chain import Block, ResidualChain
+
+
+class Untouched(nn.Module):
+    """A stem that must not run."""
+
+    def forward(self, x):
+        raise AssertionError("a forward pass before the arguments were validated")
+
+
+def chain_of(stem):
+    blocks = [Block(nn.Linear(3, 3), nn.Identity(), name=f"b{i}", in_shape=(3,), out_shape=(3,)) for i in range(3)]
+    return ResidualChain(stem, blocks, nn.Linear(3, 2)).double().eval()
+
+
+CHAIN = chain_of(Untouched())
+X, Y = torch.zeros(4, 3, dtype=torch.float64), torch.zeros(4, dtype=torch.int64)
+LOADER = [(X, Y)]
+GENERATOR = torch.Generator()
+LESIONS = rp.single_deletions(CHAIN)
+MODEL = nn.Linear(3, 3).eval()
+NOT_NUMBERS = ["x", 1.5, b"1", [], {}, torch.zeros(2), np.zeros(2), 1j, object(), torch.tensor(True), np.True_, True]
+
+BAD = {
+    "chain": [None, 3, "x", MODEL, [CHAIN], object, X],
+    "chain or int": [None, -1, 1.5, "x", MODEL, True, [CHAIN], np.zeros(2), torch.zeros(2), torch.tensor(True)],
+    "model": [None, 3, "x", nn.Linear, X, [MODEL]],
+    "block": [None, 7, -4, 1.5, "b9", b"b0", True, [0], torch.zeros(2), np.zeros(2), 10**19, torch.tensor(True)],
+    "blocks": [3, "b0", [7], [None], [1.5], [True], ["b9"], [[0]], torch.tensor([True, False, True]), object()],
+    "order": [None, 3, [0, 1], [0, 0, 1], [0, 1, 7], ["b0"], [True, False, True]],
+    "path": [None, 3, [True], "abc", [True, False, 7], [True, False, None], [X, X, X], np.zeros((3, 3)), [[True]] * 3],
+    "factor": [None, "x", float("nan"), float("inf"), 1j, [], X, True, torch.tensor(True), 10**400],
+    "factors": [None, 3, "x", ["x"], [float("nan")], [None], [X]],
+    "int at least 0": [*NOT_NUMBERS, None, -1],
+    "int at least 1": [*NOT_NUMBERS, None, -1, 0],
+    "optional int at least 1": [*NOT_NUMBERS, -1, 0],
+    "optional int at least 0": [*NOT_NUMBERS, -1],
+    "optional length": [*NOT_NUMBERS, -1, 10**19, 7],
+    "length": [*NOT_NUMBERS, None, -1, 10**19, 7],
+    "counts": [None, 2, "x", [0], [-1], [1.5], ["x"], [None], [10**19], [7], [True]],
+    "optional lengths": [2, "x", [0], [-1], [1.5], ["x"], [None], [10**19], [7], [True]],
+    "generator": [None, 3, np.random.default_rng(0), torch.default_generator.get_state(), "x", torch.Generator],
+    "optional generator": [3, np.random.default_rng(0), torch.default_generator.get_state(), "x", torch.Generator],
+    "choice": ["banana", 3, None, b"exact", [], X],
+    "tokens": ["banana", 3, b"exact", []],
+    "unit": ["banana", 3, None, [[0, 2]], [[7]], [[1.5]], [0], X],
+    "loader": [None, 3, MODEL, object(), [], [3], ["x"], [None]],
+    "labelled loader": [None, 3, MODEL, object(), [], [3], ["x"], [None], [X], [(X, Y[:2])], [(X, "x")]],
+    "inputs": [None, 3, "x", MODEL, [], {}, (), {"x": 3}, [3], object()],
+    "lesions": [None, 3, "x", [3], [None], LESIONS[0], ["delete"], [MODEL, 3], [nn.Linear]],
+    "measures": [None, 3, [3], ["banana"], [None], [], ["top_0_error"], [lambda: 0], [[]]],
+    "measure": [None, 3, "banana", [], lambda: 0, "top_0_error"],
+    "store": [5, b"x", "a\0b", [], 1.5, True],
+    "executor": [3, "x", ThreadPoolExecutor, object()],
+    "device": ["banana", 3.5, None, [], "cuda:99", "meta", torch.device("meta"), b"cpu", X],
+    "precision": ["banana", 3, torch.float16, [], b"float16"],
+    "budget": [*NOT_NUMBERS, None, -1, 0, float("nan")],
+    "loss": [5, "cross_entropy", [], nn.CrossEntropyLoss],
+    "adjust": ["banana", 3, [], True],
+    "share": [None, "x", 0, -1, 1.5, float("nan"), [], True],
+    "relative error": [None, "x", 0, -1, float("nan"), [], True],
+    "frame": [None, 3, "x", pd.DataFrame(), pd.DataFrame({"a": [1]}), pd.Series([1]), {}, [], X],
+    "name": ["banana", 3, None, [], b"x"],
+    "path of weights": [5, b"x", "a\0b", "/nowhere", []],
+    "optional seed": ["x", 1.5, -1, 10**19, [], True],
+    "function": [None, 3, "x", lambda: 0, []],
+    "example": [None, 3, "x", [], {}, (), object(), [3]],
+    "names": [3, [], [3], "x", ["banana"]],
+    "depth": [*NOT_NUMBERS, -1, float("nan")],
+}
+
+CHAINED = {"chain": CHAIN}
+GRADIENT = {"chain": CHAIN, "inputs": X, "targets": Y}
+OF_GRADIENT = {"chain": "chain", "inputs": "inputs", "loss": "loss", "memory_budget": "budget"}
+PREDICTION = {"chain": CHAIN, "inputs": X}
+OF_PREDICTION = {
+    "chain": "chain",
+    "inputs": "inputs",
+    "output": "choice",
+    "linearization": "choice",
+    "memory_budget": "budget",
+}
+RANDOM = {"chain": CHAIN, "counts": [1], "repeats": 1, "generator": GENERATOR}
+OF_RANDOM = {"chain": "chain", "counts": "counts", "repeats": "int at least 0", "generator": "generator"}
+
+FUNCTIONS = {
+    "block_norms": (PREDICTION, {"chain": "chain", "inputs": "inputs", "tokens": "tokens"}),
+    "branch_replacements": ({"chain": CHAIN, "source": CHAIN}, {"chain": "chain", "source": "chain"}),
+    "delete_block": ({"model": CHAIN, "block": 0}, {"model": "model", "block": "block"}),
+    "delete_blocks": ({"model": CHAIN, "blocks": [0]}, {"model": "model", "blocks": "blocks"}),
+    "deletion_account": (PREDICTION, OF_PREDICTION | {"generator": "optional generator"}),
+    "direct_effects": (PREDICTION, OF_PREDICTION | {"generator": "optional generator"}),
+    "duplicate_block": (CHAINED | {"block": 0}, {"chain": "chain", "block": "block"}),
+    "duplications": (CHAINED, {"chain": "chain"}),
+    "effect_matrix": (PREDICTION, OF_PREDICTION),
+    "effective_window": (
+        {"frame": pd.DataFrame({"path_length": [0, 1], "gradient_share": [0.5, 0.5]}), "quantity": "gradient_share"},
+        {"frame": "frame", "quantity": "choice", "share": "share"},
+    ),
+    "enumerate_paths": (CHAINED, {"chain": "chain or int", "length": "optional length"}),
+    "gradient_by_depth": (GRADIENT, OF_GRADIENT),
+    "gradient_by_path_length": (
+        GRADIENT | {"method": "sampled", "generator": GENERATOR},
+        OF_GRADIENT
+        | {
+            "method": "choice",
+            "max_length": "optional length",
+            "with_respect_to": "choice",
+            "num_draws": "optional int at least 1",
+            "relative_error": "relative error",
+            "average": "choice",
+            "generator": "optional generator",
+        },
+    ),
+    "gradient_by_stage_lengths": (GRADIENT, OF_GRADIENT | {"with_respect_to": "choice"}),
+    "gradient_through_block": (GRADIENT, OF_GRADIENT | {"with_respect_to": "choice"}),
+    "greedy_deletions": (
+        {"chain": CHAIN, "loader": LOADER, "num_blocks": 1},
+        {
+            "chain": "chain",
+            "loader": "loader",
+            "num_blocks": "int at least 1",
+            "measure": "measure",
+            "device": "device",
+        },
+    ),
+    "group_blocks": (CHAINED, {"chain": "chain", "unit": "unit"}),
+    "layer_schedules": (
+        CHAINED,
+        {"chain": "chain", "blocks": "blocks", "loops": "int at least 1", "generator": "optional generator"},
+    ),
+    "lens": (
+        PREDICTION,
+        {
+            "chain": "chain",
+            "inputs": "inputs",
+            "max_length": "optional int at least 0",
+            "linearization": "choice",
+            "memory_budget": "budget",
+        },
+    ),
+    "lesion_study": (
+        {"chain": CHAIN, "loader": LOADER, "lesions": LESIONS},
+        {
+            "chain": "chain",
+            "loader": "labelled loader",
+            "lesions": "lesions",
+            "measures": "measures",
+            "store": "store",
+            "executor": "executor",
+            "device": "device",
+            "precision": "precision",
+            "batch_budget": "optional int at least 1",
+            "adjust": "adjust",
+            "reestimate_batchnorm": "loader of statistics",
+        },
+    ),
+    "load_dataset": ({}, {"name": "name", "split": "name", "folder": "store"}),
+    "load_network": (
+        {"name": "preact-resnet-20"},
+        {
+            "name": "name",
+            "weights": "path of weights",
+            "seed": "optional seed",
+            "snapshot": "optional seed",
+            "device": "device to load on",
+        },
+    ),
+    "mean_replacements": (PREDICTION, {"chain": "chain", "inputs": "inputs"}),
+    "measure": ({"function": lambda outputs, labels: labels}, {"function": "function"}),
+    "neighbour_swaps": (CHAINED, {"chain": "chain"}),
+    "pair_deletions": (CHAINED, {"chain": "chain", "blocks": "blocks"}),
+    "pair_interactions": ({}, {"frame": "frame"}),
+    "parallel_blocks": (
+        CHAINED | {"blocks": [0, 1]},
+        {"chain": "chain", "blocks": "blocks", "combine": "choice"},
+    ),
+    "path_histogram": (CHAINED, {"chain": "chain or int", "unit": "choice"}),
+    "path_network": (CHAINED | {"path": [True] * 3}, {"chain": "chain", "path": "path"}),
+    "permute_blocks": (CHAINED | {"order": [1, 0, 2]}, {"chain": "chain", "order": "order"}),
+    "predicted_effects": (
+        {"chain": CHAIN, "loader": LOADER},
+        {
+            "chain": "chain",
+            "loader": "labelled loader",
+            "measures": "some measures",
+            "span": "spans",
+            "device": "device",
+            "tokens": "tokens",
+        },
+    ),
+    "prediction_by_path_length": (
+        PREDICTION,
+        OF_PREDICTION | {"max_length": "optional length", "generator": "optional generator", "by_source": "choice"},
+    ),
+    "random_deletions": (RANDOM, OF_RANDOM),
+    "random_duplications": (RANDOM, OF_RANDOM),
+    "random_swaps": (RANDOM, OF_RANDOM | {"counts": "counts of swaps"}),
+    "range_deletions": (CHAINED, {"chain": "chain", "lengths": "optional lengths"}),
+    "range_repeats": (CHAINED, {"chain": "chain", "lengths": "optional lengths"}),
+    "range_swaps": (CHAINED | {"length": 1}, {"chain": "chain", "length": "length of a range"}),
+    "ranked_deletions": (CHAINED | {"ranking": [0]}, {"chain": "chain", "ranking": "blocks"}),
+    "reverse_blocks": (CHAINED | {"stage": 0}, {"chain": "chain", "stage": "length"}),
+    "sample_paths": (
+        CHAINED | {"length": 1, "num_samples": 1, "generator": GENERATOR},
+        {"chain": "chain or int", "length": "length", "num_samples": "int at least 0", "generator": "generator"},
+    ),
+    "scale_block": (CHAINED | {"block": 0, "factor": 1.0}, {"chain": "chain", "block": "block", "factor": "factor"}),
+    "scalings": (CHAINED | {"factors": [0.5]}, {"chain": "chain", "factors": "factors"}),
+    "single_deletions": (CHAINED, {"chain": "chain"}),
+    "swap_blocks": (CHAINED | {"first": 0, "second": 1}, {"chain": "chain", "first": "block", "second": "block"}),
+    "unravel": (
+        {"model": MODEL, "example_inputs": X.float()},
+        {"model": "model", "example_inputs": "example", "max_depth": "depth", "blocks": "names"},
+    ),
+    "unraveled_graph": ({"chain": 2}, {"chain": "chain or int", "max_nodes": "int at least 1"}),
+}
+BAD["spans"] = BAD["counts"][2:]
+BAD["some measures"] = [value for value in BAD["measures"] if value]
+BAD["loader of statistics"] = BAD["loader"][1:]
+BAD["device to load on"] = [value for value in BAD["device"] if "meta" not in str(value)]
+BAD["counts of swaps"] = [value for value in BAD["counts"] if value not in ([10**19], [7])]
+BAD["length of a range"] = BAD["length"] + [0, 2]
+
+CASES = [
+    pytest.param(name, argument, BAD[kind], id=f"{name}-{argument}")
+    for name, (_, kinds) in FUNCTIONS.items()
+    for argument, kind in kinds.items()
+]
+
+
+def refused(name, arguments):
+    """What a call raises."""
+    try:
+        made = getattr(rp, name)(**arguments)
+    except Exception as error:
+        return error
+    return f"no error, but {type(made).__name__}"
+
+
+@pytest.mark.parametrize(("name", "argument", "values"), CASES)
+def test_a_wrong_value_is_one_clear_error(name, argument, values):
+    wrong = {}
+    for value in values:
+        found = refused(name, FUNCTIONS[name][0] | {argument: value})
+        if not isinstance(found, rp.ResnetPathsError) or not re.search(r"got .*; allowed: .", str(found), re.DOTALL):
+            wrong[repr(value)[:60]] = repr(found)[:160]
+    assert not wrong
+
+
+def test_every_public_function_is_in_the_table():
+    stub = pathlib.Path(rp.__file__).with_suffix(".pyi").read_text()
+    public = {name for name in re.findall(r"as (\w+)", stub) if inspect.isfunction(getattr(rp, name))}
+    assert public - {"list_networks"} == set(FUNCTIONS)
