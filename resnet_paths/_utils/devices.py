@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch._guards import detect_fake_mode
 
 from resnet_paths._utils.errors import ResnetPathsError
 
@@ -34,6 +35,8 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
         chosen = torch.device(device)
     except RuntimeError as error:
         raise ResnetPathsError("device", device, allowed) from error
+    if detect_fake_mode() is not None:  # tensors without values, on any device
+        return chosen
     if chosen.type == "meta":
         raise ResnetPathsError("device", device, allowed, "Tensors on 'meta' have no values.")
     accelerator = torch.accelerator.current_accelerator(check_available=True)
