@@ -100,6 +100,7 @@ RANDOM = {"chain": CHAIN, "counts": [1], "repeats": 1, "generator": GENERATOR}
 OF_RANDOM = {"chain": "chain", "counts": "counts", "repeats": "int at least 0", "generator": "generator"}
 
 FUNCTIONS = {
+    "as_causal_lm": (CHAINED | {"config": None}, {"chain": "chain"}),
     "block_norms": (PREDICTION, {"chain": "chain", "inputs": "inputs", "tokens": "tokens"}),
     "branch_replacements": ({"chain": CHAIN, "source": CHAIN}, {"chain": "chain", "source": "chain"}),
     "delete_block": ({"model": CHAIN, "block": 0}, {"model": "model", "block": "block"}),
