@@ -396,7 +396,7 @@ def _checked_options(
     method: str, paths: str | None, num_draws: int | None, relative_error: float, average: str
 ) -> str | None:
     """What is drawn, once all options are known to be allowed."""
-    if method not in _PATHS:
+    if not isinstance(method, str) or method not in _PATHS:
         raise ResnetPathsError("method", method, f"one of {nearest_names(str(method), _PATHS, cutoff=0)}")
     if average not in ("mean", "log-mean"):
         raise ResnetPathsError("average", average, "'mean' or 'log-mean'")
