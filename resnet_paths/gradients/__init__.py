@@ -28,7 +28,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from resnet_paths._utils.arguments import require_float, require_int
+from resnet_paths._utils.arguments import require_float, require_generator, require_int
 from resnet_paths._utils.errors import ResnetPathsError, nearest_names
 from resnet_paths._utils.statistics import mean_over_examples
 from resnet_paths.core.chain import ResidualChain

@@ -58,7 +58,7 @@ BAD = {
     "generator": [None, 3, np.random.default_rng(0), torch.default_generator.get_state(), "x", torch.Generator],
     "optional generator": [3, np.random.default_rng(0), torch.default_generator.get_state(), "x", torch.Generator],
     "choice": ["banana", 3, None, b"exact", [], X],
-    "tokens": ["banana", 3, b"exact", []],
+    "one of some": ["banana", 3, b"exact", []],
     "unit": ["banana", 3, None, [[0, 2]], [[7]], [[1.5]], [0], X],
     "loader": [None, 3, MODEL, object(), [], [3], ["x"], [None]],
     "labelled loader": [None, 3, MODEL, object(), [], [3], ["x"], [None], [X], [(X, Y[:2])], [(X, "x")]],
@@ -101,7 +101,7 @@ OF_RANDOM = {"chain": "chain", "counts": "counts", "repeats": "int at least 0", 
 
 FUNCTIONS = {
     "as_causal_lm": (CHAINED | {"config": None}, {"chain": "chain"}),
-    "block_norms": (PREDICTION, {"chain": "chain", "inputs": "inputs", "tokens": "tokens"}),
+    "block_norms": (PREDICTION, {"chain": "chain", "inputs": "inputs", "tokens": "one of some"}),
     "branch_replacements": ({"chain": CHAIN, "source": CHAIN}, {"chain": "chain", "source": "chain"}),
     "delete_block": ({"model": CHAIN, "block": 0}, {"model": "model", "block": "block"}),
     "delete_blocks": ({"model": CHAIN, "blocks": [0]}, {"model": "model", "blocks": "blocks"}),
@@ -121,6 +121,7 @@ FUNCTIONS = {
         OF_GRADIENT
         | {
             "method": "choice",
+            "paths": "one of some",
             "max_length": "optional length",
             "with_respect_to": "choice",
             "num_draws": "optional int at least 1",
@@ -203,7 +204,7 @@ FUNCTIONS = {
             "measures": "some measures",
             "span": "spans",
             "device": "device",
-            "tokens": "tokens",
+            "tokens": "one of some",
         },
     ),
     "prediction_by_path_length": (
