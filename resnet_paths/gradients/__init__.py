@@ -165,7 +165,8 @@ def gradient_by_path_length(
         raise ResnetPathsError("per_example", per_example, "True for gradients of parameters")
     counts = path_polynomial(place.above)
     lengths = lengths_up_to(counts, max_length)
-    draws = Draws(num_draws, relative_error, generator or torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0) if generator is None else require_generator("generator", generator)
+    draws = Draws(num_draws, relative_error, generator)
     all_measured = []
     for batch_inputs, batch_targets in batches_with_bar("gradient", inputs, targets, progress):
 
