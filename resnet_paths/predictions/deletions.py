@@ -71,7 +71,7 @@ def effect_matrix(
 
     With ``a_l`` for the output of the branch of block l and ``a'_l`` after the deletion, the relative change is
     ``|a'_l - a_l| / |a_l|`` (https://arxiv.org/abs/2505.13898); of states [batch, token, feature] it is
-    computed for each token. The paper shows the maximum over tokens and examples.
+    computed for each token, padding included. The paper shows the maximum over tokens and examples.
 
     Args:
         chain: The intact chain, in eval mode.

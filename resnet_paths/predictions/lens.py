@@ -74,7 +74,7 @@ def lens(
         linearization: ``"tangent"`` or ``"detached"``, as for `resnet_paths.prediction_by_path_length`.
         logits: Function from the output of the chain to logits [batch, class] or [batch, ..., class], such as
             ``lambda outputs: outputs[:, -1]`` for the last token; None if the chain returns logits. For several
-            positions per example, such as tokens, the mean over positions is taken.
+            positions per example, such as tokens, the mean over all positions is taken, padding included.
         memory_budget: Maximum number of bytes for tangents and activations; batches are split to fit.
         progress: Whether to show a progress bar over the batches of a loader.
 

@@ -68,7 +68,7 @@ def pooled_share(
             counts = torch.zeros(_NUM_RESAMPLES, num, dtype=torch.float64)
             counts.scatter_add_(1, drawn, torch.ones(drawn.shape, dtype=torch.float64))
             sums = counts.numpy() @ (totals if totals.ndim > 1 else totals[None]).T
-            low, high = np.nanquantile((counts.numpy() @ values.T) / sums, [0.025, 0.975], axis=0)
+            low, high = np.quantile((counts.numpy() @ values.T) / sums, [0.025, 0.975], axis=0)
             is_certain = np.maximum((sums > 0).mean(0), (sums < 0).mean(0)) >= 0.975
             low, high = np.where(is_certain, low, np.nan), np.where(is_certain, high, np.nan)
     return share, low, high
