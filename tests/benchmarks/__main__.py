@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--network", help="a pre-activation ResNet of the project; preact-resnet-110 by default")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, help="the CSV file; data/benchmarks.csv, with --quick none")
-    parser.add_argument("--markdown", action="store_true", help="print the README's table from the CSV file, and end")
+    parser.add_argument("--markdown", action="store_true", help="print the tables of the CSV file, and end")
     options = parser.parse_args()
     output = options.output or (None if options.quick else table.CSV)
     if options.markdown:

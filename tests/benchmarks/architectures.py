@@ -395,7 +395,7 @@ def row_of(library: str, name: str, make: Callable[[], tuple[nn.Module, Any]], s
 
 
 def summary(frame: pd.DataFrame) -> str:
-    """The table in short, for the README.
+    """The table in short, for the README and the documentation.
 
     Args:
         frame: The whole table.

@@ -123,7 +123,7 @@ def text(frame: pd.DataFrame) -> str:
 
 
 def markdown(frame: pd.DataFrame) -> str:
-    """The README's tables: ratios of lesions and gradients, one a task, and folded below them all else."""
+    """The tables of the documentation: ratios of lesions and gradients, one a task, and folded below them all else."""
     known = frame["ratio"].notna() | frame["value"].isna()
     lines = []
     shown = pd.concat([frame[frame["part"].eq(part) & known] for part in ("lesions", "gradients")])

@@ -19,7 +19,7 @@ from tests.benchmarks import __main__ as command
 from tests.benchmarks import gradients, lesions, limit, peers, scaling, studies, table, workers
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "notebooks" / "tables" / "benchmarks.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +198,7 @@ def test_rows_of_parts_that_were_not_run_are_kept(tmp_path):
     assert [label.get_text() for label in ax.get_yticklabels()] == ["a"]
 
 
-def test_the_readme_shows_exponents_of_curves_and_not_their_points():
+def test_the_page_shows_exponents_of_curves_and_not_their_points():
     rows = scaling.rows_of_curve("t", "blocks", {n: [(n**1.5, 3.0)] for n in (1, 2, 4)})
     shown = table.markdown(table.stamped(rows, {}, 1))
     assert "| t | 1.50 ± 0.00 (1.50) | 0.00 (0.00) |" in shown
@@ -229,9 +229,9 @@ def test_the_command_names_its_parts(monkeypatch, capsys):
     assert "--only {lesions,studies,gradients,scaling,limit,startup}" in capsys.readouterr().out
 
 
-def test_the_readme_shows_what_was_measured():
+def test_the_page_shows_what_was_measured():
     first, last = "'python -m tests.benchmarks --markdown' prints. -->\n", "<!-- End of the benchmarks. -->"
-    shown = README.split(first)[1].split(last)[0].strip()
+    shown = PAGE.split(first)[1].split(last)[0].strip()
     assert shown == (table.markdown(pd.read_csv(table.CSV)) if table.CSV.exists() else "")
 
 

@@ -1,45 +1,83 @@
-"""What the README shows is run as it is printed."""
+"""What the README and the pages of the documentation show is run as it is printed."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas as pd
+import pytest
 import torch
 import torchvision
 from torch.utils.data import DataLoader, TensorDataset
 
+import resnet_paths as rp
 from tests.benchmarks.architectures import TABLE, summary
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = sorted(path for path in (ROOT / "notebooks").rglob("*.md") if "```python" in path.read_text(encoding="utf-8"))
 
 
-def test_the_ten_lines_run_as_printed(tmp_path, monkeypatch, capsys):
-    code = "\n".join(re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL))
+def code_of(text: str) -> str:
+    return "\n".join(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL))
+
+
+@pytest.fixture(scope="module")
+def names():
+    """What the pages assume: a model, an example, a loader."""
     images = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    loader = DataLoader(TensorDataset(images, torch.arange(6)), batch_size=3)
-    model = torchvision.models.resnet18(weights=None)
+    model = torchvision.models.resnet18(weights=None).eval()
+    return {
+        "model": model,
+        "chain": rp.unravel(model, images[:2]),
+        "example_inputs": images[:2],
+        "loader": DataLoader(TensorDataset(images, torch.arange(6)), batch_size=3),
+        "images": images,
+        "labels": torch.arange(6),
+    }
+
+
+@pytest.mark.slow
+def test_the_lines_print_what_is_shown_below_them(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    exec(
-        code,
-        {
-            "model": model,
-            "example_inputs": images[:2],
-            "loader": loader,
-            "images": images,
-            "labels": torch.arange(6),
-        },
-    )
+    assert code_of(README).count("\n") <= 10
+    exec(code_of(README), {})
+    assert capsys.readouterr().out == re.search(r"```text\n(.*?)```", README, flags=re.DOTALL)[1]
+
+
+@pytest.mark.slow
+def test_the_start_runs_as_printed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    exec(code_of((ROOT / "notebooks" / "start.md").read_text(encoding="utf-8")), {})
     printed = capsys.readouterr().out
     assert "ResidualChain of 8 blocks, 256 paths" in printed
     assert "EffectiveWindow(quantity='gradient_share'" in printed
     assert {path.suffix for path in (tmp_path / "figures").iterdir()} == {".pdf", ".svg", ".png", ".csv"}
+    assert {path.stem for path in (tmp_path / "figures").iterdir()} == {"deletions", "path_lengths", "resnet18"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if page.stem != "start"], ids=lambda path: path.stem)
+def test_the_code_of_a_page_runs_as_printed(page, names, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with plt.rc_context():
+        exec(code_of(page.read_text(encoding="utf-8")), dict(names))
+    plt.close("all")
+    if page.stem == "own_model":
+        assert "ResidualChain of 8 blocks, 256 paths" in capsys.readouterr().out
+
+
+def test_it_is_short():
+    assert README.count("\n") <= 150
 
 
 def test_files_that_it_shows_or_names_are_there():
-    for name in re.findall(r"\]\((data/[^)]+)\)|`(data/[a-z0-9/-]+)/?`", README):
-        assert (Path(__file__).parents[2] / "".join(name)).exists(), name
+    named = re.findall(r"\]\((?!https:)([^)]+)\)|`(data/[a-z0-9/-]+)/?`", README)
+    assert len(named) > 20
+    for name in named:
+        assert (ROOT / "".join(name)).exists(), name
 
 
 def test_commands_are_one_line_each():

@@ -1,4 +1,4 @@
-"""What the README and the notebooks say of the shipped networks, measured anew."""
+"""What the documentation and the notebooks say of the shipped networks, measured anew."""
 
 from __future__ import annotations
 

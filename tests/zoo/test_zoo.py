@@ -361,9 +361,9 @@ def test_shipped_resnet_56_is_good_enough():
     assert row["test_error_rate"] <= 0.065
 
 
-def test_the_readme_holds_the_table_of_shipped_networks():
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    table = readme.split("<!-- The table is what 'resnet-paths networks --markdown' prints. -->\n")[1]
+def test_the_page_holds_the_table_of_shipped_networks():
+    page = (Path(__file__).parents[2] / "notebooks" / "tables" / "networks.md").read_text(encoding="utf-8")
+    table = page.split("<!-- The table is what 'resnet-paths networks --markdown' prints. -->\n")[1]
     assert table.split("\n<!-- End of the table. -->")[0] == networks_table()
 
 

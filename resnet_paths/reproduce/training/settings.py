@@ -48,7 +48,7 @@ class LogRow(TrainingMeasures, TestMeasures):
 class TrainingSettings:
     """All settings that determine the trained weights.
 
-    The defaults are those of the shipped networks, except for `epochs` and `seed`, which are listed in the README.
+    The defaults are those of the shipped networks, except for `epochs` and `seed`, which `list_networks` states.
     `learning_rate`, `weight_decay` and `optimizer` default to the recipe of the network (`resnet_paths.zoo.Recipe`).
     The optimizer is SGD with Nesterov momentum, or AdamW with `momentum` as its first decay rate. The learning rate
     increases linearly over `warmup_epochs` and decreases to zero with a half cosine. Images are padded by
