@@ -16,7 +16,7 @@ import torch
 import resnet_paths as rp
 from resnet_paths.zoo import load_network
 from tests.benchmarks import __main__ as command
-from tests.benchmarks import gradients, lesions, limit, peers, scaling, studies, table, workers
+from tests.benchmarks import gradients, lesions, limit, peers, scaling, studies, table, tokens, workers
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "notebooks" / "tables" / "benchmarks.md").read_text(encoding="utf-8")
@@ -226,7 +226,7 @@ def test_the_command_names_its_parts(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmarks", "--help"])
     with pytest.raises(SystemExit):
         command.main()
-    assert "--only {lesions,studies,gradients,scaling,limit,startup}" in capsys.readouterr().out
+    assert "--only {lesions,studies,tokens,gradients,scaling,limit,startup}" in capsys.readouterr().out
 
 
 def test_the_page_shows_what_was_measured():
@@ -242,3 +242,11 @@ def test_prefixes_counted_by_hand(chain):
     told = studies.sharing(chain, 1)
     assert "prefixes counted by hand" in told[0]["note"]
     assert told[0]["value"] < told[1]["value"]
+
+
+@pytest.mark.slow
+def test_a_study_of_tokens_has_the_losses_of_a_loop():
+    study, loop = tokens.run(types.SimpleNamespace(quick=True))
+    # Two blocks a layer: those behind each deleted layer and those of the intact chain, for 12 networks of 11 layers.
+    assert f"divided by {12 * 22 / (24 + sum(range(0, 24, 2))):.2f}" in study["note"]
+    assert loop["ratio"] == pytest.approx(loop["value"] / study["value"])
