@@ -71,6 +71,9 @@ from .gradients import (
 from .gradients import (
     gradient_through_block as gradient_through_block,
 )
+from .gradients import (
+    path_length_moments as path_length_moments,
+)
 from .lesions import (
     lesion_study as lesion_study,
 )

@@ -51,6 +51,7 @@ from resnet_paths.gradients.estimates import (
 )
 from resnet_paths.gradients.losses import Loss
 from resnet_paths.gradients.measurements import Measurements
+from resnet_paths.gradients.moments import PathLengthMoments, path_length_moments
 from resnet_paths.gradients.points import Place, Point, num_block_vjps
 from resnet_paths.gradients.scalar import scalar_gradients
 
@@ -58,12 +59,14 @@ __all__ = [
     "PAPER_WINDOW",
     "EffectiveWindow",
     "GeometricDecay",
+    "PathLengthMoments",
     "effective_window",
     "fit_decay",
     "gradient_by_depth",
     "gradient_by_path_length",
     "gradient_by_stage_lengths",
     "gradient_through_block",
+    "path_length_moments",
     "scalar_gradients",
 ]
 
@@ -273,6 +276,7 @@ def gradient_through_block(
     *,
     loss: Loss | None = None,
     with_respect_to: str | int = "input",
+    norms: bool = False,
     memory_budget: int = 2**31,
     progress: bool = True,
 ) -> pd.DataFrame:
@@ -280,7 +284,8 @@ def gradient_through_block(
 
     With G the whole gradient and G_i the sum over all paths that take the branch of block i, the share is
     <G_i, G> / <G, G>. A path of length k passes k branches: where no branch holds a chain of its own, the shares add
-    up to the sum over lengths of k times ``gradient_share``, the mean path length as the gradient weighs it.
+    up to the sum over lengths of k times ``gradient_share``, the mean path length as the gradient weighs it. All shares
+    take one backward pass and one forward pass of tangents; the norms of G_i take n (n + 1) / 2 block VJPs.
 
     Args:
         chain: The chain, in eval mode.
@@ -288,32 +293,37 @@ def gradient_through_block(
         targets: What `loss` takes beside the logits.
         loss: From (logits, targets) to a loss for each example; cross-entropy if None.
         with_respect_to: ``"input"``, ``"stem"``, or a block, for its output.
+        norms: Whether to compute the norms of G_i, too.
         memory_budget: Bytes that stacks of cotangents may take.
         progress: Whether to show a bar over the batches of a loader.
 
     Returns:
         One row per block above the place, first to last: ``block_index``, ``block`` (name), ``stage``;
         ``gradient_share_through_branch``, the mean over examples, with its standard error ``..._se``;
-        ``path_gradient_norm_through_branch``, the norm of G_i, likewise.
+        with `norms` also ``path_gradient_norm_through_branch``, the norm of G_i, likewise.
 
     Raises:
         ResnetPathsError: As `gradient_by_path_length`.
     """
     place = _place_of_states(chain, with_respect_to)
     memory_budget = require_int("memory_budget", memory_budget, 1)
-    norms, shares = [], []
+    found: dict[str, list[np.ndarray]] = {"gradient_share": [], **({"path_gradient_norm": []} if norms else {})}
+    rows = len(chain) + 1 if norms else 1
     for batch_inputs, batch_targets in batches_with_bar("gradient through blocks", inputs, targets, progress):
-        for point in place.points(batch_inputs, batch_targets, loss, memory_budget, len(chain) + 1):
-            stack = point.through_branches()
-            norms.append(point.norms(stack)[0][:0:-1, 0])
-            shares.append(point.shares(stack, stack.rows(0, 1))[:0:-1])
+        for point in place.points(batch_inputs, batch_targets, loss, memory_budget, rows):
+            if norms:
+                stack = point.through_branches()
+                found["path_gradient_norm"].append(point.norms(stack)[0][:0:-1, 0])
+                found["gradient_share"].append(point.shares(stack, stack.rows(0, 1))[:0:-1])
+            else:
+                found["gradient_share"].append(point.shares_through_branches())
     indices = range(place.down_to, len(chain))
     frame = pd.DataFrame({
         "block_index": indices,
         "block": [chain[i].name for i in indices],
         "stage": [chain[i].stage for i in indices],
     })
-    for name, values in (("gradient_share", shares), ("path_gradient_norm", norms)):
+    for name, values in found.items():
         mean, error = mean_over_examples(np.concatenate(values, 1))
         frame[f"{name}_through_branch"], frame[f"{name}_through_branch_se"] = mean, error
     return frame

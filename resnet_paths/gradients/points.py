@@ -29,6 +29,8 @@ from resnet_paths.core.backward.recursion import (
     pull_back,
     pull_paths,
 )
+from resnet_paths.core.backward.tangents import differentiable_pullbacks, pushed_all
+from resnet_paths.core.backward.through_branches import Tangents, products_through_branches
 from resnet_paths.core.chain import ResidualChain, require_chain
 from resnet_paths.core.inputs import Inputs, each_tensor, num_examples, split
 from resnet_paths.core.modes import require_eval_mode
@@ -176,6 +178,53 @@ class Point(ForwardPass):
         whole = Cotangents.of(*self.cotangents)
         return self._at_place(parts_through_blocks(chain, self.states, self.context, whole, down_to=down_to))
 
+    def moments(self) -> np.ndarray:
+        """Binomial moments of the path length as the gradient weighs it, of orders 0 to 2, float64 [order, batch]."""
+        stack = self._at_place(self._through_blocks(Cotangents.of(*self.cotangents), Rules(longest=2, moments=True)))
+        found = np.zeros((3, self.num_examples))
+        found[: len(stack)] = self.shares(stack, stack.rows(0, 1))
+        return found
+
+    def shares_through_branches(self) -> np.ndarray:
+        """The share of the whole gradient that passes through each block's branch, float64 [block, batch]."""
+        place, whole = self.place, Cotangents.of(*self.cotangents)
+        above: list[Cotangents] = []
+        for index in reversed(range(place.down_to, len(place.chain))):
+            above.insert(0, whole)
+            whole = pull_back(
+                place.chain, self.states, self.context, whole, Rules(counted=False), down_to=index, up_from=index + 1
+            )
+        direction = self._direction()
+        squares = wide(self.whole.values[0, 0]).reshape(self.num_examples, -1).square().sum(1)
+        products = products_through_branches(
+            place.chain, self.states, self.context, above, direction, down_to=place.down_to
+        )
+        found = np.empty((len(above), self.num_examples))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            for row, (product, exponents) in enumerate(products):
+                powers = exponents - self.whole.exponents[0, 0]
+                found[row] = np.ldexp((product / squares).cpu().numpy(), powers.cpu().numpy())
+        return found
+
+    @torch.no_grad()
+    def _direction(self) -> Tangents:
+        """The whole gradient as a direction at the first block above the place, without its power of 2."""
+        place, values = self.place, self.whole.values[0]
+        exponents = torch.zeros_like(self.whole.exponents[0, 0])
+        names = self.context.carrying
+        if place.of_input:
+            signature, tensors = Signature.of(*arguments_of(self.inputs))
+            pieces = _apart(values, tensors)
+            with differentiable_pullbacks():
+                outputs, pull = linearize_all(self._beginning(signature), tensors)
+            state, *context = pushed_all(pull, outputs, pieces)
+        else:
+            beside = [name for name in names if name not in self.first_states]
+            state, *others = _apart(values, [self.states[place.down_to], *(self.context.values[n] for n in beside)])
+            by_name = dict.fromkeys(self.first_states, state) | dict(zip(beside, others, strict=True))
+            context = [by_name[name] for name in names]
+        return Tangents(state, dict(zip(names, context, strict=True)), exponents)
+
     def by_depth(self) -> Iterator[Stack]:
         """The whole gradient at the last block's output, then at each block's input, last block first."""
         place, found = self.place, Cotangents.of(*self.cotangents)
@@ -253,17 +302,21 @@ class Point(ForwardPass):
         signature, tensors = Signature.of(*arguments_of(self.inputs))
         if signature.is_plain and len(tensors) == 1 and not chain.context_names:
             return stacks[0].pulled(linearize(chain.stem, tensors[0])[1])[0]
-
-        def beginning(*given: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            args, kwargs = signature.arguments(given)
-            state, context = chain.begin(*args, **kwargs)
-            return (state, *(context[name] for name in self.context.carrying))
-
-        _, pull = linearize_all(beginning, tensors)
+        _, pull = linearize_all(self._beginning(signature), tensors)
         first = stacks[0]
         leading = first.exponents.shape[:2]
         pieces = pull([stack.values.flatten(0, 1) for stack in stacks])
         return _side_by_side([replace(first, values=v.reshape(*leading, *v.shape[1:])) for v in pieces])
+
+    def _beginning(self, signature: Signature) -> Callable[..., tuple[torch.Tensor, ...]]:
+        """The first state, and the context that carries a gradient, as a function of the tensors of the inputs."""
+
+        def beginning(*given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            args, kwargs = signature.arguments(given)
+            state, context = self.place.chain.begin(*args, **kwargs)
+            return (state, *(context[name] for name in self.context.carrying))
+
+        return beginning
 
     @torch.no_grad()
     def norms(self, stack: Stack) -> tuple[np.ndarray, np.ndarray]:
@@ -287,6 +340,12 @@ class Point(ForwardPass):
         with np.errstate(invalid="ignore", divide="ignore"):
             shares: np.ndarray = np.ldexp((dots / squares).cpu().numpy(), powers)
         return shares
+
+
+def _apart(values: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Rows of several tensors that were put side by side, [1, batch, ...]."""
+    pieces = torch.split(values.flatten(2), [tensor[0].numel() for tensor in like], 2) if len(like) > 1 else [values]
+    return [piece.reshape(1, *tensor.shape) for piece, tensor in zip(pieces, like, strict=True)]
 
 
 def _side_by_side(stacks: Sequence[Stack]) -> Stack:

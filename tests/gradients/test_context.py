@@ -251,7 +251,9 @@ def test_stages_blocks_and_depth(kind, place):
     whole = gated(kind, lambda _: 1.0, place)
     squares = whole.square().sum(1)
 
-    frame = gradient_through_block(chain, *batch(), with_respect_to=place, progress=False)
+    frame = gradient_through_block(chain, *batch(), with_respect_to=place, norms=True, progress=False)
+    fast = gradient_through_block(chain, *batch(), with_respect_to=place, progress=False)
+    assert_close(fast.gradient_share_through_branch, frame.gradient_share_through_branch, scale=1.0)
     for index, block in enumerate(chain):
         without = gated(kind, lambda b, i=index: float(b[0] != i), place)
         through = whole - without

@@ -99,6 +99,8 @@ class Rules:
         draw_signs: Called once for each branch of each block; a number for each draw and example, [draw, batch].
         constants: Names of the context that stand for constants of parts. Paths begin there: a block without a skip
             below does not make them longer.
+        moments: Whether row j is the sum over lengths k of C(k, j) times the gradient of the paths of length k: with a
+            factor ``t = 1 + x`` on every branch, the coefficient of ``x^j``. `longest` is the highest order.
         linearizer: From the position of a block and the name of a part, such as ``"branch"``, to what linearizes it;
             parts of a chain inside a branch belong to that branch.
     """
@@ -107,6 +109,7 @@ class Rules:
     longest: int | None = None
     draw_signs: Callable[[], torch.Tensor] | None = None
     constants: tuple[str, ...] = ()
+    moments: bool = False
     linearizer: Callable[[int, str], Linearizer] = lambda _block, _part: linearize
 
 
@@ -155,13 +158,17 @@ def _below_post(block: LinearBlock, above: Cotangents, rules: Rules) -> Cotangen
         constants, above = above.apart(rules.constants)
         context = {**context, **constants}
     # Only lengths that may still grow.
-    to_branch = above if rules.longest is None else above.up_to(rules.longest - 1)
+    to_branch = above if rules.longest is None or rules.moments else above.up_to(rules.longest - 1)
     for branch in block.branches if len(to_branch.state) else []:
         signs = None if rules.draw_signs is None else rules.draw_signs()
         if isinstance(branch, NestedChain):
             source, pullback = branch.pulled(to_branch, rules), unchanged
         else:
             source, pullback = to_branch, branch
+        if rules.moments:
+            source, pullback = source.pulled(pullback), unchanged
+            state = combined(state, source.state, pullback, longer=0)[0]
+            context = with_more(context, source.context)
         if len(source.state):
             state, read = combined(state, source.state, pullback, signs, int(rules.counted))
             context = with_more(context, read, signs, int(rules.counted))
@@ -233,7 +240,7 @@ class NestedChain:
     def pulled(self, above: Cotangents, rules: Rules) -> Cotangents:
         """Cotangents of its output at its input."""
         # Its own branch is one block of the path already.
-        longest = None if rules.longest is None else rules.longest - 1
+        longest = rules.longest if rules.longest is None or rules.moments else rules.longest - 1
         inner = replace(rules, longest=longest, linearizer=lambda _block, _part: self.linearizer)
         return pull_back(self.chain, self.states, self.context, above.pulled(self.head), inner).pulled(self.stem)
 

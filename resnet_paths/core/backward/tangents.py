@@ -7,14 +7,14 @@ differentiation this works for every linearization, and for operations without a
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from resnet_paths.core.backward.linearize import Pullback, unchanged
 
-__all__ = ["differentiable_pullbacks", "pushed"]
+__all__ = ["differentiable_pullbacks", "pushed", "pushed_all"]
 
 
 @contextlib.contextmanager
@@ -28,13 +28,19 @@ def differentiable_pullbacks() -> Iterator[None]:
         yield
 
 
-def pushed(pullback: Pullback, output: torch.Tensor, tangents: torch.Tensor) -> torch.Tensor:
+def pushed(
+    pullback: Pullback,
+    output: torch.Tensor,
+    tangents: torch.Tensor,
+    context: Mapping[str, torch.Tensor] | None = None,
+) -> torch.Tensor:
     """The tangents of the output of a part: Jacobian-vector products.
 
     Args:
         pullback: Transposed Jacobian of the part, from a linearization within `differentiable_pullbacks`.
         output: Output of the part at the point, [batch, ...].
         tangents: Tangents of its input, [K, *state.shape].
+        context: Tangents of what it reads of the context, by name.
 
     Returns:
         Tangents of the output, [K, *output.shape].
@@ -50,10 +56,31 @@ def pushed(pullback: Pullback, output: torch.Tensor, tangents: torch.Tensor) -> 
     """
     if pullback is unchanged or not len(tangents):
         return tangents
+    given = [tangents, *((context or {})[name] for name in pullback.context)]
+    return pushed_all(lambda stacks: pullback.of_all(stacks[0]), [output], given)[0]
+
+
+def pushed_all(
+    pull: Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, ...]],
+    outputs: Sequence[torch.Tensor],
+    tangents: Sequence[torch.Tensor],
+) -> list[torch.Tensor]:
+    """The tangents of several outputs, given those of several inputs.
+
+    Args:
+        pull: From a stack of cotangents of each output to one of each input, as of `linearize_all`.
+        outputs: The outputs at the point, [batch, ...].
+        tangents: Tangents of the inputs, [K, *input.shape].
+
+    Returns:
+        Tangents of the outputs, [K, *output.shape].
+    """
+    size = len(tangents[0])
     with torch.enable_grad(), differentiable_pullbacks():
-        cotangents = tangents.new_zeros(len(tangents), *output.shape, dtype=output.dtype).requires_grad_()
-        back = pullback(cotangents)
-        if not back.requires_grad:  # a constant
-            return cotangents.detach()
+        cotangents = [tangents[0].new_zeros(size, *y.shape, dtype=y.dtype).requires_grad_() for y in outputs]
+        pairs = [(back, t) for back, t in zip(pull(cotangents), tangents, strict=True) if back.requires_grad]
+        if not pairs:  # a constant
+            return [c.detach() for c in cotangents]
         # Rows do not meet in a pullback.
-        return torch.autograd.grad(back, cotangents, tangents)[0]
+        found = torch.autograd.grad([b for b, _ in pairs], cotangents, [t for _, t in pairs], allow_unused=True)
+    return [c.detach() if t is None else t for c, t in zip(cotangents, found, strict=True)]

@@ -1,0 +1,137 @@
+"""What passes through each block's branch, in one direction: one sweep of cotangents back, one of tangents forward.
+
+With v_i the gradient at the output of block i, and t_i the tangent at its input of a direction d at the place where the
+gradient is wanted, the part of the gradient that takes the branch of block i has the inner product
+``<v_i behind the post, J_i t_i>`` with d: n block VJPs and n Jacobian-vector products for all blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from resnet_paths._utils.devices import wide
+from resnet_paths.core.backward.cotangents import Cotangents, Stack
+from resnet_paths.core.backward.linearize import Context, Pullback, linearize
+from resnet_paths.core.backward.tangents import differentiable_pullbacks, pushed
+from resnet_paths.core.chain import Block, ResidualChain
+
+__all__ = ["Tangents", "products_through_branches"]
+
+
+@dataclass(frozen=True)
+class Tangents:
+    """A direction of the state, and of what the blocks read of the context.
+
+    Attributes:
+        state: [1, batch, ...].
+        context: By name, [1, batch, ...].
+        exponents: The direction of an example is this times ``2**exponents``, int32 [batch].
+    """
+
+    state: torch.Tensor
+    context: Mapping[str, torch.Tensor]
+    exponents: torch.Tensor
+
+    def renormalised(self, state: torch.Tensor) -> Tangents:
+        """Those with another state, its numbers far from the ends of the dtype's range."""
+        shift = Stack(state[None], self.exponents.new_zeros(1, 1, len(self.exponents))).renormalised().exponents[0, 0]
+        shift = shift.clamp(min=-1000)  # of zeros
+        scale = torch.exp2(-wide(shift))
+
+        def scaled(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor * scale.to(tensor.dtype).to(tensor.device).reshape(1, -1, *[1] * (tensor.dim() - 2))
+
+        if not bool((shift != 0).any()):
+            return Tangents(state, self.context, self.exponents)
+        context = {name: scaled(tensor) for name, tensor in self.context.items()}
+        return Tangents(scaled(state), context, self.exponents + shift)
+
+
+@torch.no_grad()
+def products_through_branches(
+    chain: ResidualChain,
+    states: Sequence[torch.Tensor],
+    context: Context,
+    above: Sequence[Cotangents],
+    direction: Tangents,
+    *,
+    down_to: int = 0,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Inner products of a direction with the part of the gradient that takes the branch of each block.
+
+    Args:
+        chain: The chain.
+        states: From `resnet_paths.core.backward.forward`.
+        context: What the blocks read beside the states.
+        above: The whole gradient at the output of each block from `down_to` on, in one row.
+        direction: At the input of block `down_to`.
+        down_to: The first block.
+
+    Yields:
+        For each block, first to last: the product for each example, float64 [batch], and the power of 2 that it has to
+        be multiplied with.
+    """
+    for index, cotangents in zip(range(down_to, len(chain)), above, strict=True):
+        with differentiable_pullbacks():
+            pushed_block = _PushedBlock.of(chain[index], states[index], context, direction)
+        behind = cotangents.pulled(pushed_block.post)
+        pairs = [(behind.state, pushed_block.branches)]
+        if chain[index].skip is None:  # hands the cotangents of the context on through its branch
+            pairs += [(stack, direction.context[name]) for name, stack in behind.context.items()]
+        exponents = behind.state.exponents[0, 0]
+        product = wide(torch.zeros(len(exponents), device=exponents.device))
+        for stack, tangent in pairs:
+            if len(stack) and tangent is not None:
+                one = (wide(stack.values[0, 0]) * wide(tangent[0])).flatten(1).sum(1)
+                product = product + torch.ldexp(one, wide(stack.exponents[0, 0] - exponents).to(one.device))
+        yield product, exponents + direction.exponents
+        direction = direction.renormalised(pushed_block.output)
+
+
+@dataclass(frozen=True)
+class _PushedBlock:
+    """Tangents of a block: of its branches together, and of its output; the pullback of its post."""
+
+    branches: torch.Tensor | None
+    output: torch.Tensor
+    value: torch.Tensor
+    post: Pullback
+
+    @classmethod
+    def of(cls, block: Block, state: torch.Tensor, context: Context, direction: Tangents) -> _PushedBlock:
+        shared, tangent = _pushed(block.pre, state, context, direction.state, direction.context)
+        parts = [part for part in (block.skip, *block.branches) if part is not None]
+        found = [_pushed(part, shared, context, tangent, direction.context) for part in parts]
+        of_branches = [t for _, t in found[block.skip is not None :]]
+        total = torch.stack([value for value, _ in found]).sum(0) if len(found) > 1 else found[0][0]
+        output, post = linearize(block.post, total, context)
+        summed = torch.stack([t for _, t in found]).sum(0)
+        return cls(
+            torch.stack(of_branches).sum(0) if of_branches else None,
+            pushed(post, output, summed, direction.context),
+            output,
+            post,
+        )
+
+
+def _pushed(
+    part: nn.Module,
+    state: torch.Tensor,
+    context: Context,
+    tangent: torch.Tensor,
+    of_context: Mapping[str, torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output of a part, and its tangent; of a chain inside a branch, block by block."""
+    if not isinstance(part, ResidualChain) or not len(part):
+        output, pullback = linearize(part, state, context)
+        return output, pushed(pullback, output, tangent, of_context)
+    state, tangent = _pushed(part.stem, state, context, tangent, of_context)
+    for block in part:
+        direction = Tangents(tangent, of_context, torch.zeros(len(state), dtype=torch.int32))
+        inside = _PushedBlock.of(block, state, context, direction)
+        state, tangent = inside.value, inside.output
+    return _pushed(part.head, state, context, tangent, of_context)
