@@ -11,7 +11,7 @@ from pathlib import Path
 
 from resnet_paths._utils.errors import ResnetPathsError
 
-__all__ = ["cache_folder", "check_sha256", "shipped_folder", "write_then_rename"]
+__all__ = ["cache_folder", "check_output", "check_sha256", "shipped_folder", "write_then_rename"]
 
 
 def shipped_folder(name: str) -> Path:
@@ -66,6 +66,27 @@ def check_sha256(path: Path, expected: str, advice: str = "Restore it from the r
             f"sha256 {expected}",
             f"The file is corrupt or incomplete. {advice}",
         )
+
+
+def check_output(argument: str, path: Path) -> None:
+    """Validate that a file can be written, before the work that makes its content.
+
+    Args:
+        argument: Name of the argument, for the message.
+        path: The file; it need not exist. Its parent folder is created.
+
+    Raises:
+        ResnetPathsError: If something else than a regular file is there, or its folder cannot be written to.
+    """
+    allowed = "a new or a regular file in a folder that can be written to"
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise ResnetPathsError(argument, str(path), allowed, "A link, a folder or a device is not replaced.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".unfinished-") as file:
+            file.write(b"a")
+    except OSError as error:
+        raise ResnetPathsError(argument, str(path), allowed, f"{error}. Pass another file.") from error
 
 
 @contextlib.contextmanager

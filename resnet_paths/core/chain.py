@@ -423,7 +423,8 @@ class ResidualChain(nn.Module):
         first = f"<p>ResidualChain of {len(self)} blocks, {shown_count(self.num_paths)} paths</p>"
         if not len(self):
             return first
-        style = indented(self.to_frame()).style.hide(axis="index")
+        # Names come from the model's author: they are text, whatever they hold.
+        style = indented(self.to_frame()).style.format(escape="html").hide(axis="index")
         left = "text-align: left; white-space: pre"
         return first + style.set_table_styles([{"selector": "th, td", "props": left}]).to_html()
 

@@ -26,6 +26,7 @@ from resnet_paths.core.block_norms import block_norms
 from resnet_paths.core.chain import ResidualChain
 from resnet_paths.core.edits import delete_blocks
 from resnet_paths.core.paths import path_histogram, path_length
+from resnet_paths.core.polynomials import shown_count
 from resnet_paths.core.unraveled_graph import unraveled_graph
 from resnet_paths.figures import (
     paper_style,
@@ -155,7 +156,7 @@ def explore_lesions(chain: ResidualChain, loader: Loader) -> ipw.VBox:
         ResnetPathsError: See `lesion_study`.
     """
     deletable = [index for lesion in single_deletions(chain) for index in lesion.blocks or ()]
-    intact_paths = path_histogram(chain).assign(network=f"intact, {chain.num_paths:,} paths")
+    intact_paths = path_histogram(chain).assign(network=f"intact, {shown_count(chain.num_paths)} paths")
     known: dict[tuple[int, ...], pd.DataFrame] = {}
 
     def answer(axes: Sequence[Axes], **pressed: bool) -> str:
@@ -167,11 +168,12 @@ def explore_lesions(chain: ResidualChain, loader: Loader) -> ipw.VBox:
         row = known[deleted].iloc[0]
         names = ", ".join(html.escape(chain[index].name) for index in deleted) or "none"
         words = (
-            f"Deleted: {names} ({len(deleted)} of {len(chain)}). <b>{lesioned.num_paths:,}</b> of {chain.num_paths:,} "
+            f"Deleted: {names} ({len(deleted)} of {len(chain)}). "
+            f"<b>{shown_count(lesioned.num_paths)}</b> of {shown_count(chain.num_paths)} "
             f"paths remain. Test error <b>{row.error_rate:.1%}</b> (intact {row.intact_error_rate:.1%}; "
             f"{row.num_examples} images)."
         )
-        paths = path_histogram(lesioned).assign(network=f"remaining, {lesioned.num_paths:,} paths")
+        paths = path_histogram(lesioned).assign(network=f"remaining, {shown_count(lesioned.num_paths)} paths")
         plot_path_histogram(pd.concat([intact_paths, paths]) if deleted else intact_paths, axes[0])
         plot_lesion_counts(pd.concat(known.values()), axes[1])
         return words

@@ -30,6 +30,7 @@ from torch.utils import data
 from tqdm.auto import tqdm
 
 from resnet_paths._utils.arguments import require_int, require_path
+from resnet_paths._utils.devices import choose_device
 from resnet_paths._utils.errors import ResnetPathsError, StudyInterrupted
 from resnet_paths._utils.fingerprint import fingerprint
 from resnet_paths.core.chain import ResidualChain, require_chain
@@ -157,7 +158,9 @@ def lesion_study(
     validate_precision(precision, chain)
     batch_budget = _checked_settings(batch_budget, adjust)
     store = None if store is None else require_path("store", store)
-    if executor is not None and not isinstance(executor, Executor):
+    if executor is None:
+        choose_device(device)  # workers have their own
+    elif not isinstance(executor, Executor):
         raise ResnetPathsError("executor", executor, "a concurrent.futures.Executor, or None")
     _look_at_loader(loader, store)
     named, measured = _named(lesions), measures_of(measures)

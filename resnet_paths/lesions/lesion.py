@@ -10,6 +10,7 @@ from dataclasses import KW_ONLY, dataclass, replace
 from scipy import stats
 from torch import nn
 
+from resnet_paths._utils.arguments import require_float, require_int
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.core.chain import ResidualChain
 from resnet_paths.core.edits import (
@@ -89,6 +90,9 @@ class Lesion:
             raise ResnetPathsError(needed, None, f"the {needed} of a lesion of kind {self.kind!r}")
         if self.key is not None and (self.kind or not isinstance(self.key, str)):
             raise ResnetPathsError("key", self.key, "a str, with a function", "Other lesions need none.")
+        require_int("loops", self.loops, 1)
+        if self.factor is not None:
+            require_float("factor", self.factor)
         if self.kind and (self.blocks is None or not hasattr(self.blocks, "__iter__")):
             raise ResnetPathsError("blocks", self.blocks, "a tuple of positions of blocks")
         if self.kind == "swap" and self.order is None and len(self.blocks or ()) != 2:

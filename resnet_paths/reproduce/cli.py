@@ -149,15 +149,19 @@ def lesion(
     """Delete, duplicate or reorder blocks and measure the test error of each lesion."""
     from torch.utils.data import DataLoader
 
+    from resnet_paths._utils.arguments import require_int
     from resnet_paths._utils.errors import ResnetPathsError, StudyInterrupted
+    from resnet_paths._utils.files import check_output
     from resnet_paths.lesions import lesion_study
     from resnet_paths.unraveling import unravel
     from resnet_paths.zoo import load_network
 
+    if output is not None:
+        check_output("output", output)
     if plan not in _PLANS:
         raise ResnetPathsError("plan", plan, f"one of {', '.join(map(repr, _PLANS))}")
-    if batch_size < 1:
-        raise ResnetPathsError("batch_size", batch_size, "an int of at least 1")
+    require_int("batch_size", batch_size, 1)
+    require_int("repeats", repeats, 1)
     images = _first_images(dataset, num_images)
     # Unraveled on the CPU, where it was loaded; the study moves it to the device.
     chain = unravel(load_network(network, weights), images[0][0].unsqueeze(0))
@@ -201,13 +205,20 @@ def _stopped(num_batches: int, store: Path | None) -> typer.Exit:
 
 
 def _show_or_write(frame: pd.DataFrame, output: Path | None) -> None:
+    from resnet_paths._utils.errors import ResnetPathsError
     from resnet_paths._utils.files import write_then_rename
 
     if output is None:
         typer.echo(frame.to_string(index=False, float_format="{:.4f}".format))
         return
-    with write_then_rename(output) as temporary:
-        frame.to_csv(temporary, index=False)
+    try:
+        with write_then_rename(output) as temporary:
+            frame.to_csv(temporary, index=False)
+    except OSError as error:  # the study is done: its numbers are not thrown away
+        typer.echo(frame.to_csv(index=False))
+        raise ResnetPathsError(
+            "output", str(output), "a file that can be written to", f"{error}. The frame is printed instead."
+        ) from error
     typer.echo(f"wrote {output}")
 
 
@@ -235,8 +246,9 @@ def _range_of(counts: str) -> list[int]:
     from resnet_paths._utils.errors import ResnetPathsError
 
     first, _, last = counts.partition("-")
-    if not (first.isdigit() and (last or first).isdigit()):
-        raise ResnetPathsError("counts", counts, "a number or a range of numbers, as in '1-20'")
+    numbers = first.isdecimal() and (last or first).isdecimal()
+    if not numbers or not 1 <= int(first) <= int(last or first) <= 10**6:
+        raise ResnetPathsError("counts", counts, "a number or a range of numbers of at least 1, as in '1-20'")
     return list(range(int(first), int(last or first) + 1))
 
 

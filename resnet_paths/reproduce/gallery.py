@@ -11,6 +11,7 @@ import functools
 import html
 import io
 import re
+import urllib.parse
 from pathlib import Path
 
 import pandas as pd
@@ -53,9 +54,7 @@ def write_gallery(folder: Path) -> Path:
     Returns:
         Path of the page: HTML with embedded style, and relative links to the files of the folder.
     """
-    notebooks = {
-        path.stem: nbformat.read(path, as_version=4) for path in sorted((folder / "notebooks").glob("*.ipynb"))
-    }
+    notebooks = {path.stem: _read_notebook(path) for path in sorted((folder / "notebooks").glob("*.ipynb"))}
     stems = sorted(path.stem for path in folder.glob("*.png"))
     placed: set[str] = set()
     contents, sections = [], []
@@ -77,6 +76,16 @@ def write_gallery(folder: Path) -> Path:
     with write_then_rename(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return path
+
+
+def _read_notebook(path: Path) -> NotebookNode:
+    """A notebook; one that only says so where the file is not one."""
+    try:
+        notebook: NotebookNode = nbformat.read(path, as_version=4)
+    except (ValueError, KeyError, AttributeError, TypeError, OSError, nbformat.ValidationError) as error:
+        notebook = nbformat.v4.new_notebook()
+        notebook.metadata["resnet_paths"] = {"error": f"not a notebook: {type(error).__name__}: {error}"}
+    return notebook
 
 
 def figures_of(notebook: NotebookNode) -> dict[str, str]:
@@ -103,7 +112,8 @@ def _entry(name: str, notebook: NotebookNode, num_figures: int) -> str:
     run = notebook.metadata.get("resnet_paths", {})
     state = '<span class="failed">failed</span>' if run.get("error") else f"{len(claims_of(notebook))} claims verified"
     facts = f"{num_figures} figures, {state}, profile {html.escape(str(run.get('profile', 'unknown')))}"
-    return f'<li><a href="#{name}">{name[:2]} {html.escape(_title(name, notebook))}</a> ({facts})</li>\n'
+    title = html.escape(f"{name[:2]} {_title(name, notebook)}")
+    return f'<li><a href="#{_link(name)}">{title}</a> ({facts})</li>\n'
 
 
 def _title(name: str, notebook: NotebookNode) -> str:
@@ -113,9 +123,9 @@ def _title(name: str, notebook: NotebookNode) -> str:
 
 def _section(folder: Path, name: str, notebook: NotebookNode, captions: dict[str, str]) -> str:
     """Section of a notebook: its first cell, its error if it failed, its figures, its claims."""
-    link = f'<p class="files"><a href="notebooks/{name}.ipynb">executed notebook</a></p>\n'
+    link = f'<p class="files"><a href="notebooks/{_link(name)}.ipynb">executed notebook</a></p>\n'
     first = notebook.cells[0].source if notebook.cells else f"# {name}"
-    parts = [f'<h2 id="{name}">{html.escape(name[:2])} {html.escape(_title(name, notebook))}</h2>\n']
+    parts = [f'<h2 id="{html.escape(name)}">{html.escape(name[:2])} {html.escape(_title(name, notebook))}</h2>\n']
     error = notebook.metadata.get("resnet_paths", {}).get("error")
     if error:
         old = " The figures below may be from an earlier run." if captions else ""
@@ -135,17 +145,20 @@ def _section(folder: Path, name: str, notebook: NotebookNode, captions: dict[str
 
 def _figure(folder: Path, stem: str, caption: str) -> str:
     """A figure at 1.5 times its printed size, with its caption, files, data and origin."""
-    with Image.open(folder / f"{stem}.png") as image:
-        facts, width = image.info, round(image.width / 300 * 96 * 1.5)
+    try:
+        with Image.open(folder / f"{stem}.png") as image:
+            facts, width = image.info, round(image.width / 300 * 96 * 1.5)
+    except (OSError, ValueError, SyntaxError) as error:  # as Pillow refuses files
+        return _unreadable(f"{stem}.png", error)
     links = "".join(
-        f'<a href="{stem}.{kind}">{kind.upper()}</a>'
+        f'<a href="{_link(stem)}.{kind}">{kind.upper()}</a>'
         for kind in ("pdf", "svg", "png", "csv")
         if (folder / f"{stem}.{kind}").is_file()
     )
-    source = "; ".join(facts[key] for key in ("Description", "Software") if facts.get(key))
+    source = "; ".join(str(facts[key]) for key in ("Description", "Software") if facts.get(key))
     return (
-        f'<figure id="{stem}">\n<figcaption>{_markdown(caption)}</figcaption>\n'
-        f'<img class="plot" src="{stem}.png" width="{width}" alt="{html.escape(_heading(caption) or stem)}">\n'
+        f'<figure id="{html.escape(stem)}">\n<figcaption>{_markdown(caption)}</figcaption>\n'
+        f'<img class="plot" src="{_link(stem)}.png" width="{width}" alt="{html.escape(_heading(caption) or stem)}">\n'
         f'<p class="files"><b>{html.escape(stem)}</b> {links}</p>\n{_numbers(folder / f"{stem}.csv")}'
         f'<p class="source">{html.escape(source)}</p>\n</figure>\n'
     )
@@ -163,9 +176,22 @@ def _numbers(path: Path) -> str:
         frame = pd.read_csv(path)
     except pd.errors.EmptyDataError:
         return ""
+    except (ValueError, OSError) as error:  # pandas' parser errors are among the former
+        return _unreadable(path.name, error)
     first = f", the first {_ROWS_SHOWN} shown" if len(frame) > _ROWS_SHOWN else ""
     table = frame.head(_ROWS_SHOWN).to_html(index=False, border=0, float_format="{:.4g}".format, na_rep="")
     return f"<details><summary>numbers ({len(frame)} rows{first})</summary>{table}</details>\n"
+
+
+def _unreadable(name: str, error: Exception) -> str:
+    """What stands in the place of a file that cannot be read."""
+    said = html.escape(f"{type(error).__name__}: {error}")
+    return f'<p class="failure"><b>Cannot be read:</b> {html.escape(name)}, {said}</p>\n'
+
+
+def _link(name: str) -> str:
+    """A file name inside a link."""
+    return html.escape(urllib.parse.quote(name))
 
 
 class _Renderer(mistune.HTMLRenderer):

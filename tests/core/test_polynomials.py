@@ -128,3 +128,11 @@ def test_tensors_of_positions_are():
     for positions in (torch.tensor([0, 3]), np.array([0, 3]), [torch.tensor(0), np.int64(3)]):
         found = rp.delete_blocks(deep(4), positions)
         assert [b.branch is None for b in found] == [True, False, False, True]
+
+
+def test_names_in_a_notebook_are_text():
+    name = "<img src=x onerror=alert(1)>"
+    chain = ResidualChain(nn.Identity(), [deep(1)[0].replace(name=name)], nn.Identity())
+    shown = chain._repr_html_()
+    assert "<img" not in shown
+    assert "&lt;img src=x onerror=alert(1)&gt;" in shown

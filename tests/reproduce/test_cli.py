@@ -220,3 +220,87 @@ def test_paths_prints_exact_numbers():
     status, out, _ = run("paths", "54")
     assert status == 0
     assert str(math.comb(54, 27)) in out
+
+
+# Output files and arguments of `lesion`
+
+
+LESION = ("lesion", "preact-resnet-20", "--num-images", "4")
+
+
+def no_work(monkeypatch):
+    def refuse_work(*args, **kwargs):
+        raise AssertionError("work before the arguments were validated")
+
+    monkeypatch.setattr(lesions, "lesion_study", refuse_work)
+
+
+@pytest.mark.parametrize(
+    "kind", ["symlink", "dangling symlink", "fifo", "folder", "device", "below a file", "read-only"]
+)
+def test_an_output_that_is_no_regular_file_is_refused_before_any_work(kind, tmp_path, monkeypatch, capsys):
+    no_work(monkeypatch)
+    target, output = tmp_path / "target", tmp_path / "out.csv"
+    if kind.endswith("symlink"):
+        if kind == "symlink":
+            target.write_text("kept")
+        output.symlink_to(target)
+    elif kind == "fifo":
+        os.mkfifo(output)
+    elif kind == "folder":
+        output.mkdir()
+    elif kind == "device":
+        output = "/dev/null"
+    elif kind == "below a file":
+        target.write_text("kept")
+        output = target / "out.csv"
+    else:
+        monkeypatch.setattr("resnet_paths._utils.files.tempfile.NamedTemporaryFile", refuse_to_write)
+    before = sorted(tmp_path.iterdir())
+    message = refuse(monkeypatch, capsys, *LESION, "--output", str(output))
+    assert message.startswith("resnet-paths: output: got ")
+    assert "allowed: a new or a regular file in a folder that can be written to" in message
+    assert sorted(tmp_path.iterdir()) == before
+    assert not target.exists() or target.read_text() == "kept"
+
+
+def refuse_to_write(*args, **kwargs):
+    raise PermissionError(13, "Permission denied")
+
+
+def test_a_frame_that_cannot_be_written_after_all_is_printed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("resnet_paths._utils.files.tempfile.mkstemp", refuse_to_write)
+    with pytest.raises(ResnetPathsError, match=r"Permission denied\. The frame is printed instead"):
+        cli._show_or_write(pd.DataFrame({"lesion": ["delete a"], "error_rate": [0.25]}), tmp_path / "out.csv")
+    assert capsys.readouterr().out == "lesion,error_rate\ndelete a,0.25\n\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--counts", "5-1"), "counts: got '5-1'"),
+        (("--counts", "0"), "counts: got '0'"),
+        (("--counts", "1-99999999999"), "counts: got '1-99999999999'"),
+        (("--counts", "²"), "counts: got '²'"),
+        (("--counts", "99"), "counts: got 99"),
+        (("--repeats", "0"), "repeats: got 0; allowed: an int of at least 1"),
+        (("--repeats", "-1"), "repeats: got -1"),
+        (("--batch-size", "0"), "batch_size: got 0"),
+        (("--num-images", "0"), "num_images: got 0"),
+        (("--device", "meta"), "device: got 'meta'"),
+        (("--device", "banana"), "device: got 'banana'"),
+        (("--precision", "banana"), "precision: got 'banana'"),
+        (("--batch-budget", "-1"), "batch_budget: got -1"),
+    ],
+)
+def test_wrong_arguments_of_lesion_are_refused(arguments, message, monkeypatch, capsys):
+    said = refuse(monkeypatch, capsys, *LESION, "--plan", "random-deletions", *arguments)
+    assert said.startswith(f"resnet-paths: {message}")
+
+
+def test_loops_and_factors_of_a_lesion():
+    from resnet_paths.lesions.lesion import Lesion
+
+    for wrong in ({"loops": 0}, {"loops": 1.5}, {"factor": math.nan}, {"factor": "x"}):
+        with pytest.raises(ResnetPathsError, match=f"{next(iter(wrong))}: got .*; allowed"):
+            Lesion("parallel", (0, 1), **wrong)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 
 import matplotlib.pyplot as plt
 import nbformat
@@ -111,3 +112,46 @@ def test_an_empty_folder_gives_an_empty_page(tmp_path):
 def test_captions_are_the_words_above():
     found = figures_of(notebook("Why?", "01_one"))
     assert found == {"01_one": "## A heading\n\nWhat is **seen** here."}
+
+
+# Files that are not what they should be
+
+
+NASTY = "<img src=x onerror=alert(1)> & \"'#?%"
+
+BROKEN = {
+    "empty figure": ("01_one.png", b""),
+    "truncated figure": ("01_one.png", None),
+    "text as a figure": ("01_one.png", b"no picture"),
+    "csv of uneven rows": ("01_one.csv", b'a,b\n1,2\n1,2,3,4\n"'),
+    "csv of bytes": ("01_one.csv", b"a,b\n\xff\xfe\x00,2\n"),
+    "empty notebook": ("notebooks/01_good.ipynb", b""),
+    "notebook of another form": ("notebooks/01_good.ipynb", b"[]"),
+    "notebook of bytes": ("notebooks/01_good.ipynb", b"\xff\xfe"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_file_that_cannot_be_read_is_named_and_the_rest_is_shown(kind, folder):
+    name, content = BROKEN[kind]
+    file = folder / name
+    file.write_bytes(file.read_bytes()[:100] if content is None else content)
+    page = write_gallery(folder).read_text(encoding="utf-8")
+    assert Links(page).open == []
+    assert re.search(r"(Cannot be read:</b> 01_one|Failed:</b> 01_good, not a notebook)", page)
+    assert 'src="mine.png"' in page
+    assert "<b>Failed:</b> 02_bad" in page
+
+
+def test_names_of_files_are_text(folder):
+    (folder / "mine.png").rename(folder / f"{NASTY}.png")
+    (folder / "notebooks" / "02_bad.ipynb").rename(folder / "notebooks" / f"{NASTY}.ipynb")
+    (folder / "01_one.csv").write_text(f'"{NASTY.replace(chr(34), "")}",b\n1,<script>\n')
+    page = write_gallery(folder).read_text(encoding="utf-8")
+    assert "<img src=x" not in page
+    assert "<script" not in page
+    links = Links(page)
+    assert links.open == []
+    files = [unquote(link) for link in links.found if not link.startswith(("#", "data:"))]
+    assert all((folder / link).is_file() for link in files)
+    assert f"{NASTY}.png" in files
