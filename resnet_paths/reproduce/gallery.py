@@ -184,7 +184,7 @@ def _numbers(path: Path) -> str:
 
 
 def _unreadable(name: str, error: Exception) -> str:
-    """What stands in the place of a file that cannot be read."""
+    """A line in place of a file that cannot be read."""
     said = html.escape(f"{type(error).__name__}: {error}")
     return f'<p class="failure"><b>Cannot be read:</b> {html.escape(name)}, {said}</p>\n'
 
