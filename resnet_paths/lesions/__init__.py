@@ -158,10 +158,7 @@ def lesion_study(
     validate_precision(precision, chain)
     batch_budget = _checked_settings(batch_budget, adjust)
     store = None if store is None else require_path("store", store)
-    if executor is None:
-        choose_device(device)  # workers have their own
-    elif not isinstance(executor, Executor):
-        raise ResnetPathsError("executor", executor, "a concurrent.futures.Executor, or None")
+    _check_where(executor, device)
     _look_at_loader(loader, store)
     named, measured = _named(lesions), measures_of(measures)
     _refuse_what_is_not_measured(measured, per_class, store)
@@ -369,6 +366,13 @@ def _look_at_loader(loader: Any, store: str | Path | None) -> None:
             left_out = f"{num_examples % batch_size} of {num_examples}" if num_examples % batch_size else None
         if left_out:
             warnings.warn(f"loader: drop_last=True leaves out {left_out} examples", stacklevel=3)
+
+
+def _check_where(executor: object, device: str | torch.device) -> None:
+    if executor is None:
+        choose_device(device)  # workers have their own
+    elif not isinstance(executor, Executor):
+        raise ResnetPathsError("executor", executor, "a concurrent.futures.Executor, or None")
 
 
 def _checked_settings(batch_budget: SupportsIndex | None, adjust: str | None) -> int | None:

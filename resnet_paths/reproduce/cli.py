@@ -149,19 +149,12 @@ def lesion(
     """Delete, duplicate or reorder blocks and measure the test error of each lesion."""
     from torch.utils.data import DataLoader
 
-    from resnet_paths._utils.arguments import require_int
-    from resnet_paths._utils.errors import ResnetPathsError, StudyInterrupted
-    from resnet_paths._utils.files import check_output
+    from resnet_paths._utils.errors import StudyInterrupted
     from resnet_paths.lesions import lesion_study
     from resnet_paths.unraveling import unravel
     from resnet_paths.zoo import load_network
 
-    if output is not None:
-        check_output("output", output)
-    if plan not in _PLANS:
-        raise ResnetPathsError("plan", plan, f"one of {', '.join(map(repr, _PLANS))}")
-    require_int("batch_size", batch_size, 1)
-    require_int("repeats", repeats, 1)
+    _check_arguments(plan, repeats, batch_size, output)
     images = _first_images(dataset, num_images)
     # Unraveled on the CPU, where it was loaded; the study moves it to the device.
     chain = unravel(load_network(network, weights), images[0][0].unsqueeze(0))
@@ -181,6 +174,20 @@ def lesion(
     except StudyInterrupted as interrupt:
         raise _stopped(interrupt.num_batches, store) from None
     _show_or_write(frame, output)
+
+
+def _check_arguments(plan: str, repeats: int, batch_size: int, output: Path | None) -> None:
+    """Refuse what `lesion` cannot do, before any work."""
+    from resnet_paths._utils.arguments import require_int
+    from resnet_paths._utils.errors import ResnetPathsError
+    from resnet_paths._utils.files import check_output
+
+    if plan not in _PLANS:
+        raise ResnetPathsError("plan", plan, f"one of {', '.join(map(repr, _PLANS))}")
+    require_int("batch_size", batch_size, 1)
+    require_int("repeats", repeats, 1)
+    if output is not None:
+        check_output("output", output)
 
 
 def _first_images(dataset: str, count: int | None) -> Subset[tuple[torch.Tensor, int]]:
