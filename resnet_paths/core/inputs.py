@@ -81,7 +81,7 @@ def unpack(batch: object) -> tuple[Inputs, torch.Tensor]:
             "loader",
             type(batch).__name__ + keys,
             f"batches of (inputs, labels), or mappings with {_LABELS!r} among their keys; labels are a tensor",
-            "Wrap a data set in torch.utils.data.DataLoader.",
+            "Wrap a data set in torch.utils.data.DataLoader; without labels, choose measures that read none.",
         )
     inputs = inputs_of(batch)
     tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
