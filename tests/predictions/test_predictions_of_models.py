@@ -59,3 +59,15 @@ def test_contributions_sum_to_the_output(name):
         assert abs(frame.contribution.sum() - expected.mean().item()) <= 1e-12 * scale
         assert frame.attrs["residual"] <= 1e-12 * scale
         assert frame.attrs["tangent_operations"] == []
+
+
+@pytest.mark.slow
+def test_float32_suffices_for_a_resnet_of_110_layers():
+    data = rp.load_dataset("fashion-mnist", split="test")
+    images = torch.stack([data[index][0] for index in range(4)])
+    chain = rp.unravel(rp.load_network("preact-resnet-110"), images, verify=False)
+    frame = rp.prediction_by_path_length(chain, images)
+    assert frame.attrs["residual"] < 1e-3 * frame.attrs["mean_output"]
+    with torch.no_grad():
+        two = chain(images).topk(2).values
+    assert frame.contribution.sum() == pytest.approx((two[:, 0] - two[:, 1]).mean().item(), rel=1e-3)
