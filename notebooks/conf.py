@@ -58,3 +58,4 @@ napoleon_use_rtype = False
 codeautolink_global_preface = "import resnet_paths as rp"
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
+trim_doctest_flags = False  # code with them is linked too

@@ -17,6 +17,7 @@ from ._utils.errors import (
 from ._utils.errors import (
     UnravelError as UnravelError,
 )
+from ._utils.versions import show_versions as show_versions
 from .core.block_norms import block_norms as block_norms
 from .core.causal_lm import as_causal_lm as as_causal_lm
 from .core.chain import (

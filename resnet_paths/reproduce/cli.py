@@ -260,6 +260,32 @@ def _range_of(counts: str) -> list[int]:
 
 
 @app.command()
+def doctor(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="FILE.py:FUNCTION or MODULE:FUNCTION, which returns the model, or the model and example inputs."
+        ),
+    ],
+    shape: Annotated[
+        str, typer.Option(help="Shape of a random example input, as in 2,3,224,224, if there is none.")
+    ] = "",
+) -> None:
+    """Unravel your own model step by step, and say what prevents it."""
+    from resnet_paths._utils.errors import ResnetPathsError
+    from resnet_paths.reproduce.doctor import diagnose, find_function
+
+    sizes = _numbers("shape", shape, ",", "comma-separated sizes with the batch first, as in 2,3,224,224")
+    if any(size < 1 for size in sizes):
+        raise ResnetPathsError("shape", shape, "sizes of at least 1")
+    for step in diagnose(find_function(model), sizes or None):
+        typer.echo(f"{step.name:<12} {'passed' if step.passed else 'FAILED'}  {step.finding}")
+        if not step.passed:
+            typer.echo("What helps is in notebooks/how_to/own_model.md, 'If it is refused'.")
+            raise typer.Exit(1)
+
+
+@app.command()
 def paths(
     num_blocks: Annotated[int, typer.Argument(help="Number of residual blocks, such as 54 for ResNet-110.")],
 ) -> None:
