@@ -31,6 +31,7 @@ from resnet_paths.figures.blocks import (
 from resnet_paths.figures.chains import plot_chain
 from resnet_paths.figures.costs import plot_cost_by_depth, plot_training_memory
 from resnet_paths.figures.gradients import (
+    plot_block_independence,
     plot_coherence,
     plot_effective_window,
     plot_path_gradients,
@@ -65,6 +66,7 @@ if not TYPE_CHECKING:  # a type checker would accept any name of this module
 __all__ = [
     "paper_style",
     "plot_block_directions",
+    "plot_block_independence",
     "plot_block_norms",
     "plot_chain",
     "plot_coherence",

@@ -13,9 +13,16 @@ from matplotlib.ticker import MaxNLocator
 
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.figures.layout import INK, MARKERS, MUTED, checked, groups_of, legend_above
-from resnet_paths.gradients import PAPER_WINDOW, GeometricDecay, effective_window
+from resnet_paths.gradients import PAPER_WINDOW, BlockIndependence, GeometricDecay, effective_window
 
-__all__ = ["plot_coherence", "plot_effective_window", "plot_path_gradients", "plot_path_shares", "plot_windows"]
+__all__ = [
+    "plot_block_independence",
+    "plot_coherence",
+    "plot_effective_window",
+    "plot_path_gradients",
+    "plot_path_shares",
+    "plot_windows",
+]
 
 _NORMS = {
     "mean_path_gradient_norm": "one path, mean (sampled)",
@@ -182,6 +189,50 @@ def plot_coherence(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     )
     ax.set(yscale="log", xlabel="path length (blocks)", ylabel="coherence (1: orthogonal)")
     ax.set_ylim(0.5, 4 * frame["coherence"].max())
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    legend_above(ax, ax.get_legend_handles_labels()[0])
+    return ax
+
+
+def plot_block_independence(independence: BlockIndependence, ax: Axes | None = None) -> Axes:
+    """The share of the gradient at each path length, beside that of independent and of interacting blocks.
+
+    Args:
+        independence: From `resnet_paths.gradients.block_independence`.
+        ax: The axes to draw into; the current axes if None.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ResnetPathsError: If `independence` is something else.
+    """
+    if not isinstance(independence, BlockIndependence):
+        raise ResnetPathsError(
+            "independence", type(independence).__name__, "the result of resnet_paths.gradients.block_independence"
+        )
+    ax = plt.gca() if ax is None else ax
+    laws = independence.laws
+    ax.bar(laws["path_length"], 100 * laws["gradient_share"], width=0.8, color="0.8", label="gradient share")
+    names = {
+        "independent": f"independent blocks (distance {independence.total_variation:.2g})",
+        "interacting": f"one interaction number ({independence.total_variation_interacting:.2g})",
+    }
+    for (name, label), marker, style in zip(names.items(), MARKERS, ("dashed", "solid"), strict=False):
+        if laws[name].notna().all():
+            ax.plot(
+                laws["path_length"],
+                100 * laws[name],
+                marker=marker,
+                markersize=2.5,
+                linewidth=0.7,
+                linestyle=style,
+                label=label,
+            )
+    held = laws.loc[laws[["gradient_share", "independent"]].abs().max(axis=1) > 1e-3, "path_length"]
+    if len(held):
+        ax.set_xlim(held.min() - 1, held.max() + 1)
+    ax.set(xlabel="path length (blocks)", ylabel="gradient share (%)")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     legend_above(ax, ax.get_legend_handles_labels()[0])
     return ax

@@ -38,6 +38,7 @@ from resnet_paths.gradients.effective import (
     PAPER_WINDOW,
     EffectiveWindow,
     GeometricDecay,
+    decay_factors,
     effective_window,
     fit_decay,
 )
@@ -49,6 +50,12 @@ from resnet_paths.gradients.estimates import (
     measure_weighted,
     rows_at_once,
 )
+from resnet_paths.gradients.independence import (
+    BlockIndependence,
+    block_independence,
+    branch_probabilities,
+    poisson_binomial,
+)
 from resnet_paths.gradients.losses import Loss
 from resnet_paths.gradients.measurements import Measurements
 from resnet_paths.gradients.moments import PathLengthMoments, path_length_moments
@@ -57,9 +64,13 @@ from resnet_paths.gradients.scalar import scalar_gradients
 
 __all__ = [
     "PAPER_WINDOW",
+    "BlockIndependence",
     "EffectiveWindow",
     "GeometricDecay",
     "PathLengthMoments",
+    "block_independence",
+    "branch_probabilities",
+    "decay_factors",
     "effective_window",
     "fit_decay",
     "gradient_by_depth",
@@ -67,6 +78,7 @@ __all__ = [
     "gradient_by_stage_lengths",
     "gradient_through_block",
     "path_length_moments",
+    "poisson_binomial",
     "scalar_gradients",
 ]
 

@@ -12,10 +12,13 @@ from scipy import stats
 from resnet_paths._utils.arguments import require_float, require_frame
 from resnet_paths._utils.errors import ResnetPathsError, nearest_names
 
-__all__ = ["PAPER_WINDOW", "EffectiveWindow", "GeometricDecay", "effective_window", "fit_decay"]
+__all__ = ["PAPER_WINDOW", "EffectiveWindow", "GeometricDecay", "decay_factors", "effective_window", "fit_decay"]
 
 PAPER_WINDOW = (5, 17)
 """Veit et al. 2016, section 4.3: "almost all of the gradient updates" of their 54 blocks come from these lengths."""
+
+
+_Z = float(stats.norm.ppf(0.975))
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,9 @@ def fit_decay(
 ) -> GeometricDecay:
     """A geometric decay fitted to norms by path length: the straight line of Veit et al. 2016, figure 6b, log axis.
 
+    The standard error is that of the line's slope. It says nothing of whether the norms are on a line: where they are
+    not, as in a trained ResNet-110, `decay_factors` has the factor at each length.
+
     Args:
         frame: From `resnet_paths.gradient_by_path_length`.
         quantity: A column of norms of single paths; its standard errors weigh the points where the frame has them.
@@ -155,6 +161,48 @@ def fit_decay(
     rate = math.exp(slope)
     longest = int(frame.attrs.get("longest_path", k[-1]))
     return GeometricDecay(rate, rate * math.sqrt(max(covariance[0, 0], 0.0)), longest)
+
+
+def decay_factors(frame: pd.DataFrame, quantity: str = "mean_path_gradient_norm") -> pd.DataFrame:
+    """The factor by which norms fall from each path length to the next, with its error.
+
+    Args:
+        frame: From `resnet_paths.gradient_by_path_length`.
+        quantity: A column of norms of single paths. Its standard errors are those of independent estimates, as those of
+            paths that are drawn for each length.
+
+    Returns:
+        One row for each pair of neighbouring lengths: ``path_length``, the longer one; ``factor``; ``factor_se``, to
+        first order, and the ends of a 95 % interval, ``factor_low`` and ``factor_high``, symmetric in the logarithm;
+        NaN where the frame has no errors, or a norm is 0.
+
+    Raises:
+        ResnetPathsError: If there is no such column.
+
+    Example:
+        >>> frame = pd.DataFrame({"path_length": [3, 4, 5], "norm": [8.0, 4.0, 1.0], "norm_se": [0.0, 0.4, 0.0]})
+        >>> decay_factors(frame, "norm").round(3).values.tolist()
+        [[4.0, 0.5, 0.05, 0.411, 0.608], [5.0, 0.25, 0.025, 0.206, 0.304]]
+    """
+    values = _column(frame, quantity)
+    order = np.argsort(frame["path_length"].to_numpy())
+    k, values = frame["path_length"].to_numpy()[order], values[order]
+    errors = np.full(len(k), np.nan)
+    if f"{quantity}_se" in frame:
+        errors = frame[f"{quantity}_se"].to_numpy(dtype=float)[order]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        factors = values[1:] / values[:-1]
+        relative = np.hypot(errors[1:] / values[1:], errors[:-1] / values[:-1])
+        spread = np.exp(_Z * relative)
+    found = pd.DataFrame({
+        "path_length": k[1:],
+        "factor": factors,
+        "factor_se": factors * relative,
+        "factor_low": factors / spread,
+        "factor_high": factors * spread,
+    })
+    neighbours: pd.DataFrame = found[np.diff(k) == 1].reset_index(drop=True)
+    return neighbours
 
 
 def _column(frame: pd.DataFrame, quantity: str) -> np.ndarray:

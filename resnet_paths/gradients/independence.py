@@ -1,0 +1,214 @@
+"""Whether blocks act independently: the law of path length beside that of independent branches.
+
+The shares <g_S, G> / <G, G> of single paths are a signed measure of total 1 on the sets S of blocks. Were it a product
+measure, with the share p_i of the gradient through the branch of block i as its margins, path length would have the
+Poisson binomial distribution of p_1, ..., p_n.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import optimize
+
+from resnet_paths._utils.arguments import require_float, require_frame, require_int
+from resnet_paths._utils.errors import ResnetPathsError
+from resnet_paths._utils.statistics import mean_over_examples
+from resnet_paths.core.backward.gains import Gains
+from resnet_paths.core.chain import ResidualChain
+from resnet_paths.core.inputs import InputsOrLoader, batches_with_bar
+from resnet_paths.gradients.losses import Loss
+from resnet_paths.gradients.points import Place
+
+__all__ = ["BlockIndependence", "block_independence", "branch_probabilities", "poisson_binomial"]
+
+
+def poisson_binomial(probabilities: Sequence[float] | np.ndarray | pd.Series) -> np.ndarray:
+    """The distribution of the number of branches taken, were they taken independently.
+
+    Args:
+        probabilities: Of each branch; shares of the gradient may lie outside [0, 1], and so may the result.
+
+    Returns:
+        The probability of 0, 1, ..., n branches, float64 [n + 1].
+
+    Raises:
+        ResnetPathsError: If a probability is not a finite number.
+
+    Example:
+        >>> poisson_binomial([0.5, 0.5]).tolist()
+        [0.25, 0.5, 0.25]
+    """
+    values = np.asarray(probabilities, dtype=float)
+    if values.ndim != 1 or not np.isfinite(values).all():
+        raise ResnetPathsError("probabilities", probabilities, "a list of finite numbers")
+    law = np.ones(1)
+    for p in values.tolist():
+        law = np.convolve(law, [1 - p, p])
+    return law
+
+
+@dataclass(frozen=True)
+class BlockIndependence:
+    """The law of path length beside that of independent blocks.
+
+    Attributes:
+        laws: One row for each path length: ``path_length``; ``gradient_share``; ``independent``, the Poisson binomial
+            distribution; ``interacting``, proportional to ``independent * exp(b k + interaction k^2)``.
+        total_variation: Half of the sum of absolute differences of ``gradient_share`` and ``independent``.
+        total_variation_interacting: Of ``gradient_share`` and ``interacting``.
+        variance_ratio: Variance of path length over that of independent blocks; above 1 where branches tend to be taken
+            together.
+        interaction: The number for which ``interacting`` has the variance that ``gradient_share`` has; b keeps the
+            mean. NaN where a share through a branch is outside [0, 1].
+    """
+
+    laws: pd.DataFrame
+    total_variation: float
+    total_variation_interacting: float
+    variance_ratio: float
+    interaction: float
+
+
+def block_independence(split: pd.DataFrame, through: pd.DataFrame) -> BlockIndependence:
+    """How far the law of path length is from that of independent blocks.
+
+    Args:
+        split: From `resnet_paths.gradient_by_path_length`, of all lengths.
+        through: From `resnet_paths.gradient_through_block`, for the same examples and place; no branch may hold a chain
+            of its own.
+
+    Returns:
+        The comparison.
+
+    Raises:
+        ResnetPathsError: If columns are missing, or the mean path length is not the sum of the shares through blocks,
+            as of other examples.
+
+    Example:
+        >>> split = pd.DataFrame({"path_length": [0, 1, 2], "gradient_share": [0.5, 0.0, 0.5]})
+        >>> through = pd.DataFrame({"gradient_share_through_branch": [0.5, 0.5]})
+        >>> found = block_independence(split, through)
+        >>> found.variance_ratio, found.total_variation
+        (2.0, 0.5)
+    """
+    require_frame("split", split, ["path_length", "gradient_share"])
+    require_frame("through", through, ["gradient_share_through_branch"])
+    probabilities = through["gradient_share_through_branch"].to_numpy(dtype=float)
+    independent = poisson_binomial(probabilities)
+    lengths = np.arange(len(independent))
+    shares = split.set_index("path_length")["gradient_share"].reindex(lengths, fill_value=0.0).to_numpy(dtype=float)
+    mean = float(lengths @ shares)
+    if abs(mean - probabilities.sum()) > 1e-3 * max(1.0, abs(mean)) or split["path_length"].max() > lengths[-1]:
+        raise ResnetPathsError(
+            "through",
+            f"shares that sum to {probabilities.sum():.4g}",
+            f"those of the same examples and place as split, whose mean path length is {mean:.4g}",
+            "Take both from one loader, without max_length; branches with chains of their own have no such sum.",
+        )
+    variance = float((lengths - mean) ** 2 @ shares)
+    interaction, interacting = _interacting(independent, mean, variance)
+    laws = pd.DataFrame({
+        "path_length": lengths,
+        "gradient_share": shares,
+        "independent": independent,
+        "interacting": interacting,
+    })
+    return BlockIndependence(
+        laws,
+        float(abs(shares - independent).sum() / 2),
+        float(abs(shares - interacting).sum() / 2),
+        float(variance / (probabilities * (1 - probabilities)).sum()),
+        interaction,
+    )
+
+
+def _interacting(law: np.ndarray, mean: float, variance: float) -> tuple[float, np.ndarray]:
+    """The quadratic tilt of a law that has this mean and variance, and what the tilt makes of it."""
+    lengths = np.arange(len(law))
+    if (law < 0).any() or not variance > 0:
+        return np.nan, np.full(len(law), np.nan)
+    x = (lengths - mean) / np.sqrt(variance)
+    logs = np.log(np.where(law > 0, law, np.finfo(float).tiny))
+
+    def dual(tilt: np.ndarray) -> tuple[float, np.ndarray]:
+        """Convex; its minimum has mean 0 and variance 1 in x."""
+        tilted = logs + tilt[0] * x + tilt[1] * x**2
+        total = np.logaddexp.reduce(tilted)
+        weights = np.exp(tilted - total)
+        return float(total - tilt[1]), np.array([weights @ x, weights @ x**2 - 1])
+
+    found = optimize.minimize(dual, np.zeros(2), jac=True, method="BFGS", options={"gtol": 1e-10})
+    tilted = logs + found.x[0] * x + found.x[1] * x**2
+    return float(found.x[1] / variance), np.exp(tilted - np.logaddexp.reduce(tilted))
+
+
+@torch.inference_mode(False)
+def branch_probabilities(
+    chain: ResidualChain,
+    inputs: InputsOrLoader,
+    targets: object = None,
+    *,
+    power: float = 2.0,
+    loss: Loss | None = None,
+    with_respect_to: str | int = "input",
+    memory_budget: int = 2**31,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """How probable the branch of each block is on a path, from one ordinary backward pass.
+
+    With v the whole gradient behind the addition, J the Jacobian of the branch and P that of the skip, the odds of the
+    branch are ``(|J^T v| / |P^T v|)^power``. `poisson_binomial` of them predicts, without any fit, at which lengths the
+    energy of paths is (power 2) or their total magnitude (power 1).
+
+    Args:
+        chain: The chain, in eval mode.
+        inputs: A batch or a loader, as for `resnet_paths.gradient_by_path_length`.
+        targets: What `loss` takes beside the logits.
+        power: Of the ratio of norms.
+        loss: From (logits, targets) to a loss for each example; cross-entropy if None.
+        with_respect_to: ``"input"``, ``"stem"``, or a block, for its output.
+        memory_budget: Bytes that cotangents and kept activations may take.
+        progress: Whether to show a bar over the batches of a loader.
+
+    Returns:
+        One row per block above the place, first to last: ``block_index``, ``block`` (name), ``stage``; ``probability``,
+        the mean over examples of odds / (1 + odds), with its standard error ``probability_se``. It is 1 without a skip,
+        0 without a branch.
+
+    Raises:
+        ResnetPathsError: As `resnet_paths.gradient_by_path_length`.
+    """
+    place = Place.of(chain, with_respect_to)
+    if place.of_parameters:
+        raise ResnetPathsError("with_respect_to", with_respect_to, "'input', 'stem' or a block")
+    memory_budget = require_int("memory_budget", memory_budget, 1)
+    power = require_float("power", power, "a number above 0")
+    found = [
+        _probabilities(point.gains(), place, power)
+        for batch_inputs, batch_targets in batches_with_bar("branches", inputs, targets, progress)
+        for point in place.points(batch_inputs, batch_targets, loss, memory_budget, 1)
+    ]
+    mean, error = mean_over_examples(np.concatenate(found, 1))
+    indices = range(place.down_to, len(chain))
+    return pd.DataFrame({
+        "block_index": indices,
+        "block": [chain[i].name for i in indices],
+        "stage": [chain[i].stage for i in indices],
+        "probability": mean,
+        "probability_se": error,
+    })
+
+
+def _probabilities(gains: Gains, place: Place, power: float) -> np.ndarray:
+    """[block, batch]."""
+    rows = []
+    for block, offered in zip(list(place.chain)[place.down_to :], gains, strict=True):
+        logs = power * np.stack([norms.numpy() for norms, _ in offered])
+        weights = np.exp(logs - logs.max(0))
+        rows.append(weights[block.skip is not None :].sum(0) / weights.sum(0))
+    return np.array(rows).reshape(len(gains), -1)
