@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from resnet_paths._utils.errors import ResnetPathsError
 
-__all__ = ["Loss", "cross_entropy"]
+__all__ = ["Loss", "checked_losses", "cross_entropy"]
 
 Loss: TypeAlias = Callable[[Any, Any], torch.Tensor]
 """From what the network returns, and targets, to losses [batch]."""
@@ -54,6 +54,38 @@ def cross_entropy(logits: object, targets: object) -> torch.Tensor:
             "what cross-entropy takes with the network's logits",
             f"It answered: {error}",
         ) from error
+
+
+def checked_losses(loss: Loss, outputs: object, targets: object) -> torch.Tensor:
+    """Losses of each example; what the loss raises names it.
+
+    Args:
+        loss: From outputs and targets to losses [batch].
+        outputs: What the network returns.
+        targets: As for the loss.
+
+    Returns:
+        Losses [batch].
+
+    Raises:
+        ResnetPathsError: If the loss raises, or returns numbers without a gradient for outputs that have one.
+        OutOfMemoryError: If the loss raises it.
+    """
+    name = getattr(loss, "__name__", type(loss).__name__)
+    try:
+        losses = loss(outputs, targets)
+    except (ResnetPathsError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ResnetPathsError(
+            "loss", name, "a function of outputs and targets", f"It raised {type(error).__name__}: {error}"
+        ) from error
+    has_gradient = isinstance(outputs, torch.Tensor) and outputs.requires_grad
+    if has_gradient and isinstance(losses, torch.Tensor) and not losses.requires_grad:
+        raise ResnetPathsError(
+            "loss", name, "a loss with a gradient", "It does not depend on the outputs, or detaches them."
+        )
+    return losses
 
 
 def _check(logits: torch.Tensor, targets: torch.Tensor) -> None:

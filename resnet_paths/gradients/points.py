@@ -36,7 +36,7 @@ from resnet_paths.core.inputs import Inputs, each_tensor, num_examples, split
 from resnet_paths.core.modes import require_eval_mode
 from resnet_paths.core.paths import Choices, Path
 from resnet_paths.core.signature import Signature, arguments_of
-from resnet_paths.gradients.losses import Loss, cross_entropy
+from resnet_paths.gradients.losses import Loss, checked_losses, cross_entropy
 
 __all__ = ["Place", "Point", "num_block_vjps"]
 
@@ -145,7 +145,7 @@ class Point(ForwardPass):
         super().__init__(place.chain, inputs, down_to=place.down_to, of_input=place.of_input)
         self.place = place
         self.cotangents = head_cotangents(
-            place.chain, self.states[-1], self.context, lambda logits: loss(logits, targets)
+            place.chain, self.states[-1], self.context, lambda logits: checked_losses(loss, logits, targets)
         )
 
     def by_length(

@@ -6,6 +6,7 @@ What comes back is small: for each lesion the sums of each example that its meas
 from __future__ import annotations
 
 import contextlib
+import os
 import pickle
 import threading
 import uuid
@@ -220,6 +221,7 @@ def _autocast_here() -> Iterator[tuple[str, torch.dtype]]:
             yield device, torch.get_autocast_dtype(device)
 
 
+_IMPORTED_IN = os.getpid()
 _SETTLED: dict[str, Runner] = {}
 _UNPICKLING = threading.Lock()
 
@@ -228,6 +230,9 @@ def _unpickled_once(token: str, pickled: bytes) -> Runner:
     """This process's copy of a runner; the one before it is dropped."""
     with _UNPICKLING:
         if token not in _SETTLED:
+            if os.getpid() != _IMPORTED_IN:
+                # A fork has none of the threads of the process that it is a copy of, and would wait for them for ever.
+                torch.set_num_threads(1)
             _SETTLED.clear()
             # Not a file: the bytes come from the process that asked this one to work, over the executor's own channel.
             runner = Runner(*pickle.loads(pickled))  # noqa: S301

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import concurrent.futures
+import gc
+import os
+import subprocess
+import sys
 
 import pandas as pd
 import pytest
@@ -149,6 +153,109 @@ def test_a_loader_that_raises_names_the_batch_and_what_was_handed_out_is_kept(wi
             study(chain, broken(), store=tmp_path, executor=executor)
     assert isinstance(caught.value.__cause__, OSError)
     assert counts(study(chain, batches, store=tmp_path)) == (5, 5)
+
+
+# Losses and targets of gradients
+
+GRADIENTS = (
+    rp.gradient_by_path_length,
+    rp.gradient_by_depth,
+    rp.gradient_by_stage_lengths,
+    rp.gradient_through_block,
+)
+WRONG_LOSSES = {
+    "raises": (lambda outputs, targets: outputs.nothing, "It raised AttributeError"),
+    "constant": (lambda outputs, targets: torch.zeros(4), "does not depend on the outputs"),
+    "detached": (lambda outputs, targets: outputs.detach().sum(1), "does not depend on the outputs"),
+    "not finite": (lambda outputs, targets: outputs.sum(1) / 0, "a finite loss for every example"),
+}
+WRONG_DATA = {
+    "ignored label": (inputs(4), torch.tensor([0, -100, 1, 2]), "Leave out examples that a negative label"),
+    "image of NaN": (inputs(4) * torch.tensor([[1], [torch.nan], [1], [1]]), torch.zeros(4).long(), "all finite"),
+    "label beyond": (inputs(4), torch.tensor([0, 1, 2, 3]), "class indices from 0 to 2"),
+    "complex labels": (inputs(4), torch.zeros(4, dtype=torch.complex64), "what cross-entropy takes"),
+}
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("kind", WRONG_LOSSES)
+def test_a_loss_without_gradient_or_that_raises_is_refused(kind, gradient):
+    loss, message = WRONG_LOSSES[kind]
+    with pytest.raises(rp.ResnetPathsError, match=f"loss: got .*{message}"):
+        gradient(random_chain(STEADY), inputs(4), loss=loss)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("kind", WRONG_DATA)
+def test_examples_that_would_count_as_zeros_are_refused(kind, gradient):
+    x, y, message = WRONG_DATA[kind]
+    with pytest.raises(rp.ResnetPathsError, match=message):
+        gradient(random_chain(STEADY), x, y)
+
+
+# Forks
+
+FORK = """
+import concurrent.futures, multiprocessing, torch
+import resnet_paths as rp
+from torch import nn
+from resnet_paths.core.chain import Block, ResidualChain
+
+torch.set_num_threads(2)
+stem, head = nn.Conv2d(1, 16, 3, padding=1), nn.Sequential(nn.Flatten(), nn.Linear(16 * 784, 10))
+blocks = [Block(nn.Conv2d(16, 16, 3, padding=1), nn.Identity(), name=f"b{i}") for i in range(2)]
+chain = ResidualChain(stem, blocks, head).eval()
+loader = [(torch.randn(64, 1, 28, 28), torch.zeros(64, dtype=torch.int64))] * 2
+plain = rp.lesion_study(chain, loader, rp.single_deletions(chain), progress=False)
+with concurrent.futures.ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("fork")) as executor:
+    frame = rp.lesion_study(chain, loader, rp.single_deletions(chain), executor=executor, progress=False)
+assert torch.allclose(*(torch.tensor(f.cross_entropy.tolist()) for f in (plain, frame)), rtol=1e-6)
+assert torch.get_num_threads() == 2
+print("the same")
+"""
+
+
+@pytest.mark.slow
+def test_forks_of_a_process_whose_threads_have_run_do_not_hang():
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", FORK]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout == "the same\n", done.stderr
+
+
+# Memory
+
+
+def held():
+    """Tensors that are alive, and the memory that Python's own objects take."""
+    gc.collect()
+    alive = sum(1 for o in gc.get_objects() if issubclass(type(o), torch.Tensor))
+    return alive, len(gc.get_objects())
+
+
+REPEATED = {
+    "lesion_study": lambda c, x, y: study(c, [(x, y)], rp.single_deletions(c)[:2]),
+    "lesion_study of functions": lambda c, x, y: study(c, [(x, y)], [lambda c: rp.delete_block(c, 0)]),
+    "predicted_effects": lambda c, x, y: rp.predicted_effects(c, [(x, y)], progress=False),
+    "gradient_by_path_length": lambda c, x, y: rp.gradient_by_path_length(c, x, y),
+    "prediction_by_path_length": lambda c, x, y: rp.prediction_by_path_length(c, x),
+    "block_norms": lambda c, x, y: rp.block_norms(c, x),
+    "run_with_cache": lambda c, x, y: c.run_with_cache(x),
+    "sample_paths": lambda c, x, y: rp.sample_paths(c, 3, 2, torch.Generator()),
+}
+
+
+@pytest.mark.parametrize("call", REPEATED)
+def test_repeated_calls_hold_no_more_than_a_few(call):
+    chain, x, y = random_chain((3, STEADY[1][:3])), inputs(2), torch.zeros(2, dtype=torch.int64)
+    for _ in range(2):
+        REPEATED[call](chain, x, y)
+    before = held()
+    for _ in range(8):
+        REPEATED[call](chain, x, y)
+    tensors, objects = held()
+    assert tensors == before[0]
+    assert objects - before[1] < 8  # not one object a call
 
 
 # Weights replaced behind a chain
