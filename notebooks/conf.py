@@ -9,7 +9,7 @@ sys.path[:0] = [str(_HERE / "_extensions"), str(_HERE.parent)]
 
 project = "resnet_paths"
 author = "The resnet_paths authors"
-version = re.search(r'^version = "(.*)"', (_HERE.parent / "pyproject.toml").read_text(), flags=re.MULTILINE)[1]
+version = re.search(r'^__version__ = "(.*)"', (_HERE.parent / "resnet_paths/__init__.py").read_text(), re.MULTILINE)[1]
 release = version
 copyright = "the resnet_paths authors"
 
@@ -20,6 +20,7 @@ extensions = [
     "sphinx_codeautolink",
     "sphinx_copybutton",
     "executed_notebooks",
+    "made_files",
     "made_tables",
     "mathml",
     "public_names",

@@ -13,7 +13,8 @@ import yaml
 import resnet_paths as rp
 
 ROOT = Path(__file__).parents[2]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT, HATCH = PYPROJECT["project"], PYPROJECT["tool"]["hatch"]
 
 
 def requirement(line: str) -> tuple[str, str]:
@@ -45,7 +46,8 @@ def test_conda_and_pip_ask_for_the_same():
 
 
 def test_one_version():
-    assert PROJECT["version"] == rp.__version__
+    assert PROJECT["dynamic"] == ["version"]  # read from the file below when the package is built
+    assert (ROOT / HATCH["version"]["path"]).read_text().count(f'__version__ = "{rp.__version__}"') == 1
     assert f"## [{rp.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == rp.__version__
