@@ -93,7 +93,7 @@ def plot_prediction_by_source(frame: pd.DataFrame, ax: Axes | None = None) -> Ax
     ax.yaxis.set_inverted(True)
     shown = names
     if len(names) > _MOST_NAMES:  # numbers of blocks, as in the other figures
-        shown = ["stem", *(str(i) if i % 10 == 0 else "" for i in range(len(names) - 2)), "head"]
+        shown = ["stem", *(str(i) if i and i % 10 == 0 else "" for i in range(len(names) - 2)), "head"]
     ax.set_yticks([i for i, name in enumerate(shown) if name], [name for name in shown if name])
     return ax
 

@@ -60,6 +60,16 @@ def test_sources_and_lengths():
     plt.close(fig)
 
 
+def test_many_sources_are_numbered():
+    names = ["stem", *(f"layer{i}" for i in range(25)), "head"]
+    frame = pd.DataFrame({"source": names, "path_length": 0, "share": 1 / 27})
+    fig, ax = plt.subplots()
+    rp.figures.plot_prediction_by_source(frame, ax)
+    ticks = dict(zip(ax.get_yticks(), (label.get_text() for label in ax.get_yticklabels()), strict=True))
+    assert ticks == {0: "stem", 11: "10", 21: "20", 26: "head"}
+    plt.close(fig)
+
+
 LENS = pd.DataFrame({
     "depth": [0, 0, 1],
     "path_length": [0, 1, 0],
