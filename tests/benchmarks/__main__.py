@@ -45,7 +45,8 @@ def main() -> None:
         rows = importlib.import_module(f"tests.benchmarks.{name}").run(options)
         frame = table.stamped(rows, versions(options.peers and name == "lesions"), options.threads)
         print(table.text(frame))
-        print(f"\n{name} took {time.perf_counter() - start:.0f} s; {frame['machine'].iloc[0]}", flush=True)
+        machine = "; ".join(frame[["machine", "features"]].iloc[0])
+        print(f"\n{name} took {time.perf_counter() - start:.0f} s; {machine}", flush=True)
         if output is not None:  # after each part, so that nothing is lost if a later one fails
             old = pd.read_csv(output) if output.exists() else None
             table.write(table.merged(old, frame), output)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
@@ -31,11 +32,14 @@ COLUMNS = [
     "peak_memory_mib",
     "note",
     "machine",
+    "features",
     "versions",
     "date",
 ]
 """`value` is a median, `low` and `high` the extremes of the repeats, or one standard error about a fit; `ratio` is the
-median over repeats of the contender's time over this project's in the same repeat."""
+median over repeats of the contender's time over this project's in the same repeat; `features` are the processor's."""
+FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
+"""Names in the flags of /proc/cpuinfo that decide which kernels PyTorch and oneDNN take, of x86 and then of Arm."""
 
 
 def row(
@@ -75,19 +79,35 @@ def middle(values: Sequence[float] | np.ndarray) -> tuple[float, float, float]:
     return float(np.median(values)), float(np.min(values)), float(np.max(values))
 
 
-def processor() -> str:
-    """Its name, and whether it has matrix units for bfloat16, without which bfloat16 is hardly faster."""
-    info = Path("/proc/cpuinfo")
+def processor(info: Path = Path("/proc/cpuinfo")) -> str:
+    """Its name."""
+    return next(iter(_lines(info, "model name")), platform.machine())
+
+
+def features(info: Path = Path("/proc/cpuinfo")) -> str:
+    """Vector instructions that PyTorch's kernels use, and which of `FEATURES` oneDNN finds in the processor.
+
+    bfloat16 is much faster than float32 with ``amx_bf16``, up to twice as fast with ``avx512_bf16``, and not faster
+    with neither. Where the system has no list of flags, what PyTorch uses is all that is known.
+    """
+    flags = {flag for name in ("flags", "Features") for line in _lines(info, name) for flag in line.split()}
+    found = [flag for flag in FEATURES if flag in flags]
+    used = f"PyTorch uses {torch.backends.cpu.get_cpu_capability()}"
+    return f"{used}; {' '.join(found)}" if found else used
+
+
+def _lines(info: Path, name: str) -> list[str]:
+    """Values of this name, one for each core."""
     text = info.read_text() if info.exists() else ""
-    names = [line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")]
-    units = "with" if "amx_bf16" in text else "without"
-    return f"{names[0] if names else platform.machine()} ({units} bfloat16 matrix units)"
+    parts = (line.partition(":") for line in text.splitlines())
+    return [value.strip() for key, _, value in parts if key.strip() == name]
 
 
 def stamped(rows: list[dict[str, Any]], versions: dict[str, str], threads: int) -> pd.DataFrame:
-    """Rows with the machine, the versions and the date of the measurement."""
+    """Rows with the machine, its processor's features, the versions and the date of the measurement."""
     told = {
         "machine": f"{processor()}, {threads} threads",
+        "features": features(),
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
@@ -99,7 +119,8 @@ def merged(old: pd.DataFrame | None, new: pd.DataFrame) -> pd.DataFrame:
     if old is None or old.empty:
         return new
     kept = old[~old["part"].isin(new["part"].unique())]
-    return pd.concat([kept, new], ignore_index=True)[COLUMNS] if len(kept) else new
+    # Rows of earlier versions have no features.
+    return pd.concat([kept, new], ignore_index=True).reindex(columns=COLUMNS) if len(kept) else new
 
 
 def write(frame: pd.DataFrame, path: Path) -> None:
@@ -140,8 +161,9 @@ def markdown(frame: pd.DataFrame) -> str:
     if rest:
         title = "Growth of time and memory, limits of the machine, start-up time"
         lines += ["<details>", f"<summary>{title}</summary>", "", *rest, "</details>", ""]
-    told = frame.groupby(["machine", "versions", "date"], sort=False)["part"].unique()
-    lines += [f"{', '.join(parts)}: {'; '.join(where)}.  " for where, parts in told.items()]
+    where = frame.reindex(columns=["machine", "features", "versions", "date"]).astype(object).fillna("")
+    told = frame["part"].groupby([where[name] for name in where], sort=False).unique()
+    lines += [f"{', '.join(parts)}: {'; '.join(filter(None, keys))}.  " for keys, parts in told.items()]
     return "\n".join(lines).rstrip()
 
 

@@ -205,6 +205,26 @@ def test_the_page_shows_exponents_of_curves_and_not_their_points():
     assert "4 blocks" not in shown
 
 
+def test_rows_say_which_features_the_processor_has(tmp_path):
+    used = f"PyTorch uses {torch.backends.cpu.get_cpu_capability()}"
+    info = tmp_path / "cpuinfo"
+    told = "model name\t: An x86\nflags\t\t: fpu avx2 avx512f amx_bf16 amx_tile avx512_vnni\n\n"
+    info.write_text(f"processor\t: 0\n{told}processor\t: 1\n{told}")
+    assert (table.processor(info), table.features(info)) == ("An x86", f"{used}; avx2 avx512f amx_bf16")
+    info.write_text("Features\t: fp asimd bf16\n")
+    assert table.features(info) == f"{used}; asimd bf16"
+    assert table.features(tmp_path / "not there") == used
+    new = table.stamped([table.row("limit", "t", "b", "s", 5)], {"torch": "2"}, 2)
+    assert used in new["features"].item()
+    assert used in table.markdown(new).splitlines()[-1]
+    without = table.stamped([table.row("startup", "t", "b", "s", 5)], {"torch": "2"}, 2).drop(columns="features")
+    read = table.merged(without, new)
+    assert read["features"].isna().tolist() == [True, False]
+    last = table.markdown(read).splitlines()[-2:]
+    assert [line.split(":")[0] for line in last] == ["startup", "limit"]
+    assert [used in line for line in last] == [False, True]
+
+
 def test_a_worker_that_fails_says_why():
     with workers.workers("startup", {"anything": sys.executable}, {"threads": 1}) as (worker,):
         assert worker.ask() is None
