@@ -7,6 +7,7 @@ only.) If a notebook fails, its cell and error are reported, and the other noteb
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,12 +126,19 @@ def _execute(
     )
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        client.execute()
+        client.execute(env=_environment())
     except CellExecutionError as failure:
         return f"cell {_failed_cell(notebook)}: {failure.ename}: {failure.evalue}"
     except (CellTimeoutError, DeadKernelError) as failure:
         return f"cell {started[-1]}: {type(failure).__name__}: {str(failure).strip().splitlines()[0]}"
     return None
+
+
+def _environment() -> dict[str, str]:
+    """Environment of kernels: the user's own, where OpenMP's threads sleep while they wait."""
+    # By default libgomp's threads spin at the barrier after each parallel loop. Where another process occupies a core,
+    # they spin while the last thread waits for that core, and keep it busy. libgomp reads this at its start only.
+    return {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
 
 
 def reproduce(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
@@ -49,6 +51,20 @@ def test_a_failing_notebook_is_named_and_the_others_run(folder, tmp_path):
     assert executed.metadata["resnet_paths"]["error"] == results[1].error
     shipped = nbformat.read(folder / "02_bad.ipynb", as_version=4)
     assert len(shipped.cells) == 5
+
+
+@pytest.mark.parametrize(("own", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_of_a_kernel_sleep_while_they_wait_unless_the_user_says_otherwise(tmp_path, monkeypatch, own, expected):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if own:
+        monkeypatch.setenv("OMP_WAIT_POLICY", own)
+    monkeypatch.setenv("SET_BY_THE_USER", "kept")
+    names = '"OMP_WAIT_POLICY", "SET_BY_THE_USER"'
+    write(tmp_path, "01", "import os", f"print(*(os.environ.get(name) for name in ({names})))")
+    assert run_notebook(tmp_path / "01.ipynb", {}, tmp_path / "out" / "01.ipynb").error is None
+    executed = nbformat.read(tmp_path / "out" / "01.ipynb", as_version=4)
+    assert executed.cells[4].outputs[0].text == f"{expected} kept\n"
+    assert os.environ.get("OMP_WAIT_POLICY") == own
 
 
 def test_a_file_that_is_no_notebook_is_named_and_the_others_run(folder, tmp_path):
