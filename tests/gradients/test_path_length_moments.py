@@ -54,6 +54,20 @@ def test_errors_are_over_examples_and_batches_change_nothing():
     assert (split.mean, split.variance_se) == pytest.approx((together.mean, together.variance_se))
 
 
+class Constant(torch.nn.Module):
+    """A branch of fewer dimensions than the state, which the addition broadcasts."""
+
+    def forward(self, state):
+        return torch.arange(3.0, dtype=state.dtype)
+
+
+def test_branches_that_the_addition_broadcasts():
+    chain = build(SMALL[:1] * 2)
+    chain = chain.with_blocks([chain[0], chain[1].replace(branch=Constant())])
+    fast, slow = (rp.gradient_through_block(chain, *batch(), norms=norms) for norms in (False, True))
+    np.testing.assert_allclose(fast.gradient_share_through_branch, slow.gradient_share_through_branch, atol=1e-12)
+
+
 def deep(num_blocks, width):
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -7,6 +7,8 @@ gradient is wanted, the part of the gradient that takes the branch of block i ha
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -106,15 +108,15 @@ class _PushedBlock:
         shared, tangent = _pushed(block.pre, state, context, direction.state, direction.context)
         parts = [part for part in (block.skip, *block.branches) if part is not None]
         found = [_pushed(part, shared, context, tangent, direction.context) for part in parts]
-        of_branches = [t for _, t in found[block.skip is not None :]]
-        total = torch.stack([value for value, _ in found]).sum(0) if len(found) > 1 else found[0][0]
+        total = functools.reduce(operator.add, [value for value, _ in found])
         output, post = linearize(block.post, total, context)
-        summed = torch.stack([t for _, t in found]).sum(0)
+        # A part may return fewer dimensions, which the addition broadcasts.
+        nothing = torch.zeros_like(total)[None]
+        has_skip = block.skip is not None
+        of_branches = functools.reduce(operator.add, [t for _, t in found[has_skip:]], nothing)
+        summed = of_branches + found[0][1] if has_skip else of_branches
         return cls(
-            torch.stack(of_branches).sum(0) if of_branches else None,
-            pushed(post, output, summed, direction.context),
-            output,
-            post,
+            of_branches if block.branches else None, pushed(post, output, summed, direction.context), output, post
         )
 
 
