@@ -50,7 +50,10 @@ def test_the_lines_print_what_is_shown_below_them(tmp_path, monkeypatch, capsys)
 @pytest.mark.slow
 def test_the_start_runs_as_printed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    exec(code_of((ROOT / "notebooks" / "start.md").read_text(encoding="utf-8")), {})
+    names = {}
+    exec(code_of((ROOT / "notebooks" / "start.md").read_text(encoding="utf-8")), names)
+    assert len(names["fig"].axes) == 1  # each figure has axes of its own
+    plt.close("all")
     printed = capsys.readouterr().out
     assert "ResidualChain of 8 blocks, 256 paths" in printed
     assert "EffectiveWindow(quantity='gradient_share'" in printed
