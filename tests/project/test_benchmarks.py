@@ -270,3 +270,15 @@ def test_a_study_of_tokens_has_the_losses_of_a_loop():
     # Two blocks a layer: those behind each deleted layer and those of the intact chain, for 12 networks of 11 layers.
     assert f"divided by {12 * 22 / (24 + sum(range(0, 24, 2))):.2f}" in study["note"]
     assert loop["ratio"] == pytest.approx(loop["value"] / study["value"])
+
+
+def test_the_table_of_deep_chains_has_a_row_for_each_function():
+    from tests.benchmarks import depth
+
+    head, rule, *rows = depth.table([6])
+    assert head.count("|") == rule.count("|") == 4
+    assert len(rows) == len(depth.LINEAR) + len(depth.QUADRATIC)
+    for line in rows:
+        _, _, seconds, mebibytes, _ = line.split("|")
+        assert 0 <= float(seconds) < 60
+        assert float(mebibytes) >= 0
