@@ -65,7 +65,7 @@ LINEAR: dict[str, Call] = {
         c, LOADER, rp.random_deletions(c, [n // 2], 20, torch.Generator()), progress=False
     ),
     "gradient_by_depth": lambda c, n: rp.gradient_by_depth(c, X, Y),
-    "gradient_by_path_length, up to 20": lambda c, n: rp.gradient_by_path_length(c, X, Y, max_length=20),
+    "gradient_by_path_length, up to 20": lambda c, n: rp.gradient_by_path_length(c, X, Y, max_length=min(20, n)),
 }
 QUADRATIC: dict[str, Call] = {
     "single_deletions": lambda c, n: rp.single_deletions(c),
