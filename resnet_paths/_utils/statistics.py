@@ -47,8 +47,7 @@ __all__ = [
 
 _Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
-_LEVEL = 0.975  # quantile at the upper end of a two-sided 95 % interval
-_Z = float(stats.norm.ppf(_LEVEL))
+_LEVEL = 0.975  # quantile at the upper end of a two-sided 95 % interval, for effective sizes
 
 
 class Estimate(NamedTuple):
@@ -92,7 +91,7 @@ def mean_over_items(sums: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np
         return mean, np.sqrt((influences**2).sum(-1) * num / (num - 1))
 
 
-def rate_interval(counts: np.ndarray, sizes: np.ndarray) -> Estimate:
+def rate_interval(counts: np.ndarray, sizes: np.ndarray, level: float = 0.95) -> Estimate:
     """Wilson's score interval of a rate; of clusters with the effective sample size (Korn and Graubard 1998).
 
     The effective size is the size of a simple random sample whose rate has the variance that is seen between clusters,
@@ -102,6 +101,7 @@ def rate_interval(counts: np.ndarray, sizes: np.ndarray) -> Estimate:
     Args:
         counts: Items of each cluster that the rate counts.
         sizes: Items of each cluster; those of none are left out.
+        level: Confidence level.
 
     Returns:
         The interval; NaN without items.
@@ -112,13 +112,14 @@ def rate_interval(counts: np.ndarray, sizes: np.ndarray) -> Estimate:
     total = sizes.sum()
     rate = counts.sum() / total
     size = _effective_size(rate * (1 - rate), counts - rate * sizes, sizes)
-    centre = (rate + _Z**2 / (2 * size)) / (1 + _Z**2 / size)
-    half = _Z * np.sqrt(rate * (1 - rate) / size + _Z**2 / (4 * size**2)) / (1 + _Z**2 / size)
+    z = _quantile(level)
+    centre = (rate + z**2 / (2 * size)) / (1 + z**2 / size)
+    half = z * np.sqrt(rate * (1 - rate) / size + z**2 / (4 * size**2)) / (1 + z**2 / size)
     low = 0.0 if rate == 0 else centre - half
     return Estimate(float(low), float(1.0 if rate == 1 else centre + half), np.nan)
 
 
-def paired_rate_interval(changes: np.ndarray, sizes: np.ndarray) -> Estimate:
+def paired_rate_interval(changes: np.ndarray, sizes: np.ndarray, level: float = 0.95) -> Estimate:
     """Tango's score interval (1998) of the difference of two rates of the same items, and McNemar's test.
 
     It has a width also where nothing changed. The items of a cluster count by their net change, with the effective
@@ -127,6 +128,7 @@ def paired_rate_interval(changes: np.ndarray, sizes: np.ndarray) -> Estimate:
     Args:
         changes: Items of each cluster that the first rate counts less those that the second counts.
         sizes: Items of each cluster; those of none are left out.
+        level: Confidence level.
 
     Returns:
         The interval; NaN without items.
@@ -138,15 +140,15 @@ def paired_rate_interval(changes: np.ndarray, sizes: np.ndarray) -> Estimate:
     up, down = changes.clip(0).sum() / total, (-changes).clip(0).sum() / total
     difference = up - down
     size = _effective_size(up + down - difference**2, changes - difference * sizes, sizes)
+    z = _quantile(level)
     if up + down == 0:
-        return Estimate(-(_Z**2) / (size + _Z**2), _Z**2 / (size + _Z**2), 1.0)
+        return Estimate(-(z**2) / (size + z**2), z**2 / (size + z**2), 1.0)
     p_value = 2 * float(stats.norm.sf(abs(difference) * np.sqrt(size / (up + down))))
-    return Estimate(
-        _tango_bound(up, down, size, -1.0, difference), _tango_bound(up, down, size, 1.0, difference), p_value
-    )
+    low, high = (_tango_bound(up, down, size, end, difference, z) for end in (-1.0, 1.0))
+    return Estimate(low, high, p_value)
 
 
-def studentised_interval(value: float, influences: np.ndarray) -> Estimate:
+def studentised_interval(value: float, influences: np.ndarray, level: float = 0.95) -> Estimate:
     """Student's t interval of a statistic, corrected for the skewness of what it is taken over (Hall 1992).
 
     Hall's monotone transformation of the studentised statistic removes the skewness of its distribution, as the
@@ -156,6 +158,7 @@ def studentised_interval(value: float, influences: np.ndarray) -> Estimate:
         value: The statistic, a smooth function of sums over clusters.
         influences: What each cluster adds to it to first order; they sum up to 0. For a mean: the cluster's deviation
             from it, divided by their number.
+        level: Confidence level.
 
     Returns:
         The interval, NaN where the influences are all equal or not finite: then no variance is seen. The p-value of
@@ -167,7 +170,7 @@ def studentised_interval(value: float, influences: np.ndarray) -> Estimate:
         return Estimate(np.nan, np.nan, 1.0 if squares == 0 and value == 0 else np.nan)
     error = np.sqrt(squares * num / (num - 1))
     skewness = float(np.sum(influences**3)) * np.sqrt(num) / squares**1.5
-    quantile = special.stdtrit(num - 1, _LEVEL)
+    quantile = special.stdtrit(num - 1, (1 + level) / 2)
     low, high = (value - error * _without_correction(q, skewness, num) for q in (quantile, -quantile))
     p_value = 2 * special.stdtr(num - 1, -abs(_corrected(value / error, skewness, num)))
     return Estimate(float(low), float(high), float(p_value))
@@ -200,6 +203,11 @@ def adjusted_p_values(p_values: np.ndarray, method: str) -> np.ndarray:
     return adjusted
 
 
+def _quantile(level: float) -> float:
+    """Of the standard normal distribution, at the upper end of a two-sided interval."""
+    return float(special.ndtri((1 + level) / 2))
+
+
 def _known_clusters(counts: np.ndarray, sizes: np.ndarray) -> tuple[_Array, _Array]:
     counts, sizes = np.asarray(counts, dtype=np.float64), np.asarray(sizes, dtype=np.float64)
     return counts[sizes > 0], sizes[sizes > 0]
@@ -217,7 +225,7 @@ def _effective_size(variance_of_item: float, deviations: _Array, sizes: _Array) 
     return min(size, total)
 
 
-def _tango_bound(up: float, down: float, size: float, end: float, difference: float) -> float:
+def _tango_bound(up: float, down: float, size: float, end: float, difference: float, z: float) -> float:
     """The difference, towards `end`, that the score test just does not reject: found by bisection."""
     up, down, difference, inside, outside = float(up), float(down), float(difference), float(difference), end
     for _ in range(60):
@@ -226,7 +234,7 @@ def _tango_bound(up: float, down: float, size: float, end: float, difference: fl
         linear = -up - down + (2 - up + down) * middle
         share = (math.sqrt(max(linear**2 + 8 * down * middle * (1 - middle), 0.0)) - linear) / 4
         variance = max(2 * share + middle * (1 - middle), 0.0)
-        if abs(difference - middle) * math.sqrt(size) <= _Z * math.sqrt(variance):
+        if abs(difference - middle) * math.sqrt(size) <= z * math.sqrt(variance):
             inside = middle
         else:
             outside = middle

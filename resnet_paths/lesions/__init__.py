@@ -4,6 +4,7 @@
                       -> a tidy frame (`results`)
     store=            finished batches on disk (`store`), found again by their keys (`keys`)
     executor=         batches on any `concurrent.futures.Executor`, Dask's included (`schedule`)
+    stop_when=        each lesion on as many examples as its interval needs (`adaptive`)
     measures=         what is measured of each example or token (`measures`), summed and estimated in one place
     pair_interactions what pairs of deletions have in common (`frames`)
     predicted_effects what cheap scores say without a lesion (`predicted`)
@@ -20,6 +21,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
+from functools import partial
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -37,18 +39,19 @@ from resnet_paths.core.chain import ResidualChain, require_chain
 from resnet_paths.core.inputs import Inputs, each_tensor, inputs_of, require_loader
 from resnet_paths.core.modes import require_eval_mode
 from resnet_paths.core.placement import validate_precision
+from resnet_paths.lesions.adaptive import Precision, levels_of_looks, narrow_lesions, rows_of_adaptive_study
 from resnet_paths.lesions.frames import pair_interactions
 from resnet_paths.lesions.keys import computes_what_it_says, network_key
 from resnet_paths.lesions.lesion import Lesion, edits_of
 from resnet_paths.lesions.measures import Measure, measure, measures_of
 from resnet_paths.lesions.predicted import predicted_effects, score_correlations
-from resnet_paths.lesions.results import Sums, rows_of_study
+from resnet_paths.lesions.results import Sums, rows_of, rows_of_study
 from resnet_paths.lesions.runner import Runner
 from resnet_paths.lesions.schedule import finished_batches
 from resnet_paths.lesions.store import Store
 from resnet_paths.lesions.trie import Trie
 
-__all__ = ["lesion_study", "measure", "pair_interactions", "predicted_effects", "score_correlations"]
+__all__ = ["Precision", "lesion_study", "measure", "pair_interactions", "predicted_effects", "score_correlations"]
 
 _DESCRIPTION = ["lesion", "kind", "blocks", "block_index", "block", "num_blocks", "factor", "kendall_tau"]
 
@@ -71,6 +74,7 @@ def lesion_study(
     per_example: bool = False,
     adjust: str | None = None,
     reestimate_batchnorm: Iterable[object] | None = None,
+    stop_when: Precision | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
     """What each lesion does to the error, or to any other measure, all on the same examples.
@@ -126,6 +130,11 @@ def lesion_study(
             any false rejection, or the share of false ones, is held.
         reestimate_batchnorm: Batches of inputs, or of (inputs, labels), to take each lesioned network's BatchNorm
             statistics from, training images as a rule; a few thousand do. All are held in memory.
+        stop_when: `resnet_paths.lesions.Precision` to measure each lesion only until the interval of its increase is
+            that narrow: ``Precision(0.01)``. Intervals are wider, at a level that is in the column
+            ``interval_level``, so that they hold with 95 % although the number of examples depends on what was seen
+            (`resnet_paths.lesions.adaptive`). The loader must have a length and its examples a random order;
+            ``num_examples`` differs from row to row, and ``intact_m`` and increases are of the same examples.
         progress: Whether to show a bar over batches.
 
     Returns:
@@ -156,42 +165,42 @@ def lesion_study(
     require_chain("chain", chain)
     require_eval_mode("chain", chain)
     validate_precision(precision, chain)
-    batch_budget = _checked_settings(batch_budget, adjust)
+    batch_budget = _checked_settings(batch_budget, adjust, stop_when)
     store = None if store is None else require_path("store", store)
     _check_where(executor, device)
     _look_at_loader(loader, store)
     named, measured = _named(lesions), measures_of(measures)
+    looks = {} if stop_when is None else _looks(stop_when, measured, loader)
     _refuse_what_is_not_measured(measured, per_class, store)
-    statistics_batches = _inputs_of(reestimate_batchnorm)
-    if fold_batchnorm and statistics_batches:
-        raise ResnetPathsError(
-            "fold_batchnorm", True, "False with reestimate_batchnorm", "What is folded has no statistics to estimate."
-        )
-    keys: list[str] = []
-    undetermined: list[int] = []
-    trie = Trie(_edits(chain, named, None if store is None else (keys, undetermined)))
+    statistics_batches = _inputs_of(reestimate_batchnorm, fold_batchnorm)
+    keys: tuple[list[str], list[int]] | None = None if store is None else ([], [])
+    trie = Trie(_edits(chain, named, keys))
     placement = (device, precision, channels_last, batch_budget, fold_batchnorm)
     runner = Runner(trie, *placement, measured, shift_labels, statistics_batches)
+    wanted, stops = list(range(trie.num_chains)), dict[int, tuple[float, float]]()
     results = finished_batches(
         runner,
         loader,
         store=None if store is None else Store(store, _settings(runner)),
-        keys=keys,
-        undetermined=undetermined,
+        keys=keys or ([], []),
         executor=executor,
+        wanted=wanted,
+        looks=looks,
     )
     finished: dict[int, tuple[Sums, np.ndarray | None, bool]] = {}
+    frame = partial(_frame_of, chain, named, runner, finished, adjust, per_example, looks, stops)
     with tqdm(total=_length_of(loader), desc="lesion study", unit="batch", disable=not progress) as bar:
         try:
             for number, labels, sums, was_found in results:
                 finished[number] = sums, _classes_of(labels) if per_class else None, was_found
                 bar.update()
+                if stop_when is not None and _stop(stop_when, wanted, stops, finished, looks, measured):
+                    break
         except KeyboardInterrupt as interrupt:
-            made = _frame_of(chain, named, runner, finished, adjust, per_example) if finished else None
-            raise StudyInterrupted(made, len(finished), store) from interrupt
+            raise StudyInterrupted(frame() if finished else None, len(finished), store) from interrupt
     if not finished:
         raise ResnetPathsError("loader", "no batches", "a loader of at least one batch")
-    return _frame_of(chain, named, runner, finished, adjust, per_example)
+    return frame()
 
 
 def _classes_of(labels: torch.Tensor | None) -> np.ndarray:
@@ -238,17 +247,26 @@ def _frame_of(
     finished: Mapping[int, tuple[Sums, np.ndarray | None, bool]],
     adjust: str | None,
     per_example: bool,
+    looks: Mapping[int, float],
+    stops: Mapping[int, tuple[float, float]],
 ) -> pd.DataFrame:
     """One row per lesion, over the batches that are finished: sums, classes, and whether they were in the store."""
     # In the order of the loader, whichever batch was finished first.
     all_sums, classes, were_found = zip(*(finished[number] for number in sorted(finished)), strict=True)
-    rows = rows_of_study(
-        all_sums,
-        runner.measures,
-        adjust=adjust,
-        per_example=per_example,
-        classes=None if classes[0] is None else np.concatenate(classes),
-    )
+    if looks and lesions:
+        # The widest interval where the study ended between looks.
+        at_end = math.inf, looks.get(len(finished), max(looks.values()))
+        ends = [stops.get(index, at_end) for index in range(1, len(lesions) + 1)]
+        rows = rows_of_adaptive_study(finished, runner.measures, ends, per_example=per_example)
+        rows = [rows[0], *(row | {"interval_level": level} for row, (_, level) in zip(rows[1:], ends, strict=True))]
+    else:
+        rows = rows_of_study(
+            all_sums,
+            runner.measures,
+            adjust=adjust,
+            per_example=per_example,
+            classes=None if classes[0] is None else np.concatenate(classes),
+        )
     made = _described(chain, lesions, rows)
     made["batchnorm_statistics"] = "re-estimated" if runner.statistics_batches else "intact"
     made.attrs = {
@@ -259,6 +277,40 @@ def _frame_of(
         "fold_batchnorm": runner.fold_batchnorm,
     }
     return made
+
+
+def _looks(stop_when: Precision, measures: Sequence[Measure], loader: Iterable[object]) -> dict[int, float]:
+    """Numbers of batches after which lesions may stop, and the level of intervals there."""
+    stop_when.measure_among(measures)
+    num_batches = _length_of(loader)
+    if not num_batches:
+        raise ResnetPathsError(
+            "loader", type(loader).__name__, "batches whose number is known, with stop_when", "Pass list(loader)."
+        )
+    return levels_of_looks(num_batches)
+
+
+def _stop(
+    stop_when: Precision,
+    wanted: list[int],
+    stops: dict[int, tuple[float, float]],
+    finished: Mapping[int, tuple[Sums, np.ndarray | None, bool]],
+    looks: Mapping[int, float],
+    measures: Sequence[Measure],
+) -> bool:
+    """At a look, take lesions whose interval is narrow enough out of `wanted`; whether no lesion is left."""
+    if len(finished) not in looks:
+        return False
+    level = looks[len(finished)]
+    ends = {index: stops[index][0] for index in stops}
+    batches = []
+    for number in sorted(finished):
+        present = [index for index in range(len(wanted) + len(stops)) if ends.get(index, math.inf) > number]
+        batches.append(rows_of(finished[number][0], [present.index(index) for index in wanted]))
+    for lesion in narrow_lesions(batches, wanted[1:], stop_when, measures, level):
+        wanted.remove(lesion)
+        stops[lesion] = len(finished), level
+    return bool(stops) and len(wanted) == 1
 
 
 def _described(chain: ResidualChain, lesions: Sequence[Lesion], rows: Sequence[dict[str, object]]) -> pd.DataFrame:
@@ -302,7 +354,7 @@ def _edits(
                 keys[1].append(index)
 
 
-def _inputs_of(batches: Iterable[object] | None) -> tuple[Inputs, ...]:
+def _inputs_of(batches: Iterable[object] | None, fold_batchnorm: bool) -> tuple[Inputs, ...]:
     if batches is None:
         return ()
     if not hasattr(batches, "__iter__"):
@@ -316,6 +368,10 @@ def _inputs_of(batches: Iterable[object] | None) -> tuple[Inputs, ...]:
     inputs = tuple(each_tensor(torch.clone, inputs_of(batch)) for batch in batches)
     if not inputs or not all(isinstance(x, torch.Tensor | tuple | dict) for x in inputs):
         raise ResnetPathsError("reestimate_batchnorm", "no tensors", "at least one batch of inputs")
+    if fold_batchnorm:
+        raise ResnetPathsError(
+            "fold_batchnorm", True, "False with reestimate_batchnorm", "What is folded has no statistics to estimate."
+        )
     return inputs
 
 
@@ -375,8 +431,13 @@ def _check_where(executor: object, device: str | torch.device) -> None:
         raise ResnetPathsError("executor", executor, "a concurrent.futures.Executor, or None")
 
 
-def _checked_settings(batch_budget: SupportsIndex | None, adjust: str | None) -> int | None:
+def _checked_settings(
+    batch_budget: SupportsIndex | None, adjust: str | None, stop_when: Precision | None
+) -> int | None:
     """The batch budget as a plain int."""
     if adjust not in (None, "holm", "fdr_bh"):
         raise ResnetPathsError("adjust", adjust, "'holm', 'fdr_bh' or None")
+    if stop_when is not None and (adjust is not None or not isinstance(stop_when, Precision)):
+        allowed = "lesions.Precision(half_width), without adjust" if adjust else "lesions.Precision(half_width)"
+        raise ResnetPathsError("stop_when", stop_when, f"{allowed}, or None")
     return None if batch_budget is None else require_int("batch_budget", batch_budget, 1)

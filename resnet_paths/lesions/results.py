@@ -77,6 +77,7 @@ def rows_of_study(
     adjust: str | None = None,
     per_example: bool = False,
     classes: np.ndarray | None = None,
+    level: float = 0.95,
 ) -> list[dict[str, object]]:
     """Columns of the study's frame for each lesion, the intact network first.
 
@@ -86,6 +87,7 @@ def rows_of_study(
         adjust: As for `resnet_paths.lesion_study`.
         per_example: Likewise.
         classes: Class of each example, where each class is to be counted.
+        level: Confidence level of intervals.
 
     Returns:
         One dictionary per lesion.
@@ -94,7 +96,7 @@ def rows_of_study(
     rows: list[dict[str, object]] = [{} for _ in spoilt]
     for measure in measures:
         sums = np.concatenate([result[measure.statistic] for result in results], 1)
-        columns = list(_columns(measure, sums))
+        columns = list(_columns(measure, sums, level))
         if adjust is not None:
             # The intact network is no hypothesis.
             p_values = adjusted_p_values(np.array([of["p"] for of in columns])[1:], adjust)
@@ -114,7 +116,7 @@ def rows_of_study(
     return rows
 
 
-def _columns(measure: Measure, sums: np.ndarray) -> Iterator[dict[str, object]]:
+def _columns(measure: Measure, sums: np.ndarray, level: float) -> Iterator[dict[str, object]]:
     """Of one measure, for each lesion; under ``"p"`` the p-value of no increase."""
     name = measure.name
     (values, slopes), (shown, shown_slopes) = _values_and_gradients(measure, sums)
@@ -124,13 +126,13 @@ def _columns(measure: Measure, sums: np.ndarray) -> Iterator[dict[str, object]]:
     for row, of_lesion in enumerate(sums):
         increase = shown[row] - shown[0]
         if measure.is_rate:
-            own = rate_interval(of_lesion[:, 0], of_lesion[:, 1])
-            change = paired_rate_interval(of_lesion[:, 0].astype(np.float64) - sums[0][:, 0], of_lesion[:, 1])
+            own = rate_interval(of_lesion[:, 0], of_lesion[:, 1], level)
+            change = paired_rate_interval(of_lesion[:, 0].astype(np.float64) - sums[0][:, 0], of_lesion[:, 1], level)
         else:
             some = (of_lesion != 0).any(1) | (sums[0] != 0).any(1)  # others have no items
             exact = of_lesion.astype(np.float64)
-            own = _linked(measure, studentised_interval(values[row], (exact @ slopes[row])[some]))
-            change = studentised_interval(increase, (exact @ shown_slopes[row] - intact_influences)[some])
+            own = _linked(measure, studentised_interval(values[row], (exact @ slopes[row])[some], level))
+            change = studentised_interval(increase, (exact @ shown_slopes[row] - intact_influences)[some], level)
         yield {
             name: shown[row],
             f"{name}_low": own.low,

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import itertools
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 
 import torch
@@ -32,9 +33,10 @@ def finished_batches(
     loader: Iterable[object],
     *,
     store: Store | None = None,
-    keys: Sequence[str] = (),
-    undetermined: Sequence[int] = (),
+    keys: tuple[Sequence[str], Sequence[int]] = ((), ()),
     executor: Executor | None = None,
+    wanted: Sequence[int] | None = None,
+    looks: Collection[int] = (),
 ) -> Iterator[_Finished]:
     """The result of each batch, as it is finished; results that are computed are stored first.
 
@@ -42,15 +44,18 @@ def finished_batches(
         runner: Runs the chains.
         loader: Batches of inputs and, where a measure reads them, labels; empty ones are left out.
         store: Where results are kept; None for nowhere.
-        keys: From `resnet_paths.lesions.keys.network_key`, one per chain, where there is a store.
-        undetermined: Chains whose key does not say all that they compute.
+        keys: Where there is a store, from `resnet_paths.lesions.keys.network_key`, one per chain; and indices of chains
+            whose key does not say all that they compute.
         executor: Runs the batches; None for here.
+        wanted: Indices of the chains to run, which the caller may change at each look; all if None.
+        looks: Numbers of batches after which all results are yielded before the next batch is handed out.
 
     Yields:
-        Position of the batch, its labels, result of all chains, and whether all of it came from the store.
+        Position of the batch, its labels, result of all wanted chains, and whether all of it came from the store.
     """
-    jobs = _jobs(runner, _read(loader), store, keys, undetermined, copies=executor is not None)
-    yield from _run_here(runner, jobs) if executor is None else _run_on(executor, runner, jobs)
+    wanted = range(runner.trie.num_chains) if wanted is None else wanted
+    jobs = _jobs(runner, _read(loader), store, *keys, wanted, copies=executor is not None)
+    yield from _run_here(runner, jobs) if executor is None else _run_on(executor, runner, jobs, looks)
 
 
 def _read(loader: Iterable[object]) -> Iterator[object]:
@@ -80,24 +85,30 @@ def _jobs(
     store: Store | None,
     keys: Sequence[str],
     undetermined: Sequence[int],
+    wanted: Sequence[int],
     copies: bool,
 ) -> Iterator[_Job]:
     needs_labels = any(measure.reads for measure in runner.measures) or runner.shift_labels
     batches = map(unpack if needs_labels else unpack_optional, loader)
-    everything = list(range(runner.trie.num_chains))
     for number, (inputs, labels) in enumerate(batch for batch in batches if num_examples(batch[0])):
         if copies:  # while it waits for a worker, a loader may use its tensors again
             inputs, labels = each_tensor(torch.clone, (inputs, labels))
+        indices = list(wanted)  # as they are now
         if store is None:
-            yield (inputs, labels, everything), _finisher(number, labels)
+            yield (inputs, labels, indices), _finisher(number, labels)
             continue
         if not number:
             keys = with_probe(keys, runner, undetermined, inputs)
         batch = Store.batch_key(inputs, labels)
-        known = store.read(batch, keys, num_examples(inputs))
+        known = store.read(batch, [keys[i] for i in indices], num_examples(inputs))
         # Lesions that come to the same network are computed once.
-        missing = list({keys[i]: i for i in reversed(everything) if keys[i] not in known}.values())[::-1]
-        yield (inputs, labels, missing), _stored_finisher(number, labels, store, batch, keys, known, missing)
+        missing = list({keys[i]: i for i in reversed(indices) if keys[i] not in known}.values())[::-1]
+        yield (
+            (inputs, labels, missing),
+            _stored_finisher(
+                number, labels, store, batch, [keys[i] for i in indices], known, [keys[i] for i in missing]
+            ),
+        )
 
 
 def _finisher(number: int, labels: torch.Tensor | None) -> Callable[[Sums | None], _Finished]:
@@ -115,13 +126,13 @@ def _stored_finisher(
     batch: str,
     keys: Sequence[str],
     known: dict[str, Sums],
-    missing: list[int],
+    missing: Sequence[str],
 ) -> Callable[[Sums | None], _Finished]:
     def finish(result: Sums | None) -> _Finished:
         rows = dict(known)
         if result is not None:
-            store.write(batch, [keys[i] for i in missing], result)
-            rows |= {keys[index]: rows_of(result, [row]) for row, index in enumerate(missing)}
+            store.write(batch, missing, result)
+            rows |= {key: rows_of(result, [row]) for row, key in enumerate(missing)}
         return number, labels, joined([rows[key] for key in keys]), result is None
 
     return finish
@@ -132,7 +143,7 @@ def _run_here(runner: Runner, jobs: Iterable[_Job]) -> Iterator[_Finished]:
         yield finish(runner.run(inputs, labels, missing) if missing else None)
 
 
-def _run_on(executor: Executor, runner: Runner, jobs: Iterator[_Job]) -> Iterator[_Finished]:
+def _run_on(executor: Executor, runner: Runner, jobs: Iterator[_Job], looks: Collection[int]) -> Iterator[_Finished]:
     with _refusing_what_cannot_be_sent():
         shared = shared_with_workers(executor, runner)
     # Enough to keep all workers busy, and no more: the data may be larger than memory.
@@ -149,7 +160,9 @@ def _run_on(executor: Executor, runner: Runner, jobs: Iterator[_Job]) -> Iterato
 
     failure: Exception | None = None
     try:
-        while True:
+        for number in itertools.count():
+            if number in looks:
+                yield from wait(until=0)
             try:
                 arguments, finish = next(jobs)
             except StopIteration:

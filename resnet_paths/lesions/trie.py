@@ -14,7 +14,6 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast
 
@@ -32,18 +31,6 @@ from resnet_paths.lesions.batchnorm import averaged_statistics, batch_statistics
 from resnet_paths.lesions.functions import step_function
 
 __all__ = ["Trie", "chain_key", "steps_of"]
-
-
-@dataclass(slots=True)
-class TrieNode:
-    """A step that several chains take from one state."""
-
-    step: int  # index of the step; nodes whose steps compute the same thing share one
-    place: int  # of the step in its chain
-    stacks: bool  # whether states of several chains may be one batch for it
-    members: int = 0  # bit i is set if chain i passes
-    children: list[int] = field(default_factory=list)
-    ends: list[int] = field(default_factory=list)
 
 
 _Task = tuple[int, Any, Mapping[str, torch.Tensor]]
@@ -69,7 +56,15 @@ class Trie:
     def __init__(self, chains: Iterable[ResidualChain]) -> None:
         self.num_chains = self.block_evaluations = self.block_evaluations_naive = 0
         self.steps: list[nn.Module] = []
-        self.nodes: list[TrieNode] = []
+        # Of each node: index of its step (nodes whose steps compute the same thing share one), place of the step in its
+        # chain, whether states of several chains may be one batch for it, a number whose bit i is set if chain i
+        # passes, its children, and the chains that end there.
+        self.step_of: list[int] = []
+        self.place_of: list[int] = []
+        self.stacks: list[bool] = []
+        self.members: list[int] = []
+        self.children: list[list[int]] = []
+        self.ends: list[list[int]] = []
         self.roots: list[int] = []
         self.statistics: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self.num_estimated = 0
@@ -86,15 +81,20 @@ class Trie:
                     # A stem is kept as a chain without blocks, which knows the names of the context.
                     self.steps.append(chain.with_blocks([]).with_head(nn.Identity()) if place == 0 else step)
                 if (node, number) not in found:
-                    found[node, number] = len(self.nodes)
-                    (self.roots if node is None else self.nodes[node].children).append(len(self.nodes))
-                    self.nodes.append(TrieNode(number, place, _has_batch_first(chain, place)))
+                    found[node, number] = len(self.step_of)
+                    (self.roots if node is None else self.children[node]).append(len(self.step_of))
+                    self.step_of.append(number)
+                    self.place_of.append(place)
+                    self.stacks.append(_has_batch_first(chain, place))
+                    self.members.append(0)
+                    self.children.append([])
+                    self.ends.append([])
                     self.block_evaluations += isinstance(step, Block)
                 node = found[node, number]
-                self.nodes[node].members |= 1 << self.num_chains
+                self.members[node] |= 1 << self.num_chains
                 self.block_evaluations_naive += isinstance(step, Block)
             assert node is not None  # every chain has a stem and a head
-            self.nodes[node].ends.append(self.num_chains)
+            self.ends[node].append(self.num_chains)
             self.num_chains += 1
         self._sort_children()
 
@@ -128,9 +128,9 @@ class Trie:
 
     def _sort_children(self) -> None:
         """Behind each node the child that holds most states comes first: it is run last, when no other waits."""
-        held = [1] * len(self.nodes)  # states at once, from a node's output on
-        for number in reversed(range(len(self.nodes))):  # children were made after their parents
-            children = self.nodes[number].children
+        held = [1] * len(self.step_of)  # states at once, from a node's output on
+        for number in reversed(range(len(self.step_of))):  # children were made after their parents
+            children = self.children[number]
             children.sort(key=lambda child: -held[child])
             if children:
                 held[number] = max([held[children[0]], *(held[child] + 1 for child in children[1:2])])
@@ -156,11 +156,10 @@ class Trie:
         while pool:
             tasks = self._next_tasks(pool, at_once, mask)
             for task, (state, context) in zip(tasks, self._run(tasks, batch), strict=True):
-                node = self.nodes[task[0]]
-                for index in node.ends:
+                for index in self.ends[task[0]]:
                     if mask >> index & 1:
                         yield index, state
-                pool += self._tasks(node.children, state, context, mask)
+                pool += self._tasks(self.children[task[0]], state, context, mask)
             del tasks, task, state
 
     def estimate(self, inputs: Any) -> None:
@@ -178,7 +177,7 @@ class Trie:
             with batch_statistics() as found:
                 state, context = self._step(task)
             self.statistics[number] = averaged_statistics(self.statistics.get(number, []), self.num_estimated, found)
-            pool += self._tasks(self.nodes[number].children, state, context, -1)
+            pool += self._tasks(self.children[number], state, context, -1)
             del task, state
         self.num_estimated += 1
 
@@ -190,45 +189,45 @@ class Trie:
         # lead to twice the chains that a step may take. All others wait, whatever their number.
         room, active = 2 * at_once, list[int]()
         for i in reversed(range(len(pool))):
-            room -= (self.nodes[pool[i][0]].members & mask).bit_count()
+            room -= (self.members[pool[i][0]] & mask).bit_count()
             if active and room < 0:
                 break
             active.append(i)
-        first = min(active, key=lambda i: self.nodes[pool[i][0]].place)
-        step = self.nodes[pool[first][0]].step
-        same = [i for i in active if self.nodes[pool[i][0]].step == step][:at_once]
+        first = min(active, key=lambda i: self.place_of[pool[i][0]])
+        step = self.step_of[pool[first][0]]
+        same = [i for i in active if self.step_of[pool[i][0]] == step][:at_once]
         return [pool.pop(i) for i in same]  # from the last to the first
 
     def _run(self, tasks: list[_Task], batch: int) -> list[tuple[Any, Mapping[str, torch.Tensor]]]:
         number, _, _ = tasks[0]
-        node = self.nodes[number]
+        step = self.step_of[number]
         if self.statistics:
             with given_statistics(self.statistics[number]):
                 return [self._step(tasks[0])]
-        if len(tasks) > 1 and node.stacks and all(_length(state) == batch for _, state, _ in tasks):
+        if len(tasks) > 1 and self.stacks[number] and all(_length(state) == batch for _, state, _ in tasks):
             contexts = [context for _, _, context in tasks]
-            stacked = _stacked_context(contexts, context_read_by(self.steps[node.step]), batch)
+            stacked = _stacked_context(contexts, context_read_by(self.steps[step]), batch)
             if stacked is not None:
                 states = torch.cat([state for _, state, _ in tasks])
-                together = call_part(self._functions[node.step], states, stacked)
+                together = call_part(self._functions[step], states, stacked)
                 if _length(together) == len(tasks) * batch:
                     return list(zip(together.chunk(len(tasks)), contexts, strict=True))
-                node.stacks = False  # it mixes the batch with another dimension: in which order is not known
+                self.stacks[number] = False  # it mixes the batch with another dimension: in which order is not known
         return [self._step(task) for task in tasks]
 
     def _step(self, task: _Task) -> tuple[Any, Mapping[str, torch.Tensor]]:
         """State and context after a step; the state that it reads stays as it is, since others may read it."""
         number, state, context = task
-        node = self.nodes[number]
-        state = each_tensor(torch.clone, state) if self._may_write[node.step] else state
-        if node.place == 0:
+        step = self.step_of[number]
+        state = each_tensor(torch.clone, state) if self._may_write[step] else state
+        if self.place_of[number] == 0:
             args, kwargs = arguments_of(state)
-            return cast("ResidualChain", self.steps[node.step]).begin(*args, **kwargs)
-        return call_part(self._functions[node.step], state, context), context
+            return cast("ResidualChain", self.steps[step]).begin(*args, **kwargs)
+        return call_part(self._functions[step], state, context), context
 
     def _tasks(self, nodes: Sequence[int], state: Any, context: Mapping[str, torch.Tensor], mask: int) -> list[_Task]:
         """A task for each of the nodes that leads to a wanted chain."""
-        return [(node, state, context) for node in nodes if self.nodes[node].members & mask]
+        return [(node, state, context) for node in nodes if self.members[node] & mask]
 
 
 def steps_of(chain: ResidualChain) -> list[tuple[int, nn.Module]]:

@@ -161,7 +161,7 @@ def test_when_not_even_one_example_fits():
 
 @pytest.mark.parametrize("budget", [0, -1, 2.0, True, "8"])
 def test_a_budget_is_a_number_of_examples(budget):
-    with pytest.raises(rp.ResnetPathsError, match=r"batch_budget: got .*; allowed: a number of examples of at least 1"):
+    with pytest.raises(rp.ResnetPathsError, match=r"batch_budget: got .*; allowed: an int of at least 1"):
         study(random_chain(STEADY), labelled(), batch_budget=budget)
 
 
