@@ -7,6 +7,7 @@ that take n(n + 1) / 2 steps for n blocks, and studies of n lesions, are left ou
 
 from __future__ import annotations
 
+import functools
 import math
 import multiprocessing
 import resource
@@ -25,6 +26,7 @@ WIDTH = 4
 FEW = 1_000
 
 
+@functools.cache
 def deep_chain(num_blocks: int) -> ResidualChain:
     """A chain of linear blocks in float64, whose branches are small so that nothing overflows."""
     shape = {"in_shape": (WIDTH,), "out_shape": (WIDTH,)}
