@@ -134,9 +134,9 @@ def gradient_by_path_length(
             length has no more paths than that, weighted paths are all of them, each once, without error.
         relative_error: The relative standard error due to the draws at which to stop: of ``mean_path_gradient_norm``
             and of the square of ``rms_path_gradient_norm`` for weighted paths, of ``rms_path_gradient_norm`` for signs.
-            It is reached at every length that holds at least a thousandth of the sum over lengths. Where paths are
-            nearly all alike (coherence of hundreds and more) few draws of signs show too little of the spread: the
-            energy comes out too low, with too small an error.
+            It is reached at every length that holds at least a thousandth of the sum over lengths. Other lengths have
+            20 paths, whose stated errors are rough. Where paths are nearly all alike (coherence of hundreds and more)
+            few draws of signs show too little of the spread: the energy is too low, with too small an error.
         average: For ``"sampled"``: ``"mean"``, or ``"log-mean"`` for the geometric mean of the norms.
         generator: Source of the random numbers, on the CPU; None for a new one, seeded with 0.
         memory_budget: Bytes that stacks of cotangents and kept activations may take; batches are split to fit.
@@ -449,5 +449,5 @@ def _warn_of_few_paths(frame: pd.DataFrame) -> None:
         warnings.warn(
             f"At path lengths {few.path_length.tolist()} the effective sample size is below {_FEW}: errors and "
             f"intervals there are too small. Take a larger num_draws, or num_draws=None and a smaller relative_error.",
-            stacklevel=3,
+            stacklevel=4,
         )
