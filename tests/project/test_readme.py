@@ -105,7 +105,8 @@ def test_the_table_of_architectures_is_that_of_the_data():
 def test_every_module_of_public_names_is_on_a_page_of_the_reference():
     """The build of the documentation checks this too, much later."""
     stub = ast.parse((ROOT / "resnet_paths" / "__init__.pyi").read_text())
-    modules = {statement.module for statement in stub.body if isinstance(statement, ast.ImportFrom)} - {None}
+    modules = {statement.module for statement in stub.body if isinstance(statement, ast.ImportFrom)}
+    modules -= {None, "figures"}  # modules that are public themselves: figures.widgets, and those beside the stub
     pages = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "notebooks" / "reference").glob("*.rst"))
     listed = [module for line in re.findall(r"public-names:: (.*)", pages) for module in line.split()]
     assert sorted(module for module in listed if ":" not in module) == sorted(modules)
