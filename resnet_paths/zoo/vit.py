@@ -95,7 +95,7 @@ class ViT(nn.Module):
 def _positions(x: torch.Tensor) -> torch.Tensor:
     """Sines and cosines of rows and columns at width / 4 rates, [width, H, W], for tokens [batch, width, H, W]."""
     width, height, columns = x.shape[1:]
-    rates = 10_000 ** -(torch.arange(width // 4, device=x.device) / (width // 4))
+    rates = 10_000 ** -(torch.arange(width // 4, device=x.device, dtype=x.dtype) / (width // 4))
     by_row = rates[:, None, None] * torch.arange(height, device=x.device)[:, None].expand(height, columns)
     by_column = rates[:, None, None] * torch.arange(columns, device=x.device).expand(height, columns)
     return torch.cat([by_row.sin(), by_row.cos(), by_column.sin(), by_column.cos()])

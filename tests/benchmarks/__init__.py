@@ -7,4 +7,5 @@
     lesions, gradients, scaling, limit, startup      one part each
 
 Not collected by pytest. ``python -m tests.benchmarks.architectures`` is a table of its own: what can be unraveled.
+``python -m tests.benchmarks.gpu`` is for a machine with a GPU.
 """

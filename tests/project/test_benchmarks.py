@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import sys
@@ -12,11 +13,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch.nn import functional as F
 
 import resnet_paths as rp
+from resnet_paths.core.chain import Block
+from resnet_paths.core.placement import place_modules
 from resnet_paths.zoo import load_network
 from tests.benchmarks import __main__ as command
-from tests.benchmarks import gradients, lesions, limit, peers, scaling, studies, table, tokens, workers
+from tests.benchmarks import gpu, gradients, lesions, limit, peers, scaling, studies, table, tokens, workers
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "notebooks" / "tables" / "benchmarks.md").read_text(encoding="utf-8")
@@ -282,3 +286,121 @@ def test_the_table_of_deep_chains_has_a_row_for_each_function():
         _, _, seconds, mebibytes, _ = line.split("|")
         assert 0 <= float(seconds) < 60
         assert float(mebibytes) >= 0
+
+
+# The script for a GPU, on the CPU
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def small():
+    """Three blocks, the second with a projection, and a batch."""
+    generator = torch.Generator().manual_seed(0)
+
+    def layer(width_in, width_out):
+        made = torch.nn.Conv2d(width_in, width_out, 3, padding=1)
+        for parameter in made.parameters():
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+        return made.requires_grad_(False)
+
+    skips = (torch.nn.Identity(), layer(2, 3), torch.nn.Identity())
+    widths = ((2, 2), (2, 3), (3, 3))
+    blocks = [
+        Block(torch.nn.Sequential(torch.nn.Tanh(), layer(*width)), skip, name=f"block{i}")
+        for i, (skip, width) in enumerate(zip(skips, widths, strict=True))
+    ]
+    chain = rp.ResidualChain(layer(1, 2), blocks, torch.nn.Sequential(layer(3, 4), torch.nn.Flatten())).eval()
+    return chain, torch.randn(4, 1, 2, 2, generator=generator), torch.tensor([0, 5, 9, 15])
+
+
+def test_every_instrument_is_compared_in_every_precision(small):
+    chain, images, labels = small
+    (low,) = place_modules([chain], precision="bfloat16")
+    rows = gpu.correctness("a network", chain, low, images, labels, CPU)
+    names = [f"{name}, {precision}" for name in gpu.instruments() for precision in ("float32", "float64")]
+    assert [r["contender"] for r in rows] == [*names, *(f"lesion_study, {way}" for way in gpu.WAYS)]
+    assert not any(r["note"].startswith("WRONG") for r in rows), [r["note"] for r in rows]
+    assert all(r["value"] == 0 for r in rows if "float64" in r["contender"])
+    assert all(0 < r["value"] < 1e-3 for r in rows if "float32" in r["contender"])
+    assert 1e-4 < rows[-1]["value"] < 0.1
+
+
+def test_other_numbers_and_failures_are_wrong(small):
+    chain, images, labels = small
+    (other,) = place_modules([chain])
+    other = rp.scale_block(other, 1, 1.05)
+    for name, instrument in gpu.instruments().items():
+        expected = instrument(chain, images, labels)
+        made = gpu.compared("t", name, functools.partial(instrument, other, images, labels), expected, 1e-3)
+        assert made["note"].startswith("WRONG: at most 0.001"), name
+    losses = gpu.losses_without_each_block(chain, images, labels)
+    by_hand = [F.cross_entropy(rp.delete_block(chain, i)(images), labels, reduction="none") for i in range(3)]
+    assert np.allclose(losses.to_numpy(), torch.stack(by_hand).numpy(), rtol=1e-5)
+
+    def fails():
+        raise RuntimeError("no kernel\nfor it")
+
+    failed = gpu.compared("t", "lens", fails, losses, 1e-3)
+    assert failed["note"] == "WRONG: RuntimeError: no kernel for it"
+    assert math.isnan(failed["value"])
+
+
+def test_the_largest_difference_is_that_of_a_column():
+    expected = pd.DataFrame({"block": ["a", "b"], "norm": [1.0, -4.0], "se": [np.nan, 0.0], "many": [2**70, 1]})
+    assert gpu.largest_difference(expected.copy(), expected)[0] == 0
+    assert gpu.largest_difference(expected.assign(norm=[1.0, -3.0]), expected) == (0.25, "norm")
+    assert gpu.largest_difference(expected.assign(se=[np.nan, 0.5]), expected) == (0.5, "se")
+    for other in ({"se": [0.0, 0.0]}, {"norm": [1.0, np.inf]}, {"block": ["a", "c"]}, {"many": [2**70 + 1, 1]}):
+        assert gpu.largest_difference(expected.assign(**other), expected) == (math.inf, next(iter(other)))
+    assert gpu.largest_difference(expected[:1], expected) == (math.inf, "columns and rows")
+    assert gpu.largest_difference(expected.drop(columns="se"), expected) == (math.inf, "columns and rows")
+
+
+def test_loops_on_the_gpu_compute_what_the_project_computes(small):
+    chain, images, labels = small
+    plan = rp.single_deletions(chain)
+    halves = [(images[:3], labels[:3]), (images[3:], labels[3:])]
+    assert gpu.loop(chain, halves, plan) == rp.lesion_study(chain, halves, plan, progress=False).error_rate.tolist()
+    rows = gpu.split_by_lengths(chain, images, labels)
+    for length, row in enumerate(rows):
+        paths = (path for path in itertools.product([False, True], repeat=3) if sum(path) == length)
+        of_paths = sum(gradients.gradient_of_path(chain, images, labels, path) for path in paths)
+        assert torch.allclose(row, of_paths, rtol=1e-4, atol=1e-6)
+
+
+def test_every_row_of_speed_is_measured(small):
+    chain, images, labels = small
+    once = {"repeats": 1, "budget": 0}
+    rows = gpu.study_speed("a network", chain, [(images, labels)], CPU, batch_budget=8, **once)
+    rows += gpu.gradient_speed("a network", chain, images, labels, CPU, **once)
+    rows += gpu.energy_speed("a network", chain, images, labels, CPU, num_draws=16, longest=2, **once)
+    assert len(rows) == (1 + len(gpu.WAYS)) + 2 + 2 + 2
+    assert all(r["value"] > 0 for r in rows)
+    firsts = {r["task"]: r["value"] for r in reversed(rows)}
+    assert [r["ratio"] for r in rows] == pytest.approx([firsts[r["task"]] / r["value"] for r in rows])
+
+
+def test_times_wait_for_the_device_and_tf32_is_allowed_where_asked(monkeypatch):
+    waited, allowed = [], []
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+    def work():
+        allowed.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+
+    rows = gpu.in_turns("t", {"float32": work, "TF32": work}, torch.device("cuda"), repeats=3, budget=60)
+    assert allowed == 4 * [(False, False), (True, True)]
+    assert waited == [torch.device("cuda")] * 2 * len(allowed)
+    assert before == (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
+    assert [r["contender"] for r in rows] == ["float32", "TF32"]
+    allowed.clear()
+    gpu.in_turns("t", {"float32": work}, CPU, repeats=3, budget=0)
+    assert len(allowed) == 2  # one that does not count, and one
+
+
+def test_without_a_gpu_nothing_is_measured(monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "choose_device", lambda device: CPU)
+    monkeypatch.setattr(sys, "argv", ["gpu"])
+    assert gpu.main() == 0
+    assert capsys.readouterr().out == "There is no GPU: nothing is measured.\n"

@@ -1,5 +1,6 @@
 """Every network is what its name says, starts from its generator alone, and is read by `unravel` as it states."""
 
+import copy
 import functools
 import itertools
 import re
@@ -276,6 +277,16 @@ def test_attention_is_that_of_torch():
         attention.qkv.bias.add_(0.1)
     x = images(2, 1, 96)[:, 0, :7] * 5
     torch.testing.assert_close(attention(x), reference(x, x, x, need_weights=False)[0])
+
+
+def test_a_transformer_runs_in_bfloat16():
+    """Its positions have the dtype of the tokens: those in float32 would make every later layer mix dtypes."""
+    model, x = untrained("vit-small").eval(), images(2)
+    low = copy.deepcopy(model).bfloat16()
+    with torch.no_grad():
+        found = low(x.bfloat16())
+        assert found.dtype == torch.bfloat16
+        assert (found - model(x)).abs().max() < 0.05 * model(x).abs().max()
 
 
 def test_a_transformer_knows_where_its_patches_lie():
