@@ -20,7 +20,7 @@ from resnet_paths.core.chain import Block
 from resnet_paths.core.placement import place_modules
 from resnet_paths.zoo import load_network
 from tests.benchmarks import __main__ as command
-from tests.benchmarks import gpu, gradients, lesions, limit, peers, scaling, studies, table, tokens, workers
+from tests.benchmarks import gpu, gradients, lesions, limit, neighbour, peers, scaling, studies, table, tokens, workers
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "notebooks" / "tables" / "benchmarks.md").read_text(encoding="utf-8")
@@ -286,6 +286,41 @@ def test_the_table_of_deep_chains_has_a_row_for_each_function():
         _, _, seconds, mebibytes, _ = line.split("|")
         assert 0 <= float(seconds) < 60
         assert float(mebibytes) >= 0
+
+
+def test_a_cell_is_timed_quiet_and_beside_a_process_that_ends(monkeypatch):
+    made, running = [], []
+    make = neighbour.subprocess.Popen
+    monkeypatch.setattr(neighbour.subprocess, "Popen", lambda *given: made.append(make(*given)) or made[-1])
+
+    def seconds_of(policy):
+        running.append((policy, [process.poll() is None for process in made]))
+        return 1.0 + len(running)
+
+    rows = neighbour.measured(seconds_of, 2)
+    assert [policy for policy, _ in running] == 4 * [None, "PASSIVE"]
+    assert [alive for _, alive in running] == [[], [], [True], [True], [False], [False], [False, True], [False, True]]
+    assert all(process.poll() is not None for process in made)
+    assert [(r["low"], r["high"]) for r in rows] == [(2, 6), (3, 7), (4, 8), (5, 9)]
+    assert [r["ratio_high"] for r in rows] == [1, 3 / 2, 4 / 2, 5 / 2]
+
+
+def test_a_cell_that_takes_too_long_is_stopped(monkeypatch):
+    def stopped(*given, timeout, **options):
+        raise neighbour.subprocess.TimeoutExpired("cell", timeout)
+
+    monkeypatch.setattr(neighbour.subprocess, "run", stopped)
+    row = neighbour.measured(lambda policy: neighbour.seconds_in_a_process(policy, 1), 1)[0]
+    assert (row["value"], row["note"]) == (30, "stopped at 30 s: takes longer")
+
+
+def test_the_policy_of_a_process_is_the_one_asked_for(monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    default, passive = (neighbour.environment(policy, 2) for policy in (None, "PASSIVE"))
+    assert passive == default | {"OMP_WAIT_POLICY": "PASSIVE"}
+    assert not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(default)
+    assert default["OMP_NUM_THREADS"] == "2"
 
 
 # The script for a GPU, on the CPU
