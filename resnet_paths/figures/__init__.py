@@ -50,6 +50,7 @@ from resnet_paths.figures.lesions import (
     plot_single_deletions,
 )
 from resnet_paths.figures.predictions import (
+    plot_deletion_account,
     plot_effect_matrix,
     plot_lens,
     plot_prediction_by_path_length,
@@ -71,6 +72,7 @@ __all__ = [
     "plot_chain",
     "plot_coherence",
     "plot_cost_by_depth",
+    "plot_deletion_account",
     "plot_effect_matrix",
     "plot_effective_window",
     "plot_gradient_by_depth",

@@ -14,9 +14,10 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from resnet_paths._utils.errors import ResnetPathsError
-from resnet_paths.figures.layout import INK, checked, draw_map
+from resnet_paths.figures.layout import INK, checked, draw_map, legend_above
 
 __all__ = [
+    "plot_deletion_account",
     "plot_effect_matrix",
     "plot_lens",
     "plot_prediction_by_path_length",
@@ -35,6 +36,7 @@ _EFFECT_LABELS = {
     "max_relative_change": "largest relative change of the branch (%)",
     "direct_effect_change": "change of the direct effect",
 }
+_ACCOUNT_TERMS = {"later_change": "later blocks", "head_change": "head", "skip_change": "skips"}
 
 
 def plot_prediction_by_path_length(
@@ -166,6 +168,43 @@ def plot_effect_matrix(frame: pd.DataFrame, ax: Axes | None = None, value: str =
     draw_map(ax, blocks, blocks, scale * table.to_numpy(), label)
     ax.set(xlabel="later block (index from 0)", ylabel="deleted block", facecolor="none")
     ax.yaxis.set_inverted(True)
+    return ax
+
+
+def plot_deletion_account(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """The terms of the change of the output by deleted block, as stacked bars; dots are their sum, the total effect.
+
+    Args:
+        frame: From `resnet_paths.deletion_account`, for deletions of single blocks.
+        ax: The axes to draw into; the current axes if None.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ResnetPathsError: If columns are missing, all values are NaN, or a block occurs twice.
+    """
+    frame = checked("frame", frame, "total_effect", ["deleted_index"], ["direct_effect", *_ACCOUNT_TERMS])
+    ax = plt.gca() if ax is None else ax
+    blocks = frame["deleted_index"].astype(int)
+    terms = {"direct effect, removed": -frame["direct_effect"]}
+    # A term that is 0 but for rounding is not in the legend.
+    least = 1e-6 * frame["total_effect"].abs().max()
+    terms |= {label: frame[column] for column, label in _ACCOUNT_TERMS.items() if frame[column].abs().max() > least}
+    # Positive and negative terms are stacked apart, so that each bar keeps its length.
+    ends = {sign: np.zeros(len(frame)) for sign in (1, -1)}
+    for place, (label, values) in enumerate(terms.items()):
+        for sign in ends:
+            part = np.where(np.sign(values) == sign, values, 0.0)
+            ax.bar(blocks, part, 0.85, ends[sign], color=f"C{place}", label=label if sign == 1 else None)
+            ends[sign] = ends[sign] + part
+    ax.plot(blocks, frame["total_effect"], color=INK, marker="o", markersize=2, linestyle="none", label="total effect")
+    ax.use_sticky_edges = False  # bars would end at the frame, and dots be cut off
+    ax.axhline(0, color=INK, linewidth=0.5)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    output = f" of the {frame.attrs['output']}" if "output" in frame.attrs else ""
+    ax.set(xlabel="deleted block", ylabel=f"change{output}")
+    legend_above(ax, ax.get_legend_handles_labels()[0])
     return ax
 
 

@@ -148,3 +148,30 @@ def test_waterfall_of_lengths_and_of_sources():
     with pytest.raises(rp.ResnetPathsError, match="num_bars"):
         rp.figures.plot_waterfall(by_length, axes[0], num_bars=0)
     plt.close(fig)
+
+
+def test_terms_of_a_deletion_are_stacked_by_sign():
+    frame = pd.DataFrame({
+        "deleted_index": [0, 1],
+        "total_effect": [-1.0, 0.5],
+        "direct_effect": [2.0, -1.0],
+        "later_change": [0.5, -1.5],
+        "head_change": [0.5, 1.0],
+        "skip_change": 0.0,
+    })
+    fig, ax = plt.subplots()
+    rp.figures.plot_deletion_account(frame, ax)
+    for block, row in frame.iterrows():
+        bars = [bar for bar in ax.patches if round(bar.get_x() + bar.get_width() / 2) == block and bar.get_height()]
+        heights = [bar.get_height() for bar in bars]
+        assert sum(heights) == pytest.approx(row["total_effect"])
+        assert sorted(heights) == sorted([-row["direct_effect"], row["later_change"], row["head_change"]])
+        for sign in (1, -1):
+            ends = sorted((bar.get_y(), bar.get_y() + bar.get_height()) for bar in bars if bar.get_height() * sign > 0)
+            assert sum(abs(stop - start) for start, stop in ends) == pytest.approx(
+                max(abs(e) for end in ends for e in end)
+            )
+    np.testing.assert_allclose(ax.lines[0].get_xydata(), [[0, -1], [1, 0.5]])
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert set(labels) == {"direct effect, removed", "later blocks", "head", "total effect"}  # no term that is always 0
+    plt.close(fig)
