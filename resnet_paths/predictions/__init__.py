@@ -112,7 +112,7 @@ def prediction_by_path_length(
     outputs, values = _all_contributions(
         chain, inputs, targets, output, sources, num_lengths, linearizer, memory_budget, progress
     )
-    residual = None if num_lengths < len(counts) else checked_residual(chain, outputs, values.sum(1))
+    residual = None if num_lengths < len(counts) else checked_residual(chain, outputs, values.reshape(-1, len(outputs)))
     if by_source:
         rows = [(source, k) for source in sources for k in range(num_lengths)]
         frame = _source_columns(chain, rows, by_source == "parts")

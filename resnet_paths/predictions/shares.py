@@ -18,7 +18,7 @@ def checked_residual(chain: ResidualChain, outputs: np.ndarray, values: np.ndarr
     """The largest difference between the sum of an example's contributions and its output.
 
     Args:
-        chain: The chain, whose dtype determines the tolerance.
+        chain: The chain, whose dtype and number of blocks determine the tolerance: every block rounds once more.
         outputs: The output of each example, [example].
         values: Contributions [row, example].
 
@@ -31,7 +31,7 @@ def checked_residual(chain: ResidualChain, outputs: np.ndarray, values: np.ndarr
     residuals = np.abs(values.sum(0) - outputs)
     dtypes = [p.dtype for p in chain.parameters() if p.is_floating_point()]
     eps = max((torch.finfo(dtype).eps for dtype in dtypes), default=torch.finfo(torch.float32).eps)
-    allowed = 256 * eps * np.maximum(np.abs(values).sum(0), np.abs(outputs))
+    allowed = 32 * (8 + len(chain)) * eps * np.maximum(np.abs(values).sum(0), np.abs(outputs))
     if not (residuals <= allowed).all():
         worst = int(np.argmax(residuals - allowed))
         raise ResnetPathsError(
