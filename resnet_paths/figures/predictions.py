@@ -188,7 +188,7 @@ def plot_deletion_account(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax = plt.gca() if ax is None else ax
     blocks = frame["deleted_index"].astype(int)
     terms = {"direct effect, removed": -frame["direct_effect"]}
-    # A term that is 0 but for rounding is not in the legend.
+    # A term that is 0 up to rounding is not in the legend.
     least = 1e-6 * frame["total_effect"].abs().max()
     terms |= {label: frame[column] for column, label in _ACCOUNT_TERMS.items() if frame[column].abs().max() > least}
     # Positive and negative terms are stacked apart, so that each bar keeps its length.
