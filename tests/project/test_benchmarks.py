@@ -281,7 +281,9 @@ def test_the_table_of_deep_chains_has_a_row_for_each_function():
     from tests.benchmarks import depth
 
     # In a process of its own: autograd does not run in forks of a process that has used it.
-    done = subprocess.run([sys.executable, "-m", "tests.benchmarks.depth", "6"], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.benchmarks.depth", "6"], capture_output=True, text=True, cwd=ROOT
+    )
     assert done.returncode == 0, done.stderr
     head, rule, *rows = done.stdout.splitlines()
     assert head.count("|") == rule.count("|") == 4
