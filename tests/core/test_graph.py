@@ -63,7 +63,7 @@ def test_names_are_the_blocks():
 
 
 def test_too_large_is_refused_before_anything_is_built():
-    with pytest.raises(rp.ResnetPathsError, match=r"54 blocks, 18014398509481984 paths.*at most 100000 nodes"):
+    with pytest.raises(rp.ResnetPathsError, match=r"54 blocks, 18,014,398,509,481,984 paths.*at most 100000 nodes"):
         rp.unraveled_graph(54)
     with pytest.raises(rp.ResnetPathsError, match="at most 15 nodes"):
         rp.unraveled_graph(3, max_nodes=15)

@@ -129,5 +129,5 @@ def test_nothing_assumes_the_cpu(monkeypatch):
                 pd.testing.assert_frame_equal(found, frame, rtol=1e-9)
             # Inputs are moved; what a loss brings along from the CPU is told apart from them.
             pd.testing.assert_frame_equal(studies[0](chain, inputs, targets), expected[0], rtol=1e-9)
-            with pytest.raises(RuntimeError, match="mixes devices"):
+            with pytest.raises(rp.ResnetPathsError, match=r"loss: .*mixes devices"):
                 gradients_of(chain, inputs, targets, loss=lambda z, _: z @ torch.ones(3, dtype=torch.float64))

@@ -93,7 +93,7 @@ class Stack:
         room = 2 if largest.dtype == torch.float16 else 30
         shift = torch.where(shift.abs() > room, shift, 0)
         exponents = torch.where(largest == 0, _ZERO, self.exponents + shift)
-        shifted = [row for row, moved in enumerate(shift.flatten(1).any(1).tolist()) if moved]
+        shifted = [row for row, moved in enumerate(shift.flatten(1).any(1).cpu().tolist()) if moved]
         values = self.values if in_place or not shifted else self.values.clone()
         for row in shifted:
             # In two steps: 2**140 is no float32, though the product may be.
