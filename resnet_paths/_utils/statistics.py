@@ -24,7 +24,7 @@ counted, or of items that change:
 
 Of a mean of 100 or 500 values (4,000 samples): 94.9 and 94.6 where they are exponential, 94.1 and 93.8 where their
 logarithm is standard normal. Of a rate over 100 clusters of 1 to 60 items, whose own rates have the beta distribution
-of mean 0.05 or 0.5 and a + b = 5: 92.8 and 95.0.
+of mean 0.05 or 0.5 and a + b = 5 (10,000 samples): 93.1 and 95.1.
 """
 
 from __future__ import annotations
