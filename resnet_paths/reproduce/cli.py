@@ -22,6 +22,8 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # the tables of rich cut off names of options in narrow terminals
+    context_settings={"max_content_width": 120},
     help="Residual networks as ensembles of paths (Veit, Wilber and Belongie 2016).",
 )
 

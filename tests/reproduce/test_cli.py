@@ -8,6 +8,7 @@ import sys
 import pandas as pd
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
 from resnet_paths import lesions, unraveling
@@ -59,6 +60,17 @@ def test_help_of_train_names_every_option():
     result = CliRunner().invoke(cli.app, ["train", "--help"], env={"COLUMNS": "200"})
     for option in ("dataset", "epochs", "seed", "batch-size", "learning-rate", "precision", "devices", "folder"):
         assert f"--{option}" in result.output
+
+
+@pytest.mark.parametrize("columns", ["20", "40", "80"])
+def test_help_in_a_narrow_terminal_keeps_every_name(columns):
+    program = CliRunner().invoke(cli.app, ["--help"], env={"COLUMNS": columns}).stdout
+    commands = typer.main.get_command(cli.app).commands
+    assert all(f"\n  {name} " in program for name in commands)
+    for name, command in commands.items():
+        shown = CliRunner().invoke(cli.app, [name, "--help"], env={"COLUMNS": columns}).stdout.split()
+        options = {option for each in command.params for option in each.opts if option.startswith("--")}
+        assert options <= set(shown), name
 
 
 def test_importing_the_command_line_imports_nothing_heavy():
