@@ -108,7 +108,8 @@ def lesion_study(
             next one.
         store: Folder of finished batches, created if missing. A study that was stopped, or that has more lesions than
             before, computes only what is missing, and ends with the same frame. The folder may hold several
-            studies, also at once. The loader must give the same batches each time.
+            studies, also at once, and may be read-only if nothing is missing. The loader must give the same batches
+            each time.
         executor: Any `concurrent.futures.Executor`, such as Dask's ``client.get_executor()``: batches are spread over
             its workers. The chain is sent to each worker once.
         device: Where to run; ``"auto"`` is where the chain is, or the accelerator if the chain is on the CPU and there
@@ -158,8 +159,8 @@ def lesion_study(
 
     Raises:
         ResnetPathsError: If the chain is in training mode; the loader is empty, shuffles although there is a store, or
-            does not give such batches; labels are out of range; the precision is refused; the store cannot be written
-            to; the chain cannot be sent to the executor's workers, or one of these breaks down.
+            does not give such batches; labels are out of range; the precision is refused; the store lacks results
+            and cannot be written to; the chain cannot be sent to the executor's workers, or one of these breaks down.
         StudyInterrupted: If it is interrupted.
     """
     require_chain("chain", chain)

@@ -103,6 +103,8 @@ def _jobs(
         known = store.read(batch, [keys[i] for i in indices], num_examples(inputs))
         # Lesions that come to the same network are computed once.
         missing = list({keys[i]: i for i in reversed(indices) if keys[i] not in known}.values())[::-1]
+        if missing:
+            store.require_writable()
         yield (
             (inputs, labels, missing),
             _stored_finisher(

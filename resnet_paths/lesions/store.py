@@ -8,7 +8,8 @@ and labels; each lesion in a part has a fingerprint of the whole lesioned networ
 results of other models or data sets may be in the same folder and are never mixed in. A part holds all three in full,
 and a checksum: one that was changed, or that lies under the name of another, is computed again. Parts are written under
 a temporary name and renamed; two studies at once write the same rows to the same names. What a killed study was writing
-remains under its temporary name, which no study takes for a part; a study that begins an hour later removes it.
+remains under its temporary name, which no study takes for a part; a study that begins an hour later removes it. A
+study that finds all its results writes nothing, so that a store may be on a read-only file system.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Store:
         settings: What all results have in common besides the version of the code; JSON-able.
 
     Raises:
-        ResnetPathsError: If the folder cannot be written to.
+        ResnetPathsError: If the folder is new and cannot be written to.
     """
 
     def __init__(self, folder: str | Path, settings: Mapping[str, object]) -> None:
@@ -61,12 +62,10 @@ class Store:
         self._context = fingerprint(json.dumps(about, sort_keys=True))
         self._warned = False
         self.folder = Path(folder) / self._context[:_DIGITS]
-        try:
-            self._write_description(about)
-        except OSError as error:
-            raise ResnetPathsError(
-                "store", str(folder), "a folder that can be written to", f"{error}. Pass another folder."
-            ) from error
+        self._description = json.dumps(about, indent=1, sort_keys=True) + "\n"
+        self._is_writable = False  # as far as is known
+        if not self._has_description():
+            self.require_writable()
         self._warn_of_other_versions(about)
         self._parts: dict[str, list[Path]] = {}
         for path in sorted(self.folder.glob("[!.]*.safetensors")):
@@ -75,6 +74,26 @@ class Store:
             with contextlib.suppress(OSError):  # another study may have removed it, or finished it
                 if time.time() - path.stat().st_mtime > _STALE_AFTER:
                     path.unlink()
+
+    def require_writable(self) -> None:
+        """Validate that results can be written, before any are computed.
+
+        Raises:
+            ResnetPathsError: If they cannot, as on a read-only file system.
+        """
+        if self._is_writable:
+            return
+        try:
+            with write_then_rename(self.folder / "study.json") as temporary:
+                temporary.write_text(self._description)
+        except OSError as error:
+            raise ResnetPathsError(
+                "store",
+                str(self.folder.parent),
+                "a folder that can be written to, or one that has all results",
+                f"{error}. Pass another folder, or a copy of this one.",
+            ) from error
+        self._is_writable = True
 
     @staticmethod
     def batch_key(inputs: Inputs, labels: torch.Tensor | None) -> str:
@@ -150,10 +169,10 @@ class Store:
             ) from error
         self._parts.setdefault(batch[:_DIGITS], []).append(path)
 
-    def _write_description(self, about: Mapping[str, object]) -> None:
-        # Written even where it is there: a store that cannot be written to is to be found out before any work.
-        with write_then_rename(self.folder / "study.json") as temporary:
-            temporary.write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
+    def _has_description(self) -> bool:
+        with contextlib.suppress(OSError, ValueError):
+            return (self.folder / "study.json").read_text() == self._description
+        return False
 
     def _warn_of_other_versions(self, about: Mapping[str, object]) -> None:
         others = set()

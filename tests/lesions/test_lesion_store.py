@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pandas as pd
@@ -297,19 +298,55 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
     assert chain is recorded
 
 
-def test_a_read_only_folder_is_found_out_before_any_work(tmp_path, monkeypatch):
-    chain, loader = random_chain(STEADY), labelled()
-    study(chain, loader, store=tmp_path)
-    before = looks_of(tmp_path)
+@pytest.fixture
+def read_only(monkeypatch):
+    """No file can be made, as on a read-only file system."""
 
     def refuse(*args, **kwargs):
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr("resnet_paths._utils.files.tempfile.mkstemp", refuse)
+
+
+def times_of(folder):
+    """When each file and folder was last written to; a folder changes whenever a file in it is made or removed."""
+    return {path: path.stat().st_mtime_ns for path in [folder, *folder.rglob("*")]}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_study_that_finds_everything_writes_nothing(workers, tmp_path, request):
+    chain, loader = random_chain(STEADY), labelled()
+    first = study(chain, loader, store=tmp_path)
+    before = times_of(tmp_path)
+    with ThreadPoolExecutor(workers or 1) as pool:
+        options = {"store": tmp_path, "executor": pool if workers else None}
+        frame = study(chain, loader, **options)
+        assert times_of(tmp_path) == before
+        request.getfixturevalue("read_only")
+        same(study(chain, loader, **options), frame)
+        same(study(chain, loader, rp.single_deletions(chain)[1:3], **options), first[1:3].reset_index(drop=True))
+    same(frame, first)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_read_only_folder_that_lacks_results_is_refused_before_they_are_computed(
+    workers, tmp_path, monkeypatch, request
+):
+    chain, loader = random_chain(STEADY), labelled()
+    study(chain, list(loader)[:2], store=tmp_path / "store")
+    before = times_of(tmp_path / "store")
+    request.getfixturevalue("read_only")
     monkeypatch.setattr("resnet_paths.lesions.runner.Runner.run", None)
-    with pytest.raises(rp.ResnetPathsError, match=r"store: .*Read-only file system\. Pass another folder"):
-        study(chain, loader, store=tmp_path)
-    assert looks_of(tmp_path) == before
+    message = r"store: got '.*'; allowed: .*or one that has all results\. .*Read-only file system\. Pass another folder"
+    with ThreadPoolExecutor(workers or 1) as pool:
+        executor = pool if workers else None
+        for folder in (tmp_path / "store", tmp_path):  # some results, and none
+            with pytest.raises(rp.ResnetPathsError, match=message):
+                study(chain, loader, store=folder, executor=executor)
+        more = [*rp.single_deletions(chain), *rp.pair_deletions(chain)]
+        with pytest.raises(rp.ResnetPathsError, match=message):
+            study(chain, list(loader)[:2], more, store=tmp_path / "store", executor=executor)
+    assert times_of(tmp_path / "store") == before
 
 
 @pytest.mark.parametrize("half_written", [False, True])
