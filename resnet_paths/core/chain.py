@@ -24,6 +24,7 @@ from torch import nn
 from resnet_paths._utils.arguments import is_boolean, require_int
 from resnet_paths._utils.errors import ResnetPathsError, nearest_names
 from resnet_paths.core.cache import ByBlock, Cache
+from resnet_paths.core.inputs import refusing_other_dtypes
 from resnet_paths.core.parts import BlockFields, LinearCombination, Parallel, Placed, added, call_part, context_read_by
 from resnet_paths.core.paths import Choice, InBranch, num_paths
 from resnet_paths.core.polynomials import shown_count
@@ -271,11 +272,12 @@ class ResidualChain(nn.Module):
             Output of the stem, and the context by name; an empty dictionary where there is none.
         """
         self.source.check()
-        if self.reads_context:
-            return call_part(self.stem, inputs[0], keywords), keywords
-        if not self.context_names:
-            return self.stem(*inputs, **keywords), {}
-        state, *context = self.stem(*inputs, **keywords)
+        with refusing_other_dtypes(self.stem, (inputs, keywords)):
+            if self.reads_context:
+                return call_part(self.stem, inputs[0], keywords), keywords
+            if not self.context_names:
+                return self.stem(*inputs, **keywords), {}
+            state, *context = self.stem(*inputs, **keywords)
         return state, dict(zip(self.context_names, context, strict=True))
 
     def forward(self, *inputs: object, **keywords: object) -> torch.Tensor:

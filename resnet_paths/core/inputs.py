@@ -6,10 +6,12 @@ batch is a pair (inputs, labels), or one mapping that holds the labels too, as t
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
@@ -26,6 +28,7 @@ __all__ = [
     "inputs_of",
     "is_one_batch",
     "num_examples",
+    "refusing_other_dtypes",
     "require_loader",
     "split",
     "unpack",
@@ -69,7 +72,8 @@ def unpack(batch: object) -> tuple[Inputs, torch.Tensor]:
         Inputs, a tensor, tuple or dictionary, and labels [batch, ...].
 
     Raises:
-        ResnetPathsError: If it is not a batch, or its tensors have different lengths.
+        ResnetPathsError: If it is not a batch, its tensors have different lengths or are not dense, or labels are
+            complex.
     """
     if isinstance(batch, Mapping):
         labels = batch.get(_LABELS)
@@ -84,6 +88,10 @@ def unpack(batch: object) -> tuple[Inputs, torch.Tensor]:
             "Wrap a data set in torch.utils.data.DataLoader; without labels, choose measures that read none.",
         )
     inputs = inputs_of(batch)
+    _require_dense("loader", inputs)
+    _require_dense("labels", labels)
+    if labels.is_complex():
+        raise ResnetPathsError("labels", f"{labels.dtype} {list(labels.shape)}", "integers or real values")
     tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
     # One row for all examples, such as positions, belongs to every example.
     lengths = set(_lengths(inputs))
@@ -94,8 +102,7 @@ def unpack(batch: object) -> tuple[Inputs, torch.Tensor]:
             f"labels {list(labels.shape)} for inputs {shapes[0] if len(shapes) == 1 else shapes}",
             "one label for each input",
         )
-    whole = not labels.is_floating_point() and not labels.is_complex()
-    return inputs, labels.long() if whole else labels
+    return inputs, labels if labels.is_floating_point() else labels.long()
 
 
 def unpack_optional(batch: object) -> tuple[Inputs, torch.Tensor | None]:
@@ -179,6 +186,7 @@ def batches_with_bar(
 
 def _inputs_and_targets(batch: Mapping[str, object] | Sequence[object]) -> tuple[Inputs, object]:
     targets = batch.get(_LABELS) if isinstance(batch, Mapping) else batch[1]
+    _require_dense("targets", targets)
     return checked_inputs(inputs_of(batch)), dict(targets) if isinstance(targets, Mapping) else targets
 
 
@@ -211,6 +219,7 @@ def checked_inputs(inputs: object) -> Inputs:
     """
     if isinstance(inputs, Mapping | list):
         inputs = dict(inputs) if isinstance(inputs, Mapping) else tuple(inputs)
+    _require_dense("inputs", inputs)
     lengths = set(_lengths(inputs))
     if not isinstance(inputs, torch.Tensor | tuple | dict) or not lengths:
         raise ResnetPathsError("inputs", type(inputs).__name__, f"{_FORMS}, with the batch in dimension 0")
@@ -218,6 +227,45 @@ def checked_inputs(inputs: object) -> Inputs:
         shapes = [list(leaf.shape) for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
         raise ResnetPathsError("inputs", shapes, "tensors with a row for each example, or one row for all")
     return inputs
+
+
+@contextlib.contextmanager
+def refusing_other_dtypes(stem: nn.Module, inputs: object) -> Iterator[None]:
+    """Context of a call of a stem, where an error that is due to the dtype of the inputs says so.
+
+    Nothing is refused that the stem takes: it may convert its inputs itself.
+
+    Args:
+        stem: The module.
+        inputs: Its arguments, in any nesting.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ResnetPathsError: If torch refuses a dtype, and no input has one of the stem's weights.
+        RuntimeError: Any other error of the stem, as it was.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        given = {leaf.dtype for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor)}
+        own = {weight.dtype for weight in stem.parameters()}
+        if "type" not in str(error) or not own or given & own:
+            raise
+        raise ResnetPathsError(
+            "inputs",
+            ", ".join(sorted(map(str, given))),
+            f"inputs of a dtype that the stem takes, whose weights are {', '.join(sorted(map(str, own)))}",
+            f"Convert the inputs or the chain. torch answered: {error}",
+        ) from error
+
+
+def _require_dense(argument: str, value: object) -> None:
+    for leaf in pytree.tree_leaves(value):
+        if isinstance(leaf, torch.Tensor) and (leaf.is_nested or leaf.layout is not torch.strided):
+            layout = "nested" if leaf.is_nested else leaf.layout
+            raise ResnetPathsError(argument, f"a tensor of layout {layout}", "dense tensors", "Call .to_dense().")
 
 
 def each_tensor(function: Callable[[torch.Tensor], torch.Tensor], inputs: T) -> T:

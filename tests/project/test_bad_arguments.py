@@ -62,7 +62,8 @@ BAD = {
     "unit": ["banana", 3, None, [[0, 2]], [[7]], [[1.5]], [0], X],
     "loader": [None, 3, MODEL, object(), [], [3], ["x"], [None]],
     "labelled loader": [None, 3, MODEL, object(), [], [3], ["x"], [None], [X], [(X, Y[:2])], [(X, "x")]],
-    "inputs": [None, 3, "x", MODEL, [], {}, (), {"x": 3}, [3], object()],
+    "inputs": [None, 3, "x", MODEL, [], {}, (), {"x": 3}, [3], object(), X.to_sparse(), (X.to_sparse(),)],
+    "targets": [Y.to_sparse(), torch.zeros(4, 2).to_sparse(), [Y.to_sparse()]],
     "lesions": [None, 3, "x", [3], [None], LESIONS[0], ["delete"], [MODEL, 3], [nn.Linear]],
     "measures": [None, 3, [3], ["banana"], [None], [], ["top_0_error"], [lambda: 0], [[]]],
     "measure": [None, 3, "banana", [], lambda: 0, "top_0_error"],
@@ -88,7 +89,7 @@ BAD = {
 
 CHAINED = {"chain": CHAIN}
 GRADIENT = {"chain": CHAIN, "inputs": X, "targets": Y}
-OF_GRADIENT = {"chain": "chain", "inputs": "inputs", "loss": "loss", "memory_budget": "budget"}
+OF_GRADIENT = {"chain": "chain", "inputs": "inputs", "targets": "targets", "loss": "loss", "memory_budget": "budget"}
 PREDICTION = {"chain": CHAIN, "inputs": X}
 OF_PREDICTION = {
     "chain": "chain",
@@ -137,7 +138,7 @@ FUNCTIONS = {
         {"chain": CHAIN, "loader": LOADER, "num_blocks": 1},
         {
             "chain": "chain",
-            "loader": "loader",
+            "loader": "labelled loader",
             "num_blocks": "int at least 1",
             "measure": "measure",
             "device": "device",
@@ -236,6 +237,12 @@ FUNCTIONS = {
     ),
     "unraveled_graph": ({"chain": 2}, {"chain": "chain or int", "max_nodes": "int at least 1"}),
 }
+BAD["labelled loader"] += [
+    [(X, Y.to_sparse())],
+    [(X.to_sparse(), Y)],
+    [{"x": X, "labels": torch.zeros(4, 2).to_sparse()}],
+    [(X, Y.to(torch.complex64))],
+]
 BAD["spans"] = BAD["counts"][2:]
 BAD["some measures"] = [value for value in BAD["measures"] if value]
 BAD["loader of statistics"] = BAD["loader"][1:]
@@ -267,6 +274,43 @@ def test_a_wrong_value_is_one_clear_error(name, argument, values):
         if not isinstance(found, rp.ResnetPathsError) or not re.search(r"got .*; allowed: .", str(found), re.DOTALL):
             wrong[repr(value)[:60]] = repr(found)[:160]
     assert not wrong
+
+
+RUNNING = chain_of(nn.Linear(3, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int64, torch.complex128])
+def test_inputs_of_another_dtype_than_the_chain_are_one_clear_error(dtype):
+    x, wrong = X.to(dtype), {}
+    message = r"inputs: got 'torch\.\w+'; allowed: .* weights are torch\.float64\. Convert|have no gradient"
+    for name, (arguments, kinds) in FUNCTIONS.items():
+        given = {"inputs": x, "loader": [(x, Y)]}
+        given = {argument: value for argument, value in given.items() if argument in kinds}
+        if given:
+            found = refused(name, arguments | {"chain": RUNNING} | given)
+            if not isinstance(found, rp.ResnetPathsError) or not re.search(message, str(found)):
+                wrong[name] = repr(found)[:200]
+    assert not wrong
+
+
+def test_a_chain_that_converts_its_inputs_takes_any():
+    class Converting(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.to(self.weight.dtype))
+
+    chain = chain_of(Converting(3, 3))
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    frames = [rp.lesion_study(chain, [(inputs, Y)], rp.single_deletions(chain)) for inputs in (x, x.double())]
+    pd.testing.assert_frame_equal(*frames)
+
+
+def test_an_error_of_the_stem_that_is_not_of_the_dtype_stays():
+    class Broken(nn.Linear):
+        def forward(self, x):
+            raise RuntimeError("no such layer")
+
+    with pytest.raises(RuntimeError, match=r"^no such layer$"):
+        chain_of(Broken(3, 3))(X.float())
 
 
 def test_every_public_function_is_in_the_table():
