@@ -78,7 +78,7 @@ def checked(
     if len(twice):
         raise ResnetPathsError(
             argument,
-            f"{len(twice)} repeated rows, first {', '.join(f'{k} {v}' for k, v in twice.iloc[0].items())}",
+            f"{len(twice)} repeated rows, first {', '.join(f'{k} = {v}' for k, v in twice.iloc[0].items())}",
             f"one row for each {', '.join(keys)}",
             "" if "network" in keys else "Add a column network if these are several networks.",
         )
@@ -139,6 +139,7 @@ def legend_above(ax: Axes, *groups: Sequence[Artist], gap_points: float = 3) -> 
                 bbox_to_anchor=(0, 1),
                 bbox_transform=above,
                 ncols=columns,
+                frameon=False,  # without paper_style, matplotlib's frame would cross the handles: there is no padding
                 borderaxespad=0,
                 borderpad=0,
                 labelspacing=0.3,

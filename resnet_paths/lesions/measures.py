@@ -305,9 +305,13 @@ def _sums_of_function(
     values, weights = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, None)
     tensors = isinstance(values, torch.Tensor) and (weights is None or isinstance(weights, torch.Tensor))
     if not tensors or not values.dim() or len(values) != len(outputs):
-        shown = list(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
+        tensor = isinstance(values, torch.Tensor)
+        shown = f"a tensor of shape {list(values.shape)}" if tensor else type(values).__name__
         raise ResnetPathsError(
-            "measures", f"{name}, which returned {shown}", "values [batch] or [batch, ...], alone or with their weights"
+            "measures",
+            f"{name}, which returned {shown}",
+            "values [batch] or [batch, ...], alone or with their weights",
+            "Return one value for each example, not their mean: the study takes the mean.",
         )
     if weights is not None and weights.shape != values.shape:
         raise ResnetPathsError(

@@ -137,7 +137,7 @@ def test_histograms_of_several_networks_are_lines_named_in_the_legend() -> None:
 
 
 def test_joined_histograms_need_a_network_column() -> None:
-    with pytest.raises(ResnetPathsError, match=r"first path_length 0.*Add a column network if these are several"):
+    with pytest.raises(ResnetPathsError, match=r"first path_length = 0.*Add a column network if these are several"):
         plot_path_histogram(pd.concat([rp.path_histogram(3), rp.path_histogram(4)]))
 
 

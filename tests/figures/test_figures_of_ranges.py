@@ -42,7 +42,7 @@ def cells(ax: plt.Axes) -> np.ma.MaskedArray:
 
 def test_deletions_are_cells_and_the_lowest_of_each_number_is_joined(frames: dict[str, pd.DataFrame]) -> None:
     whole = frames["study"]
-    whole = whole[whole.lesion != whole.lesion.iloc[-2]]  # the pair is a range of two once more
+    whole = pd.concat([whole, whole[whole.kind == "delete"].head(1)])  # one lesion twice
     for frame, value, scale in (
         (whole, "cross_entropy_increase", 1),
         (whole, "error_rate", 100),
@@ -101,6 +101,6 @@ def test_what_is_no_study_of_ranges(frames: dict[str, pd.DataFrame]) -> None:
     with pytest.raises(rp.ResnetPathsError, match=r"Missing: perplexity"):
         plot_range_deletions(study, value="perplexity")
     with pytest.raises(rp.ResnetPathsError, match="repeated rows"):
-        plot_range_deletions(pd.concat([study, study]))
+        plot_range_deletions(pd.concat([study, study.assign(cross_entropy_increase=0.0)]))
     with pytest.raises(rp.ResnetPathsError, match=r"frame: got 'Tensor'"):
         plot_range_deletions(torch.ones(2))

@@ -350,6 +350,10 @@ def test_p_values_are_adjusted_over_lesions(adjust):
         ({"measures": (lambda outputs, labels: outputs,)}, r"measure\(function, name="),
         ({"measures": (lambda outputs: outputs,)}, r"functions of \(outputs, labels\)"),
         ({"measures": (3,)}, r"measures: got 3"),
+        (
+            {"measures": (rp.measure(lambda outputs, labels: outputs.mean(), name="mean"),)},
+            r"got 'mean, which returned a tensor of shape \[\]'.*one value for each example",
+        ),
         ({"measures": ("mean_squared_error",)}, r"labels \[8\] for outputs \[8, 3\]"),
         ({"measures": ("margin",), "per_class": True}, r"per_class: got True"),
         ({"adjust": "bonferroni"}, r"adjust: got 'bonferroni'; allowed: 'holm', 'fdr_bh' or None"),
