@@ -41,8 +41,8 @@ def plot_range_deletions(frame: pd.DataFrame, ax: Axes | None = None, value: str
         cells without a range are grey.
 
     Raises:
-        ResnetPathsError: If columns are missing, there is no range, all values are NaN, or a range occurs twice with
-            different values.
+        ResnetPathsError: If columns are missing, there is no range, all values are NaN, the rows are of several
+            networks, or a range occurs twice with different values.
     """
     rows = _ranges(frame, value, "delete")
     ax = plt.gca() if ax is None else ax
@@ -76,8 +76,8 @@ def plot_range_repeats(frame: pd.DataFrame, ax: Axes | None = None, value: str =
         The axes. Colours end at the 2nd and 98th percentile; cells without a range are grey.
 
     Raises:
-        ResnetPathsError: If columns are missing, there is no range, all values are NaN, or a range occurs twice with
-            different values.
+        ResnetPathsError: If columns are missing, there is no range, all values are NaN, the rows are of several
+            networks, or a range occurs twice with different values.
     """
     rows = _ranges(frame, value, "duplicate")
     ax = plt.gca() if ax is None else ax
@@ -96,6 +96,9 @@ def _ranges(frame: pd.DataFrame, value: str, kind: str) -> pd.DataFrame:
     if not len(rows):
         plan = "range_deletions" if kind == "delete" else "range_repeats"
         raise ResnetPathsError("frame", f"no row of kind {kind!r}", f"a study of {plan}(chain)")
+    networks = list(rows["network"].unique()) if "network" in rows else []
+    if len(networks) > 1:
+        raise ResnetPathsError("frame", networks, "rows of one network", "Draw one map for each network.")
     rows = rows.assign(first=[b[0] for b in rows["blocks"]], last=[b[-1] for b in rows["blocks"]])
     if value in rows:  # the same lesion twice in a plan, such as that of one block and of a range of one block
         rows = rows.drop_duplicates(["first", "last", value])

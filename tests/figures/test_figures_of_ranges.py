@@ -102,5 +102,8 @@ def test_what_is_no_study_of_ranges(frames: dict[str, pd.DataFrame]) -> None:
         plot_range_deletions(study, value="perplexity")
     with pytest.raises(rp.ResnetPathsError, match="repeated rows"):
         plot_range_deletions(pd.concat([study, study.assign(cross_entropy_increase=0.0)]))
+    both = pd.concat([study.assign(network="ours"), study.assign(network="theirs")])
+    with pytest.raises(rp.ResnetPathsError, match=r"got \['ours', 'theirs'\]; .*one map for each network"):
+        plot_range_repeats(both)
     with pytest.raises(rp.ResnetPathsError, match=r"frame: got 'Tensor'"):
         plot_range_deletions(torch.ones(2))
