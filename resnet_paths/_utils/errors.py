@@ -78,7 +78,9 @@ class StudyInterrupted(ResnetPathsError, KeyboardInterrupt):  # noqa: N818, name
         self.num_batches = num_batches
         self.store = store
         rows = "The rows over them: import sys; frame = sys.last_value.frame." if num_batches else ""
-        resume = f"Run the same study again to resume from {str(store)!r}." if store is not None else ""
+        resume = "" if store is None else f"Run the same study again to resume from {str(store)!r}."
+        if store is not None and num_batches:
+            resume = f"They are kept in {str(store)!r}. {resume}"
         advice = f"{rows} {resume}".strip()
         super().__init__("lesion_study", num_batches, "a study that is not interrupted", advice)
         self.args = (f"stopped after {num_batches} batches. {advice}".rstrip(),)

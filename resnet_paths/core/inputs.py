@@ -169,7 +169,7 @@ def batches_of(inputs: InputsOrLoader, targets: object = None) -> Iterator[tuple
 def batches_with_bar(
     what: str, inputs: InputsOrLoader, targets: object, progress: bool
 ) -> Iterator[tuple[Inputs, object]]:
-    """The same batches, with a progress bar where they come from a loader.
+    """The same batches, with a bar that states batches and examples where they come from a loader.
 
     Args:
         what: Text in front of the bar.
@@ -181,7 +181,11 @@ def batches_with_bar(
         Inputs and targets of each batch.
     """
     disable = not progress or is_one_batch(inputs)
-    yield from tqdm(batches_of(inputs, targets), desc=what, unit="batch", disable=disable)
+    bar, num_seen = tqdm(batches_of(inputs, targets), desc=what, unit="batch", disable=disable), 0
+    for batch in bar:
+        yield batch
+        num_seen += num_examples(batch[0])
+        bar.set_postfix_str(f"{num_seen} examples", refresh=False)
 
 
 def _inputs_and_targets(batch: Mapping[str, object] | Sequence[object]) -> tuple[Inputs, object]:

@@ -47,7 +47,7 @@ from resnet_paths.lesions.measures import Measure, measure, measures_of
 from resnet_paths.lesions.predicted import predicted_effects, score_correlations
 from resnet_paths.lesions.results import Sums, rows_of, rows_of_study
 from resnet_paths.lesions.runner import Runner
-from resnet_paths.lesions.schedule import finished_batches
+from resnet_paths.lesions.schedule import Finished, finished_batches
 from resnet_paths.lesions.store import Store
 from resnet_paths.lesions.trie import Trie
 
@@ -136,7 +136,7 @@ def lesion_study(
             ``interval_level``, so that they hold with 95 % although the number of examples depends on what was seen
             (`resnet_paths.lesions.adaptive`). The loader must have a length and its examples a random order;
             ``num_examples`` differs from row to row, and ``intact_m`` and increases are of the same examples.
-        progress: Whether to show a bar over batches.
+        progress: Whether to show a bar over batches, with the number of examples so far.
 
     Returns:
         One row per lesion, in the order given: ``lesion`` (name); ``kind``, such as ``"delete"``, ``blocks`` (tuple of
@@ -190,18 +190,26 @@ def lesion_study(
     )
     finished: dict[int, tuple[Sums, np.ndarray | None, bool]] = {}
     frame = partial(_frame_of, chain, named, runner, finished, adjust, per_example, looks, stops)
-    with tqdm(total=_length_of(loader), desc="lesion study", unit="batch", disable=not progress) as bar:
-        try:
-            for number, labels, sums, was_found in results:
-                finished[number] = sums, _classes_of(labels) if per_class else None, was_found
-                bar.update()
-                if stop_when is not None and _stop(stop_when, wanted, stops, finished, looks, measured):
-                    break
-        except KeyboardInterrupt as interrupt:
-            raise StudyInterrupted(frame() if finished else None, len(finished), store) from interrupt
+    try:
+        for number, labels, sums, was_found in _with_bar(results, _length_of(loader), progress):
+            finished[number] = sums, _classes_of(labels) if per_class else None, was_found
+            if stop_when is not None and _stop(stop_when, wanted, stops, finished, looks, measured):
+                break
+    except KeyboardInterrupt as interrupt:
+        raise StudyInterrupted(frame() if finished else None, len(finished), store) from interrupt
     if not finished:
         raise ResnetPathsError("loader", "no batches", "a loader of at least one batch")
     return frame()
+
+
+def _with_bar(results: Iterator[Finished], total: int | None, progress: bool) -> Iterator[Finished]:
+    num_seen = 0
+    with tqdm(total=total, desc="lesion study", unit="batch", disable=not progress) as bar:
+        for result in results:
+            num_seen += next(iter(result[2].values())).shape[1]
+            bar.set_postfix_str(f"{num_seen} examples", refresh=False)
+            bar.update()
+            yield result
 
 
 def _classes_of(labels: torch.Tensor | None) -> np.ndarray:

@@ -21,10 +21,11 @@ from resnet_paths.lesions.results import Sums, joined, rows_of
 from resnet_paths.lesions.runner import Runner, num_workers, run_batch, shared_with_workers
 from resnet_paths.lesions.store import Store
 
-__all__ = ["finished_batches"]
+__all__ = ["Finished", "finished_batches"]
 
-_Finished = tuple[int, torch.Tensor | None, Sums, bool]
-_Job = tuple[tuple[Inputs, torch.Tensor | None, list[int]], Callable[[Sums | None], _Finished]]
+Finished = tuple[int, torch.Tensor | None, Sums, bool]
+"""What `finished_batches` yields."""
+_Job = tuple[tuple[Inputs, torch.Tensor | None, list[int]], Callable[[Sums | None], Finished]]
 """Arguments of `Runner.run`, and what is done with its result, or with None where nothing is missing."""
 
 
@@ -37,7 +38,7 @@ def finished_batches(
     executor: Executor | None = None,
     wanted: Sequence[int] | None = None,
     looks: Collection[int] = (),
-) -> Iterator[_Finished]:
+) -> Iterator[Finished]:
     """The result of each batch, as it is finished; results that are computed are stored first.
 
     Args:
@@ -113,8 +114,8 @@ def _jobs(
         )
 
 
-def _finisher(number: int, labels: torch.Tensor | None) -> Callable[[Sums | None], _Finished]:
-    def finish(result: Sums | None) -> _Finished:
+def _finisher(number: int, labels: torch.Tensor | None) -> Callable[[Sums | None], Finished]:
+    def finish(result: Sums | None) -> Finished:
         assert result is not None  # without a store everything is missing
         return number, labels, result, False
 
@@ -129,8 +130,8 @@ def _stored_finisher(
     keys: Sequence[str],
     known: dict[str, Sums],
     missing: Sequence[str],
-) -> Callable[[Sums | None], _Finished]:
-    def finish(result: Sums | None) -> _Finished:
+) -> Callable[[Sums | None], Finished]:
+    def finish(result: Sums | None) -> Finished:
         rows = dict(known)
         if result is not None:
             store.write(batch, missing, result)
@@ -140,19 +141,19 @@ def _stored_finisher(
     return finish
 
 
-def _run_here(runner: Runner, jobs: Iterable[_Job]) -> Iterator[_Finished]:
+def _run_here(runner: Runner, jobs: Iterable[_Job]) -> Iterator[Finished]:
     for (inputs, labels, missing), finish in jobs:
         yield finish(runner.run(inputs, labels, missing) if missing else None)
 
 
-def _run_on(executor: Executor, runner: Runner, jobs: Iterator[_Job], looks: Collection[int]) -> Iterator[_Finished]:
+def _run_on(executor: Executor, runner: Runner, jobs: Iterator[_Job], looks: Collection[int]) -> Iterator[Finished]:
     with _refusing_what_cannot_be_sent():
         shared = shared_with_workers(executor, runner)
     # Enough to keep all workers busy, and no more: the data may be larger than memory.
     most = 2 * num_workers(executor)
-    pending: dict[Future[Sums], Callable[[Sums | None], _Finished]] = {}
+    pending: dict[Future[Sums], Callable[[Sums | None], Finished]] = {}
 
-    def wait(until: int) -> Iterator[_Finished]:
+    def wait(until: int) -> Iterator[Finished]:
         while len(pending) > until:
             done = concurrent.futures.wait(pending, return_when="FIRST_COMPLETED").done
             # Those that failed come last, so that no finished batch is lost.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import itertools
 import warnings
 from collections import UserDict
 from concurrent.futures import Executor, Future
@@ -243,6 +244,35 @@ def test_a_study_from_a_loader_that_was_stopped_goes_on_from_its_store(tmp_path)
     frame = study(chain, batches, store=tmp_path)
     assert (frame.attrs["batches_found"], frame.attrs["batches_computed"]) == (2, 3)
     pd.testing.assert_frame_equal(frame, study(chain, batches))
+
+
+def test_a_loader_that_never_ends_is_stopped_and_goes_on_from_its_store(tmp_path, capsys):
+    chain, stop_at = random_chain(STEADY), [4]
+
+    def endless():
+        generator = torch.Generator().manual_seed(0)
+        for number in itertools.count():
+            if number == stop_at[0]:
+                raise KeyboardInterrupt
+            yield torch.randn(3, 5, generator=generator, dtype=torch.float64), torch.arange(3)
+
+    frames = []
+    for found, num_batches in ((0, 4), (4, 6)):
+        stop_at[0] = num_batches
+        message = (
+            rf"stopped after {num_batches} batches\. .* They are kept in '.*'\. Run the same study again to resume"
+        )
+        with pytest.raises(rp.StudyInterrupted, match=message) as caught:
+            rp.lesion_study(chain, endless(), rp.single_deletions(chain), store=tmp_path)
+        assert caught.value.num_batches == num_batches
+        frames.append(caught.value.frame)
+        assert frames[-1].attrs["batches_found"] == found
+        bar = capsys.readouterr().err
+        assert f"{num_batches}batch" in bar
+        assert f"{3 * num_batches} examples" in bar
+    batches = list(itertools.islice(endless(), 6))
+    for frame, number in zip(frames, (4, 6), strict=True):
+        pd.testing.assert_frame_equal(frame, study(chain, batches[:number]))
 
 
 class Idle(Executor):

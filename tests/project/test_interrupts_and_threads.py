@@ -102,6 +102,15 @@ def test_ctrl_c_leaves_the_chain_and_the_modes_as_they_were(trained, name, alone
     same(CALLS[name](chain, BATCHES), alone[name])
 
 
+@pytest.mark.parametrize("name", ["effect_matrix", "gradient_by_depth", "gradient_by_stage_lengths"])
+def test_bars_state_batches_and_examples(name, capsys):
+    arguments = [random_chain(PLAN), iter([(X[:4], Y[:4]), (X[4:7], Y[4:7]), (X[7:], Y[7:])])]
+    getattr(rp, name)(*arguments)
+    bar = capsys.readouterr().err
+    assert "3batch" in bar
+    assert "8 examples" in bar
+
+
 @pytest.mark.parametrize("calls", [[name] for name in CALLS] + [list(CALLS)[i::4] for i in range(4)], ids=" + ".join)
 def test_four_threads_on_one_chain_get_the_numbers_of_one(calls, alone):
     chain, together = random_chain(PLAN), threading.Barrier(4)  # a new one, for which nothing is in any cache
