@@ -22,6 +22,7 @@ __all__ = [
     "draw_map",
     "draw_sum",
     "groups_of",
+    "label_and_scale",
     "legend_above",
     "mark_stages",
     "whole_numbers_from_zero",
@@ -29,6 +30,20 @@ __all__ = [
 
 MARKERS = "osD^vP"
 INK, MUTED = "0.2", "0.75"
+
+_LABELS = {
+    "angular_distance": "angular distance",
+    "cross_entropy": "cross-entropy (nats)",
+    "cross_entropy_increase": "cross-entropy increase (nats)",
+    "error_rate": "error (%)",
+    "error_rate_increase": "error increase (points)",
+    "kl_divergence": "KL divergence (nats)",
+}
+
+
+def label_and_scale(value: str) -> tuple[str, int]:
+    """The axis label of a column of a study, and what its numbers are multiplied by: rates are shown in percent."""
+    return _LABELS.get(value, value.replace("_", " ")), 100 if value in ("error_rate", "error_rate_increase") else 1
 
 
 def checked(

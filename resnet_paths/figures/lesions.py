@@ -20,6 +20,7 @@ from resnet_paths.figures.layout import (
     MARKERS,
     checked,
     groups_of,
+    label_and_scale,
     legend_above,
     mark_stages,
     whole_numbers_from_zero,
@@ -51,21 +52,23 @@ def plot_single_deletions(
     published: pd.DataFrame | None = None,
     stage_starts: Sequence[int] = (),
     chance: float | None = None,
+    value: str = "error_rate",
 ) -> Axes:
     """Test error after deleting one block, against the block's index (Veit et al. 2016, figures 3 and 4).
 
-    One line per network with bars of its 95 % intervals; the dashed line of the same colour is the error of the intact
+    One line per network with bars of its 95 % intervals; the dashed line of the same colour is the value of the intact
     network. A row with NaN leaves a gap.
 
     Args:
         frame: From `resnet_paths.lesion_study` of `resnet_paths.single_deletions`: ``block_index`` counted from 0, and
-            in [0, 1] ``error_rate``, ``error_rate_low``, ``error_rate_high``, ``intact_error_rate``; an optional column
-            ``network`` separates several networks and names them in the legend.
+            ``error_rate``, ``error_rate_low``, ``error_rate_high``, ``intact_error_rate``, or those of another measure;
+            an optional column ``network`` separates several networks and names them in the legend.
         ax: The axes to draw into; the current axes if None.
         published: Results of the paper's authors, drawn in grey: ``network``, ``dataset``, ``block_index``, and in
             percent ``error_percent``, ``intact_error_percent``.
         stage_starts: Indices of the first blocks of stages, to be marked.
         chance: Error rate of guessing, in [0, 1].
+        value: The measure, such as ``"perplexity"``; `published` and `chance` are of the error rate only.
 
     Returns:
         The axes.
@@ -74,9 +77,12 @@ def plot_single_deletions(
         ResnetPathsError: If columns are missing, all values are NaN, a block occurs twice in one network, or a rate is
             not in [0, 1].
     """
+    if value != "error_rate" and not (published is None and chance is None):
+        raise ResnetPathsError("value", value, "'error_rate' with published results or chance")
     by = ["network"] if isinstance(frame, pd.DataFrame) and "network" in frame else []
-    bounds = ["error_rate_low", "error_rate_high", "intact_error_rate"]
-    frame = checked("frame", frame, "error_rate", [*by, "block_index"], bounds, rate=True)
+    low, high, intact = bounds = [f"{value}_low", f"{value}_high", f"intact_{value}"]
+    quantity, scale = label_and_scale(value)
+    frame = checked("frame", frame, value, [*by, "block_index"], bounds, rate=scale == 100)
     if published is not None:
         keys = ["network", "dataset", "block_index"]
         published = checked("published", published, "error_percent", keys, ["intact_error_percent"])
@@ -96,19 +102,21 @@ def plot_single_deletions(
     networks = groups_of(frame, by, "block_index")
     for index, ((network, rows), marker) in enumerate(zip(networks, cycle(MARKERS), strict=False)):
         x, colour = rows["block_index"], f"C{index}"
-        ax.vlines(x, 100 * rows["error_rate_low"], 100 * rows["error_rate_high"], color=colour, linewidth=0.8)
+        ax.vlines(x, scale * rows[low], scale * rows[high], color=colour, linewidth=0.8)
         style = {"color": colour, "linewidth": 0.8}
         # The line has a gap at blocks that could not be deleted.
-        curve = rows.set_index("block_index")["error_rate"].reindex(range(int(x.min()), int(x.max()) + 1))
-        label = "one block deleted" if network is None else str(network)
-        handles += ax.plot(curve.index, 100 * curve, marker=marker, markersize=2.5, label=label, **style)
-        _intact_line(ax, x, 100 * rows["intact_error_rate"], style)
+        curve = rows.set_index("block_index")[value].reindex(range(int(x.min()), int(x.max()) + 1))
+        name = "one block deleted" if network is None else str(network)
+        handles += ax.plot(curve.index, scale * curve, marker=marker, markersize=2.5, label=name, **style)
+        _intact_line(ax, x, scale * rows[intact], style)
     handles.append(Line2D([], [], color=INK, linestyle="--", linewidth=0.8, label="intact"))
     if chance is not None:
         _chance_line(ax, 100 * chance)
-    ax.set(xlabel="deleted block (index from 0)", ylabel="test error (%)")
+    ax.set(xlabel="deleted block (index from 0)", ylabel="test error (%)" if value == "error_rate" else quantity)
     last = max(data["block_index"].max() for data in (frame, published) if data is not None)
-    ax.set(xlim=(-0.8, last + 0.8), ylim=(0, min(ax.get_ylim()[1], 102)))
+    ax.set_xlim(-0.8, last + 0.8)
+    if scale == 100:
+        ax.set_ylim(0, min(ax.get_ylim()[1], 102))
     whole_numbers_from_zero(ax)
     if len(stage_starts):
         mark_stages(ax, sorted(stage_starts))

@@ -9,20 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.patheffects import Normal, Stroke
 
 from resnet_paths._utils.errors import ResnetPathsError
-from resnet_paths.figures.layout import INK, checked, draw_map, legend_above
+from resnet_paths.figures.layout import INK, checked, draw_map, label_and_scale, legend_above
 
 __all__ = ["plot_range_deletions", "plot_range_repeats"]
 
 _OUTLINE = [Stroke(linewidth=2.0, foreground=INK), Normal()]
-
-_LABELS = {
-    "angular_distance": "angular distance",
-    "cross_entropy": "cross-entropy (nats)",
-    "cross_entropy_increase": "cross-entropy increase (nats)",
-    "error_rate": "error (%)",
-    "error_rate_increase": "error increase (points)",
-    "kl_divergence": "KL divergence (nats)",
-}
 
 
 def plot_range_deletions(frame: pd.DataFrame, ax: Axes | None = None, value: str = "cross_entropy_increase") -> Axes:
@@ -113,7 +104,6 @@ def _table(rows: pd.DataFrame, up: str, across: str, value: str) -> pd.DataFrame
 
 
 def _draw(ax: Axes, table: pd.DataFrame, value: str, *, diverging: bool) -> None:
-    scale = 100 if value in ("error_rate", "error_rate_increase") else 1
-    label = _LABELS.get(value, value.replace("_", " "))
+    label, scale = label_and_scale(value)
     colours = None if diverging else "viridis"
     draw_map(ax, table.columns, table.index, scale * table.to_numpy(np.float64), label, colours, robust=True)

@@ -63,6 +63,19 @@ def test_a_row_without_a_number_leaves_a_gap() -> None:
     assert np.isnan(drawn[:, 1]).sum() == 1
 
 
+def test_another_measure_is_drawn_in_its_own_unit() -> None:
+    columns = ["error_rate", "error_rate_low", "error_rate_high", "intact_error_rate"]
+    frame = deletions().rename(columns={name: name.replace("error_rate", "cross_entropy") for name in columns})
+    frame[[name.replace("error_rate", "cross_entropy") for name in columns]] *= 30
+    ax = plot_single_deletions(frame, value="cross_entropy")
+    rows = frame[frame["network"] == "preact-resnet-56"].sort_values("block_index")
+    np.testing.assert_allclose(line(ax, "preact-resnet-56")[:, 1], rows["cross_entropy"])
+    assert ax.get_ylabel() == "cross-entropy (nats)"
+    assert ax.get_ylim()[1] > rows["cross_entropy"].max()
+    with pytest.raises(ResnetPathsError, match=r"^value: got 'cross_entropy'; allowed: 'error_rate' with published"):
+        plot_single_deletions(frame, chance=0.9, value="cross_entropy")
+
+
 def test_published_results_stand_in_grey_behind() -> None:
     ax = plot_single_deletions(deletions(), published=published())
     label = "Veit et al. 2016, preact-resnet-20 (CIFAR-10)"
