@@ -1,9 +1,6 @@
-"""Every long call, stopped by hand in the middle or run by several threads at once: the chain and the numbers stay."""
+"""Every long call, stopped by hand in the middle: the chain and the numbers stay."""
 
 from __future__ import annotations
-
-import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import pandas as pd
 import pytest
@@ -109,19 +106,3 @@ def test_bars_state_batches_and_examples(name, capsys):
     bar = capsys.readouterr().err
     assert "3batch" in bar
     assert "8 examples" in bar
-
-
-@pytest.mark.parametrize("calls", [[name] for name in CALLS] + [list(CALLS)[i::4] for i in range(4)], ids=" + ".join)
-def test_four_threads_on_one_chain_get_the_numbers_of_one(calls, alone):
-    chain, together = random_chain(PLAN), threading.Barrier(4)  # a new one, for which nothing is in any cache
-    before, outputs = snapshot(chain), chain(X).detach()
-
-    def run(number):
-        name = calls[number % len(calls)]
-        together.wait(30)
-        same(CALLS[name](chain, BATCHES), alone[name])
-        assert torch.equal(chain(X), outputs)
-
-    with ThreadPoolExecutor(4) as threads:
-        list(threads.map(run, range(4)))
-    assert_same(before, snapshot(chain))
