@@ -106,7 +106,7 @@ def test_png_has_300_dots_an_inch(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", PLOTS)
 def test_same_data_give_the_same_bytes(tmp_path: Path, name: str) -> None:
     saved = []
-    for attempt in ("first", "again", "anew"):
+    for attempt in ("first", "again", "redrawn"):
         if attempt != "again":  # the same figure once more: a layout that drifts would show
             plt.close("all")
             ax = PLOTS[name]()

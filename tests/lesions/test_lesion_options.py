@@ -308,7 +308,7 @@ def statistics_batches():
 
 
 @pytest.mark.parametrize("options", [{}, {"batch_budget": 3}, {"batch_budget": 64}])
-def test_batchnorm_statistics_taken_anew_for_each_lesion(options, tmp_path):
+def test_batchnorm_statistics_are_taken_again_for_each_lesion(options, tmp_path):
     chain, loader, batches = norm_chain(), labelled(60), statistics_batches()
     before = snapshot(chain)
     lesions = [

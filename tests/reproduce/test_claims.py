@@ -1,4 +1,4 @@
-"""What the documentation and the notebooks say of the shipped networks, measured anew."""
+"""What the documentation and the notebooks say of the shipped networks, measured again."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class DenseNet(nn.Module):
     def forward(self, x):
         features = [self.stem(x)]
         for layer in self.layers:
-            if self.layout == "all anew":
+            if self.layout == "all again":
                 features.append(layer(torch.cat(features, 1)))
             else:
                 new = [features[0], layer(features[0])]
@@ -56,7 +56,7 @@ def dense_net(layout):
         return DenseNet(layout).eval()
 
 
-@pytest.mark.parametrize("layout", ["all anew", "behind", "in front"])
+@pytest.mark.parametrize("layout", ["all again", "behind", "in front"])
 def test_a_dense_network_is_a_chain_in_a_wider_space(layout):
     model, x = dense_net(layout), images()
     chain = rp.unravel(model, x)
@@ -71,7 +71,7 @@ def test_a_dense_network_is_a_chain_in_a_wider_space(layout):
     assert ours == {id(p) for p in model.parameters()}
 
 
-@pytest.mark.parametrize("layout", ["all anew", "behind", "in front"])
+@pytest.mark.parametrize("layout", ["all again", "behind", "in front"])
 @pytest.mark.parametrize("name", ["layers.0", "layers.2", "last"])
 def test_deleting_a_layer_leaves_zeros_in_its_channels(layout, name):
     model, x = dense_net(layout), images()
@@ -85,7 +85,7 @@ def test_deleting_a_layer_leaves_zeros_in_its_channels(layout, name):
 
 
 def test_paths_of_a_dense_network_run_alone():
-    chain = rp.unravel(dense_net("all anew"), images())
+    chain = rp.unravel(dense_net("all again"), images())
     with torch.no_grad():
         outputs = [rp.path_network(chain, path)(images()) for path in rp.enumerate_paths(chain)]
     assert len({tuple(output.flatten().tolist()) for output in outputs}) == 16

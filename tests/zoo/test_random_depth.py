@@ -249,7 +249,7 @@ def test_the_number_drawn_is_kept_with_the_weights(run, tmp_path):
 
 
 def test_parameters_that_no_batch_has_touched_survive_a_stop(run, tmp_path, monkeypatch):
-    """The optimizer has no momentum for them yet, and starts it anew when they are drawn."""
+    """The optimizer has no momentum for them yet, and starts it when they are first drawn."""
     settings = TrainingSettings("effective-20", epochs=4, batch_size=40, num_drawn_blocks=1)
     checkpoints = []
     write = training.write_checkpoint
