@@ -47,7 +47,7 @@ def require_int(
         The number as a plain int.
 
     Raises:
-        ResnetPathsError: If it is no whole number, or out of range.
+        ResnetPathsError: If it is not an integer, or is out of range.
 
     Example:
         >>> require_int("repeats", np.int64(3), 1)
@@ -81,7 +81,7 @@ def require_float(argument: str, value: object, allowed: str = "a finite number"
         The number as a plain float, or int.
 
     Raises:
-        ResnetPathsError: If it is no real number, NaN, infinite, or smaller.
+        ResnetPathsError: If it is not a real number, is NaN or infinite, or is smaller.
 
     Example:
         >>> require_float("factor", np.float32(0.5))
@@ -106,7 +106,7 @@ def require_generator(argument: str, value: object) -> torch.Generator:
         The generator.
 
     Raises:
-        ResnetPathsError: If it is no `torch.Generator`.
+        ResnetPathsError: If it is not a `torch.Generator`.
     """
     if not isinstance(value, torch.Generator):
         raise ResnetPathsError(argument, value, "a torch.Generator", "Pass torch.Generator().manual_seed(0).")
@@ -119,7 +119,7 @@ def is_boolean(value: object) -> bool:
 
 
 def require_list(argument: str, value: Iterable[T], allowed: str, advice: str = "") -> list[T]:
-    """Validate that an argument can be iterated over, and is not a text.
+    """Validate that an argument can be iterated over, and is not a string.
 
     Args:
         argument: Name of the argument, for the message.
@@ -151,7 +151,7 @@ def require_path(argument: str, value: object) -> Path:
         The path.
 
     Raises:
-        ResnetPathsError: If it is no text and no path, or holds a null character.
+        ResnetPathsError: If it is not a string or a path, or contains a null character.
     """
     if not isinstance(value, str | os.PathLike) or not isinstance(os.fspath(value), str) or "\0" in os.fspath(value):
         raise ResnetPathsError(argument, value, "a str or a pathlib.Path without null characters")
@@ -170,7 +170,7 @@ def require_frame(argument: str, value: object, columns: Iterable[str] = ()) -> 
         The frame.
 
     Raises:
-        ResnetPathsError: If it is no frame, or a column is missing.
+        ResnetPathsError: If it is not a data frame, or a column is missing.
     """
     columns = list(columns)
     allowed = f"a pandas DataFrame with columns {', '.join(columns)}" if columns else "a pandas DataFrame"

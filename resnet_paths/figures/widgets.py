@@ -230,7 +230,7 @@ def explore_prediction(chain: ResidualChain, images: torch.Tensor) -> ipw.VBox:
         The widget.
 
     Raises:
-        ResnetPathsError: If `images` are no images; also see `prediction_by_path_length`.
+        ResnetPathsError: If `images` are not images; also see `prediction_by_path_length`.
     """
     if not isinstance(images, torch.Tensor) or images.dim() != 4 or not len(images):
         shown = list(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__

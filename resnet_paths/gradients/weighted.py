@@ -3,7 +3,7 @@
 Each block's branch has odds a_i, and a path that takes the branches of a set S is drawn, among the paths of its length
 k, with the probability ``prod of a_i over S / e_k(a)``, where e_k is the elementary symmetric polynomial (Chen,
 Dempster and Liu 1994, "Weighted finite population sampling to maximize entropy"). Its weight is its probability under
-uniform sampling over this one, so that weighted means are unbiased whatever the odds are.
+uniform sampling over this one, so that weighted means are unbiased for any odds.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ class Stack:
         shifted = [row for row, moved in enumerate(shift.flatten(1).any(1).cpu().tolist()) if moved]
         values = self.values if in_place or not shifted else self.values.clone()
         for row in shifted:
-            # In two steps: 2**140 is no float32, though the product may be.
+            # In two steps: 2**140 is not a float32, though the product may be.
             half = shift[row] // 2
             for power in (-half, half - shift[row]):
                 values[row] *= _power_of_two(power, values[row])
