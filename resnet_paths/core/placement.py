@@ -43,9 +43,9 @@ def validate_precision(precision: object, chain: ResidualChain) -> None:
         chain: The chain that is to be converted.
 
     Raises:
-        ResnetPathsError: If it is not a key of `PRECISIONS`, or lower than the chain's own and the model's code computes
-            some of it in a dtype of its choice, such as the statistics of a norm in float32: a graph that was exported
-            in float32 does not hold where.
+        ResnetPathsError: If it is not a key of `PRECISIONS`, or lower than the chain's own and the model's code
+            computes some of it in a dtype of its choice, such as the statistics of a norm in float32: a graph that was
+            exported in float32 does not show where.
     """
     if precision is None:
         return

@@ -303,7 +303,7 @@ def _run_block(block: Block, state: torch.Tensor, context: Context) -> tuple[tor
 
 
 def _relative(change: torch.Tensor, intact: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and maximum over tokens of ``|change| / |intact|``, [batch]; states that are not sequences count as one vector."""
+    """Mean and maximum over tokens of ``|change| / |intact|``, [batch]; other states count as one vector."""
     tokens = change.shape[1] if change.dim() == 3 else 1
     ratio = wide(change).reshape(len(change), tokens, -1).norm(dim=2)
     ratio /= wide(intact).reshape(len(intact), tokens, -1).norm(dim=2)
