@@ -148,6 +148,7 @@ from .predictions.deletions import (
     effect_matrix as effect_matrix,
 )
 from .predictions.direct import direct_effects as direct_effects
+from .predictions.iterative import iterative_inference as iterative_inference
 from .predictions.lens import lens as lens
 from .reproduce.datasets import load_dataset as load_dataset
 from .unraveling import unravel as unravel

@@ -52,6 +52,7 @@ from resnet_paths.figures.lesions import (
 from resnet_paths.figures.predictions import (
     plot_deletion_account,
     plot_effect_matrix,
+    plot_iterative_inference,
     plot_lens,
     plot_prediction_by_path_length,
     plot_prediction_by_source,
@@ -76,6 +77,7 @@ __all__ = [
     "plot_effect_matrix",
     "plot_effective_window",
     "plot_gradient_by_depth",
+    "plot_iterative_inference",
     "plot_layer_schedules",
     "plot_lens",
     "plot_lesion_counts",

@@ -14,11 +14,12 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from resnet_paths._utils.errors import ResnetPathsError
-from resnet_paths.figures.layout import INK, checked, draw_map, legend_above
+from resnet_paths.figures.layout import INK, MARKERS, checked, draw_map, groups_of, legend_above, mark_stages
 
 __all__ = [
     "plot_deletion_account",
     "plot_effect_matrix",
+    "plot_iterative_inference",
     "plot_lens",
     "plot_prediction_by_path_length",
     "plot_prediction_by_source",
@@ -30,6 +31,18 @@ _LENS_LABELS = {
     "kl_divergence": "KL divergence from the output (nats)",
     "agreement": "agreement with the prediction (%)",
     "prediction_rank": "rank of the prediction",
+}
+_ITERATIVE_LABELS = {
+    "cross_entropy": "cross-entropy of the early exit (nats)",
+    "cross_entropy_change": "change of the cross-entropy (nats)",
+    "first_order_change": "first-order change (nats)",
+    "error_rate": "error of the early exit (%)",
+    "final_share": "final predictions (%)",
+    "gradient_cosine": "cosine of update and gradient",
+    "early_exit_gradient_cosine": "cosine of update and gradient of the exit",
+    "update_ratio": "norm of update / norm of state",
+    "state_angle": "angle between states (degrees)",
+    "update_angle": "angle between updates (degrees)",
 }
 _EFFECT_LABELS = {
     "relative_change": "relative change of the branch (%)",
@@ -136,6 +149,50 @@ def plot_lens(frame: pd.DataFrame, ax: Axes | None = None, value: str = "kl_dive
         draw_map(ax, table.columns, table.index, table.to_numpy(), _LENS_LABELS[value], "viridis")
         ax.set(ylabel="branches of later blocks (at most)")
     ax.set(xlabel="blocks before the state")
+    return ax
+
+
+def plot_iterative_inference(frame: pd.DataFrame, ax: Axes | None = None, value: str = "cross_entropy") -> Axes:
+    """One column of iterative inference against the block (Jastrzębski et al. 2018), with bars of 95 % intervals.
+
+    Args:
+        frame: From `resnet_paths.iterative_inference`; an optional column ``network`` separates several networks and
+            names them in the legend.
+        ax: The axes to draw into; the current axes if None.
+        value: A column with an interval or a standard error, such as ``"gradient_cosine"``.
+
+    Returns:
+        The axes. Marks on top show where a new stage starts, for a single network; NaN leaves a gap.
+
+    Raises:
+        ResnetPathsError: If `value` is unknown, columns are missing, all values are NaN, or a block occurs twice in one
+            network.
+    """
+    if value not in _ITERATIVE_LABELS:
+        raise ResnetPathsError("value", value, f"one of {', '.join(map(repr, _ITERATIVE_LABELS))}")
+    is_rate = value in ("error_rate", "final_share")
+    bounds = [f"{value}_low", f"{value}_high"] if is_rate else [f"{value}_se"]
+    by = ["network"] if isinstance(frame, pd.DataFrame) and "network" in frame else []
+    frame = checked("frame", frame, value, [*by, "block_index"], [*bounds, *([] if by else ["stage"])])
+    ax = plt.gca() if ax is None else ax
+    for place, (network, rows) in enumerate(groups_of(frame, by, "block_index")):
+        y = (100 if is_rate else 1) * rows[value].to_numpy()
+        errors = np.abs(100 * rows[bounds].to_numpy().T - y) if is_rate else 1.96 * rows[bounds[0]].to_numpy()
+        marker = MARKERS[place % len(MARKERS)]
+        style: dict[str, Any] = {"markersize": 2.5, "linewidth": 0.8, "elinewidth": 0.5}
+        ax.errorbar(rows["block_index"], y, yerr=errors, marker=marker, color=f"C{place}", label=network, **style)
+    if value.endswith(("change", "cosine")):
+        ax.axhline(0, color=INK, linewidth=0.5, zorder=0)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    ax.set(xlabel="block (index from 0)", ylabel=_ITERATIVE_LABELS[value])
+    if by:
+        legend_above(ax, ax.get_legend_handles_labels()[0])
+        return ax
+    x = frame.sort_values("block_index")
+    ax.set_xlim(x["block_index"].min() - 0.8, x["block_index"].max() + 0.8)
+    starts = x["block_index"][x["stage"].diff() > 0].tolist()
+    if starts:
+        mark_stages(ax, starts)
     return ax
 
 

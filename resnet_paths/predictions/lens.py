@@ -14,7 +14,7 @@ blocks: the Jacobian lens (Gurnee et al. 2026), with the Jacobian of the example
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,8 +24,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from resnet_paths._utils.arguments import require_int
-from resnet_paths._utils.devices import wide
-from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths._utils.statistics import mean_over_examples, rate_interval
 from resnet_paths.core.backward.forward import ForwardPass, prepared, split_to_fit
 from resnet_paths.core.backward.linearize import Context, Pullback, unchanged
@@ -37,12 +35,11 @@ from resnet_paths.core.modes import require_eval_mode
 from resnet_paths.core.parts import call_part
 from resnet_paths.core.paths import path_polynomial
 from resnet_paths.predictions.detached import linearizer_of
+from resnet_paths.predictions.outputs import Logits, class_logits
 
 __all__ = ["lens"]
 
 _CHUNK_BYTES = 2**23  # size of the stack of tangents for one Jacobian product
-
-Logits = Callable[[torch.Tensor], torch.Tensor]
 
 
 @torch.inference_mode(False)
@@ -244,7 +241,7 @@ def _measured(
 
     def read(state: torch.Tensor) -> torch.Tensor:
         outputs = call_part(chain.head, state.clone(), point.context.values)
-        return _checked(outputs if logits is None else logits(outputs), point.num_examples)
+        return class_logits(outputs if logits is None else logits(outputs), point.num_examples)
 
     intact = read(point.states[-1])
     of_key = dict(zip(tangents.keys, tangents.rows, strict=True))
@@ -254,19 +251,6 @@ def _measured(
         total = of_key[start, k] + (total if shorter else 0)
         measured.append(_compared(read(total), intact))
     return np.stack(measured, 1)
-
-
-def _checked(logits: object, size: int) -> torch.Tensor:
-    """The logits as a float64 tensor [batch, position, class]."""
-    if not isinstance(logits, torch.Tensor) or logits.dim() < 2 or len(logits) != size or logits.shape[-1] < 2:
-        found = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise ResnetPathsError(
-            "logits",
-            found,
-            f"logits of two or more classes for every example, [{size}, ..., class]",
-            "Pass logits=lambda outputs: ... where the network returns something else.",
-        )
-    return wide(logits.reshape(size, -1, logits.shape[-1]))
 
 
 def _compared(logits: torch.Tensor, intact: torch.Tensor) -> np.ndarray:

@@ -1,22 +1,26 @@
-"""What is split of a prediction: one number of each example's output."""
+"""What instruments read of the output: one number of each example that is split, or the logits of classes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
 from resnet_paths._utils.arguments import require_function
+from resnet_paths._utils.devices import wide
 from resnet_paths._utils.errors import ResnetPathsError, nearest_names
 
-__all__ = ["OUTPUTS", "Output", "name_of", "output_at", "output_function"]
+__all__ = ["OUTPUTS", "Logits", "Output", "class_logits", "name_of", "output_at", "output_function"]
 
 OUTPUTS = ("margin", "logit", "log_probability")
 """Names of outputs."""
 
 Output: TypeAlias = "str | Callable[[torch.Tensor], torch.Tensor]"
 """A name of `OUTPUTS`, or a function from outputs to one number per example."""
+
+Logits: TypeAlias = Callable[[Any], torch.Tensor]
+"""From the output of a chain to logits [batch, ..., class]."""
 
 
 def output_function(output: Output, targets: object) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -60,6 +64,30 @@ def output_at(output: Output, targets: object, outputs: torch.Tensor) -> Callabl
         return lambda logits: logits.gather(1, chosen)[:, 0]
     runner_up = outputs.detach().scatter(1, chosen, -torch.inf).argmax(1, keepdim=True)
     return lambda logits: logits.gather(1, chosen)[:, 0] - logits.gather(1, runner_up)[:, 0]
+
+
+def class_logits(logits: object, size: int) -> torch.Tensor:
+    """Logits as a float64 tensor with a dimension of positions.
+
+    Args:
+        logits: What a caller's function returns, [batch, ..., class].
+        size: Number of examples.
+
+    Returns:
+        [batch, position, class], one position where there are none.
+
+    Raises:
+        ResnetPathsError: If they are not logits of two or more classes for every example.
+    """
+    if not isinstance(logits, torch.Tensor) or logits.dim() < 2 or len(logits) != size or logits.shape[-1] < 2:
+        found = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise ResnetPathsError(
+            "logits",
+            found,
+            f"logits of two or more classes for every example, [{size}, ..., class]",
+            "Pass logits=lambda outputs: ... where the network returns something else.",
+        )
+    return wide(logits.reshape(size, -1, logits.shape[-1]))
 
 
 def name_of(output: Output) -> str:

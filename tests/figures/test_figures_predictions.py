@@ -97,6 +97,39 @@ def test_lens_map_and_line():
     plt.close(fig)
 
 
+ITERATIVE = pd.DataFrame({
+    "block_index": [0, 1, 2],
+    "stage": [0, 0, 1],
+    "error_rate": [0.9, 0.5, 0.1],
+    "error_rate_low": [0.8, 0.4, 0.05],
+    "error_rate_high": [0.95, 0.6, 0.2],
+    "gradient_cosine": [-0.1, np.nan, -0.3],
+    "gradient_cosine_se": [0.1, np.nan, 0.1],
+})
+
+
+def test_iterative_inference_shows_values_and_intervals():
+    fig, ax = plt.subplots()
+    rp.figures.plot_iterative_inference(ITERATIVE, ax, "error_rate")
+    np.testing.assert_allclose(ax.lines[0].get_xydata(), [[0, 90], [1, 50], [2, 10]])
+    np.testing.assert_allclose([s[:, 1] for s in ax.collections[0].get_segments()], [[80, 95], [40, 60], [5, 20]])
+    assert [text.get_text() for text in ax.texts] == ["stage starts"]
+    ax.clear()
+    networks = pd.concat([ITERATIVE.assign(network="a"), ITERATIVE.assign(network="b")])
+    rp.figures.plot_iterative_inference(networks, ax, "gradient_cosine")
+    np.testing.assert_allclose(ax.lines[0].get_ydata(), [-0.1, np.nan, -0.3])
+    np.testing.assert_allclose(np.diff(ax.collections[0].get_segments()[0][:, 1]), 0.392)
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b"]
+    for frame, value, message in [
+        (ITERATIVE, "entropy", "value"),
+        (ITERATIVE, "cross_entropy", "columns"),
+        (networks.drop(columns="network"), "error_rate", "repeated"),
+    ]:
+        with pytest.raises(rp.ResnetPathsError, match=message):
+            rp.figures.plot_iterative_inference(frame, ax, value)
+    plt.close(fig)
+
+
 def test_effect_matrix_is_triangular_and_centred():
     frame = pd.DataFrame({
         "deleted_index": pd.array([0, 0, 1], dtype="Int64"),

@@ -145,6 +145,10 @@ FUNCTIONS = {
         },
     ),
     "group_blocks": (CHAINED, {"chain": "chain", "unit": "unit"}),
+    "iterative_inference": (
+        PREDICTION,
+        {"chain": "chain", "inputs": "inputs", "logits": "optional function", "memory_budget": "budget"},
+    ),
     "layer_schedules": (
         CHAINED,
         {"chain": "chain", "blocks": "blocks", "loops": "int at least 1", "generator": "optional generator"},
@@ -243,6 +247,7 @@ BAD["labelled loader"] += [
     [{"x": X, "labels": torch.zeros(4, 2).to_sparse()}],
     [(X, Y.to(torch.complex64))],
 ]
+BAD["optional function"] = [3, "x", [], nn.Linear]
 BAD["spans"] = BAD["counts"][2:]
 BAD["some measures"] = [value for value in BAD["measures"] if value]
 BAD["loader of statistics"] = BAD["loader"][1:]
