@@ -75,6 +75,12 @@ from .gradients import (
 from .gradients import (
     path_length_moments as path_length_moments,
 )
+from .gradients.jacobians import (
+    jacobian_svd as jacobian_svd,
+)
+from .gradients.jacobians import (
+    residual_alignment as residual_alignment,
+)
 from .lesions import (
     lesion_study as lesion_study,
 )

@@ -39,6 +39,7 @@ from resnet_paths.figures.gradients import (
     plot_windows,
 )
 from resnet_paths.figures.graphs import plot_unraveled_graph
+from resnet_paths.figures.jacobians import plot_residual_alignment, plot_singular_values
 from resnet_paths.figures.layout import MARKERS, checked, groups_of, legend_above, whole_numbers_from_zero
 from resnet_paths.figures.lesions import (
     plot_layer_schedules,
@@ -91,9 +92,11 @@ __all__ = [
     "plot_range_deletions",
     "plot_range_repeats",
     "plot_reorderings",
+    "plot_residual_alignment",
     "plot_scalar_gradients",
     "plot_scalings",
     "plot_single_deletions",
+    "plot_singular_values",
     "plot_training_curves",
     "plot_training_memory",
     "plot_unraveled_graph",

@@ -35,6 +35,7 @@ LOADER = [(X, Y)]
 GENERATOR = torch.Generator()
 LESIONS = rp.single_deletions(CHAIN)
 MODEL = nn.Linear(3, 3).eval()
+SVD = rp.jacobian_svd(chain_of(nn.Linear(3, 3)), X, rank=2)
 NOT_NUMBERS = ["x", 1.5, b"1", [], {}, torch.zeros(2), np.zeros(2), 1j, object(), torch.tensor(True), np.True_, True]
 
 BAD = {
@@ -149,6 +150,18 @@ FUNCTIONS = {
         PREDICTION,
         {"chain": "chain", "inputs": "inputs", "logits": "optional function", "memory_budget": "budget"},
     ),
+    "jacobian_svd": (
+        PREDICTION,
+        {
+            "chain": "chain",
+            "inputs": "inputs",
+            "rank": "int at least 1",
+            "tolerance": "tolerance",
+            "max_iterations": "int at least 1",
+            "generator": "optional generator",
+            "memory_budget": "budget",
+        },
+    ),
     "layer_schedules": (
         CHAINED,
         {"chain": "chain", "blocks": "blocks", "loops": "int at least 1", "generator": "optional generator"},
@@ -226,6 +239,10 @@ FUNCTIONS = {
     "range_repeats": (CHAINED, {"chain": "chain", "lengths": "optional lengths"}),
     "range_swaps": (CHAINED | {"length": 1}, {"chain": "chain", "length": "length of a range"}),
     "ranked_deletions": (CHAINED | {"ranking": [0]}, {"chain": "chain", "ranking": "blocks"}),
+    "residual_alignment": (
+        {"svd": SVD},
+        {"svd": "svd", "other": "optional svd", "num_vectors": "number of vectors"},
+    ),
     "reverse_blocks": (CHAINED | {"stage": 0}, {"chain": "chain", "stage": "length"}),
     "sample_paths": (
         CHAINED | {"length": 1, "num_samples": 1, "generator": GENERATOR},
@@ -247,6 +264,10 @@ BAD["labelled loader"] += [
     [{"x": X, "labels": torch.zeros(4, 2).to_sparse()}],
     [(X, Y.to(torch.complex64))],
 ]
+BAD["tolerance"] = [None, "x", -1, float("nan"), [], True]
+BAD["svd"] = [None, 3, "x", CHAIN, SVD.to_frame(), [SVD]]
+BAD["optional svd"] = [3, "x", CHAIN, SVD.to_frame(), [SVD], SVD.examples([0])]
+BAD["number of vectors"] = [*NOT_NUMBERS, -1, 0, 3]
 BAD["optional function"] = [3, "x", [], nn.Linear]
 BAD["spans"] = BAD["counts"][2:]
 BAD["some measures"] = [value for value in BAD["measures"] if value]

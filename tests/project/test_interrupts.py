@@ -34,6 +34,7 @@ CALLS = {
     "gradient_by_stage_lengths": lambda chain, loader: rp.gradient_by_stage_lengths(chain, loader, **QUIET),
     "gradient_through_block": lambda chain, loader: rp.gradient_through_block(chain, loader, **QUIET),
     "iterative_inference": lambda chain, loader: rp.iterative_inference(chain, loader, **QUIET),
+    "jacobian_svd": lambda chain, loader: rp.jacobian_svd(chain, loader, rank=1, tolerance=0, **QUIET).to_frame(),
     "lens": lambda chain, loader: rp.lens(chain, loader, **QUIET),
     "lesion_study": lambda chain, loader: rp.lesion_study(chain, loader, rp.single_deletions(chain), **QUIET),
     "path_length_moments": lambda chain, loader: pd.DataFrame([vars(rp.path_length_moments(chain, loader, **QUIET))]),
