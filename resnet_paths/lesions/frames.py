@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from resnet_paths._utils.errors import ResnetPathsError
+from resnet_paths._utils.statistics import studentised_interval
 
 __all__ = ["deletions_of", "pair_interactions"]
+
+_OF_EXAMPLES, _INTACT = "error_rate_per_example", "intact_error_rate_per_example"
 
 
 def deletions_of(argument: str, frame: pd.DataFrame, num_blocks: int, effects: Sequence[str]) -> pd.DataFrame:
@@ -67,7 +72,8 @@ def pair_interactions(frame: pd.DataFrame) -> pd.DataFrame:
     Returns:
         One row per pair: ``first``, ``second`` (positions), ``error_rate_increase``, ``additive`` (the sum of both
         single increases), ``interaction`` (the difference): above 0 where each block compensates for the loss of the
-        other.
+        other. Of a study with ``per_example=True`` also ``interaction_low`` and ``interaction_high``, its 95 % interval
+        over examples, corrected for skewness; missing where it is the same for all examples.
 
     Raises:
         ResnetPathsError: If the frame is of another kind or of two studies, or a pair lacks one of its single
@@ -75,8 +81,11 @@ def pair_interactions(frame: pd.DataFrame) -> pd.DataFrame:
     """
     single, pairs = (deletions_of("frame", frame, size, ["error_rate_increase"]) for size in (1, 2))
     alone = dict(zip(single["blocks"], single["error_rate_increase"].astype(float), strict=True))
+    has_examples = _OF_EXAMPLES in frame and _INTACT in frame
+    of_single = dict(zip(single["blocks"], map(_increase_of_examples, single.to_dict("records")), strict=True))
     rows = []
-    for blocks, increase in zip(pairs["blocks"], pairs["error_rate_increase"].astype(float), strict=True):
+    for row in pairs.to_dict("records"):
+        blocks, increase = row["blocks"], float(row["error_rate_increase"])
         missing = [block for block in blocks if (block,) not in alone]
         if missing:
             raise ResnetPathsError(
@@ -93,4 +102,18 @@ def pair_interactions(frame: pd.DataFrame) -> pd.DataFrame:
             "additive": additive,
             "interaction": increase - additive,
         })
-    return pd.DataFrame(rows, columns=["first", "second", "error_rate_increase", "additive", "interaction"])
+        if has_examples:
+            each = _increase_of_examples(row) - sum(of_single[block,] for block in blocks)
+            each = each[~np.isnan(each)]
+            interval = studentised_interval(increase - additive, (each - each.mean()) / len(each))
+            rows[-1] |= {"interaction_low": interval.low, "interaction_high": interval.high}
+    intervals = ["interaction_low", "interaction_high"] if has_examples else []
+    return pd.DataFrame(rows, columns=["first", "second", "error_rate_increase", "additive", "interaction", *intervals])
+
+
+def _increase_of_examples(row: Mapping[Hashable, Any]) -> np.ndarray:
+    """Increase of the error of each example; empty without ``per_example``."""
+    if _OF_EXAMPLES not in row or _INTACT not in row:
+        return np.empty(0)
+    increase: np.ndarray = np.asarray(row[_OF_EXAMPLES], float) - np.asarray(row[_INTACT], float)
+    return increase

@@ -131,7 +131,8 @@ def score_correlations(predicted: pd.DataFrame, study: pd.DataFrame) -> pd.DataF
     Returns:
         One row per score and effect (``error_rate_increase``, ``cross_entropy``): ``spearman`` and ``kendall``, rank
         correlations over blocks or ranges, with ``spearman_p`` and ``kendall_p``, two-sided p-values against no
-        correlation; ``num_blocks``, how many blocks or ranges.
+        correlation; ``spearman_low`` and ``spearman_high``, the 95 % interval of Bonett and Wright (2000), missing of
+        three blocks; ``num_blocks``, how many blocks or ranges.
 
     Raises:
         ResnetPathsError: If a frame is of another kind, the study's rows are those of two, or fewer than three blocks
@@ -154,16 +155,27 @@ def score_correlations(predicted: pd.DataFrame, study: pd.DataFrame) -> pd.DataF
     for score in scores:
         for effect in effects:
             spearman, kendall = stats.spearmanr(both[score], both[effect]), stats.kendalltau(both[score], both[effect])
+            low, high = _interval_of_correlation(float(spearman.statistic), len(both))
             rows.append({
                 "score": score,
                 "effect": effect,
                 "spearman": float(spearman.statistic),
+                "spearman_low": low,
+                "spearman_high": high,
                 "spearman_p": float(spearman.pvalue),
                 "kendall": float(kendall.statistic),
                 "kendall_p": float(kendall.pvalue),
                 "num_blocks": len(both),
             })
     return pd.DataFrame(rows)
+
+
+def _interval_of_correlation(spearman: float, num: int) -> tuple[float, float]:
+    """95 % interval of a rank correlation by Fisher's transformation (Bonett and Wright 2000, equation 4)."""
+    if num < 4 or not abs(spearman) < 1:
+        return math.nan, math.nan
+    half = float(stats.norm.ppf(0.975)) * math.sqrt((1 + spearman**2 / 2) / (num - 3))
+    return math.tanh(math.atanh(spearman) - half), math.tanh(math.atanh(spearman) + half)
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,31 @@ def test_pairs_and_their_interactions():
         assert row.interaction == pytest.approx(expected, abs=1e-15)
 
 
+def test_intervals_of_interactions_are_over_examples():
+    """Against Hall's interval written out, on a sample of differences of differences."""
+    chain = random_chain(STAGES)
+    for index in range(7):
+        chain = rp.scale_block(chain, index, 4.0)
+    frame = rp.lesion_study(chain, loader(), rp.pair_deletions(chain), per_example=True, progress=False)
+    found = rp.pair_interactions(frame)
+    wrong = dict(zip(frame.blocks, frame.error_rate_per_example, strict=True))
+    intact = frame.intact_error_rate_per_example.iloc[0]
+    num_known = 0
+    for row in found.itertuples():
+        each = wrong[row.first, row.second] - wrong[row.first,] - wrong[row.second,] + intact
+        assert row.interaction == pytest.approx(each.mean(), abs=1e-12)
+        if each.std() == 0:
+            assert math.isnan(row.interaction_low)
+            continue
+        num_known += 1
+        n, a = len(each), stats.skew(each) / (3 * math.sqrt(len(each)))
+        for end, quantile in ((row.interaction_low, 0.025), (row.interaction_high, 0.975)):
+            t = (each.mean() - end) / stats.sem(each)
+            assert t + a * t**2 + a**2 * t**3 / 3 + a / 2 == pytest.approx(stats.t.ppf(1 - quantile, n - 1), abs=1e-6)
+    assert num_known > 5
+    assert "interaction_low" not in rp.pair_interactions(frame.drop(columns="error_rate_per_example"))
+
+
 def test_interactions_are_of_deletions_alone():
     chain = random_chain(STAGES)
     for index in range(7):

@@ -20,6 +20,7 @@ import resnet_paths as rp
 from resnet_paths.core.chain import Block, ResidualChain
 from resnet_paths.lesions import score_correlations
 from resnet_paths.lesions.predicted import SCORES as LABEL_FREE
+from resnet_paths.lesions.predicted import _interval_of_correlation
 from tests.chains import Plan, assert_same, inputs, plans, random_chain, random_model, snapshot
 from tests.gradients.gradient_reference import build, recipes, seeded
 from tests.lesions.test_lesion_options import study
@@ -307,6 +308,22 @@ def test_correlations_are_scipys():
         assert (row.spearman, row.spearman_p) == pytest.approx(tuple(stats.spearmanr(x, y)), abs=1e-12)
         assert (row.kendall, row.kendall_p) == pytest.approx(tuple(stats.kendalltau(x, y)), abs=1e-12)
         assert row.num_blocks == 8
+        assert -1 <= row.spearman_low < row.spearman < row.spearman_high <= 1
+
+
+@pytest.mark.slow
+def test_intervals_of_correlations_cover_them():
+    """Of 54 pairs, as many as blocks of a ResNet-110, from a normal distribution whose rank correlation is known."""
+    generator, normal_correlation = np.random.default_rng(0), 0.6
+    true = 6 / math.pi * math.asin(normal_correlation / 2)
+    covered = []
+    for _ in range(2_000):
+        x, y = generator.multivariate_normal([0, 0], [[1, normal_correlation], [normal_correlation, 1]], 54).T
+        low, high = _interval_of_correlation(stats.spearmanr(x, y).statistic, 54)
+        covered.append(low <= true <= high)
+    assert 0.935 < np.mean(covered) < 0.965
+    assert _interval_of_correlation(0.28, 54) == pytest.approx((0.01, 0.51), abs=0.01)
+    assert all(math.isnan(end) for end in _interval_of_correlation(1.0, 54) + _interval_of_correlation(0.5, 3))
 
 
 def test_correlations_leave_out_what_cannot_be_deleted():
