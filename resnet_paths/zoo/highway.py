@@ -6,13 +6,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-__all__ = ["HighwayNet"]
+__all__ = ["GatedBranch", "GatedSkip", "HighwayLayer", "HighwayNet"]
 
 
 class HighwayLayer(nn.Module):
     """y = T * H + (1 - T) * x, written as x + T * (H - x): an identity skip and a gated branch.
 
     H is a 3x3 convolution with ReLU, T a 3x3 convolution with a sigmoid. Where the gate T is closed, y equals x.
+
+    `resnet_paths.unravel` takes x as the skip and T * (H - x) as the branch, in either spelling: a deleted block passes
+    its input on. `GatedSkip` and `GatedBranch` are the other reading, as the equation is written, with (1 - T) * x as
+    the skip and T * H as the branch: the same function and gradient, with other path lengths.
     """
 
     def __init__(self, channels: int) -> None:
@@ -31,6 +35,43 @@ class HighwayLayer(nn.Module):
         below replace nearly all of their input, and training does not start.
         """
         nn.init.constant_(self.gate.bias, -4.0)  # type: ignore[arg-type]
+
+
+class GatedSkip(nn.Module):
+    """(1 - T) * x of a highway layer, whose weights it shares.
+
+    Args:
+        layer: The layer.
+
+    Example:
+        >>> layer, x = HighwayLayer(2), torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+        >>> torch.allclose(GatedSkip(layer)(x) + GatedBranch(layer)(x), layer(x), atol=1e-6)
+        True
+    """
+
+    def __init__(self, layer: HighwayLayer) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[batch, channels, H, W] to the same shape."""
+        return (1 - torch.sigmoid(self.layer.gate(x))) * x
+
+
+class GatedBranch(nn.Module):
+    """T * H of a highway layer, whose weights it shares.
+
+    Args:
+        layer: The layer.
+    """
+
+    def __init__(self, layer: HighwayLayer) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[batch, channels, H, W] to the same shape."""
+        return torch.sigmoid(self.layer.gate(x)) * F.relu(self.layer.transform(x))
 
 
 class HighwayNet(nn.Module):

@@ -5,7 +5,7 @@ follows from how much paths differ, which is itself estimated in each repeat ane
 rows that are extrapolated to that number say so. The exact split has no such error and is measured as a whole.
 
     mean norm over the paths of a length (the paper's)    this project, sampled | by hand, a path at a time
-    energy of the paths of a length                       this project, energy  | by hand, sampled paths
+    energy of the paths of a length                       this project, signs, weighted paths | by hand, sampled paths
     sum over the paths of a length                        this project, exact   | the same split by hand
 """
 
@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,14 +85,16 @@ def sampled(chain: rp.ResidualChain, images: Any, labels: Any, settings: dict[st
     return {"vjps": draws * sum(range(len(chain) + 1))}
 
 
-def energy(chain: rp.ResidualChain, images: Any, labels: Any, settings: dict[str, Any], repeat: int) -> Answer:
+def energy(
+    chain: rp.ResidualChain, images: Any, labels: Any, settings: dict[str, Any], repeat: int, paths: str = "signs"
+) -> Answer:
     """To the relative standard error itself, nothing extrapolated; the sums over paths come with it."""
     frame = rp.gradient_by_path_length(
         chain,
         images,
         labels,
         method="energy",
-        paths="signs",
+        paths=paths,
         relative_error=settings["error"] / 2,
         with_respect_to="stem",
         progress=False,
@@ -242,6 +245,7 @@ def variance_of_sampling(
 CONTENDERS = {
     "sampled": Contender(sampled),
     "energy": Contender(energy),
+    "weighted": Contender(partial(energy, paths="weighted")),
     "exact": Contender(exact, "images_of_split"),
     "by hand": Contender(by_hand),
     "forward kept": Contender(forward_kept),
@@ -325,7 +329,9 @@ def rows_of(answers: dict[str, list[Answer]], network: str, settings: dict[str, 
     for r in repeats:
         worth = np.array(r["spread"]["of_energy"]) > 0
         agreement += list(np.array(r["energy"]["energies"])[worth] / np.array(r["spread"]["energies"])[worth])
-    drawn, vjps = (span(r["energy"][key] for r in repeats) for key in ("draws", "block_vjps"))
+    (drawn, vjps), (paths, vjps_of_paths) = (
+        [span(r[name][key] for r in repeats) for key in ("draws", "block_vjps")] for name in ("energy", "weighted")
+    )
     compared(
         "energy of the paths of each length that holds a thousandth of it, to 10 %",
         "images",
@@ -334,6 +340,12 @@ def rows_of(answers: dict[str, list[Answer]], network: str, settings: dict[str, 
             "energy",
             [r["energy"]["seconds"] for r in repeats],
             f"{drawn} draws of signs, {vjps} block VJPs; {span(agreement)} times what weighted paths give",
+        ),
+        (
+            "this project, energy by weighted paths",
+            "weighted",
+            [r["weighted"]["seconds"] for r in repeats],
+            f"{paths} paths of each length, {vjps_of_paths} block VJPs",
         ),
         *by_autograd("of_energy"),
     )

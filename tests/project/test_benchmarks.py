@@ -141,6 +141,9 @@ def test_gradients_are_compared_per_repeat():
     assert "4 to 10 block VJPs, extrapolated" in kept["note"]
     energy = found["energy", "this project, energy"]
     assert energy["note"] == "8 draws of signs, 9 block VJPs; 0.9 to 1.1 times what weighted paths give"
+    weighted = found["energy", "this project, energy by weighted paths"]
+    assert (weighted["low"], weighted["ratio"]) == (1, 0.75)
+    assert weighted["note"] == "8 paths of each length, 9 block VJPs"
     assert found["sum over all paths", "the same split by autograd"]["ratio"] == 1
 
 

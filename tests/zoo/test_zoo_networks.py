@@ -14,6 +14,7 @@ import resnet_paths as rp
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.zoo import NETWORKS, build_network, find_network, load_network
 from resnet_paths.zoo import vit as zoo_vit
+from resnet_paths.zoo.highway import GatedBranch, GatedSkip, HighwayLayer
 
 SMALL = "preact-resnet-20"
 # Those of 20 layers stand for the deeper ones of their class, which take seconds each.
@@ -262,6 +263,48 @@ def test_a_highway_layer_is_between_its_input_and_its_transform():
     with torch.no_grad():
         layer.gate.bias.fill_(-1e4)
     assert torch.equal(layer(x), x)
+
+
+def test_both_readings_of_a_highway_layer_have_the_same_gradient_and_other_paths():
+    """Against all eight paths of three layers, multiplied by autograd in plain PyTorch."""
+    layers = [HighwayLayer(2).double() for _ in range(3)]
+    for seed, layer in enumerate(layers):
+        for parameter in layer.parameters():
+            parameter.data.normal_(0, 0.5, generator=torch.Generator().manual_seed(seed))
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(32, 3).double()).eval()
+    x, y = images(2, 2, 4).double(), torch.tensor([0, 2])
+    chain = rp.unravel(model, x)
+    gated = chain.with_blocks([
+        block.replace(skip=GatedSkip(layer), branch=GatedBranch(layer))
+        for block, layer in zip(chain, layers, strict=True)
+    ])
+    splits = [rp.gradient_by_path_length(each, x, y, progress=False) for each in (chain, gated)]
+    for split, is_gated in zip(splits, (False, True), strict=True):
+        expected = _shares_of_three_layers(layers, model[3:], x, y, is_gated)
+        torch.testing.assert_close(torch.tensor(split.gradient_share.to_numpy()), expected)
+    assert (splits[0].gradient_share - splits[1].gradient_share).abs().max() > 0.01
+
+
+def _shares_of_three_layers(layers, head, x, y, is_gated):
+    """Signed share of the gradient at each path length, mean over examples."""
+    states = [x.clone().requires_grad_()]
+    parts = []
+    for layer in layers:
+        state = states[-1].detach().requires_grad_()
+        states[-1] = state
+        gate, new = torch.sigmoid(layer.gate(state)), layer.transform(state).relu()
+        parts.append(((1 - gate) * state, gate * new) if is_gated else (state * 1, gate * (new - state)))
+        states.append(sum(parts[-1]))
+    end = states[-1].detach().requires_grad_()
+    (above,) = torch.autograd.grad(F.cross_entropy(head(end), y, reduction="sum"), end)
+    by_length = torch.zeros(4, *x.shape, dtype=x.dtype)
+    for path in itertools.product((0, 1), repeat=3):
+        vector = above
+        for state, part, taken in list(zip(states, parts, path, strict=False))[::-1]:
+            (vector,) = torch.autograd.grad(part[taken], state, vector, retain_graph=True)
+        by_length[sum(path)] += vector
+    whole = by_length.sum(0)
+    return ((by_length * whole).flatten(2).sum(2) / whole.flatten(1).square().sum(1)).mean(1)
 
 
 def test_attention_is_that_of_torch():
