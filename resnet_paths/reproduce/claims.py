@@ -1,7 +1,8 @@
 """Claims of a notebook: the assertions of its last cell, with the values that they compare.
 
 `resnet-paths reproduce` runs `show_claims` after the last cell of each notebook, so that the executed copy contains the
-values of every claim. The gallery lists them, and the tests check them again, element by element.
+values of every claim. The gallery lists them, and the tests check them again, element by element. An assertion whose
+message is a list of findings (`resnet_paths.reproduce.findings`) is one claim per finding.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ import ast
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import numpy as np
+
+from resnet_paths.reproduce.findings import Finding
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -46,6 +49,7 @@ class Claim(TypedDict):
     claim: str
     numbers: str
     comparisons: list[list[Any]]
+    finding: NotRequired[dict[str, Any]]
 
 
 def read_claims(source: str, variables: Mapping[str, object]) -> list[Claim]:
@@ -58,7 +62,9 @@ def read_claims(source: str, variables: Mapping[str, object]) -> list[Claim]:
     Returns:
         One mapping per assertion, with JSON types: ``claim``, the source of the condition; ``numbers``, its message,
         which states the measured values; ``comparisons``, triples of left value, operator and right value that must all
-        be true, element by element. Conditions without a comparison are compared with True.
+        be true, element by element. Conditions without a comparison are compared with True. Of an assertion whose
+        message is a list of findings, one mapping per finding, with its interval against the predicted range as
+        ``comparisons``, and its fields as ``finding``.
 
     Example:
         >>> read_claims("assert 0 < x.sum() <= 9, f'sum {x.sum()}'", {"x": np.array([3, 4])})
@@ -68,17 +74,17 @@ def read_claims(source: str, variables: Mapping[str, object]) -> list[Claim]:
     def value(node: ast.expr) -> object:
         return eval(compile(ast.Expression(node), "<claim>", "eval"), dict(variables))
 
-    return [
-        {
-            "claim": ast.unparse(node.test),
-            "numbers": "" if node.msg is None else str(value(node.msg)),
-            "comparisons": [
-                [_plain(left), sign, _plain(right)] for left, sign, right in _comparisons(node.test, value)
-            ],
-        }
-        for node in ast.parse(source).body
-        if isinstance(node, ast.Assert)
-    ]
+    claims: list[Claim] = []
+    for node in ast.parse(source).body:
+        if not isinstance(node, ast.Assert):
+            continue
+        text, message = ast.unparse(node.test), "" if node.msg is None else value(node.msg)
+        if isinstance(message, list) and message and all(isinstance(each, Finding) for each in message):
+            claims += [_of_finding(text, finding) for finding in message]
+            continue
+        comparisons = [[_plain(left), sign, _plain(right)] for left, sign, right in _comparisons(node.test, value)]
+        claims.append({"claim": text, "numbers": str(message), "comparisons": comparisons})
+    return claims
 
 
 def check_claim(claim: Claim) -> None:
@@ -140,6 +146,20 @@ def claims_of(notebook: NotebookNode) -> list[Claim]:
     """
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     return [claim for output in outputs for claim in output.get("data", {}).get(_MIME, [])]
+
+
+def _of_finding(text: str, finding: Finding) -> Claim:
+    """The claim that the interval of a finding does not exclude what was expected."""
+    low, high = finding.ends
+    comparisons: list[list[Any]] = []
+    if finding.expected == "differs":
+        comparisons = [[finding.verdict, "in", ["differs", "too small to tell"]]]
+    elif math.isfinite(low + high):
+        if math.isfinite(finding.at_most):
+            comparisons.append([low, "<=", finding.at_most])
+        if math.isfinite(finding.at_least):
+            comparisons.append([high, ">=", finding.at_least])
+    return {"claim": text, "numbers": str(finding), "comparisons": comparisons, "finding": finding.to_dict()}
 
 
 def _comparisons(test: ast.expr, value: Callable[[ast.expr], object]) -> Iterator[tuple[object, str, object]]:

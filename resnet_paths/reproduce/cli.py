@@ -119,6 +119,23 @@ def reproduce(
 
 
 @app.command()
+def findings(
+    folder: Annotated[Path, typer.Argument(help="Output folder of 'resnet-paths reproduce'.")] = Path("figures"),
+    update: Annotated[
+        bool, typer.Option(help="Store them in data/findings.csv and write the tables of the documentation again.")
+    ] = False,
+) -> None:
+    """Print the findings of executed notebooks: estimates with intervals, and what was predicted."""
+    from resnet_paths.reproduce.findings_tables import collect_findings, findings_table, update_findings
+
+    if update:
+        for path in update_findings(folder):
+            typer.echo(f"wrote {path}")
+        return
+    typer.echo(findings_table(collect_findings(folder)))
+
+
+@app.command()
 def lesion(
     network: Annotated[
         str, typer.Argument(help="Name of a network with shipped weights, or of any network together with --weights.")
