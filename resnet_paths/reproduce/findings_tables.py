@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -40,7 +42,7 @@ def collect_findings(folder: Path) -> pd.DataFrame:
     """
     rows = []
     for path in sorted((folder / "notebooks").glob("*.ipynb")):
-        notebook = nbformat.read(path, as_version=4)
+        notebook: Any = nbformat.read(path, as_version=4)  # type: ignore[no-untyped-call]
         run = notebook.metadata.get("resnet_paths", {})
         found = [claim["finding"] for claim in claims_of(notebook) if "finding" in claim]
         if run.get("error") is None:
@@ -75,7 +77,7 @@ def findings_table(frame: pd.DataFrame) -> str:
         Notebook, quantity, estimate with interval, and verdict.
     """
     lines = []
-    for row in frame.itertuples():
+    for row in _rows(frame):
         predicted = f"; predicted {row.prediction}: {row.verdict}" if row.verdict else ""
         lines.append(f"{row.notebook[:2]}  {row.quantity}: {_measured(row)} ({_interval(row)}){predicted}")
     return "\n".join(lines)
@@ -152,7 +154,7 @@ def _all_findings(frame: pd.DataFrame) -> str:
             row.verdict or "measured",
             row.profile,
         )
-        for row in frame.itertuples()
+        for row in _rows(frame)
     ]
     head = (
         *("notebook", "finding", "networks", "seeds", "images", "data set", "estimate", "95 % interval, over"),
@@ -179,7 +181,7 @@ def _agreement(frame: pd.DataFrame) -> str:
             row.larger_run or "-",
             f"[{row.notebook[:2]}](../{row.notebook}.ipynb)",
         )
-        for row in frame[frame["source"] != ""].sort_values("source", kind="stable").itertuples()
+        for row in _rows(frame[frame["source"] != ""].sort_values("source", kind="stable"))
     ]
     head = (
         *("source", "quantity", "there", "here (95 % interval)", "verdict", "measured on", "a larger run needs"),
@@ -191,26 +193,28 @@ def _agreement(frame: pd.DataFrame) -> str:
 def _of_notebook(frame: pd.DataFrame, prefix: str) -> str:
     """The main findings of a notebook in a sentence."""
     rows = frame[frame["notebook"].str.startswith(f"{prefix}_") & frame["headline"]]
-    said = [
-        f"{row.quantity} {_measured(row)}" + ("" if row.exact else f" ({_interval(row)})") for row in rows.itertuples()
-    ]
+    said = [f"{row.quantity} {_measured(row)}" + ("" if row.exact else f" ({_interval(row)})") for row in _rows(rows)]
     return ("; ".join(said) + ".").replace("|", "\\|") if said else ""
 
 
-def _measured(row: object) -> str:
-    return f"{number_text(row.estimate)} {row.unit}".strip()  # type: ignore[attr-defined]
+def _rows(frame: pd.DataFrame) -> list[Any]:
+    return list(frame.itertuples())
 
 
-def _interval(row: object) -> str:
-    if row.exact:  # type: ignore[attr-defined]
+def _measured(row: Any) -> str:
+    return f"{number_text(row.estimate)} {row.unit}".strip()
+
+
+def _interval(row: Any) -> str:
+    if row.exact:
         return "exact"
-    return ", ".join(filter(None, (interval_text(row.low, row.high), row.over)))  # type: ignore[attr-defined]
+    return ", ".join(filter(None, (interval_text(row.low, row.high), row.over)))
 
 
 def _counted(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
-def _markdown(head: tuple[str, ...], rows: list[tuple[object, ...]]) -> str:
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join(f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
