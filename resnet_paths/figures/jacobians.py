@@ -16,10 +16,10 @@ from resnet_paths.figures.layout import checked, draw_map, mark_stages
 __all__ = ["plot_residual_alignment", "plot_singular_values"]
 
 _ALIGNMENTS = {
-    "left_right": "alignment of left (row) and right singular vectors",
-    "left_left": "alignment of left singular vectors",
-    "right_right": "alignment of right singular vectors",
-    "leading_cosine": "absolute cosine of the first singular vectors",
+    "left_right": "alignment of left and right vectors",
+    "left_left": "alignment of left vectors",
+    "right_right": "alignment of right vectors",
+    "leading_cosine": "cosine of the first vectors",
 }
 
 
@@ -65,7 +65,8 @@ def plot_residual_alignment(frame: pd.DataFrame, ax: Axes | None = None, value: 
         value: ``"left_right"``, ``"left_left"``, ``"right_right"`` or ``"leading_cosine"``.
 
     Returns:
-        The axes, with a colour bar; pairs of blocks whose spaces have different sizes are grey.
+        The axes, with a colour bar. The left vectors are those of the block in the row; pairs of blocks whose spaces
+        have different sizes are grey.
 
     Raises:
         ResnetPathsError: If `value` is unknown, columns are missing, all values are NaN, or a pair of blocks occurs
