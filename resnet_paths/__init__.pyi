@@ -99,6 +99,7 @@ from .lesions.greedy import (
 from .lesions.lesion import (
     Lesion as Lesion,
 )
+from .lesions.permutations import sampled_shapley_values as sampled_shapley_values
 from .lesions.plans import (
     branch_replacements as branch_replacements,
 )
@@ -129,6 +130,9 @@ from .lesions.plans import (
 from .lesions.plans import (
     single_deletions as single_deletions,
 )
+from .lesions.plans import (
+    subset_deletions as subset_deletions,
+)
 from .lesions.range_plans import (
     neighbour_swaps as neighbour_swaps,
 )
@@ -143,6 +147,18 @@ from .lesions.range_plans import (
 )
 from .lesions.range_plans import (
     ranked_deletions as ranked_deletions,
+)
+from .lesions.subsets import (
+    interaction_spectrum as interaction_spectrum,
+)
+from .lesions.subsets import (
+    shapley_interactions as shapley_interactions,
+)
+from .lesions.subsets import (
+    shapley_values as shapley_values,
+)
+from .lesions.subsets import (
+    subset_values as subset_values,
 )
 from .predictions import (
     prediction_by_path_length as prediction_by_path_length,

@@ -61,6 +61,7 @@ from resnet_paths.figures.predictions import (
 )
 from resnet_paths.figures.ranges import plot_range_deletions, plot_range_repeats
 from resnet_paths.figures.style import paper_style, save_figure, weights_hash
+from resnet_paths.figures.subsets import plot_interaction_spectrum, plot_shapley_interactions, plot_shapley_values
 
 if not TYPE_CHECKING:  # a type checker would accept any name of this module
     # Imported on first use, since it needs ipywidgets.
@@ -78,6 +79,7 @@ __all__ = [
     "plot_effect_matrix",
     "plot_effective_window",
     "plot_gradient_by_depth",
+    "plot_interaction_spectrum",
     "plot_iterative_inference",
     "plot_layer_schedules",
     "plot_lens",
@@ -95,6 +97,8 @@ __all__ = [
     "plot_residual_alignment",
     "plot_scalar_gradients",
     "plot_scalings",
+    "plot_shapley_interactions",
+    "plot_shapley_values",
     "plot_single_deletions",
     "plot_singular_values",
     "plot_training_curves",

@@ -29,6 +29,7 @@ from resnet_paths.lesions.lesion import Lesion
 __all__ = [
     "Lesion",
     "branch_replacements",
+    "chosen_blocks",
     "duplications",
     "layer_schedules",
     "mean_replacements",
@@ -38,9 +39,11 @@ __all__ = [
     "random_swaps",
     "scalings",
     "single_deletions",
+    "subset_deletions",
 ]
 
 _BLOCKS = "a list of positions or names, or None"
+_MOST_OF_SUBSETS = 15
 
 
 def single_deletions(chain: ResidualChain) -> list[Lesion]:
@@ -72,16 +75,67 @@ def pair_deletions(chain: ResidualChain, blocks: Sequence[int | str] | None = No
     Raises:
         ResnetPathsError: If a block does not exist or cannot be deleted.
     """
+    chosen = chosen_blocks(chain, blocks)
+    return [_deletion(chain, each) for size in (1, 2) for each in itertools.combinations(chosen, size)]
+
+
+def subset_deletions(chain: ResidualChain, blocks: Sequence[int | str] | None = None) -> list[Lesion]:
+    """The deletion of every subset of blocks: 2^n lesions, of which a study computes 2^n - 1 blocks, no block twice.
+
+    Blocks with a skip that is not the identity cost more, since their skips are evaluated where they are deleted.
+
+    Args:
+        chain: The intact chain.
+        blocks: Positions or names of the blocks, at most 15; all that can be deleted if None.
+
+    Returns:
+        One lesion per subset, in the order of binary numbers: block i of the n is deleted in lesion k if bit i of k is
+        set. The first deletes nothing, the last all of them.
+
+    Raises:
+        ResnetPathsError: If a block does not exist or cannot be deleted, or there are more than 15.
+
+    Example:
+        >>> from resnet_paths import load_network, unravel
+        >>> chain = unravel(load_network("preact-resnet-20"), torch.zeros(2, 1, 28, 28))
+        >>> [lesion.blocks for lesion in subset_deletions(chain, [0, 1])]
+        [(), (0,), (1,), (0, 1)]
+    """
+    chosen = chosen_blocks(chain, blocks)
+    if len(chosen) > _MOST_OF_SUBSETS:
+        raise ResnetPathsError(
+            "blocks",
+            f"{len(chosen)} blocks",
+            f"at most {_MOST_OF_SUBSETS}, which have {2**_MOST_OF_SUBSETS:,} subsets",
+            "Choose some of them, group them (group_blocks), or draw subsets (sampled_shapley_values).",
+        )
+    return [
+        _deletion(chain, tuple(block for i, block in enumerate(chosen) if number >> i & 1))
+        for number in range(2 ** len(chosen))
+    ]
+
+
+def chosen_blocks(chain: ResidualChain, blocks: Sequence[int | str] | None) -> list[int]:
+    """Positions of the blocks of a plan, in order.
+
+    Args:
+        chain: The intact chain.
+        blocks: Positions or names; all that can be deleted if None.
+
+    Returns:
+        Each once.
+
+    Raises:
+        ResnetPathsError: If a block does not exist or cannot be deleted.
+    """
     possible = deletable(chain)
-    chosen = (
-        possible
-        if blocks is None
-        else sorted({chain.block_index(block) for block in require_list("blocks", blocks, _BLOCKS)})
-    )
+    if blocks is None:
+        return possible
+    chosen = sorted({chain.block_index(block) for block in require_list("blocks", blocks, _BLOCKS)})
     for index in chosen:
         if index not in possible:
             raise ResnetPathsError("blocks", chain[index].name, "blocks that can be deleted")
-    return [_deletion(chain, each) for size in (1, 2) for each in itertools.combinations(chosen, size)]
+    return chosen
 
 
 def random_deletions(

@@ -102,11 +102,14 @@ def rows_of_study(
             p_values = adjusted_p_values(np.array([of["p"] for of in columns])[1:], adjust)
             for of, p_value in zip(columns, [math.nan, *p_values], strict=True):
                 of[f"{measure.name}_increase_p"] = float(p_value)
-        values = _values(measure, torch.from_numpy(sums).double()).numpy() if per_example else None
+        values = influences = None
+        if per_example:
+            values, influences = _values(measure, torch.from_numpy(sums).double()).numpy(), _influences(measure, sums)
         for index, (row, of) in enumerate(zip(rows, columns, strict=True)):
             row |= {name: value for name, value in of.items() if name != "p"}
-            if values is not None:
+            if values is not None and influences is not None:
                 row[f"{measure.name}_per_example"] = values[index]
+                row[f"{measure.name}_influences"] = influences[index]
                 row[f"intact_{measure.name}_per_example"] = values[0]
         if measure.statistic == "error_rate" and classes is not None:
             for row, of_lesion in zip(rows, sums, strict=True):
@@ -155,6 +158,13 @@ def _values_and_gradients(measure: Measure, sums: np.ndarray) -> list[tuple[list
         # Those of a lesion depend on its own sums alone.
         gradients = [torch.autograd.grad(number.sum(), totals, retain_graph=True)[0] for number in numbers]
     return [(number.tolist(), gradient.numpy()) for number, gradient in zip(numbers, gradients, strict=True)]
+
+
+def _influences(measure: Measure, sums: np.ndarray) -> np.ndarray:
+    """What each example adds to the number that is shown, to first order, [lesion, example]."""
+    _, (_, slopes) = _values_and_gradients(measure, sums)
+    influences: np.ndarray = np.einsum("les,ls->le", sums, slopes)
+    return influences
 
 
 def _linked(measure: Measure, interval: Estimate) -> Estimate:

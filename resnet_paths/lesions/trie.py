@@ -30,7 +30,7 @@ from resnet_paths.core.signature import arguments_of
 from resnet_paths.lesions.batchnorm import averaged_statistics, batch_statistics, given_statistics
 from resnet_paths.lesions.functions import step_function
 
-__all__ = ["Trie", "chain_key", "steps_of"]
+__all__ = ["Trie", "chain_key", "num_block_evaluations", "steps_of"]
 
 
 _Task = tuple[int, Any, Mapping[str, torch.Tensor]]
@@ -246,6 +246,11 @@ def steps_of(chain: ResidualChain) -> list[tuple[int, nn.Module]]:
         if not (block.branch is None and all(map(is_identity, (block.pre, block.skip, block.post))))
     ]
     return [(0, chain.stem), *blocks, (len(chain) + 1, chain.head)]
+
+
+def num_block_evaluations(chain: ResidualChain) -> int:
+    """How many blocks a chain evaluates for one prediction, those inside groups each: 0 for deleted identity skips."""
+    return len(steps_of(ungrouped(chain))) - 2
 
 
 def chain_key(chain: ResidualChain, key_of: Callable[[nn.Module], Hashable]) -> Hashable:

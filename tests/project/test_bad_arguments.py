@@ -166,6 +166,7 @@ FUNCTIONS = {
         CHAINED,
         {"chain": "chain", "blocks": "blocks", "loops": "int at least 1", "generator": "optional generator"},
     ),
+    "interaction_spectrum": ({}, {"values": "frame"}),
     "lens": (
         PREDICTION,
         {
@@ -248,9 +249,40 @@ FUNCTIONS = {
         CHAINED | {"length": 1, "num_samples": 1, "generator": GENERATOR},
         {"chain": "chain or int", "length": "length", "num_samples": "int at least 0", "generator": "generator"},
     ),
+    "sampled_shapley_values": (
+        {"chain": CHAIN, "loader": LOADER, "generator": GENERATOR},
+        {
+            "chain": "chain",
+            "loader": "labelled loader",
+            "measure": "measure",
+            "blocks": "blocks",
+            "generator": "generator",
+            "relative_error": "relative error",
+            "num_pairs": "optional int at least 1",
+            "scores": "scores",
+            "device": "device",
+            "batch_budget": "optional int at least 1",
+        },
+    ),
     "scale_block": (CHAINED | {"block": 0, "factor": 1.0}, {"chain": "chain", "block": "block", "factor": "factor"}),
     "scalings": (CHAINED | {"factors": [0.5]}, {"chain": "chain", "factors": "factors"}),
+    "shapley_interactions": ({}, {"values": "frame"}),
+    "shapley_values": ({}, {"values": "frame"}),
     "single_deletions": (CHAINED, {"chain": "chain"}),
+    "subset_deletions": (CHAINED, {"chain": "chain", "blocks": "blocks"}),
+    "subset_values": (
+        {"chain": CHAIN, "loader": LOADER},
+        {
+            "chain": "chain",
+            "loader": "labelled loader",
+            "measures": "measure",
+            "blocks": "blocks",
+            "store": "store",
+            "executor": "executor",
+            "device": "device",
+            "batch_budget": "optional int at least 1",
+        },
+    ),
     "swap_blocks": (CHAINED | {"first": 0, "second": 1}, {"chain": "chain", "first": "block", "second": "block"}),
     "unravel": (
         {"model": MODEL, "example_inputs": X.float()},
@@ -269,6 +301,7 @@ BAD["svd"] = [None, 3, "x", CHAIN, SVD.to_frame(), [SVD]]
 BAD["optional svd"] = [3, "x", CHAIN, SVD.to_frame(), [SVD], SVD.examples([0])]
 BAD["number of vectors"] = [*NOT_NUMBERS, -1, 0, 3]
 BAD["optional function"] = [3, "x", [], nn.Linear]
+BAD["scores"] = [3, "x", [], [1.0], [0.0] * 3, [1.0, None, 2.0], [1.0, float("nan"), 2.0], ["a", "b", "c"], [True] * 3]
 BAD["spans"] = BAD["counts"][2:]
 BAD["some measures"] = [value for value in BAD["measures"] if value]
 BAD["loader of statistics"] = BAD["loader"][1:]
