@@ -51,27 +51,24 @@ def plot_shapley_values(frame: pd.DataFrame, ax: Axes | None = None, sampled: pd
         drawn[number] = (checked(argument, rows, column, ["block_index"], _ends(column)), *drawn[number][1:])
     label, scale = _label_of_measure(pd.concat([rows for rows, _, _ in drawn]))
     ax = plt.gca() if ax is None else ax
-    handles = []
     for number, ((rows, column, name), marker) in enumerate(zip(drawn, cycle(MARKERS), strict=False)):
         low, high = (scale * rows[end] for end in _ends(column))
         value = scale * rows[column]
-        handles.append(
-            ax.errorbar(
-                rows["block_index"] + 0.2 * (number - (len(drawn) - 1) / 2),
-                value,
-                yerr=[value - low, high - value],
-                fmt=marker,
-                markersize=3,
-                linewidth=0,
-                elinewidth=0.7,
-                color=f"C{number}",
-                label=name,
-            )
+        ax.errorbar(
+            rows["block_index"] + 0.2 * (number - (len(drawn) - 1) / 2),
+            value,
+            yerr=[value - low, high - value],
+            fmt=marker,
+            markersize=3,
+            linewidth=0,
+            elinewidth=0.7,
+            color=f"C{number}",
+            label=name,
         )
     ax.axhline(0, color=MUTED, linewidth=0.7, zorder=0)
     ax.set(xlabel="block (index from 0)", ylabel=label)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    legend_above(ax, handles)
+    legend_above(ax, ax.get_legend_handles_labels()[0])
     return ax
 
 
@@ -98,7 +95,8 @@ def plot_shapley_interactions(frame: pd.DataFrame, ax: Axes | None = None, value
     blocks = np.arange(frame["first"].min(), frame["second"].max() + 1)
     both = pd.concat([frame, frame.rename(columns={"first": "second", "second": "first"})])
     table = both.pivot_table(index="first", columns="second", values=value).reindex(blocks, columns=blocks)
-    draw_map(ax, blocks, blocks, scale * table.to_numpy(np.float64), f"interaction, {label}")
+    label = "interaction (points of error)" if scale == 100 else f"interaction ({label})"
+    draw_map(ax, blocks, blocks, scale * table.to_numpy(np.float64), label)
     ax.set(xlabel="block (index from 0)", ylabel="block (index from 0)", aspect="equal")
     return ax
 
@@ -123,18 +121,26 @@ def plot_interaction_spectrum(frame: pd.DataFrame, ax: Axes | None = None) -> Ax
     frame = checked("frame", frame, name, [*by, "order"], [*_ends(name), "noise_share"])
     ax = plt.gca() if ax is None else ax
     groups = groups_of(frame, by, "order")
-    handles = []
     for number, ((group, rows), marker) in enumerate(zip(groups, cycle(MARKERS), strict=False)):
         at, value = rows["order"] + 0.12 * (number - (len(groups) - 1) / 2), 100 * rows[name]
         low, high = (100 * rows[end] for end in _ends(name))
-        style = {"marker": marker, "markersize": 3.5, "color": f"C{number}"}
-        bars = [(value - low).clip(lower=0), (high - value).clip(lower=0)]
-        handles.append(ax.errorbar(at, value, yerr=bars, linewidth=0.8, elinewidth=0.7, label=group, **style))
-        ax.plot(at, 100 * rows["noise_share"], linestyle="none", markerfacecolor="none", markeredgewidth=0.6, **style)
+        ax.errorbar(
+            at,
+            value,
+            yerr=[(value - low).clip(lower=0), (high - value).clip(lower=0)],
+            marker=marker,
+            markersize=3.5,
+            linewidth=0.8,
+            elinewidth=0.7,
+            color=f"C{number}",
+            label=group,
+        )
+        noise = 100 * rows["noise_share"]
+        ax.plot(at, noise, f"C{number}{marker}", markersize=3.5, markerfacecolor="none", markeredgewidth=0.6)
     whole_numbers_from_zero(ax)
     ax.set(xlabel="order (number of blocks that interact)", ylabel="share of the variance (%)")
     if by:
-        legend_above(ax, handles)
+        legend_above(ax, ax.get_legend_handles_labels()[0])
     return ax
 
 
