@@ -104,7 +104,7 @@ def update_findings(folder: Path, data: Path | None = None, pages: Path | None =
         new = pd.concat([old[~old["notebook"].isin(new["notebook"])], new])
     new = new.sort_values("notebook", kind="stable")
     with write_then_rename(path) as temporary:
-        new.to_csv(temporary, index=False, float_format="%.6g")
+        new.to_csv(temporary, index=False, float_format="%.10g")
     frame, written = read_findings(path), [path]
     pages = pages or shipped_folder("notebooks")
     for page in (pages / "tables" / "findings.md", pages / "gallery.md"):
