@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import stat
 import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -103,18 +105,16 @@ def write_then_rename(path: Path) -> Iterator[Path]:
         The temporary path to write to.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix is kept, since writers such as matplotlib choose the format by it.
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".unfinished-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+    # The suffix is kept, since writers such as matplotlib choose the format by it. Not mkstemp: the final file has the
+    # default permissions, which os.umask only tells by setting them, for all threads.
+    temporary = path.parent / f".unfinished-{uuid.uuid4().hex}{path.suffix}"
+    temporary.touch(exist_ok=False)
+    permissions = stat.S_IMODE(temporary.stat().st_mode)
     try:
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
-        # mkstemp creates private files; the final file gets the default permissions.
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
+        temporary.chmod(permissions)  # of what some writers put in its place
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -29,7 +29,7 @@ from resnet_paths.core.backward.recursion import (
     pull_back,
     pull_paths,
 )
-from resnet_paths.core.backward.tangents import differentiable_pullbacks, pushed_all
+from resnet_paths.core.backward.tangents import DIFFERENTIABLE_PULLBACKS, pushed_all
 from resnet_paths.core.backward.through_branches import Tangents, products_through_branches
 from resnet_paths.core.chain import ResidualChain, require_chain
 from resnet_paths.core.inputs import Inputs, each_tensor, num_examples, split
@@ -215,7 +215,7 @@ class Point(ForwardPass):
         if place.of_input:
             signature, tensors = Signature.of(*arguments_of(self.inputs))
             pieces = _apart(values, tensors)
-            with differentiable_pullbacks():
+            with DIFFERENTIABLE_PULLBACKS:
                 outputs, pull = linearize_all(self._beginning(signature), tensors)
             state, *context = pushed_all(pull, outputs, pieces)
         else:

@@ -10,7 +10,6 @@ import os
 import pickle
 import threading
 import uuid
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ import torch
 
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths._utils.fingerprint import fingerprint
+from resnet_paths._utils.threads import ignoring_warnings
 from resnet_paths.core.inputs import Inputs, each_tensor, num_examples, split
 from resnet_paths.core.placement import PRECISIONS, device_of
 from resnet_paths.lesions.measures import IGNORED, Measure, validate_outputs
@@ -246,6 +246,9 @@ def run_batch(runner: Runner, inputs: Inputs, labels: torch.Tensor | None, wante
     return runner.run(inputs, labels, wanted)
 
 
+_WITHOUT_SIZE_WARNINGS = ignoring_warnings("Sending large graph")  # that is what is done here, and done once
+
+
 def shared_with_workers(executor: Executor, runner: Runner) -> Any:
     """What to give an executor with each batch, so that the chains go to each worker once.
 
@@ -264,8 +267,7 @@ def shared_with_workers(executor: Executor, runner: Runner) -> Any:
         return runner
     # A task, not scattered data: its result is passed from worker to worker, and made again if those that hold it die.
     rebuild, arguments = runner.__reduce__()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sending large graph")  # that is what is done here, and done once
+    with _WITHOUT_SIZE_WARNINGS:
         return client.submit(rebuild, *arguments, pure=False)
 
 

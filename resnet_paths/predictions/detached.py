@@ -27,6 +27,7 @@ from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from resnet_paths._utils.errors import ResnetPathsError, nearest_names
+from resnet_paths._utils.threads import ONE_TRACE
 from resnet_paths.core.backward.linearize import Context, Pullback, linearize
 from resnet_paths.core.backward.operations import Step, linearize_operation
 from resnet_paths.core.backward.recursion import Linearizer
@@ -110,7 +111,8 @@ class Detached:
         """A module written by hand as the graph of its operations at this point."""
         if not context_read_by(module):
             try:
-                graph = make_fx(module, pre_dispatch=True)(state.clone())
+                with ONE_TRACE:
+                    graph = make_fx(module, pre_dispatch=True)(state.clone())
             except Exception:
                 graph = None
             if graph is not None:

@@ -28,7 +28,7 @@ from resnet_paths._utils.statistics import mean_over_examples, rate_interval
 from resnet_paths.core.backward.forward import ForwardPass, prepared, split_to_fit
 from resnet_paths.core.backward.linearize import Context, Pullback, unchanged
 from resnet_paths.core.backward.recursion import Linearizer
-from resnet_paths.core.backward.tangents import differentiable_pullbacks, pushed
+from resnet_paths.core.backward.tangents import DIFFERENTIABLE_PULLBACKS, pushed
 from resnet_paths.core.chain import Block, ResidualChain, require_chain
 from resnet_paths.core.inputs import InputsOrLoader, batches_with_bar
 from resnet_paths.core.modes import require_eval_mode
@@ -195,7 +195,7 @@ class _Push:
 
     def through_part(self, part: nn.Module, state: torch.Tensor, tangents: _Tangents) -> tuple[torch.Tensor, _Tangents]:
         """Output and tangents of a part."""
-        with differentiable_pullbacks():
+        with DIFFERENTIABLE_PULLBACKS:
             output, pullback = self.linearizer(part, state, self.context)
         return output, tangents.pushed(pullback, output)
 

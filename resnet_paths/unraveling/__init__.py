@@ -20,6 +20,7 @@ from torch._subclasses import FakeTensor
 
 from resnet_paths._utils.arguments import require_list
 from resnet_paths._utils.errors import ResnetPathsError, UnravelError
+from resnet_paths._utils.threads import ONE_TRACE
 from resnet_paths.core.chain import ResidualChain
 from resnet_paths.core.input_sizes import InputSizes
 from resnet_paths.core.modes import require_eval_mode
@@ -106,7 +107,7 @@ def unravel(
         return model
     args, kwargs = _check_arguments(model, example_inputs)
     signature, tensors = Signature.of(args, kwargs)
-    with untouched(model) as hooks:
+    with ONE_TRACE, untouched(model) as hooks:
         returned = _run(model, signature, tensors)
         hooks.silence()
         expected = chosen(returned, output)

@@ -1,6 +1,10 @@
-"""Every long call, stopped by hand in the middle: the chain and the numbers stay."""
+"""Every long call, stopped by hand in the middle or run by four threads at once: the chain and the numbers stay."""
 
 from __future__ import annotations
+
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pandas as pd
 import pytest
@@ -9,7 +13,7 @@ from torch import nn
 
 import resnet_paths as rp
 from resnet_paths.core.chain import ResidualChain
-from tests.chains import Plan, assert_same, inputs, random_chain, snapshot
+from tests.chains import Plan, assert_same, inputs, random_chain, random_model, snapshot
 
 PLAN = (3, tuple(Plan(3, "identity", False, False) for _ in range(4)))
 X, Y = inputs(8), torch.arange(8) % 3
@@ -32,6 +36,9 @@ CALLS = {
         chain, loader, **drawn(method="sampled", num_draws=20)
     ),
     "gradient_by_stage_lengths": lambda chain, loader: rp.gradient_by_stage_lengths(chain, loader, **QUIET),
+    "gradient_by_path_length of weights": lambda chain, loader: rp.gradient_by_path_length(
+        chain, loader, with_respect_to=("parameters", "block1"), **QUIET
+    ),
     "gradient_through_block": lambda chain, loader: rp.gradient_through_block(chain, loader, **QUIET),
     "iterative_inference": lambda chain, loader: rp.iterative_inference(chain, loader, **QUIET),
     "jacobian_svd": lambda chain, loader: rp.jacobian_svd(chain, loader, rank=1, tolerance=0, **QUIET).to_frame(),
@@ -109,3 +116,85 @@ def test_bars_state_batches_and_examples(name, capsys):
     bar = capsys.readouterr().err
     assert "3batch" in bar
     assert "8 examples" in bar
+
+
+# Threads
+
+
+class Attending(nn.Module):
+    """A branch with attention and a normalisation: fused kernels, and graphs that are traced while the call runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.mix = nn.LayerNorm(3), nn.Linear(3, 3)
+
+    def forward(self, x):
+        tokens = self.norm(x)[:, None, :, None]
+        return self.mix(nn.functional.scaled_dot_product_attention(tokens, tokens, tokens)[:, 0, :, 0])
+
+
+def attending_chain():
+    chain = random_chain(PLAN)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        branch = Attending().double().eval()
+    blocks = [block.replace(branch=branch) if block is chain[2] else block for block in chain]
+    chain = ResidualChain(chain.stem, blocks, chain.head).eval()
+    chain[1].branch[0].requires_grad_(False)
+    return chain
+
+
+def state_of_process():
+    """What torch and Python keep for all threads, and a call might leave changed."""
+    return {
+        "module": (nn.Module.__call__, nn.Module.__getattr__),
+        "kernels": (torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled()),
+        "modes": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()),
+        "transforms": torch._C._functorch.maybe_current_level(),
+        "streams": (sys.stdout, sys.stderr),
+    }
+
+
+@pytest.fixture
+def switching():
+    """Threads take turns fifty times as often, so that each is stopped in the middle of whatever it does."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.fixture(scope="module")
+def alone_with_attention():
+    return {name: call(attending_chain(), BATCHES) for name, call in CALLS.items()}
+
+
+@pytest.mark.parametrize(
+    "calls", [[name] for name in CALLS] + [list(CALLS)[i::4] for i in range(4)], ids=lambda calls: " + ".join(calls)
+)
+def test_four_threads_on_one_chain_get_the_numbers_of_one(calls, alone_with_attention, switching):
+    chain, together = attending_chain(), threading.Barrier(4)  # a new one, for which nothing is in any cache
+    before, process, outputs = snapshot(chain), state_of_process(), chain(X).detach()
+
+    def run(number):
+        name = calls[number % len(calls)]
+        together.wait(30)
+        same(CALLS[name](chain, BATCHES), alone_with_attention[name])
+        assert torch.allclose(chain(X), outputs, rtol=1e-12, atol=1e-12)
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(run, range(4)))
+    assert_same(before, snapshot(chain))
+    assert state_of_process() == process
+
+
+def test_models_are_unraveled_by_four_threads_at_once(switching):
+    model, process = random_model(PLAN), state_of_process()
+
+    def run(_):
+        return rp.unravel(model, X)(X)
+
+    with ThreadPoolExecutor(4) as threads:
+        outputs = list(threads.map(run, range(4)))
+    assert all(torch.equal(output, model(X)) for output in outputs)
+    assert state_of_process() == process

@@ -20,7 +20,7 @@ from torch import nn
 from torch.fx import Node
 
 from resnet_paths._utils.devices import wide
-from resnet_paths.core.backward.operations import Step, linearize_operation, without_vmap_warnings
+from resnet_paths.core.backward.operations import WITHOUT_VMAP_WARNINGS, Step, linearize_operation
 from resnet_paths.core.input_sizes import CheckedInputs
 from resnet_paths.core.parts import LinearCombination, Placed, context_read_by
 from resnet_paths.core.segments import Segment
@@ -33,6 +33,7 @@ __all__ = [
     "linearize",
     "linearize_all",
     "unchanged",
+    "vjp_of_each",
     "with_constant",
 ]
 
@@ -238,14 +239,25 @@ def _linearize_by_autograd(
 
     def pull(stacks: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         live = [(y, v) for y, v in zip(results, stacks, strict=True) if y.requires_grad]
-        return _vjp_of_each([y for y, _ in live], leaves, [v for _, v in live], len(stacks[0]))
+        return vjp_of_each([y for y, _ in live], leaves, [v for _, v in live], len(stacks[0]))
 
     return [y.detach() for y in results], pull
 
 
-def _vjp_of_each(
+def vjp_of_each(
     outputs: list[torch.Tensor], inputs: Sequence[torch.Tensor], stacks: list[torch.Tensor], size: int
 ) -> tuple[torch.Tensor, ...]:
+    """Vector-Jacobian products with each row of a stack, by autograd.
+
+    Args:
+        outputs: Tensors that require a gradient.
+        inputs: What they are functions of; those that require no gradient get zeros.
+        stacks: Cotangents of each output, [K, *output.shape].
+        size: K.
+
+    Returns:
+        Cotangents of each input, [K, *input.shape].
+    """
     wanted = [x for x in inputs if x.requires_grad]
 
     def vjp(cotangents: list[torch.Tensor], *, batched: bool) -> list[torch.Tensor | None]:
@@ -264,7 +276,7 @@ def _vjp_of_each(
         )
 
     try:
-        with without_vmap_warnings():
+        with WITHOUT_VMAP_WARNINGS:
             found = vjp(stacks, batched=True)
     except RuntimeError:  # an operation that vmap does not know, such as an autograd.Function of the user's
         rows = [vjp([stack[k] for stack in stacks], batched=False) for k in range(size)]

@@ -10,9 +10,9 @@ one of ``_OPERAND`` where the first argument is not the operand.
 
 from __future__ import annotations
 
+import contextlib
 import operator
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeGuard
 
@@ -20,7 +20,9 @@ import torch
 from torch.fx import Node
 from torch.nn import functional as F
 
-__all__ = ["Step", "linearize_operation", "without_vmap_warnings"]
+from resnet_paths._utils.threads import SharedContext
+
+__all__ = ["WITHOUT_VMAP_WARNINGS", "Step", "linearize_operation"]
 
 aten = torch.ops.aten
 
@@ -155,7 +157,7 @@ def _linearize_by_vjp(
                 cotangents[i] if i in cotangents else results[i].new_zeros(size, *results[i].shape) for i in carrying
             ]
         try:
-            with without_vmap_warnings():
+            with WITHOUT_VMAP_WARNINGS:
                 return list(torch.vmap(vjp)(stacks))
         except RuntimeError:  # an operation that vmap does not know, or gets wrong
             rows = [vjp(list(row)) for row in zip(*stacks, strict=True)]
@@ -164,12 +166,18 @@ def _linearize_by_vjp(
     return value, Step([operands[i] for i in kept], pullback)
 
 
-class without_vmap_warnings(warnings.catch_warnings):  # noqa: N801 - reads as the statement that it is
-    """Say nothing of operations that vmap takes one by one: slow, not wrong."""
+@contextlib.contextmanager
+def _without_vmap_warnings() -> Iterator[None]:
+    # Not a filter: torch itself saves and restores the list of filters in the threads that run here.
+    torch._C._functorch._set_vmap_fallback_warning_enabled(False)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch._C._functorch._set_vmap_fallback_warning_enabled(True)  # type: ignore[attr-defined]
 
-    def __enter__(self) -> None:
-        super().__enter__()
-        warnings.filterwarnings("ignore", message=".*performance drop.*")
+
+WITHOUT_VMAP_WARNINGS = SharedContext(_without_vmap_warnings)
+"""Says nothing of operations that vmap takes one by one: slow, not wrong."""
 
 
 def _transposed_convolution(

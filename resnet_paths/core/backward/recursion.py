@@ -25,9 +25,10 @@ import torch
 from torch import nn
 
 from resnet_paths._utils.errors import ResnetPathsError
+from resnet_paths._utils.threads import requiring_gradients
 from resnet_paths.core.backward.cotangents import Cotangents, Stack, combined, joined, placed, with_more
 from resnet_paths.core.backward.forward import states_from
-from resnet_paths.core.backward.linearize import Context, Pullback, linearize, unchanged
+from resnet_paths.core.backward.linearize import Context, Pullback, linearize, unchanged, vjp_of_each
 from resnet_paths.core.chain import Block, ResidualChain
 from resnet_paths.core.parts import call_part, context_read_by
 from resnet_paths.core.paths import Path, branch_number
@@ -342,18 +343,18 @@ def parameter_cotangents(
         A stack of vectors: the gradients for all parameters of the block, end to end, in the order in which
         ``block.named_parameters()`` gives them.
     """
-    parameters = {name: p.detach() for name, p in block.named_parameters() if p.is_floating_point()}
+    # Not functional_call, which for a moment puts other tensors into the block that all threads share.
+    parameters = [p for p in block.parameters() if p.is_floating_point()]
     names = context_read_by(block)
     columns = []
     for example in range(stack.exponents.shape[2]):
-        one = state[example : example + 1]
         context = {name: value for name, value in context_of(example).items() if name in names} if names else {}
-
-        def output_of(values: dict[str, torch.Tensor], one: Any = one, context: Any = context) -> Any:
-            return torch.func.functional_call(block, values, (one.clone(),), context)
-
-        vjp = torch.func.vjp(output_of, parameters)[1]
-        (found,) = torch.vmap(vjp)(stack.values[:, :, example : example + 1].flatten(0, 1))
-        columns.append(torch.cat([found[name].flatten(1) for name in parameters], 1))
+        rows = stack.values[:, :, example : example + 1].flatten(0, 1)
+        with requiring_gradients(parameters):
+            with torch.enable_grad():
+                output = block(state[example : example + 1].clone(), **context)
+            live = [output] if output.requires_grad else []
+            found = vjp_of_each(live, parameters, [rows] * len(live), len(rows))
+        columns.append(torch.cat([gradient.flatten(1) for gradient in found], 1))
     values = torch.stack(columns, 1).view(*stack.exponents.shape, -1)
     return replace(stack, values=values).renormalised()

@@ -6,26 +6,19 @@ differentiation this works for every linearization, and for operations without a
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from resnet_paths._utils.threads import SharedContext
 from resnet_paths.core.backward.linearize import Pullback, unchanged
 
-__all__ = ["differentiable_pullbacks", "pushed", "pushed_all"]
+__all__ = ["DIFFERENTIABLE_PULLBACKS", "pushed", "pushed_all"]
 
 
-@contextlib.contextmanager
-def differentiable_pullbacks() -> Iterator[None]:
-    """Context in which to linearize parts for `pushed`: the backward pass of fused attention is not differentiable.
-
-    Yields:
-        Nothing.
-    """
-    with sdpa_kernel(SDPBackend.MATH):
-        yield
+DIFFERENTIABLE_PULLBACKS = SharedContext(lambda: sdpa_kernel(SDPBackend.MATH))
+"""Context in which to linearize parts for `pushed`: the backward pass of fused attention is not differentiable."""
 
 
 def pushed(
@@ -37,7 +30,7 @@ def pushed(
     """The tangents of the output of a part: Jacobian-vector products.
 
     Args:
-        pullback: Transposed Jacobian of the part, from a linearization within `differentiable_pullbacks`.
+        pullback: Transposed Jacobian of the part, from a linearization within `DIFFERENTIABLE_PULLBACKS`.
         output: Output of the part at the point, [batch, ...].
         tangents: Tangents of its input, [K, *state.shape].
         context: Tangents of what it reads of the context, by name.
@@ -48,7 +41,7 @@ def pushed(
     Example:
         >>> from resnet_paths.core.backward.linearize import linearize
         >>> layer = torch.nn.Linear(2, 3, bias=False)
-        >>> with differentiable_pullbacks():
+        >>> with DIFFERENTIABLE_PULLBACKS:
         ...     output, pullback = linearize(layer, torch.ones(1, 2))
         >>> tangents = torch.eye(2)[:, None]
         >>> torch.equal(pushed(pullback, output, tangents)[:, 0].T, layer.weight)
@@ -76,7 +69,7 @@ def pushed_all(
         Tangents of the outputs, [K, *output.shape].
     """
     size = len(tangents[0])
-    with torch.enable_grad(), differentiable_pullbacks():
+    with torch.enable_grad(), DIFFERENTIABLE_PULLBACKS:
         cotangents = [tangents[0].new_zeros(size, *y.shape, dtype=y.dtype).requires_grad_() for y in outputs]
         pairs = [(back, t) for back, t in zip(pull(cotangents), tangents, strict=True) if back.requires_grad]
         if not pairs:  # a constant

@@ -18,7 +18,7 @@ from torch import nn
 from resnet_paths._utils.devices import wide
 from resnet_paths.core.backward.cotangents import Cotangents, Stack
 from resnet_paths.core.backward.linearize import Context, Pullback, linearize
-from resnet_paths.core.backward.tangents import differentiable_pullbacks, pushed
+from resnet_paths.core.backward.tangents import DIFFERENTIABLE_PULLBACKS, pushed
 from resnet_paths.core.chain import Block, ResidualChain
 
 __all__ = ["Tangents", "products_through_branches"]
@@ -78,7 +78,7 @@ def products_through_branches(
         be multiplied with.
     """
     for index, cotangents in zip(range(down_to, len(chain)), above, strict=True):
-        with differentiable_pullbacks():
+        with DIFFERENTIABLE_PULLBACKS:
             pushed_block = _PushedBlock.of(chain[index], states[index], context, direction)
         behind = cotangents.pulled(pushed_block.post)
         pairs = [(behind.state, pushed_block.branches)]
