@@ -14,7 +14,9 @@ from contextlib import AbstractContextManager
 
 import torch
 
-__all__ = ["ONE_TRACE", "SharedContext", "ignoring_warnings", "requiring_gradients"]
+from resnet_paths._utils.errors import ResnetPathsError
+
+__all__ = ["ONE_TRACE", "SharedContext", "ignoring_warnings", "refuse_fork_after_autograd", "requiring_gradients"]
 
 ONE_TRACE = threading.RLock()
 """Held while a module is traced or exported: meanwhile torch replaces ``nn.Module.__call__``, for the whole process."""
@@ -107,3 +109,24 @@ def requiring_gradients(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
                 if not _NUM_REQUIRING[id(tensor)]:
                     del _NUM_REQUIRING[id(tensor)]
                     tensor.requires_grad_(False)
+
+
+@torch.inference_mode(False)
+def refuse_fork_after_autograd() -> None:
+    """Validate that autograd runs in this process: not if it ran before the fork, since its threads are not copied.
+
+    Raises:
+        ResnetPathsError: If it does not.
+    """
+    with torch.enable_grad():
+        leaf = torch.ones(1, requires_grad=True)
+        product = leaf * leaf
+    try:
+        torch.autograd.grad(product, leaf)
+    except RuntimeError as error:
+        raise ResnetPathsError(
+            "process",
+            "a fork of a process in which autograd had run",
+            "one that was spawned, or forked before any backward pass",
+            "Pass mp_context=multiprocessing.get_context('spawn') or 'forkserver' to the pool.",
+        ) from error

@@ -109,7 +109,8 @@ def lesion_study(
         store: Folder of finished batches, created if missing. A study that was stopped, or that has more lesions than
             before, computes only what is missing, and ends with the same frame. The folder may hold several
             studies, also at once, and may be read-only if nothing is missing. The loader must give the same batches
-            each time.
+            each time. Batches are found whatever the device, the number of threads and `batch_budget` were: these
+            change results by rounding only.
         executor: Any `concurrent.futures.Executor`, such as Dask's ``client.get_executor()``: batches are spread over
             its workers. The chain is sent to each worker once.
         device: Where to run; ``"auto"`` is where the chain is, or the accelerator if the chain is on the CPU and there

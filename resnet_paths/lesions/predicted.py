@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from resnet_paths._utils.devices import wide
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths._utils.statistics import mean_over_items
+from resnet_paths._utils.threads import refuse_fork_after_autograd
 from resnet_paths.core.chain import Block, ResidualChain, require_chain
 from resnet_paths.core.inputs import Inputs, each_tensor, num_examples, require_loader, unpack, unpack_optional
 from resnet_paths.core.modes import require_eval_mode
@@ -229,6 +230,7 @@ def _differentiable(measures: object) -> tuple[Measure, ...]:
 
 
 def _of_batch(chain: ResidualChain, inputs: Inputs, labels: torch.Tensor | None, scored: _Scored) -> _BatchScores:
+    refuse_fork_after_autograd()
     args, kwargs = arguments_of(inputs)
     with torch.no_grad():
         start, context = chain.begin(*args, **kwargs)

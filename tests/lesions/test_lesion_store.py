@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
-import multiprocessing
 import os
-import random
-import signal
-import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -19,42 +15,17 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
-from tqdm import tqdm
 
 import resnet_paths as rp
-from resnet_paths.core.chain import ResidualChain
 from resnet_paths.lesions import store as store_module
 from resnet_paths.lesions.store import Store
 from tests.chains import inputs, random_chain
+from tests.lesions.killed_studies import counts, in_a_process, looks_of, parts, paused_chain
 from tests.lesions.test_lesion_options import norm_chain, study
 from tests.lesions.test_lesions import STEADY, labelled
+from tests.processes import server
 
 same = pd.testing.assert_frame_equal
-
-
-class Paused(nn.Module):
-    """A stem that takes its time."""
-
-    def __init__(self, part, seconds):
-        super().__init__()
-        self.part, self.seconds = part, seconds
-
-    def forward(self, x):
-        time.sleep(self.seconds)
-        return self.part(x)
-
-
-def parts(folder):
-    return sorted(Path(folder).glob("*/[!.]*.safetensors"))
-
-
-def looks_of(folder):
-    """Each part with what would change if it were written again."""
-    return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in parts(folder)}
-
-
-def counts(frame):
-    return frame.attrs["batches_computed"], frame.attrs["batches_found"]
 
 
 def test_a_function_is_found_by_its_key(tmp_path):
@@ -414,72 +385,18 @@ def test_what_a_killed_study_left_half_written_is_no_part(tmp_path):
 # Several processes
 
 
-def slow_chain():
-    chain = random_chain(STEADY)
-    return ResidualChain(Paused(chain.stem, 0.004), chain, chain.head).eval()
-
-
-def in_a_process(folder, num_images, result):
-    torch.set_num_threads(1)
-    tqdm.set_lock(threading.RLock())  # its own between processes would be left behind by a kill
-    while not folder.with_suffix(".go").exists():
-        time.sleep(0.001)
-    sync = os.fsync
-    os.fsync = lambda handle: (time.sleep(0.002), sync(handle))[1]  # so that some are killed as they write
-    frame = study(slow_chain(), labelled(num_images), store=folder)
-    frame.to_pickle(result)
-
-
-@pytest.fixture(scope="module")
-def server():
-    """Processes that begin with everything imported."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.lesions.test_lesion_store"])
-    return context
-
-
 @pytest.mark.slow
-def test_two_studies_at_once_on_one_store(server, tmp_path):
+def test_two_studies_at_once_on_one_store(tmp_path):
     folder, results = tmp_path / "store", [tmp_path / "one", tmp_path / "other"]
-    studies = [server.Process(target=in_a_process, args=(folder, 150, result)) for result in results]
+    studies = [server().Process(target=in_a_process, args=(folder, 19, result)) for result in results]
     for process in studies:
         process.start()
     folder.with_suffix(".go").touch()
     for process in studies:
         process.join(120)
-    plain = study(random_chain(STEADY), labelled(150))
+    plain = study(random_chain(STEADY), labelled(152))
     for result in results:
         same(pd.read_pickle(result), plain)
     assert len(parts(folder)) == 19
     assert not list(folder.glob("*/.unfinished-*"))
-    assert counts(study(slow_chain(), labelled(150), store=folder)) == (0, 19)
-
-
-@pytest.mark.slow
-def test_a_driver_that_is_killed_again_and_again_loses_and_repeats_nothing(server, tmp_path):
-    folder, result, moments = tmp_path / "store", tmp_path / "result", random.Random(0)
-    folder.with_suffix(".go").touch()
-    kept, half_written = {}, 0
-    for _ in range(20):
-        process = server.Process(target=in_a_process, args=(folder, 1200, result))
-        process.start()
-        deadline = time.monotonic() + 60
-        while len(parts(folder)) == len(kept) and time.monotonic() < deadline:  # until it has got somewhere
-            time.sleep(0.001)
-        time.sleep(moments.uniform(0, 0.05))
-        process.kill()
-        process.join(60)
-        assert process.exitcode == -signal.SIGKILL
-        now = looks_of(folder)
-        assert now.items() >= kept.items()  # no finished part was written again
-        assert len(now) > len(kept)
-        kept, half_written = now, len(list(folder.glob("*/.unfinished-*")))
-    assert half_written < 20  # they stay, and are harmless
-    process = server.Process(target=in_a_process, args=(folder, 1200, result))
-    process.start()
-    process.join(120)
-    frame = pd.read_pickle(result)
-    assert counts(frame) == (150 - len(kept), len(kept))
-    assert len(parts(folder)) == 150
-    assert looks_of(folder).items() >= kept.items()
-    same(frame, study(random_chain(STEADY), labelled(1200)))
+    assert counts(study(paused_chain(), labelled(152), store=folder)) == (0, 19)

@@ -11,7 +11,7 @@ from torch import nn
 
 import resnet_paths as rp
 from resnet_paths.core.chain import Block, ResidualChain
-from tests.lesions.test_lesion_store import counts
+from tests.lesions.killed_studies import counts
 from tests.lesions.test_lesions import labelled
 
 FACTOR = 2.0

@@ -7,6 +7,7 @@ import gc
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -16,9 +17,10 @@ from torch import nn
 import resnet_paths as rp
 from resnet_paths.core.chain import ResidualChain
 from tests.chains import assert_same, inputs, random_chain, snapshot
+from tests.lesions.killed_studies import counts
 from tests.lesions.test_lesion_options import study
-from tests.lesions.test_lesion_store import counts
 from tests.lesions.test_lesions import STEADY, labelled
+from tests.project.test_interrupts import CALLS as INSTRUMENTS
 
 same = pd.testing.assert_frame_equal
 
@@ -256,6 +258,32 @@ def test_repeated_calls_hold_no_more_than_a_few(call):
     tensors, objects = held()
     assert tensors == before[0]
     assert objects - before[1] < 8  # not one object a call
+
+
+MANY = REPEATED | {
+    name: lambda c, x, y, call=call: call(c, [(x, y)]) for name, call in INSTRUMENTS.items() if name not in REPEATED
+}
+
+
+def resident():
+    """MiB of memory of this process; 0 where the system does not say."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20 if statm.exists() else 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("call", MANY)
+def test_two_hundred_calls_hold_no_more_than_a_few(call):
+    chain, x, y = random_chain((3, STEADY[1][:2])), inputs(1), torch.zeros(1, dtype=torch.int64)
+    for _ in range(20):
+        MANY[call](chain, x, y)
+    before, size = held(), resident()
+    for _ in range(200):
+        MANY[call](chain, x, y)
+    tensors, objects = held()
+    assert tensors == before[0]
+    assert objects - before[1] < 20
+    assert resident() - size < 8
 
 
 # Weights replaced behind a chain

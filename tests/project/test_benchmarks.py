@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import math
+import re
 import subprocess
 import sys
 import types
@@ -289,12 +291,21 @@ def test_the_table_of_deep_chains_has_a_row_for_each_function():
     )
     assert done.returncode == 0, done.stderr
     head, rule, *rows = done.stdout.splitlines()
-    assert head.count("|") == rule.count("|") == 4
+    assert head.count("|") == rule.count("|") == 5
     assert len(rows) == len(depth.LINEAR) + len(depth.QUADRATIC)
     for line in rows:
-        _, _, seconds, mebibytes, _ = line.split("|")
+        _, _, _, seconds, mebibytes, _ = line.split("|")
         assert 0 <= float(seconds) < 60
         assert float(mebibytes) >= 0
+
+
+def test_every_public_function_is_measured_on_deep_chains_or_has_a_reason():
+    from tests.benchmarks import depth
+
+    stub = Path(rp.__file__).with_suffix(".pyi").read_text()
+    public = {name for name in re.findall(r"as (\w+)", stub) if inspect.isfunction(getattr(rp, name))}
+    measured = {name.partition(",")[0] for name in depth.LINEAR | depth.QUADRATIC}
+    assert public == set(depth.WITHOUT) | {name for name in measured if not name.startswith("chain")}
 
 
 def test_a_cell_is_timed_quiet_and_beside_a_process_that_ends(monkeypatch):

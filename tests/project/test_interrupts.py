@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import pandas as pd
 import pytest
@@ -198,3 +199,32 @@ def test_models_are_unraveled_by_four_threads_at_once(switching):
         outputs = list(threads.map(run, range(4)))
     assert all(torch.equal(output, model(X)) for output in outputs)
     assert state_of_process() == process
+
+
+# Forks
+
+
+def call_of_fork(name):
+    try:
+        return CALLS[name](random_chain(PLAN), BATCHES)
+    except Exception as error:
+        return error
+
+
+@pytest.fixture(scope="module")
+def forked():
+    """What the calls return or raise in a fork of a process in which autograd has run."""
+    leaf = torch.ones(1, requires_grad=True)
+    torch.autograd.grad(leaf * leaf, leaf)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
+        return dict(zip(CALLS, pool.map(call_of_fork, CALLS), strict=True))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_calls_in_a_fork_are_right_or_say_why_not(name, forked, alone):
+    """Blocks are only run forward in a study, and in the norms."""
+    if name in {"block_norms", "lesion_study"}:
+        same(forked[name], alone[name])
+    else:
+        with pytest.raises(rp.ResnetPathsError, match=r"process: got a fork .* autograd.*; allowed: .*'spawn'"):
+            raise forked[name]

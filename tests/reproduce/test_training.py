@@ -18,7 +18,7 @@ from resnet_paths.reproduce.training import TrainingSettings, train
 from resnet_paths.reproduce.training.settings import learning_rate_at
 from resnet_paths.zoo import build_network, load_network
 from resnet_paths.zoo.weights import read_metadata, read_tensors, write_tensors
-from tests.reproduce.small_runs import killed_and_resumed, same_run, start_training
+from tests.reproduce.small_runs import same_run, start_training
 
 SETTINGS = TrainingSettings("plain-20", epochs=3, batch_size=16, seed=4)
 NAME = "plain-20-seed4"
@@ -258,22 +258,6 @@ def test_resuming_in_mixed_precision_is_the_same_run(run, tmp_path, monkeypatch)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "stopped", settings)
     same_run(run(tmp_path / "stopped", settings), run(tmp_path / "whole", settings))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "moments",
-    [
-        [("half a file", 1), ("in a batch", 4), ("half a file", 2), ("half a file", 2)],
-        # Renames: checkpoint and log after each epoch, then log and weights.
-        [("before the rename", 1), ("after the rename", 1), ("before the rename", 5), ("after the rename", 2)],
-    ],
-)
-def test_killed_at_several_moments_and_resumed_is_the_same_run(run, uninterrupted, tmp_path, moments):
-    folder = tmp_path / "runs"
-    killed_and_resumed(folder, SETTINGS, moments)
-    assert [name for name in names_in(folder) if name[0] != "."] == [f"{NAME}.csv", f"{NAME}.safetensors"]
-    same_run(folder / f"{NAME}.safetensors", run(uninterrupted))
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 
 from resnet_paths._utils.errors import ResnetPathsError
+from resnet_paths._utils.threads import refuse_fork_after_autograd
 from resnet_paths.core.backward.linearize import Context
 from resnet_paths.core.chain import ResidualChain
 from resnet_paths.core.inputs import Inputs, each_tensor, num_examples, split
@@ -95,8 +96,9 @@ def prepared(chain: ResidualChain, inputs: Inputs, targets: T) -> tuple[Inputs, 
         Inputs and targets.
 
     Raises:
-        ResnetPathsError: If the inputs hold no example.
+        ResnetPathsError: If the inputs hold no example, or autograd does not run in this process.
     """
+    refuse_fork_after_autograd()
     device = device_of(chain)
     inputs, targets = each_tensor(lambda t: _ordinary(t.to(device)), (inputs, targets))
     if not num_examples(inputs):

@@ -1,0 +1,39 @@
+"""The short form of the command that counts kills with identical results."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.benchmarks import kills
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", kills.KINDS)
+def test_every_kill_is_followed_by_identical_results(kind):
+    if kind.startswith("Dask"):
+        pytest.importorskip("distributed")
+    command = [sys.executable, "-m", "tests.benchmarks.kills", "--short", "--only", kind]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    times = kills.KINDS[kind].times_in_short
+    assert f"| {kind} | {times} | {times} of {times} |" in done.stdout
+
+
+def test_a_kind_that_is_not_as_it_should_be_fails_the_command(monkeypatch, capsys):
+    def broken(times, scratch):
+        raise AssertionError("another frame")
+
+    kinds = {"one": kills.Kind(lambda times, scratch: times - 1, 3, 2), "other": kills.Kind(broken, 3, 2)}
+    monkeypatch.setattr(kills, "KINDS", kinds | {"good": kills.Kind(lambda times, scratch: times, 3, 2)})
+    monkeypatch.setattr(sys, "argv", ["kills", "--short"])
+    assert kills.main() == 1
+    rows = capsys.readouterr().out
+    assert "| one | 2 | 1 of 2 |" in rows
+    assert "| other | 2 | 0 of 2 |" in rows
+    assert "| good | 2 | 2 of 2 |" in rows
