@@ -14,6 +14,7 @@ from typing import SupportsIndex, TypeVar
 import numpy as np
 import pandas as pd
 import torch
+from torch import nn
 
 from resnet_paths._utils.errors import ResnetPathsError
 
@@ -25,6 +26,7 @@ __all__ = [
     "require_generator",
     "require_int",
     "require_list",
+    "require_module",
     "require_path",
 ]
 
@@ -138,6 +140,21 @@ def require_list(argument: str, value: Iterable[T], allowed: str, advice: str = 
         with contextlib.suppress(TypeError):  # a tensor of one number, or a class
             return list(received)
     raise ResnetPathsError(argument, value, allowed, advice)
+
+
+def require_module(argument: str, value: object, *, optional: bool = False) -> None:
+    """Validate a module: an instance, not a class or a function.
+
+    Args:
+        argument: Name of the argument, for the message.
+        value: The value received.
+        optional: Whether None is allowed.
+
+    Raises:
+        ResnetPathsError: If it is none.
+    """
+    if not isinstance(value, nn.Module) and not (optional and value is None):
+        raise ResnetPathsError(argument, value, "a torch.nn.Module, or None" if optional else "a torch.nn.Module")
 
 
 def require_path(argument: str, value: object) -> Path:

@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from resnet_paths._utils.arguments import is_boolean, require_int
+from resnet_paths._utils.arguments import is_boolean, require_int, require_list, require_module
 from resnet_paths._utils.errors import ResnetPathsError, nearest_names
 from resnet_paths.core.cache import ByBlock, Cache
 from resnet_paths.core.inputs import refusing_other_dtypes
@@ -55,7 +55,7 @@ class Block(nn.Module):
         out_shape: Shape of an output, likewise.
 
     Raises:
-        ResnetPathsError: If there is neither a skip nor a branch.
+        ResnetPathsError: If there is neither a skip nor a branch, or an argument is of another type.
     """
 
     def __init__(
@@ -73,10 +73,13 @@ class Block(nn.Module):
         out_shape: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
+        for argument, part in (("branch", branch), ("skip", skip), ("pre", pre), ("post", post)):
+            require_module(argument, part, optional=True)
+        if not isinstance(name, str):
+            raise ResnetPathsError("name", name, "a str")
         if branch is None and skip is None:
-            raise ResnetPathsError(
-                "skip", None, "a module where branch is None", f"Block {name!r} would cut the chain."
-            )
+            advice = f"Block {name!r} would cut the chain."
+            raise ResnetPathsError("skip", None, "a module where branch is None", advice)
         self.pre = pre if pre is not None else nn.Identity()
         self.pre_stays = pre_stays
         self.skip = skip
@@ -84,10 +87,9 @@ class Block(nn.Module):
         self.post = post if post is not None else nn.Identity()
         self.name = name
         if skip_kind is None and skip is not None:
-            kinds = {nn.Identity: "identity", Placed: "concat"}
-            skip_kind = kinds.get(type(skip), "projection")
+            skip_kind = {nn.Identity: "identity", Placed: "concat"}.get(type(skip), "projection")
         self.skip_kind = skip_kind
-        self.stage = stage
+        self.stage = require_int("stage", stage, 0)
         self.reads_context = context_read_by(self.pre, skip, branch, self.post)
         self.in_shape = None if in_shape is None else tuple(in_shape)
         self.out_shape = None if out_shape is None else tuple(out_shape)
@@ -190,8 +192,7 @@ class Block(nn.Module):
 
     def replace(self, **changes: Unpack[BlockFields]) -> Block:
         """A block that shares all parts with this one but those in `changes`, named as in `Block`."""
-        fields: dict[str, Any] = {field: getattr(self, field) for field in BlockFields.__annotations__}
-        fields.update(changes)
+        fields: dict[str, Any] = {field: getattr(self, field) for field in BlockFields.__annotations__} | dict(changes)
         block = Block(**fields)
         block.training = self.training  # not block.train(): the parts are shared
         return block
@@ -222,7 +223,7 @@ class ResidualChain(nn.Module):
             each name.
 
     Raises:
-        ResnetPathsError: If two blocks have one name, or an output shape does not fit the next block's input.
+        ResnetPathsError: If two blocks have one name, shapes do not fit, or an argument is of another type.
 
     Example:
         >>> blocks = [Block(nn.Linear(4, 4), nn.Identity(), name=f"block{i}") for i in range(3)]
@@ -235,9 +236,13 @@ class ResidualChain(nn.Module):
         self, stem: nn.Module, blocks: Iterable[Block], head: nn.Module, context_names: Sequence[str] = ()
     ) -> None:
         super().__init__()
-        blocks = list(blocks)
+        require_module("stem", stem)
+        require_module("head", head)
+        blocks = require_list("blocks", blocks, "a list of Block")
         seen: set[str] = set()
         for block in blocks:
+            if not isinstance(block, Block):
+                raise ResnetPathsError("blocks", block, "a list of Block")
             if block.name and block.name in seen:
                 raise ResnetPathsError("blocks", block.name, "blocks with different names")
             seen.add(block.name)

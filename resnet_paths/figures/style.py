@@ -21,6 +21,7 @@ from matplotlib.rcsetup import cycler
 from torch import nn
 
 import resnet_paths
+from resnet_paths._utils.arguments import require_int, require_module, require_path
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths._utils.files import write_then_rename
 from resnet_paths._utils.fingerprint import fingerprint
@@ -126,13 +127,14 @@ def save_figure(
 
     Raises:
         ResnetPathsError: If `fig` is not a figure, `data` is not a frame, `networks` are not networks, or `stem` is
-            empty or has one of the suffixes.
+            no path, is empty or has one of the suffixes.
     """
     if not isinstance(fig, Figure):
         raise ResnetPathsError("fig", type(fig).__name__, "a matplotlib Figure", "For Axes, pass ax.figure.")
     if data is not None and not isinstance(data, pd.DataFrame):
         raise ResnetPathsError("data", type(data).__name__, "a pandas DataFrame, or None")
-    stem = Path(stem)
+    stem = require_path("stem", stem)
+    seed = None if seed is None else require_int("seed", seed)
     suffixes = [f".{kind}" for kind in _METADATA] + [".csv"]
     if not stem.name or stem.name == ".." or stem.suffix.lower() in suffixes:
         raise ResnetPathsError(
@@ -169,11 +171,15 @@ def weights_hash(network: nn.Module) -> str:
     Returns:
         The first 16 hexadecimal digits of a SHA-256 over all parameters, independent of their names and order.
 
+    Raises:
+        ResnetPathsError: If it is not a module.
+
     Example:
         >>> same = nn.Linear(2, 2)
         >>> weights_hash(same) == weights_hash(nn.Sequential(same)) != weights_hash(nn.Linear(2, 2))
         True
     """
+    require_module("network", network)
     # A set, since a chain may contain a shared tensor twice.
     return fingerprint(*sorted({fingerprint(parameter.detach()) for parameter in network.parameters()}))[:16]
 

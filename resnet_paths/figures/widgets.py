@@ -21,6 +21,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from resnet_paths._utils.arguments import require_int
 from resnet_paths._utils.errors import ResnetPathsError, requires_extra
 from resnet_paths.core.block_norms import block_norms
 from resnet_paths.core.chain import ResidualChain
@@ -73,7 +74,7 @@ def explore_gradient_highway(depth: int = 20, weight: float = 1.0, activation: s
     Raises:
         ResnetPathsError: If a value is outside the range of its slider.
     """
-    _check_range("depth", depth, 1, 100)
+    depth = require_int("depth", depth, 1, 100)
     _check_range("weight", weight, -4, 4)
     if activation not in ACTIVATIONS:
         raise ResnetPathsError("activation", activation, " or ".join(map(repr, ACTIVATIONS)))
@@ -196,7 +197,7 @@ def explore_paths(num_blocks: int = 3) -> ipw.VBox:
     Raises:
         ResnetPathsError: If `num_blocks` is outside the range of its slider.
     """
-    _check_range("num_blocks", num_blocks, 1, _MAX_BLOCKS)
+    num_blocks = require_int("num_blocks", num_blocks, 1, _MAX_BLOCKS)
     buttons = {f"branch_{index}": _toggle(f"f{index + 1}", "branch of") for index in range(_MAX_BLOCKS)}
 
     def answer(axes: Sequence[Axes], num_blocks: int, **pressed: bool) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from resnet_paths._utils.arguments import require_float, require_frame
+from resnet_paths._utils.arguments import require_float, require_frame, require_int, require_list
 from resnet_paths._utils.errors import ResnetPathsError, nearest_names
 
 __all__ = ["PAPER_WINDOW", "EffectiveWindow", "GeometricDecay", "decay_factors", "effective_window", "fit_decay"]
@@ -147,7 +147,14 @@ def fit_decay(
     """
     values = _column(frame, quantity)
     k = frame["path_length"].to_numpy()
-    first, last = lengths if lengths is not None else (k[0], k[-1])
+    if lengths is None:
+        first, last = int(k[0]), int(k[-1])
+    else:
+        allowed = "a pair of path lengths, the first and the last of the fit, or None"
+        pair = [require_int("lengths", length, 0) for length in require_list("lengths", lengths, allowed)]
+        if len(pair) != 2:
+            raise ResnetPathsError("lengths", lengths, allowed)
+        first, last = pair
     chosen = (k >= first) & (k <= last) & (values > 0) & np.isfinite(values)
     if chosen.sum() < 4:
         raise ResnetPathsError("lengths", lengths, f"a range with at least four norms above 0; it has {chosen.sum()}")

@@ -7,6 +7,7 @@ Poisson binomial distribution of p_1, ..., p_n.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ import pandas as pd
 import torch
 from scipy import optimize
 
-from resnet_paths._utils.arguments import require_float, require_frame, require_int
+from resnet_paths._utils.arguments import require_float, require_frame, require_int, require_list
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths._utils.statistics import mean_over_examples
 from resnet_paths.core.backward.gains import Gains
@@ -43,11 +44,10 @@ def poisson_binomial(probabilities: Sequence[float] | np.ndarray | pd.Series) ->
         >>> poisson_binomial([0.5, 0.5]).tolist()
         [0.25, 0.5, 0.25]
     """
-    values = np.asarray(probabilities, dtype=float)
-    if values.ndim != 1 or not np.isfinite(values).all():
-        raise ResnetPathsError("probabilities", probabilities, "a list of finite numbers")
+    allowed = "a list of finite numbers"
+    values = [require_float("probabilities", p, allowed) for p in require_list("probabilities", probabilities, allowed)]
     law = np.ones(1)
-    for p in values.tolist():
+    for p in values:
         law = np.convolve(law, [1 - p, p])
     return law
 
@@ -187,7 +187,7 @@ def branch_probabilities(
     if place.of_parameters:
         raise ResnetPathsError("with_respect_to", with_respect_to, "'input', 'stem' or a block")
     memory_budget = require_int("memory_budget", memory_budget, 1)
-    power = require_float("power", power, "a number above 0")
+    power = require_float("power", power, "a number above 0", math.ulp(0.0))
     found = [
         _probabilities(point.gains(), place, power)
         for batch_inputs, batch_targets in batches_with_bar("branches", inputs, targets, progress)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 
 import pandas as pd
 
+from resnet_paths._utils.arguments import require_float, require_list
 from resnet_paths._utils.errors import ResnetPathsError
 
 __all__ = ["ACTIVATIONS", "scalar_gradients"]
@@ -42,10 +43,9 @@ def scalar_gradients(weights: Iterable[float], activation: str = "sigmoid", star
     """
     if activation not in ACTIVATIONS:
         raise ResnetPathsError("activation", activation, " or ".join(map(repr, ACTIVATIONS)))
-    weights = [float(weight) for weight in weights]
-    for argument, value in (("start", start), *(("weights", weight) for weight in weights)):
-        if not math.isfinite(value):
-            raise ResnetPathsError(argument, value, "finite numbers")
+    given = require_list("weights", weights, "a list of finite numbers")
+    weights = [float(require_float("weights", weight, "finite numbers")) for weight in given]
+    start = require_float("start", start)
     rows = [
         row
         for network, skip in (("plain", 0.0), ("residual", 1.0))

@@ -20,6 +20,7 @@ from scipy import stats
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from resnet_paths._utils.arguments import require_frame
 from resnet_paths._utils.devices import wide
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths._utils.statistics import mean_over_items
@@ -139,6 +140,8 @@ def score_correlations(predicted: pd.DataFrame, study: pd.DataFrame) -> pd.DataF
         ResnetPathsError: If a frame is of another kind, the study's rows are those of two, or fewer than three blocks
             are in both frames.
     """
+    require_frame("predicted", predicted)
+    require_frame("study", study)
     scores = [name for name in predicted if name in SCORES or _FIRST_ORDER.fullmatch(str(name))]
     if not set(SCORES) <= set(scores) or "blocks" not in predicted:
         raise ResnetPathsError("predicted", list(predicted.columns), "a frame of predicted_effects")

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from resnet_paths._utils.arguments import require_path
+from resnet_paths._utils.arguments import require_list, require_path
 from resnet_paths._utils.devices import choose_device
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths._utils.files import shipped_folder
@@ -148,7 +148,12 @@ def training_logs(names: str | Iterable[str] | None = None) -> pd.DataFrame:
         >>> training_logs("vgg-15").groupby(["network", "seed"]).test_error_rate.last().round(3).item()
         0.093
     """
-    names = NETWORKS if names is None else [names] if isinstance(names, str) else list(names)
+    if names is None:
+        names = NETWORKS
+    elif isinstance(names, str):
+        names = [names]
+    else:
+        names = require_list("names", names, "names of networks, or None for all")
     trained = [name for name in NETWORKS if weights_in(_shipped(), name)]
     for name in names:
         find_network(name)

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from resnet_paths._utils.arguments import require_generator, require_int
 from resnet_paths._utils.errors import ResnetPathsError, nearest_names
 from resnet_paths.zoo.densenet import DenseNet
 from resnet_paths.zoo.highway import HighwayNet
@@ -213,9 +214,13 @@ def build_network(
         The network, on the CPU, in float32.
 
     Raises:
-        ResnetPathsError: If the name is unknown, or `num_drawn_blocks` is invalid for the network.
+        ResnetPathsError: If the name is unknown, `num_drawn_blocks` is invalid for the network, or an argument is of
+            another kind.
     """
     facts = find_network(name)
+    require_generator("generator", generator)
+    in_channels = require_int("in_channels", in_channels, 1)
+    num_classes = require_int("num_classes", num_classes, 1)
     drawn = check_num_drawn_blocks(name, num_drawn_blocks)
     options = {} if drawn is None else {"num_drawn_blocks": drawn}
     with torch.device("meta"):

@@ -6,11 +6,13 @@ import inspect
 import pathlib
 import re
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
 import resnet_paths as rp
@@ -376,3 +378,157 @@ def test_every_public_function_is_in_the_table():
     stub = pathlib.Path(rp.__file__).with_suffix(".pyi").read_text()
     public = {name for name in re.findall(r"as (\w+)", stub) if inspect.isfunction(getattr(rp, name))}
     assert public - {"list_networks", "show_versions"} == set(FUNCTIONS)  # these have no arguments
+
+
+# Below the top level
+
+
+def plot_arguments(name):
+    """What a plot function needs beside its frame, and a wrong frame for each that it takes."""
+    parameters = list(inspect.signature(getattr(rp.figures, name)).parameters.values())
+    needed = [p.name for p in parameters[1:] if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    return {argument: pd.DataFrame() if argument == "study" else "path_length" for argument in needed}
+
+
+FRAME = pd.DataFrame({"path_length": [0, 1, 2, 3], "mean_path_gradient_norm": [1.0, 0.5, 0.25, 0.125]})
+FIGURE = Figure()
+MODULES = [3, "x", [], nn.Linear]
+NUMBERS = ["x", None, [], float("nan"), True]
+OTHERS = {
+    rp.figures.paper_style: [("column", [0, -1, *NUMBERS]), ("aspect", [0, -1, *NUMBERS])],
+    partial(rp.figures.save_figure, fig=FIGURE, stem="figure"): [
+        ("fig", [None, 3, "x"]),
+        ("stem", [5, b"x", "a\0b", [], 1.5, "", "a.pdf"]),
+        ("data", [3, "x", []]),
+        ("networks", [3, "x", []]),
+        ("seed", ["x", 1.5, [], True]),
+    ],
+    rp.figures.weights_hash: [("network", [None, *MODULES])],
+    rp.lesions.Precision: [("half_width", ["x", None, -1, 0, float("nan"), [], True])],
+    partial(rp.lesions.score_correlations, predicted=FRAME, study=FRAME): [
+        ("predicted", BAD["frame"]),
+        ("study", BAD["frame"]),
+    ],
+    partial(rp.gradients.block_independence, split=FRAME, through=FRAME): [
+        ("split", BAD["frame"]),
+        ("through", BAD["frame"]),
+    ],
+    rp.gradients.decay_factors: [("frame", BAD["frame"])],
+    partial(rp.gradients.fit_decay, frame=FRAME): [
+        ("frame", BAD["frame"]),
+        ("quantity", ["banana", 3, None]),
+        ("lengths", ["x", (1,), (2, 1), 5, ("a", "b"), (0, 1), (0, 1, 2), (0, None)]),
+    ],
+    rp.gradients.poisson_binomial: [("probabilities", ["x", None, 3, [None], ["x"], [float("nan")], [[1]], X])],
+    partial(rp.gradients.scalar_gradients, weights=[1.0]): [
+        ("weights", ["x", None, 3, [None], ["x"], [float("nan")], [[1]], X]),
+        ("activation", ["x", 3, None, []]),
+        ("start", NUMBERS),
+    ],
+    partial(rp.gradients.branch_probabilities, chain=CHAIN, inputs=X, targets=Y, progress=False): [
+        ("chain", BAD["chain"]),
+        ("inputs", BAD["inputs"]),
+        ("power", [0, -1, *NUMBERS]),
+        ("loss", BAD["loss"]),
+        ("with_respect_to", BAD["choice"]),
+        ("memory_budget", BAD["budget"]),
+    ],
+    rp.zoo.find_network: [("name", BAD["name"])],
+    rp.zoo.training_logs: [("names", ["banana", 3, [3], b"x", ["banana"], object()])],
+    partial(rp.zoo.build_network, name="plain-20", generator=GENERATOR): [
+        ("name", BAD["name"]),
+        ("generator", BAD["generator"]),
+        ("in_channels", BAD["int at least 1"]),
+        ("num_classes", BAD["int at least 1"]),
+        ("num_drawn_blocks", [3, "x", (1, 2)]),
+    ],
+    partial(rp.Block, branch=nn.Identity(), skip=nn.Identity()): [
+        ("branch", MODULES),
+        ("skip", MODULES),
+        ("pre", MODULES),
+        ("post", MODULES),
+        ("name", [3, None, [], b"x"]),
+        ("stage", ["x", 1.5, -1, [], True, None]),
+    ],
+    partial(rp.ResidualChain, stem=nn.Identity(), blocks=list(CHAIN), head=nn.Identity()): [
+        ("stem", [None, *MODULES]),
+        ("blocks", [None, 3, "x", [None], [3], [nn.Identity()], [CHAIN[0], CHAIN[0]], [CHAIN]]),
+        ("head", [None, *MODULES]),
+    ],
+    CHAIN[0].replace: [("branch", MODULES), ("skip", MODULES), ("stage", ["x", -1])],
+    CHAIN.with_head: [("head", [None, *MODULES])],
+    CHAIN.with_blocks: [("blocks", [None, 3, "x", [None], [3], [nn.Identity()]])],
+    CHAIN.block_index: [("block", BAD["block"])],
+    CHAIN.length_polynomial: [("unit", BAD["unit"])],
+}
+WIDGETS = {
+    "explore_blocks": {"chain": CHAIN, "loader": LOADER},
+    "explore_lesions": {"chain": CHAIN, "loader": LOADER},
+    "explore_prediction": {"chain": CHAIN, "images": X},
+}
+
+
+def of(function):
+    function = getattr(function, "func", function)
+    return getattr(function, "__qualname__", repr(function))
+
+
+def wrong_answers(call, argument, values):
+    """Those values for which a call does not raise one clear error."""
+    wrong = {}
+    for value in values:
+        try:
+            found = f"no error, but {type(call(**{argument: value})).__name__}"
+        except Exception as error:
+            found = error
+        if not isinstance(found, rp.ResnetPathsError) or not re.search(r"got .*; allowed: .", str(found), re.DOTALL):
+            wrong[repr(value)[:60]] = repr(found)[:160]
+    return wrong
+
+
+@pytest.mark.parametrize(
+    ("call", "argument", "values"),
+    [pytest.param(call, *case, id=f"{of(call)}-{case[0]}") for call, cases in OTHERS.items() for case in cases],
+)
+def test_a_wrong_value_below_the_top_level_is_one_clear_error(call, argument, values, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert not wrong_answers(call, argument, values)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", [name for name in rp.figures.__all__ if name.startswith("plot_")])
+def test_a_wrong_frame_is_one_clear_error_of_each_figure(name):
+    function = getattr(rp.figures, name)
+    first = next(iter(inspect.signature(function).parameters.values()))
+    given = plot_arguments(name)
+
+    def call(frame):
+        return function(frame, **given) if first.kind is not first.VAR_POSITIONAL else function(frame, frame)
+
+    assert not wrong_answers(call, "frame", BAD["frame"])
+
+
+@pytest.mark.parametrize("name", WIDGETS)
+def test_a_wrong_chain_or_loader_is_one_clear_error_of_each_widget(name):
+    pytest.importorskip("ipywidgets")
+    for argument in WIDGETS[name]:
+        values = BAD["chain"] if argument == "chain" else [None, 3, object(), [3], ["x"]]
+        assert not wrong_answers(partial(getattr(rp.widgets, name), **WIDGETS[name]), argument, values)
+
+
+def test_sliders_refuse_what_is_outside_their_range():
+    pytest.importorskip("ipywidgets")
+    assert not wrong_answers(rp.widgets.explore_paths, "num_blocks", [*BAD["int at least 1"], 10**6])
+    highway = rp.widgets.explore_gradient_highway
+    assert not wrong_answers(highway, "depth", [*BAD["int at least 1"], 10**6])
+    assert not wrong_answers(highway, "weight", [*NUMBERS, 5])
+    assert not wrong_answers(highway, "activation", ["x", 3, None, []])
+
+
+def test_every_function_below_the_top_level_is_in_a_table():
+    tabled = {getattr(call, "func", call) for call in OTHERS}
+    for wing in (rp.figures, rp.lesions, rp.gradients, rp.zoo, rp.widgets):
+        for name in wing.__all__:
+            public = getattr(wing, name)
+            if inspect.isfunction(public) and name not in FUNCTIONS and not name.startswith(("plot_", "explore_")):
+                assert public in tabled or not inspect.signature(public).parameters, name

@@ -222,9 +222,9 @@ def forked():
 
 @pytest.mark.parametrize("name", CALLS)
 def test_calls_in_a_fork_are_right_or_say_why_not(name, forked, alone):
-    """Blocks are only run forward in a study, and in the norms."""
-    if name in {"block_norms", "lesion_study"}:
-        same(forked[name], alone[name])
+    """Without an accelerator autograd runs in forks; with one it does not, and blocks are only run forward."""
+    found = forked[name]
+    if isinstance(found, rp.ResnetPathsError) and name not in {"block_norms", "lesion_study"}:
+        assert "process: got 'a fork" in str(found)
     else:
-        with pytest.raises(rp.ResnetPathsError, match=r"process: got a fork .* autograd.*; allowed: .*'spawn'"):
-            raise forked[name]
+        same(found, alone[name])

@@ -9,7 +9,13 @@ import warnings
 import pytest
 import torch
 
-from resnet_paths._utils.threads import SharedContext, ignoring_warnings, requiring_gradients
+from resnet_paths._utils.errors import ResnetPathsError
+from resnet_paths._utils.threads import (
+    SharedContext,
+    ignoring_warnings,
+    refuse_fork_after_autograd,
+    requiring_gradients,
+)
 
 # Each order in which three contexts can be entered and left: as many threads do it.
 ORDERS = sorted(set(itertools.permutations([0, 0, 1, 1, 2, 2])))
@@ -65,3 +71,15 @@ def test_only_its_own_filter_of_warnings_is_removed():
 def test_a_filter_that_others_removed_is_no_error():
     with warnings.catch_warnings(), ignoring_warnings("slow"):
         warnings.resetwarnings()
+
+
+def test_a_fork_in_which_autograd_does_not_run_is_one_clear_error(monkeypatch):
+    refuse_fork_after_autograd()  # not one
+
+    def refuses(*args, **kwargs):
+        raise RuntimeError("Unable to handle autograd's threading in combination with fork-based multiprocessing.")
+
+    monkeypatch.setattr(torch.autograd, "grad", refuses)
+    with pytest.raises(ResnetPathsError, match=r"process: got 'a fork .* autograd.*; allowed: .*'spawn'") as caught:
+        refuse_fork_after_autograd()
+    assert "fork-based" in str(caught.value.__cause__)
