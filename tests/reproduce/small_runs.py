@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import pandas as pd
 import torch
 from nbformat.v4 import new_code_cell, new_notebook
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 from resnet_paths.reproduce.datasets import ImageDataset
 from resnet_paths.reproduce.runner import reproduce
@@ -227,6 +229,7 @@ def dying(moment, function, *arguments):
     """Call a function, and die at the call number `call` (from 1) of the step called `place`."""
     import safetensors.torch
 
+    tqdm.set_lock(threading.RLock())  # its own between processes would be left behind by a kill
     place, call = moment
     calls = 0
 
