@@ -118,6 +118,6 @@ def kill_dask_workers(times, _scratch=None):
                     yield batch
 
             frame = study(chain, until_killed(), executor=executor)
-            client.wait_for_workers(2, timeout=120)
+            client.wait_for_workers(2, timeout=300)
             good += frame.equals(plain) and pid not in client.run(os.getpid).values()
     return good
