@@ -22,7 +22,7 @@ from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths._utils.statistics import mean_over_examples
 from resnet_paths.core.backward.forward import ForwardPass, prepared, split_to_fit
 from resnet_paths.core.backward.linearize import Context, linearize, unchanged
-from resnet_paths.core.backward.tangents import differentiable_pullbacks, pushed
+from resnet_paths.core.backward.tangents import DIFFERENTIABLE_PULLBACKS, pushed
 from resnet_paths.core.chain import ResidualChain, require_chain
 from resnet_paths.core.inputs import InputsOrLoader, batches_with_bar
 from resnet_paths.core.modes import require_eval_mode
@@ -248,7 +248,7 @@ def _of_branch(
     block, state, context = chain[index], point.states[index], Context(point.context.values)
     branch = block.branch
     assert branch is not None  # it was chosen for that
-    with differentiable_pullbacks():
+    with DIFFERENTIABLE_PULLBACKS:
         shared, pre = linearize(block.pre, state, context)
         output, pullback = linearize(branch, shared, context)
 

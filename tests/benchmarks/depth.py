@@ -82,6 +82,8 @@ LINEAR: dict[str, Call] = {
     "gradient_by_depth": lambda c, n: rp.gradient_by_depth(c, X, Y),
     "gradient_through_block": lambda c, n: rp.gradient_through_block(c, X, Y),
     "path_length_moments": lambda c, n: rp.path_length_moments(c, X, Y),
+    "iterative_inference": lambda c, n: rp.iterative_inference(c, X, Y, **QUIET),
+    "jacobian_svd, of rank 2": lambda c, n: rp.jacobian_svd(c, X, rank=2, **QUIET),
     "gradient_by_path_length, up to 20": lambda c, n: rp.gradient_by_path_length(c, X, Y, max_length=min(20, n)),
 }
 QUADRATIC: dict[str, Call] = {
@@ -113,6 +115,7 @@ WITHOUT = {
     "load_network": "of no chain",
     "measure": "of a function",
     "pair_interactions": "of a frame",
+    "residual_alignment": "of a frame",
     "show_versions": "of no chain",
     "unravel": "of a model: takes what its export takes",
     "unraveled_graph": "2^n nodes",
