@@ -151,7 +151,7 @@ def require_module(argument: str, value: object, *, optional: bool = False) -> N
         optional: Whether None is allowed.
 
     Raises:
-        ResnetPathsError: If it is none.
+        ResnetPathsError: If it is not one.
     """
     if not isinstance(value, nn.Module) and not (optional and value is None):
         raise ResnetPathsError(argument, value, "a torch.nn.Module, or None" if optional else "a torch.nn.Module")

@@ -276,7 +276,7 @@ def read_only(monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr("resnet_paths._utils.files.tempfile.mkstemp", refuse)
+    monkeypatch.setattr("resnet_paths._utils.files.Path.touch", refuse)
 
 
 def times_of(folder):

@@ -281,7 +281,7 @@ def refuse_to_write(*args, **kwargs):
 
 
 def test_a_frame_that_cannot_be_written_after_all_is_printed(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("resnet_paths._utils.files.tempfile.mkstemp", refuse_to_write)
+    monkeypatch.setattr("resnet_paths._utils.files.Path.touch", refuse_to_write)
     with pytest.raises(ResnetPathsError, match=r"Permission denied\. The frame is printed instead"):
         cli._show_or_write(pd.DataFrame({"lesion": ["delete a"], "error_rate": [0.25]}), tmp_path / "out.csv")
     assert capsys.readouterr().out == "lesion,error_rate\ndelete a,0.25\n\n"
