@@ -75,6 +75,7 @@ LINEAR: dict[str, Call] = {
     "random_swaps, 20": lambda c, n: rp.random_swaps(c, [n // 2], 20, torch.Generator()),
     "range_swaps, of n / 4": lambda c, n: rp.range_swaps(c, max(1, n // 4)),
     "pair_deletions, of 5 blocks": lambda c, n: rp.pair_deletions(c, range(5)),
+    "subset_deletions, of 5 blocks": lambda c, n: rp.subset_deletions(c, range(5)),
     "lesion_study, 20 random deletions": lambda c, n: rp.lesion_study(
         c, LOADER, rp.random_deletions(c, [n // 2], 20, torch.Generator()), **QUIET
     ),
@@ -109,6 +110,7 @@ QUADRATIC: dict[str, Call] = {
 WITHOUT = {
     "as_causal_lm": "of a language model",
     "effective_window": "of a frame",
+    "interaction_spectrum": "of a frame",
     "layer_schedules": "of transformer layers",
     "list_networks": "of no chain",
     "load_dataset": "of no chain",
@@ -116,7 +118,11 @@ WITHOUT = {
     "measure": "of a function",
     "pair_interactions": "of a frame",
     "residual_alignment": "of a frame",
+    "sampled_shapley_values": "as lesion_study, with 2 n num_pairs networks",
+    "shapley_interactions": "of a frame",
+    "shapley_values": "of a frame",
     "show_versions": "of no chain",
+    "subset_values": "as lesion_study, with 2^m networks for m blocks",
     "unravel": "of a model: takes what its export takes",
     "unraveled_graph": "2^n nodes",
 }
