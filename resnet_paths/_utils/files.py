@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import os
 import stat
 import tempfile
@@ -19,6 +20,9 @@ __all__ = ["cache_folder", "check_output", "check_sha256", "shipped_folder", "wr
 def shipped_folder(name: str) -> Path:
     """Folder of files that come with the project, in a checkout or in an installed wheel.
 
+    The wheel has a part of the data only. If the distribution ``resnet-paths-data`` is installed beside it, the folder
+    of the data is that of this distribution, which has all of them.
+
     Args:
         name: ``"data"`` or ``"notebooks"``.
 
@@ -29,7 +33,10 @@ def shipped_folder(name: str) -> Path:
         ResnetPathsError: If the folder does not exist.
     """
     package = Path(__file__).resolve().parents[1]
-    for folder in (package / name, package.parent / name):
+    in_wheel = package / name
+    if name == "data" and in_wheel.is_dir() and (whole := importlib.util.find_spec("resnet_paths_data")) is not None:
+        return Path(next(iter(whole.submodule_search_locations or ())))
+    for folder in (in_wheel, package.parent / name):
         if folder.is_dir():
             return folder
     raise ResnetPathsError(

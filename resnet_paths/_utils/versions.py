@@ -8,7 +8,7 @@ import re
 
 __all__ = ["show_versions"]
 
-_NOT_LISTED = ("test", "docs")
+_NOT_LISTED = ("test", "docs", "release")
 
 
 def show_versions() -> None:

@@ -1,4 +1,4 @@
-"""Labelled images: Fashion-MNIST (test split included) and CIFAR-10, normalised as the shipped networks expect.
+"""Labelled images: Fashion-MNIST and CIFAR-10, normalised as the shipped networks expect.
 
 Use `load_dataset`. Images are stored as bytes and converted to float32 one at a time, so that the training split takes
 47 MB (Fashion-MNIST) or 154 MB (CIFAR-10). The files are read here and not by torchvision, which is an optional
@@ -34,6 +34,8 @@ _FASHION_MNIST_SHA256 = {
     "train-labels-idx1-ubyte.gz": "0ae29f65d86684f32d1b9c85147786c547b9c6aebcaf235f0400a0cce308b056",
     "t10k-images-idx3-ubyte.gz": "cc1d090a38ace84dfa1aa66e3ada7c336ef481a96936906477e6dd344da56eaa",
     "t10k-labels-idx1-ubyte.gz": "8d3605d196f4be44669e46906da9733c8131fef761fdbfec72c424d5222f1a05",
+    "sample-images-idx3-ubyte.gz": "50597dcfdad7dd41ff807c354c23f5fa88f740a5cff43df182ba73c229564ef1",
+    "sample-labels-idx1-ubyte.gz": "15935be4ed7b45db8c8b1f946b8c6398b9538c1ef9948019db4da1f2d4a5ca3d",
 }
 _CIFAR_10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 _CIFAR_10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
@@ -146,7 +148,8 @@ def load_dataset(
 ) -> ImageDataset:
     """Load a split of a data set from disk, or download it once.
 
-    The test split of Fashion-MNIST is included in the project. Its training split is read from Debian's package
+    The test split of Fashion-MNIST is included in a clone of the project and in the distribution
+    ``resnet-paths-data``, its sample in every installation. Both splits are read from Debian's package
     ``dataset-fashion-mnist`` if that is installed. Everything else is downloaded by torchvision (extra ``[train]``),
     verified, and stored in the cache folder (``$RESNET_PATHS_CACHE`` or ``~/.cache/resnet_paths``). CIFAR-10 is read
     in its binary form, since the Python form is a pickle, which can run code when it is read.
@@ -154,7 +157,7 @@ def load_dataset(
     Args:
         name: ``"fashion-mnist"`` (60,000 + 10,000 grey 28x28 images; Xiao, Rasul, Vollgraf 2017) or
             ``"cifar-10"`` (50,000 + 10,000 colour 32x32 images; Krizhevsky 2009).
-        split: ``"train"`` or ``"test"``.
+        split: ``"train"``, ``"test"``, or ``"sample"``, the first 500 test images of Fashion-MNIST.
         folder: Folder to read from and to download to, instead of those above: it contains the four ``*.gz`` files of
             Fashion-MNIST, or the folder ``cifar-10-batches-bin`` of CIFAR-10.
         download: Whether to download a missing split.
@@ -173,8 +176,9 @@ def load_dataset(
     """
     if not isinstance(name, str) or name not in DATASETS:
         raise ResnetPathsError("name", name, f"one of {nearest_names(str(name), DATASETS, cutoff=0)}")
-    if split not in ("train", "test"):
-        raise ResnetPathsError("split", split, "'train' or 'test'")
+    splits = ("train", "test", "sample") if name == "fashion-mnist" else ("train", "test")
+    if split not in splits:
+        raise ResnetPathsError("split", split, f"one of {', '.join(map(repr, splits))} for {name}")
     root = None if folder is None else require_path("folder", folder).expanduser()
     if name == "fashion-mnist":
         images, labels = _read_fashion_mnist(split, root, download)
@@ -184,18 +188,13 @@ def load_dataset(
 
 
 def _read_fashion_mnist(split: str, folder: Path | None, download: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    stem = "train" if split == "train" else "t10k"
+    stem = "t10k" if split == "test" else split
     names = (f"{stem}-images-idx3-ubyte.gz", f"{stem}-labels-idx1-ubyte.gz")
     cache = folder or cache_folder() / "fashion-mnist"
-    candidates: Sequence[Path]
-    if folder is not None:
-        candidates = (folder,)
-    elif split == "test":
-        candidates = (shipped_folder("data") / "fashion-mnist",)
-    else:
-        candidates = (_DEBIAN_FASHION_MNIST, cache)
+    shipped = shipped_folder("data") / "fashion-mnist"
+    candidates = (shipped, _DEBIAN_FASHION_MNIST, cache) if folder is None else (folder,)
     found = next((p for p in candidates if all((p / n).is_file() for n in names)), None)
-    if found is None and download and (folder is not None or split == "train"):
+    if found is None and download and split != "sample":
         _download_fashion_mnist(cache, names)
         found = cache
     if found is None:
@@ -203,7 +202,8 @@ def _read_fashion_mnist(split: str, folder: Path | None, download: bool) -> tupl
             "data file",
             str(candidates[0] / names[0]),
             "an existing file",
-            "Restore it from the repository, install the package dataset-fashion-mnist, or pass download=True.",
+            "Restore it from the repository, install resnet-paths-data or Debian's dataset-fashion-mnist, or pass "
+            "download=True.",
         )
     advice = {
         _DEBIAN_FASHION_MNIST: "Reinstall the package dataset-fashion-mnist.",

@@ -73,7 +73,7 @@ def load_network(
             "name",
             name,
             f"a network with shipped weights ({', '.join(trained)}) or an existing weights file",
-            f"Train it with 'resnet-paths train {name}' and pass the file as weights=.",
+            f"Install resnet-paths-data, or train it with 'resnet-paths train {name}' and pass the file as weights=.",
         )
     device = choose_device(device)
     path = choose_weights(name, _shipped() if weights is None else require_path("weights", weights), seed, snapshot)

@@ -15,7 +15,7 @@ from resnet_paths.zoo.densenet import DenseNet
 from resnet_paths.zoo.highway import HighwayNet
 from resnet_paths.zoo.initialisation import initialise
 from resnet_paths.zoo.random_depth import EffectiveResNet, StochasticDepthResNet
-from resnet_paths.zoo.resnet import PlainNet, PreactResNet, ResNet
+from resnet_paths.zoo.resnet import OptionAPreactResNet, PlainNet, PreactResNet, ResNet
 from resnet_paths.zoo.senet import SEResNet
 from resnet_paths.zoo.unet import UNet
 from resnet_paths.zoo.vgg import VGG
@@ -75,6 +75,16 @@ def _preact(depth: int, *, bottleneck: bool = False) -> NetworkFacts:
     )
 
 
+def _option_a(depth: int) -> NetworkFacts:
+    blocks = (depth - 2) // 2
+    return NetworkFacts(
+        partial(OptionAPreactResNet, depth),
+        f"pre-activation ResNet, {blocks} blocks of 2 convolutions, skips without parameters",
+        blocks,
+        2**blocks,
+    )
+
+
 def _resnet(depth: int) -> NetworkFacts:
     blocks = (depth - 2) // 2
     return NetworkFacts(
@@ -112,8 +122,9 @@ def _effective(depth: int) -> NetworkFacts:
 
 
 NETWORKS: dict[str, NetworkFacts] = {
-    **{f"preact-resnet-{depth}": _preact(depth) for depth in (20, 32, 44, 56, 110)},
+    **{f"preact-resnet-{depth}": _preact(depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
     "preact-resnet-164": _preact(164, bottleneck=True),
+    **{f"preact-resnet-{depth}-option-a": _option_a(depth) for depth in (20, 56, 110)},
     **{f"stochastic-depth-{depth}": _stochastic_depth(depth) for depth in (20, 56, 110)},
     **{f"effective-{depth}": _effective(depth) for depth in (20, 56, 110)},
     **{f"resnet-{depth}": _resnet(depth) for depth in (20, 32, 44, 56, 110)},

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-__all__ = ["PlainNet", "PreactResNet", "ResNet"]
+__all__ = ["OptionAPreactResNet", "PlainNet", "PreactResNet", "ResNet"]
 
 
 def _conv(in_channels: int, out_channels: int, size: int, stride: int = 1) -> nn.Conv2d:
@@ -49,6 +49,25 @@ class PreactBasicBlock(nn.Module):
         """The residual function of the pre-activation."""
         branch: torch.Tensor = self.conv2(F.relu(self.bn2(self.conv1(activated))))
         return branch
+
+
+class PreactOptionABlock(PreactBasicBlock):
+    """Pre-activation block whose skip has no parameters (option A of He et al. 2016a), as in Veit et al. 2016.
+
+    Where the shape changes, the skip is the average of 2x2 pixels of the input with appended channels of zeros.
+    """
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__(in_channels, channels, stride)
+        self.projection = None
+        self.stride = stride
+        self.new_channels = channels - in_channels
+
+    def skip(self, x: torch.Tensor, activated: torch.Tensor) -> torch.Tensor:
+        """The input, averaged and with channels of zeros where the shape changes."""
+        if self.stride != 1:
+            x = F.avg_pool2d(x, self.stride)
+        return F.pad(x, (0, 0, 0, 0, 0, self.new_channels)) if self.new_channels else x
 
 
 class PreactBottleneckBlock(nn.Module):
@@ -158,6 +177,12 @@ class PreactResNet(nn.Module):
         x = self.layer3(self.layer2(self.layer1(self.conv(x))))
         logits: torch.Tensor = self.fc(F.relu(self.bn(x)).mean((2, 3)))
         return logits
+
+
+class OptionAPreactResNet(PreactResNet):
+    """Pre-activation ResNet whose skips have no parameters, as in Veit et al. 2016."""
+
+    basic_block = PreactOptionABlock
 
 
 class ResNet(nn.Module):

@@ -216,7 +216,7 @@ def test_unknown_name_gives_the_names_nearest_first(name, nearest):
 
 @pytest.mark.parametrize("split", ["valid", "Train", "", None])
 def test_unknown_split(split):
-    with pytest.raises(ResnetPathsError, match=r"split: got .*; allowed: 'train' or 'test'"):
+    with pytest.raises(ResnetPathsError, match=r"split: got .*; allowed: one of 'train', 'test', 'sample'"):
         load_dataset("fashion-mnist", split)
 
 
@@ -338,12 +338,28 @@ def test_only_the_missing_file_is_downloaded(places, small_fashion_mnist, monkey
     assert [url.rsplit("/", 1)[1] for url in calls] == [TRAIN_FILES[1]]
 
 
-def test_shipped_test_split_is_never_downloaded(monkeypatch, tmp_path):
-    monkeypatch.setattr(datasets, "shipped_folder", lambda name: tmp_path)
-    fake_download_url(monkeypatch, tmp_path, calls := [])
+def test_a_wheel_without_the_test_split_downloads_it_once(places, monkeypatch):
+    server = shipped_folder("data") / "fashion-mnist"
+    monkeypatch.setattr(datasets, "shipped_folder", lambda name: places / "wheel")
+    with pytest.raises(ResnetPathsError, match="Restore it from the repository, install resnet-paths-data"):
+        load_dataset("fashion-mnist", "test", download=False)
+    fake_download_url(monkeypatch, server, calls := [])
+    for _ in range(2):
+        assert len(load_dataset("fashion-mnist", "test")) == 10_000
+    assert [url.rsplit("/", 1)[1] for url in calls] == list(TEST_FILES)
+
+
+def test_the_sample_is_the_start_of_the_test_split_and_never_downloaded(shipped, places, monkeypatch):
+    sample = load_dataset("fashion-mnist", "sample", download=False)
+    assert torch.equal(sample.images, shipped.images[:500])
+    assert sample.labels == shipped.labels[:500]
+    monkeypatch.setattr(datasets, "shipped_folder", lambda name: places)
+    fake_download_url(monkeypatch, places, calls := [])
     with pytest.raises(ResnetPathsError, match="Restore it from the repository"):
-        load_dataset("fashion-mnist", "test")
+        load_dataset("fashion-mnist", "sample")
     assert calls == []
+    with pytest.raises(ResnetPathsError, match=r"split: got 'sample'; allowed: one of 'train', 'test' for cifar-10"):
+        load_dataset("cifar-10", "sample")
 
 
 @pytest.mark.parametrize("wrong", [b"", b"<html>not found</html>", None])

@@ -146,6 +146,18 @@ def test_shipped_folder_of_an_installed_wheel_comes_first(tmp_path, monkeypatch)
     assert shipped_folder("data") == package / "data"
 
 
+def test_the_data_distribution_comes_before_the_part_in_the_wheel_but_not_before_a_checkout(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "resnet_paths_data").mkdir()
+    assert shipped_folder("data").parent.name != tmp_path.name
+    package = tmp_path / "resnet_paths"
+    monkeypatch.setattr(files, "__file__", str(package / "_utils" / "files.py"))
+    for name in ("data", "notebooks"):
+        (package / name).mkdir(parents=True)
+    assert shipped_folder("data") == tmp_path / "resnet_paths_data"
+    assert shipped_folder("notebooks") == package / "notebooks"
+
+
 def test_cache_folder_follows_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("RESNET_PATHS_CACHE", str(tmp_path / "cache"))
     assert cache_folder() == tmp_path / "cache"
