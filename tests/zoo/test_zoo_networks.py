@@ -122,7 +122,7 @@ def num_parameters_by_formula(name, in_channels, num_classes):
     n = (depth - 2) // 6
     for w, entering in ((16, 16), (32, 16), (64, 32)):
         if kind in PREACTIVATED:
-            projection = entering * w if entering != w else 0
+            projection = entering * w if entering != w and not name.endswith("option-a") else 0
             total += 2 * entering + 9 * entering * w + 2 * w + 9 * w * w + projection
         else:
             total += 9 * entering * w + 2 * w + 9 * w * w + 2 * w
