@@ -37,6 +37,7 @@ OF_README = {
     "n (n + 1) / 2": "operations, a formula",
     "2^54": "number of paths, exact",
     "64 test images": "size of the sample",
+    "one network and 500 images": "contents of the wheel",
     "Python 3.11": "version",
     "GPT-2": "a name",
     "1605.06431": "citation",
