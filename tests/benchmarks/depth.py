@@ -3,7 +3,7 @@
 A Markdown table of process CPU time and of the growth of the process's memory, each call in a fork of its own. The cost
 is how often a block is run, pulled back through, or listed, for n blocks. Blocks are linear maps of four numbers, two
 examples: what is measured is what grows with the number of blocks. Functions whose cost is n^2 are not run above 1,000
-blocks. ``--write`` puts the table into the documentation.
+blocks. ``--write`` makes the page ``notebooks/tables/depth.md``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,18 @@ WIDTH = 4
 FEW = 1_000
 SECONDS = 180
 PAGE = Path(__file__).parents[2] / "notebooks" / "tables" / "depth.md"
-MARK = "<!-- Made by python -m tests.benchmarks.depth --write. -->"
+INTRO = """\
+# Deep chains
+
+`.venv/bin/python -m tests.benchmarks.depth --write` measures public functions on chains of 1,000 and 10,000 blocks and
+writes this page: seconds of CPU time, and MiB by which the memory of the process grows, each call in a process of its
+own. Blocks are linear maps of four numbers, two examples, float64: what is measured is what grows with the number of
+blocks n, not the arithmetic of real blocks. The cost is the number of times that a block is run, pulled back through,
+or listed, up to a factor. Functions whose cost is n^2 are not run on 10,000 blocks; expect a hundred times the time of
+1,000.
+
+<!-- Made by python -m tests.benchmarks.depth --write. -->
+"""
 
 
 @functools.cache
@@ -173,7 +184,7 @@ def table(sizes: list[int]) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.depth", description=__doc__.splitlines()[0])
     parser.add_argument("blocks", type=int, nargs="*", default=[1_000, 10_000], help="1,000 and 10,000 by default")
-    parser.add_argument("--write", action="store_true", help=f"put the table into {PAGE.name} of the documentation")
+    parser.add_argument("--write", action="store_true", help=f"make the page {PAGE.name} of the documentation")
     options = parser.parse_args()
     for name in rp.__all__:
         getattr(rp, name)  # imports what the forks would else import, each for itself
@@ -182,9 +193,8 @@ def main() -> None:
         print(line, flush=True)
         lines.append(line)
     if options.write:
-        kept = PAGE.read_text(encoding="utf-8").partition(MARK)[0]
         with write_then_rename(PAGE) as temporary:
-            temporary.write_text("\n".join([f"{kept}{MARK}", *lines, ""]), encoding="utf-8")
+            temporary.write_text(INTRO + "\n".join([*lines, ""]), encoding="utf-8")
 
 
 if __name__ == "__main__":
