@@ -148,7 +148,9 @@ def paired_rate_interval(changes: np.ndarray, sizes: np.ndarray, level: float = 
     return Estimate(low, high, p_value)
 
 
-def studentised_interval(value: float, influences: np.ndarray, level: float = 0.95) -> Estimate:
+def studentised_interval(
+    value: float, influences: np.ndarray, level: float = 0.95, degrees: float | None = None
+) -> Estimate:
     """Student's t interval of a statistic, corrected for the skewness of what it is taken over (Hall 1992).
 
     Hall's monotone transformation of the studentised statistic removes the skewness of its distribution, as the
@@ -159,6 +161,7 @@ def studentised_interval(value: float, influences: np.ndarray, level: float = 0.
         influences: What each cluster adds to it to first order; they sum up to 0. For a mean: the cluster's deviation
             from it, divided by their number.
         level: Confidence level.
+        degrees: Degrees of freedom of the variance; one less than there are clusters if None.
 
     Returns:
         The interval, NaN where the influences are all equal or not finite: then no variance is seen. The p-value of
@@ -170,9 +173,10 @@ def studentised_interval(value: float, influences: np.ndarray, level: float = 0.
         return Estimate(np.nan, np.nan, 1.0 if squares == 0 and value == 0 else np.nan)
     error = np.sqrt(squares * num / (num - 1))
     skewness = float(np.sum(influences**3)) * np.sqrt(num) / squares**1.5
-    quantile = special.stdtrit(num - 1, (1 + level) / 2)
+    degrees = num - 1 if degrees is None else degrees
+    quantile = special.stdtrit(degrees, (1 + level) / 2)
     low, high = (value - error * _without_correction(q, skewness, num) for q in (quantile, -quantile))
-    p_value = 2 * special.stdtr(num - 1, -abs(_corrected(value / error, skewness, num)))
+    p_value = 2 * special.stdtr(degrees, -abs(_corrected(value / error, skewness, num)))
     return Estimate(float(low), float(high), float(p_value))
 
 

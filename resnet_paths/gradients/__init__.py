@@ -11,7 +11,8 @@ and sum to G_k, and the whole gradient G:
   num_paths times that, its figure 6c: method ``"sampled"``. ``uncancelled_share`` is |G_k| over the total magnitude.
 
 The last two are estimates. A few paths hold most of the gradient, so that paths are drawn in proportion to what they
-are expected to carry and weighted (conditional Poisson sampling, `resnet_paths.gradients.weighted`). The paper's own
+are expected to carry and weighted: in populations that split at every block (`resnet_paths.gradients.populations`), or
+where all examples take the same paths by conditional Poisson sampling (`resnet_paths.gradients.weighted`). The paper's
 protocol (section 4.3) draws them uniformly: ``paths="uniform"``. With a random sign on every branch the expectation of
 |G_k|^2 is the sum of |g_S|^2 as well (Parseval's identity): ``paths="signs"``.
 """
@@ -60,6 +61,7 @@ from resnet_paths.gradients.losses import Loss
 from resnet_paths.gradients.measurements import Measurements
 from resnet_paths.gradients.moments import PathLengthMoments, path_length_moments
 from resnet_paths.gradients.points import Place, Point, num_block_vjps
+from resnet_paths.gradients.populations import measure_populations
 from resnet_paths.gradients.scalar import scalar_gradients
 
 __all__ = [
@@ -128,15 +130,19 @@ def gradient_by_path_length(
             norm is that of the gradient of the batch's mean loss, and standard errors are over batches.
         paths: What is drawn: ``"weighted"`` paths; for ``"sampled"`` also ``"uniform"``, the paper's protocol; for
             ``"energy"`` also ``"signs"``, a random sign on every branch. None for weighted paths, and uniform ones for
-            ``average="log-mean"``. All examples of a batch take the same paths.
-        num_draws: Draws of signs, or of paths of each length, for each batch. If None: weighted paths and signs until
-            `relative_error` is reached, 5000 paths of each length or 1000 signs at most; 20 uniform paths. Where a
-            length has no more paths than that, weighted paths are all of them, each once, without error.
+            ``average="log-mean"``. Each example has its own weighted paths; of uniform ones, and where `per_example` is
+            False, all examples of a batch take the same.
+        num_draws: Draws of signs, uniform paths of each length, or weighted paths that are carried from block to block
+            together, a population for all lengths; there are four populations or more, so that their errors have 24
+            degrees of freedom. If None: 64 weighted paths at a time, and populations (100 at most) or signs (1000) until
+            `relative_error` is reached; 20 uniform paths. Where a length has no more paths than that, weighted paths
+            are all of them, each once, without error. Where `per_example` is False: weighted paths of each length, 5000
+            at most.
         relative_error: The relative standard error due to the draws at which to stop: of ``mean_path_gradient_norm``
             and of the square of ``rms_path_gradient_norm`` for weighted paths, of ``rms_path_gradient_norm`` for signs.
-            It is reached at every length that holds at least a thousandth of the sum over lengths. Other lengths have
-            20 paths, whose stated errors are rough. Where paths are nearly all alike (coherence of hundreds and more)
-            few draws of signs show too little of the spread: the energy is too low, with too small an error.
+            It is reached at every length that holds at least a thousandth of the sum over lengths; the stated errors of
+            other lengths are rough. Where paths are nearly all alike (coherence of hundreds and more) few draws of
+            signs show too little of the spread: the energy is too low, with too small an error.
         average: For ``"sampled"``: ``"mean"``, or ``"log-mean"`` for the geometric mean of the norms.
         generator: Source of the random numbers, on the CPU; None for a new one, seeded with 0.
         memory_budget: Bytes that stacks of cotangents and kept activations may take; batches are split to fit.
@@ -147,10 +153,10 @@ def gradient_by_path_length(
         standard error ``..._se``. For exact quantities that is over examples (NaN for a single one); for estimates it
         is the error due to the draws, for these examples, and ``..._examples_se`` is the error due to both. Weighted
         paths give the quantities of both estimates, with ``"energy"`` also ``uncancelled_share``; 95 % intervals due to
-        the draws, ``..._low`` and ``..._high``; ``num_draws``; and ``effective_sample_size``, the number of draws with
-        equal contributions that would have the same error (a warning tells where it is below 10). In simulations
-        of random chains 93 to 94 % of the intervals held the truth at the default error, and 94 % on a ResNet-110 at
-        128 paths of each length, of norms and energies (``python -m tests.benchmarks.estimates``).
+        the draws, ``..._low`` and ``..._high``; ``num_draws``, the number of paths of this length that arrived, for an
+        example; and ``effective_sample_size``, the number of draws with equal contributions that would have the same
+        error (a warning tells where it is below 10). On random chains, at the lengths that are not known exactly, 94
+        to 95 % of the intervals held the truth at the default error.
         ``underflowed`` tells whether a norm that is not 0 was too small for a float64. ``attrs`` hold ``method``,
         ``with_respect_to``, ``num_examples``, ``num_draws``, ``num_block_vjps`` (for an example; the whole gradient, to
         which shares refer, takes one more per block), ``omitted_share`` (the share of the gradient on paths longer than
@@ -188,7 +194,8 @@ def gradient_by_path_length(
         def points(rows: int, batch: Inputs = batch_inputs, truth: object = batch_targets) -> Iterator[Point]:
             return place.points(batch, truth, loss, memory_budget, rows)
 
-        measured = _measure(place, points, {k: counts[k] for k in lengths}, draws, method, paths)
+        some = {k: counts[k] for k in lengths}
+        measured = _measure(place, points, some, draws, method, paths, per_example=per_example)
         all_measured.append(measured if per_example else measured.of_batch())
     whole = Measurements.joined(all_measured)
     frame = pd.DataFrame({
@@ -399,7 +406,14 @@ def _place_of_states(chain: ResidualChain, with_respect_to: str | int | tuple[st
 
 
 def _measure(
-    place: Place, points: Points, counts: Mapping[int, int], draws: Draws, method: str, paths: str | None
+    place: Place,
+    points: Points,
+    counts: Mapping[int, int],
+    draws: Draws,
+    method: str,
+    paths: str | None,
+    *,
+    per_example: bool,
 ) -> Measurements:
     """One batch by a method."""
     lengths, parts = list(counts), []
@@ -411,7 +425,9 @@ def _measure(
     if paths == "uniform":
         parts.append(measure_uniform(place, points, lengths, draws))
     if paths == "weighted":
-        parts.append(measure_weighted(place, points, counts, draws))
+        # The norm of a whole batch is that of the same path in all examples.
+        measure = measure_populations if per_example else measure_weighted
+        parts.append(measure(place, points, counts, draws))
     return functools.reduce(Measurements.beside, parts)
 
 
@@ -442,7 +458,7 @@ def _warn_of_few_paths(frame: pd.DataFrame) -> None:
     totals = frame["total_gradient_magnitude"]
     few = frame[
         (frame["effective_sample_size"] < _FEW)
-        & (frame["num_draws"] < frame["num_paths"])
+        & (frame["mean_path_gradient_norm_se"] > 0)
         & (totals >= totals.sum() / 1000)
     ]
     if len(few):

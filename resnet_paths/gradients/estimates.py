@@ -16,7 +16,7 @@ from resnet_paths.gradients.measurements import Measurements
 from resnet_paths.gradients.points import Place, Point
 from resnet_paths.gradients.weighted import Proposal
 
-__all__ = ["Draws", "Points", "measure_exactly", "measure_uniform", "measure_weighted", "rows_at_once"]
+__all__ = ["Draws", "Points", "measure_exactly", "measure_uniform", "measure_weighted", "norms_of", "rows_at_once"]
 
 _MOST_SIGNS = 1000
 _SIGNS_AT_ONCE = 8
@@ -118,7 +118,7 @@ def measure_uniform(place: Place, points: Points, lengths: Sequence[int], draws:
     """
     number = draws.number or _FIRST_PATHS
     paths = [path for k in lengths for path in sample_paths(place.above, k, number, draws.generator)]
-    norms, lost, num_examples = _norms_of(points, paths)
+    norms, lost, num_examples = norms_of(points, paths)
     underflowed: np.ndarray = np.asarray(lost.reshape(len(lengths), number).any(1))
     by_draw = [norms.reshape(len(lengths), number, -1)]
     return Measurements(
@@ -161,7 +161,7 @@ def measure_weighted(
             known |= dict.fromkeys(new, _NOT_YET)
             vjps += k * len(new)
         new = [path for path, measured in known.items() if measured is _NOT_YET]
-        norms, lost, num_examples = _norms_of(points, new, rows)
+        norms, lost, num_examples = norms_of(points, new, rows)
         known |= zip(new, zip(norms, lost.tolist(), strict=True), strict=True)
         for k in wanted:
             found[k] = _weighted(drawn[k], k, counts[k], np.stack([known[path][0] for path in drawn[k]]), proposal)
@@ -210,11 +210,20 @@ def _unsettled(found: Mapping[int, WeightedNorms], counts: Mapping[int, int], re
     return wanted
 
 
-def _norms_of(points: Points, paths: Sequence[Path], rows: int = _PATHS_AT_ONCE) -> tuple[np.ndarray, np.ndarray, int]:
-    """Norms of single paths [path, example], where they are lost to underflow [path], and the number of examples."""
+def norms_of(points: Points, paths: Sequence[Path], rows: int = _PATHS_AT_ONCE) -> tuple[np.ndarray, np.ndarray, int]:
+    """Norms of single paths, all examples taking the same ones.
+
+    Args:
+        points: The batch.
+        paths: The paths; there may be none.
+        rows: Paths that are carried at once.
+
+    Returns:
+        Norms [path, example]; where they are lost to underflow [path]; and the number of examples.
+    """
     found, lost = [], np.zeros(len(paths), dtype=bool)
-    for point in points(min(len(paths), rows)):
-        norms = []
+    for point in points(max(min(len(paths), rows), 1)):
+        norms = [np.empty((0, point.num_examples))]
         for start in range(0, len(paths), rows):
             some, underflowed = point.norms(point.of_paths(paths[start : start + rows]))
             norms.append(some[:, 0])

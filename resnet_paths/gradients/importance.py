@@ -10,18 +10,41 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
 from resnet_paths._utils.statistics import mean_over_examples, studentised_interval
 
-__all__ = ["Mean", "WeightedNorms", "mean_of"]
+__all__ = ["Mean", "PathDraws", "PopulationMeans", "WeightedNorms", "mean_of"]
+
+
+class PathDraws(Protocol):
+    """Random estimates of the mean of a power of the norm over the paths of one length, for one batch."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether they are exact."""
+
+    @property
+    def shared(self) -> bool:
+        """Whether a draw is one of all measurements together; if not, those of measurements are independent."""
+
+    @property
+    def num_draws(self) -> int:
+        """Number of paths drawn."""
+
+    @property
+    def scale(self) -> float:
+        """A norm about as large as theirs."""
+
+    def products(self, power: int, scale: float) -> np.ndarray:
+        """Estimates of the mean of ``(|g| / scale)^power``, [draw, measurement]."""
 
 
 @dataclass(frozen=True)
 class WeightedNorms:
-    """Norms of the gradients of paths of one length, for one batch.
+    """Norms of the gradients of paths of one length, for one batch; all measurements take the same paths.
 
     Attributes:
         weights: Of each draw, [draw]; 1 on average.
@@ -32,6 +55,50 @@ class WeightedNorms:
     weights: np.ndarray
     norms: np.ndarray
     complete: bool
+
+    shared: ClassVar[bool] = True
+
+    @property
+    def num_draws(self) -> int:
+        """Number of paths."""
+        return len(self.weights)
+
+    @property
+    def scale(self) -> float:
+        """The largest norm."""
+        return float(self.norms.max())
+
+    def products(self, power: int, scale: float) -> np.ndarray:
+        """``w (|g| / scale)^power``, [draw, measurement]."""
+        products: np.ndarray = self.weights[:, None] * (self.norms / scale) ** power
+        return products
+
+
+@dataclass(frozen=True)
+class PopulationMeans:
+    """Means over the paths of one length from several populations, for one batch; each example has its own.
+
+    Attributes:
+        log_means: Logarithms of the estimates of the mean norm and of the mean of its square, from each population,
+            [power, population, example].
+        num_draws: Number of paths of this length in all populations, of an example on average.
+    """
+
+    log_means: np.ndarray
+    num_draws: int
+
+    shared: ClassVar[bool] = False
+    complete: ClassVar[bool] = False
+
+    @property
+    def scale(self) -> float:
+        """The largest root mean square."""
+        return float(np.exp(self.log_means[1].max() / 2))
+
+    def products(self, power: int, scale: float) -> np.ndarray:
+        """The means of ``(|g| / scale)^power``, [population, example]; NaN if no path was drawn."""
+        products: np.ndarray = np.exp(self.log_means[power - 1] - power * math.log(scale))
+        return products if self.num_draws else np.full_like(products, np.nan)
 
 
 class Mean(NamedTuple):
@@ -63,7 +130,7 @@ class Mean(NamedTuple):
         return self.num_draws / (1 + self.num_draws * (self.se / self.value) ** 2)
 
 
-def mean_of(batches: Sequence[WeightedNorms], power: int, scale: float) -> Mean:
+def mean_of(batches: Sequence[PathDraws], power: int, scale: float) -> Mean:
     """The mean of ``(|g| / scale)^power`` over all paths of a length and all measurements.
 
     The interval is Student's t with Hall's correction for skewness.
@@ -76,21 +143,26 @@ def mean_of(batches: Sequence[WeightedNorms], power: int, scale: float) -> Mean:
     Returns:
         The mean.
     """
-    num = sum(batch.norms.shape[1] for batch in batches)
-    each, influences, variance = [], [], 0.0
-    for batch in batches:
-        products = batch.weights[:, None] * (batch.norms / scale) ** power
-        each.append(products.mean(0))
-        if not batch.complete:
-            draws, share = len(products), products.shape[1] / num
-            deviations = products.mean(1) - products.mean()
-            influences.append(share * deviations / draws)
-            variance += share**2 * float((deviations**2).sum()) / (draws - 1) / draws
-    values = np.concatenate(each)
-    value = float(values.mean())
+    found = [(batch, batch.products(power, scale)) for batch in batches]
+    num = sum(products.shape[1] for _, products in found)
+    influences, variances, degrees = [], [], []
+    for batch, products in found:
+        if batch.complete:
+            continue
+        draws = len(products)
+        of_draws = products.sum(1, keepdims=True) if batch.shared else products
+        influences.append((of_draws - of_draws.mean(0)) / num / math.sqrt(draws * (draws - 1)))
+        variances += (influences[-1] ** 2).sum(0).tolist()
+        degrees += [draws - 1] * of_draws.shape[1]
+    values = np.concatenate([products.mean(0) for _, products in found])
+    value, variance = float(values.mean()), sum(variances)
     low = high = value
     if variance > 0:
-        interval = studentised_interval(value, np.concatenate(influences))
+        # Welch and Satterthwaite's degrees of freedom, as variances differ between examples.
+        effective = variance**2 / sum(v**2 / d for v, d in zip(variances, degrees, strict=True))
+        together = np.concatenate([one.ravel() for one in influences])
+        together *= math.sqrt(1 - 1 / len(together))
+        interval = studentised_interval(value, together, degrees=effective)
         low, high = max(interval.low, 0.0), interval.high
     return Mean(
         value,
@@ -99,5 +171,5 @@ def mean_of(batches: Sequence[WeightedNorms], power: int, scale: float) -> Mean:
         high,
         float(mean_over_examples(values)[1]),
         values,
-        sum(len(batch.weights) for batch in batches),
+        sum(batch.num_draws for batch in batches),
     )

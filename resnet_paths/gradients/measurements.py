@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from resnet_paths._utils.statistics import mean_over_examples
-from resnet_paths.gradients.importance import Mean, WeightedNorms, mean_of
+from resnet_paths.gradients.importance import Mean, PathDraws, WeightedNorms, mean_of
 
 __all__ = ["Measurements"]
 
@@ -27,7 +27,7 @@ class Measurements:
         energies: Estimates of the sum over paths of squared norms, [length, measurement].
         energy_variances: Their variances due to the draws of signs, [length, measurement].
         by_draw: Norms of single paths, for each batch an array [length, draw, measurement].
-        weighted: Norms of weighted paths, for each batch a list over lengths.
+        weighted: What weighted paths gave, for each batch a list over lengths.
         num_draws: Draws of signs or paths; the most of any length.
         num_path_vjps: Block VJPs of single paths.
     """
@@ -40,7 +40,7 @@ class Measurements:
     energies: np.ndarray | None = None
     energy_variances: np.ndarray | None = None
     by_draw: list[np.ndarray] | None = None
-    weighted: list[list[WeightedNorms]] | None = None
+    weighted: list[list[PathDraws]] | None = None
     num_draws: int = 0
     num_path_vjps: int = 0
 
@@ -83,7 +83,10 @@ class Measurements:
         if self.by_draw is not None:
             one.by_draw = [_norm(array) / n for array in self.by_draw]
         if self.weighted is not None:
-            one.weighted = [[replace(w, norms=_norm(w.norms) / n) for w in lengths] for lengths in self.weighted]
+            one.weighted = [
+                [replace(w, norms=_norm(w.norms) / n) for w in lengths if isinstance(w, WeightedNorms)]
+                for lengths in self.weighted
+            ]
         if self.norms is not None and self.shares is not None and self.whole is not None:
             one.norms, one.whole = _norm(self.norms) / n, _norm(self.whole) / n
             with np.errstate(invalid="ignore", divide="ignore"):
@@ -143,7 +146,7 @@ class Measurements:
         assert self.weighted is not None
         rows = []
         for row, (count, batches) in enumerate(zip(counts, zip(*self.weighted, strict=True), strict=True)):
-            scale = max(float(batch.norms.max()) for batch in batches) or 1.0
+            scale = max(batch.scale for batch in batches) or 1.0
             norm, energy = (mean_of(batches, power, scale) for power in (1, 2))
             found = _of_mean("mean_path_gradient_norm", norm, scale)
             found |= {

@@ -17,10 +17,12 @@ import torch
 from resnet_paths._utils.arguments import require_function
 from resnet_paths._utils.devices import wide
 from resnet_paths._utils.errors import ResnetPathsError
+from resnet_paths.core.backward.completions import nothing_below
 from resnet_paths.core.backward.cotangents import Cotangents, Stack, aligned
 from resnet_paths.core.backward.forward import STACKS_AT_ONCE, ForwardPass, prepared, split_to_fit
 from resnet_paths.core.backward.gains import Gains, gains
 from resnet_paths.core.backward.linearize import linearize, linearize_all
+from resnet_paths.core.backward.populations import Choose, Population, pull_population
 from resnet_paths.core.backward.recursion import (
     Rules,
     head_cotangents,
@@ -171,6 +173,16 @@ class Point(ForwardPass):
         """Norms of the whole gradient behind skip and branches of the blocks above the place."""
         chain, down_to = self.place.chain, self.place.down_to
         return gains(chain, self.states, self.context, Stack.of(self.cotangents[0]), down_to=down_to)[0]
+
+    def of_population(self, gains_of_blocks: Gains, longest: int, choose: Choose) -> tuple[Population, np.ndarray]:
+        """A population of paths at the place, and the logarithms of the norms of their gradients, [row, batch]."""
+        chain, down_to = self.place.chain, self.place.down_to
+        start = Population.of(Cotangents.of(*self.cotangents))
+        below = nothing_below(self.num_examples, longest)
+        found = pull_population(
+            chain, self.states, self.context, start, gains_of_blocks, below, choose, down_to=down_to
+        )
+        return found, self._at_place(found.cotangents).log_norms()[:, 0].numpy()
 
     def through_branches(self) -> Stack:
         """The whole gradient at the place, then its part through each block's branch, last block first."""

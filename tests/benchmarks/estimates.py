@@ -2,7 +2,8 @@
 
 A long run of weighted paths is the reference, and disjoint parts of it are the runs whose intervals are counted. How
 many block VJPs weighted paths, uniform paths and random signs take to a true error of 10 % follows from the variance
-about the reference. About ten minutes on one core.
+about the reference. What populations of paths take follows from their own standard errors in one run. About ten minutes
+on one core.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from resnet_paths.core.paths import path_polynomial
 from resnet_paths.gradients.estimates import Draws, measure_weighted
 from resnet_paths.gradients.importance import WeightedNorms, mean_of
 from resnet_paths.gradients.points import Place, num_block_vjps
+from resnet_paths.gradients.populations import measure_populations
 from resnet_paths.zoo import load_network
 from tests.benchmarks.lesions import fashion_images
 
@@ -62,9 +64,23 @@ def main() -> None:
     }
     for name, vjps in needed.items():
         print(f"{name:28} {vjps:12,.0f} block VJPs to {ERROR:.0%}, {vjps / needed['weighted paths, both']:.1f} times")
+    for name, vjps in of_populations(place, images, labels, counts, norm, energy).items():
+        print(f"populations, {name:15} {vjps:12,.0f} block VJPs to {ERROR:.0%} at every length that holds a thousandth")
     for name, rows in (("norm", norm), ("energy", energy)):
         held = np.mean([coverage[name][k] for k in rows.path_length if coverage[name][k]])
         print(f"95 % intervals of {options.part} weighted paths, {name}: {held:.1%} hold the reference")
+
+
+def of_populations(place, images, labels, counts, norm: pd.DataFrame, energy: pd.DataFrame) -> dict[str, float]:
+    """Block VJPs of populations until the worst length is known to the error, from the errors that one run states."""
+    draws = Draws(None, ERROR, torch.Generator().manual_seed(2))
+    measured = measure_populations(place, lambda rows: place.points(images, labels, None, 2**34, rows), counts, draws)
+    (found,) = measured.weighted
+    needed = {}
+    for power, name, rows in ((1, "mean norm", norm), (2, "energy", energy)):
+        means = [mean_of([found[k]], power, found[k].scale) for k in rows.path_length]
+        needed[name] = measured.num_path_vjps * max((mean.se / mean.value / ERROR) ** 2 for mean in means)
+    return needed | {"both": max(needed.values())}
 
 
 def both(norm: pd.DataFrame, energy: pd.DataFrame) -> float:

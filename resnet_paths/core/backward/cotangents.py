@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from resnet_paths._utils.devices import wide
 from resnet_paths.core.backward.linearize import Pullback, unchanged
 
 __all__ = ["Cotangents", "Stack", "aligned", "combined", "joined", "placed", "with_more"]
@@ -83,6 +84,13 @@ class Stack:
         values, *read = (column[0] if len(column) == 1 else torch.cat(column) for column in zip(*pieces, strict=True))
         of_context = {name: replace(self, values=v) for name, v in zip(pullback.context, read, strict=True)}
         return replace(self, values=values), of_context
+
+    def log_norms(self) -> torch.Tensor:
+        """Logarithms of the Euclidean norms of its rows, float64 [length, draw, batch], on the CPU."""
+        squares = wide(torch.zeros_like(self.exponents))
+        for k, row in enumerate(self.values):  # row by row: a float64 copy of all would be twice the stack
+            squares[k] = wide(row).square() if row.dim() == 2 else wide(row.flatten(2)).square().sum(2)
+        return (squares.log() / 2 + wide(self.exponents) * math.log(2)).cpu()
 
     def renormalised(self, in_place: bool = False) -> Stack:
         """The same cotangents with mantissas far from the ends of the dtype's range; `in_place` in their own memory."""

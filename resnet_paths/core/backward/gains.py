@@ -7,7 +7,6 @@ from typing import TypeAlias
 
 import torch
 
-from resnet_paths._utils.devices import wide
 from resnet_paths.core.backward.cotangents import Stack, combined
 from resnet_paths.core.backward.linearize import Context, Pullback, unchanged
 from resnet_paths.core.backward.recursion import LinearBlock, NestedChain
@@ -51,17 +50,9 @@ def gains(
                 below, _ = behind.pulled(part.stem)
             else:
                 below, _ = above.pulled(part)
-            of_block.append((_log_norms(below), inner))
+            of_block.append((below.log_norms()[0, 0], inner))
             total = below if total is None else combined(total, below, unchanged, longer=0)[0]
         assert total is not None  # held by Block
         whole = total.pulled(block.pre)[0].renormalised()
         found.insert(0, of_block)
     return found, whole
-
-
-def _log_norms(stack: Stack) -> torch.Tensor:
-    """Logarithms of the norms of a stack's only row, float64 [batch]."""
-    norms = (
-        wide(stack.values[0, 0]).flatten(1).norm(dim=1) if stack.values.dim() > 3 else wide(stack.values[0, 0]).abs()
-    )
-    return (norms.log() + wide(stack.exponents[0, 0]) * torch.log(wide(torch.tensor(2.0)))).cpu()
