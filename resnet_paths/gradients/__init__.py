@@ -134,10 +134,10 @@ def gradient_by_path_length(
             False, all examples of a batch take the same.
         num_draws: Draws of signs, uniform paths of each length, or weighted paths that are carried from block to block
             together, a population for all lengths; there are four populations or more, so that their errors have 24
-            degrees of freedom. If None: 64 weighted paths at a time, and populations (100 at most) or signs (1000) until
-            `relative_error` is reached; 20 uniform paths. Where a length has no more paths than that, weighted paths
-            are all of them, each once, without error. Where `per_example` is False: weighted paths of each length, 5000
-            at most.
+            degrees of freedom. If None: 64 weighted paths at a time, and populations (100 at most) or signs (1000)
+            until `relative_error` is reached; 20 uniform paths. Where a length has no more paths than that, weighted
+            paths are all of them, each once, without error. Where `per_example` is False: weighted paths of each
+            length, 5000 at most.
         relative_error: The relative standard error due to the draws at which to stop: of ``mean_path_gradient_norm``
             and of the square of ``rms_path_gradient_norm`` for weighted paths, of ``rms_path_gradient_norm`` for signs.
             It is reached at every length that holds at least a thousandth of the sum over lengths; the stated errors of

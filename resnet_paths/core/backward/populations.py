@@ -82,7 +82,8 @@ class Population:
     def log_norms(self) -> np.ndarray:
         """Logarithms of the norms of the cotangents of each path, float64 [row, batch]."""
         stacks = [self.cotangents.state, *self.cotangents.context.values()]
-        return np.logaddexp.reduce([2 * stack.log_norms()[:, 0].numpy() for stack in stacks]) / 2
+        logs: np.ndarray = np.logaddexp.reduce([2 * stack.log_norms()[:, 0].numpy() for stack in stacks if len(stack)])
+        return logs / 2
 
 
 Choose: TypeAlias = Callable[[Population, Completions], Population]
