@@ -155,7 +155,7 @@ def gradient_by_path_length(
         paths give the quantities of both estimates, with ``"energy"`` also ``uncancelled_share``; 95 % intervals due to
         the draws, ``..._low`` and ``..._high``; ``num_draws``, the number of paths of this length that arrived, for an
         example; and ``effective_sample_size``, the number of draws with equal contributions that would have the same
-        error (a warning tells where it is below 10). On random chains, at the lengths that are not known exactly, 94
+        error (a warning tells where it is below 10). On random chains, at the lengths that are not known exactly, 93
         to 95 % of the intervals held the truth at the default error.
         ``underflowed`` tells whether a norm that is not 0 was too small for a float64. ``attrs`` hold ``method``,
         ``with_respect_to``, ``num_examples``, ``num_draws``, ``num_block_vjps`` (for an example; the whole gradient, to

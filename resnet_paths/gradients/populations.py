@@ -183,7 +183,7 @@ def _from_populations(
         populations += [_Sums.joined(some) for some in zip(*parts, strict=True)]
         log_means = np.stack([one.logs for one in populations], 1) - log_counts[:, None]
         # Of an example on average, at least 1 where there was any.
-        num_paths = -(-sum(one.num_paths for one in populations) // num_examples)
+        num_paths = -(-np.sum([one.num_paths for one in populations], 0) // num_examples)
         found = [PopulationMeans(log_means[:, :, k], int(n)) for k, n in enumerate(num_paths)]
         if draws.number is None:
             wanted, priorities = _needed(found, log_counts, draws.relative_error)

@@ -55,7 +55,7 @@ def log(values):
 
 @pytest.mark.parametrize(("slope", "nested"), [(1e-4, False), (1e-4, True), (1e3, False), (1e-7, False)])
 def test_the_range_of_the_dtype_is_no_limit(slope, nested):
-    chain, (inputs, targets) = chain_of_slopes(slope, nested), batch()
+    chain, (inputs, targets) = chain_of_slopes(slope, nested), batch(1)
     lengths = np.arange(65)
     counts = np.array([math.log(math.comb(64, k)) for k in range(65)])
     energies = []
@@ -63,7 +63,7 @@ def test_the_range_of_the_dtype_is_no_limit(slope, nested):
         if slope == 1e-7 and dtype == torch.float16:
             continue  # one step alone leaves its range
         exact, sampled, energy = (
-            gradients_of(chain.to(dtype), inputs.to(dtype), targets, method=method, num_draws=2)
+            gradients_of(chain.to(dtype), inputs.to(dtype), targets, method=method, num_draws=2, per_example=False)
             for method in ("exact", "sampled", "energy")
         )
         first = exact.summed_path_gradient_norm[0]
@@ -85,6 +85,17 @@ def test_the_range_of_the_dtype_is_no_limit(slope, nested):
         assert ((energy.rms_path_gradient_norm > 0) != energy.underflowed).all()
         energies.append(energy.rms_path_gradient_norm[abs(of_paths + counts) < math.log(1e150)] / first)
     np.testing.assert_allclose(*energies[-2:], rtol=1e-4)
+
+
+def test_populations_hold_numbers_of_any_range():
+    """Norms of 1e-4 to the power of the length, in float32."""
+    chain, (inputs, targets) = chain_of_slopes(1e-4, False).float(), batch(1)
+    frame = gradients_of(chain, inputs.float(), targets, method="sampled", num_draws=70)
+    expected = np.arange(65) * math.log(1e-4) + math.log(frame.mean_path_gradient_norm[0])
+    known = frame.mean_path_gradient_norm > 0
+    assert known.sum() > 10
+    found, error = frame.mean_path_gradient_norm[known], frame.mean_path_gradient_norm_se[known]
+    assert (abs(np.exp(log(found) - expected[known]) - 1) <= 5 * error / found + 1e-4).all()
 
 
 @pytest.mark.parametrize("kind", ["deleted", "skips alone", "pre and post"])
