@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 if TYPE_CHECKING:
     import pandas as pd
-    import torch
-    from torch.utils.data import Subset
+    from torch.utils.data import Dataset, Subset
 
     from resnet_paths.core.chain import ResidualChain
     from resnet_paths.lesions.lesion import Lesion
@@ -43,10 +42,16 @@ _MAX_COUNT = 20
 @app.command()
 def train(
     network: Annotated[str, typer.Argument(help="Name of the network; see 'resnet-paths networks'.")],
-    dataset: Annotated[str, typer.Option(help="'fashion-mnist' or 'cifar-10'.")] = "fashion-mnist",
-    epochs: Annotated[int, typer.Option(help="Passes over the training split.")] = 12,
+    dataset: Annotated[
+        str | None, typer.Option(help="'fashion-mnist', 'cifar-10' or 'python-docs'; by default that of the recipe.")
+    ] = None,
+    epochs: Annotated[
+        int, typer.Option(help="Passes over the training images; for text, each of 4,096 windows at random places.")
+    ] = 12,
     seed: Annotated[int, typer.Option(help="Seed of initialisation, order and augmentation.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Images per step, over all devices.")] = 128,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images or windows per step, over all devices; by default that of the recipe.")
+    ] = None,
     learning_rate: Annotated[
         float | None, typer.Option(help="Peak learning rate; by default that of the network's recipe.")
     ] = None,
@@ -64,13 +69,12 @@ def train(
     """Train a network by name; an interrupted run is resumed."""
     from resnet_paths.reproduce.training import TrainingSettings, train
 
-    own: dict[str, Any] = {} if learning_rate is None else {"learning_rate": learning_rate}
+    given = {"dataset": dataset, "batch_size": batch_size, "learning_rate": learning_rate}
+    own: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if num_drawn_blocks:
         numbers = _numbers("num_drawn_blocks", num_drawn_blocks, "-", "a number or a range, as in 23 or 5-17")
         own["num_drawn_blocks"] = numbers[0] if len(numbers) == 1 else numbers
-    settings = TrainingSettings(
-        network=network, dataset=dataset, epochs=epochs, seed=seed, batch_size=batch_size, precision=precision, **own
-    )
+    settings = TrainingSettings(network=network, epochs=epochs, seed=seed, precision=precision, **own)
     epochs_kept = _numbers("snapshots", snapshots, ",", "comma-separated numbers of epochs, as in 0,1,4")
     path = train(
         settings,
@@ -148,7 +152,9 @@ def lesion(
     repeats: Annotated[int, typer.Option(help="For random plans: lesions per count.")] = 20,
     seed: Annotated[int, typer.Option(help="For random plans: seed.")] = 0,
     weights: Annotated[Path | None, typer.Option(help="A weights file written by 'resnet-paths train'.")] = None,
-    dataset: Annotated[str, typer.Option(help="'fashion-mnist' or 'cifar-10'; its test split.")] = "fashion-mnist",
+    dataset: Annotated[
+        str | None, typer.Option(help="Data set whose test split is used; by default that of the network's recipe.")
+    ] = None,
     num_images: Annotated[
         int | None, typer.Option(help="Number of test images, from the first one; all by default.")
     ] = None,
@@ -171,10 +177,10 @@ def lesion(
     from resnet_paths._utils.errors import StudyInterrupted
     from resnet_paths.lesions import lesion_study
     from resnet_paths.unraveling import unravel
-    from resnet_paths.zoo import load_network
+    from resnet_paths.zoo import find_network, load_network
 
     _check_arguments(plan, repeats, batch_size, output)
-    images = _first_images(dataset, num_images)
+    images = _first_images(dataset or find_network(network).recipe.dataset, num_images)
     # Unraveled on the CPU, where it was loaded; the study moves it to the device.
     chain = unravel(load_network(network, weights), images[0][0].unsqueeze(0))
     lesions = _lesions_of(plan, chain, counts, repeats, seed)
@@ -209,7 +215,7 @@ def _check_arguments(plan: str, repeats: int, batch_size: int, output: Path | No
         check_output("output", output)
 
 
-def _first_images(dataset: str, count: int | None) -> Subset[tuple[torch.Tensor, int]]:
+def _first_images(dataset: str, count: int | None) -> Subset[Any]:
     """The first `count` test images of a data set; all if it is None."""
     from torch.utils.data import Subset
 
@@ -220,7 +226,7 @@ def _first_images(dataset: str, count: int | None) -> Subset[tuple[torch.Tensor,
     count = len(images) if count is None else count
     if not 1 <= count <= len(images):
         raise ResnetPathsError("num_images", count, f"an int from 1 to {len(images)}")
-    return Subset(images, range(count))
+    return Subset(cast("Dataset[Any]", images), range(count))
 
 
 def _stopped(num_batches: int, store: Path | None) -> typer.Exit:

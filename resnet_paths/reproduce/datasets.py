@@ -1,8 +1,8 @@
-"""Labelled images: Fashion-MNIST and CIFAR-10, normalised as the shipped networks expect.
+"""Data sets by name: labelled images, normalised as the shipped networks expect, and text.
 
-Use `load_dataset`. Images are stored as bytes and converted to float32 one at a time, so that the training split takes
-47 MB (Fashion-MNIST) or 154 MB (CIFAR-10). The files are read here and not by torchvision, which is an optional
-dependency and reads CIFAR-10 from pickles only.
+Use `load_dataset`; `resnet_paths.reproduce.texts` reads text. Images are stored as bytes and converted to float32 one
+at a time, so that the training split takes 47 MB (Fashion-MNIST) or 154 MB (CIFAR-10). The files are read here and not
+by torchvision, which is an optional dependency and reads CIFAR-10 from pickles only.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, overload
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from torch.utils.data import Dataset
 from resnet_paths._utils.arguments import require_path
 from resnet_paths._utils.errors import ResnetPathsError, nearest_names, requires_extra
 from resnet_paths._utils.files import cache_folder, check_sha256, shipped_folder, write_then_rename
+from resnet_paths.reproduce.texts import TEXTS, TextDataset, load_text
 
 __all__ = ["DATASETS", "ImageDataset", "load_dataset"]
 
@@ -140,30 +142,56 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int]]):
         return images.to(torch.float32).div_(255.0).sub_(self._mean).div_(self._std)
 
 
+@overload
+def load_dataset(
+    name: Literal["fashion-mnist", "cifar-10"] = ...,
+    split: str = ...,
+    folder: str | Path | None = ...,
+    download: bool = ...,
+) -> ImageDataset: ...
+
+
+@overload
+def load_dataset(
+    name: Literal["python-docs"], split: str = ..., folder: str | Path | None = ..., download: bool = ...
+) -> TextDataset: ...
+
+
+@overload
+def load_dataset(
+    name: str, split: str = ..., folder: str | Path | None = ..., download: bool = ...
+) -> ImageDataset | TextDataset: ...
+
+
 def load_dataset(
     name: str = "fashion-mnist",
     split: str = "test",
     folder: str | Path | None = None,
     download: bool = True,
-) -> ImageDataset:
+) -> ImageDataset | TextDataset:
     """Load a split of a data set from disk, or download it once.
 
     The test split of Fashion-MNIST is included in a clone of the project and in the distribution
     ``resnet-paths-data``, its sample in every installation. Both splits are read from Debian's package
     ``dataset-fashion-mnist`` if that is installed. Everything else is downloaded by torchvision (extra ``[train]``),
     verified, and stored in the cache folder (``$RESNET_PATHS_CACHE`` or ``~/.cache/resnet_paths``). CIFAR-10 is read
-    in its binary form, since the Python form is a pickle, which can run code when it is read.
+    in its binary form, since the Python form is a pickle, which can run code when it is read. The held-out documents
+    of Python's documentation are included; the others are read from Debian's package ``python3.11-doc``, or from the
+    folder ``python-docs`` of the cache folder.
 
     Args:
-        name: ``"fashion-mnist"`` (60,000 + 10,000 grey 28x28 images; Xiao, Rasul, Vollgraf 2017) or
-            ``"cifar-10"`` (50,000 + 10,000 colour 32x32 images; Krizhevsky 2009).
+        name: ``"fashion-mnist"`` (60,000 + 10,000 grey 28x28 images; Xiao, Rasul, Vollgraf 2017),
+            ``"cifar-10"`` (50,000 + 10,000 colour 32x32 images; Krizhevsky 2009) or ``"python-docs"`` (text: the
+            sources of the documentation of Python 3.11, 479 + 18 documents, 10.8 + 0.2 MB).
         split: ``"train"``, ``"test"``, or ``"sample"``, the first 500 test images of Fashion-MNIST.
         folder: Folder to read from and to download to, instead of those above: it contains the four ``*.gz`` files of
-            Fashion-MNIST, or the folder ``cifar-10-batches-bin`` of CIFAR-10.
+            Fashion-MNIST, the folder ``cifar-10-batches-bin`` of CIFAR-10, or text files (``*.txt``). Text is not
+            downloaded.
         download: Whether to download a missing split.
 
     Returns:
-        A torch `Dataset` of (float32 tensor [C, H, W], normalised as the shipped networks expect; int label).
+        A torch `Dataset` of (float32 tensor [C, H, W], normalised as the shipped networks expect; int label), or for
+        text of (tokens [context], the token that follows each [context]), both int64, with the attribute ``tokenizer``.
 
     Raises:
         ResnetPathsError: If the name or split is unknown, or a file is missing, corrupt or truncated.
@@ -174,12 +202,14 @@ def load_dataset(
         >>> len(images), tuple(image.shape), images.classes[label]
         (10000, (1, 28, 28), 'ankle boot')
     """
-    if not isinstance(name, str) or name not in DATASETS:
-        raise ResnetPathsError("name", name, f"one of {nearest_names(str(name), DATASETS, cutoff=0)}")
+    if not isinstance(name, str) or name not in (*DATASETS, *TEXTS):
+        raise ResnetPathsError("name", name, f"one of {nearest_names(str(name), [*DATASETS, *TEXTS], cutoff=0)}")
     splits = ("train", "test", "sample") if name == "fashion-mnist" else ("train", "test")
     if split not in splits:
         raise ResnetPathsError("split", split, f"one of {', '.join(map(repr, splits))} for {name}")
     root = None if folder is None else require_path("folder", folder).expanduser()
+    if name in TEXTS:
+        return load_text(name, split, root)
     if name == "fashion-mnist":
         images, labels = _read_fashion_mnist(split, root, download)
     else:

@@ -1,8 +1,9 @@
 """Networks that come with the project: definitions, descriptions, and trained weights.
 
 Weights are stored in ``data/networks/NAME.safetensors`` together with their settings; ``NAME.csv`` is the training log.
-Weights of other seeds are in ``NAME-seed1.safetensors``, snapshots of training in ``NAME.epoch4.safetensors``. The
-files are written by ``resnet-paths train NAME`` and ``resnet-paths publish``, and are never read with pickle.
+Weights of other seeds are in ``NAME-seed1.safetensors``, snapshots of training in ``NAME.epoch4.safetensors``. Of some
+seeds there is only the log, ``NAME-seed2.csv``. The files are written by ``resnet-paths train NAME`` and
+``resnet-paths publish``, and are never read with pickle.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from resnet_paths._utils.devices import choose_device
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths._utils.files import shipped_folder
 from resnet_paths.zoo.catalog import NETWORKS, NetworkFacts, Recipe, build_network, find_network
-from resnet_paths.zoo.weights import Metadata, choose_weights, read_metadata, read_weights, weights_in
+from resnet_paths.zoo.weights import Metadata, choose_weights, logs_in, read_metadata, read_weights, weights_in
 
 __all__ = [
     "NETWORKS",
@@ -78,7 +79,7 @@ def load_network(
     device = choose_device(device)
     path = choose_weights(name, _shipped() if weights is None else require_path("weights", weights), seed, snapshot)
     metadata = read_metadata(path)
-    shape = {"in_channels": 1, "num_classes": 10}
+    shape = {"in_channels": 1, "num_classes": find_network(name).num_classes}
     for key, default in shape.items():
         shape[key] = metadata.get(key, default)
         if not isinstance(shape[key], int) or not 1 <= shape[key] <= 100_000:
@@ -96,8 +97,8 @@ def list_networks() -> pd.DataFrame:
     Returns:
         One row per network: ``name``, ``description``, ``num_blocks``, ``num_paths`` (exact int), ``num_parameters``,
         ``trained`` (whether weights are shipped), ``dataset``, ``epochs``, ``seeds`` and ``snapshots`` (tuples of ints,
-        valid arguments of `load_network`), and for the first seed ``test_error_rate`` in [0, 1] or ``test_rmse``, the
-        root-mean-square error of a denoiser.
+        valid arguments of `load_network`), and for the first seed ``test_error_rate`` in [0, 1], ``test_rmse``, the
+        root-mean-square error of a denoiser, or ``test_bits_per_byte`` of a language model.
 
     Example:
         >>> list_networks().set_index("name").num_paths["preact-resnet-20"]
@@ -106,7 +107,7 @@ def list_networks() -> pd.DataFrame:
     rows = []
     for name, facts in NETWORKS.items():
         with torch.device("meta"):
-            model = facts.build(in_channels=1, num_classes=10)
+            model = facts.build(in_channels=1, num_classes=facts.num_classes)
         found = weights_in(_shipped(), name)
         seeds = tuple(seed for seed, snapshot in found if snapshot is None)
         metadata = read_metadata(found[seeds[0], None]) if seeds else {}
@@ -123,15 +124,17 @@ def list_networks() -> pd.DataFrame:
             "snapshots": tuple(epoch for seed, epoch in found if epoch is not None and seed == seeds[0]),
             "test_error_rate": metadata.get("test_error_rate"),
             "test_rmse": metadata.get("test_rmse"),
+            "test_bits_per_byte": metadata.get("test_bits_per_byte"),
         })
     frame = pd.DataFrame(rows)
     # Python ints, which are exact for 2**81 paths, unlike floats.
     frame["num_paths"] = pd.Series([row["num_paths"] for row in rows], dtype=object)
-    return frame.astype({"epochs": "Int64", "test_error_rate": "float64", "test_rmse": "float64"})
+    measures = ("test_error_rate", "test_rmse", "test_bits_per_byte")
+    return frame.astype({"epochs": "Int64"} | dict.fromkeys(measures, "float64"))
 
 
 def training_logs(names: str | Iterable[str] | None = None) -> pd.DataFrame:
-    """Training logs of the shipped networks, for all seeds.
+    """Training logs of the shipped networks, for all seeds, including seeds whose weights are not shipped.
 
     Args:
         names: Name or names of networks with shipped weights; all by default.
@@ -139,7 +142,8 @@ def training_logs(names: str | Iterable[str] | None = None) -> pd.DataFrame:
     Returns:
         One row per network, seed and epoch, in this order: ``network``, ``seed``, ``epoch`` (from 1),
         ``learning_rate``, ``train_loss``, ``train_error_rate``, ``test_loss``, ``test_error_rate``, ``seconds``. For a
-        denoiser, error rates are NaN and losses are mean squared errors.
+        denoiser, error rates are NaN and losses are mean squared errors. Losses of a language model are in nats per
+        token, its error rates those of tokens.
 
     Raises:
         ResnetPathsError: If a name is unknown or has no shipped weights.
@@ -159,8 +163,8 @@ def training_logs(names: str | Iterable[str] | None = None) -> pd.DataFrame:
         find_network(name)
         if names is not NETWORKS and name not in trained:
             raise ResnetPathsError("names", name, f"networks with shipped weights: {', '.join(trained)}")
-    runs = [_runs(name) for name in names if name in trained]
-    return pd.concat([_log(metadata) for run in runs for metadata in run], ignore_index=True)
+    logs = [path for name in names if name in trained for path in logs_in(_shipped(), name).values()]
+    return pd.concat([pd.read_csv(path) for path in logs], ignore_index=True)
 
 
 def networks_table() -> str:
@@ -200,6 +204,8 @@ def _log(metadata: Metadata) -> pd.DataFrame:
 def _judgement(metadata: Metadata) -> str:
     if "test_rmse" in metadata:
         return f"RMSE {metadata['test_rmse']:.3f}"
+    if "test_bits_per_byte" in metadata:
+        return f"{metadata['test_bits_per_byte']:.2f} bits per byte"
     return f"{100 * metadata['test_error_rate']:.2f} %"
 
 

@@ -14,6 +14,7 @@ from resnet_paths._utils.errors import ResnetPathsError, nearest_names
 from resnet_paths.zoo.densenet import DenseNet
 from resnet_paths.zoo.highway import HighwayNet
 from resnet_paths.zoo.initialisation import initialise
+from resnet_paths.zoo.language import GPT
 from resnet_paths.zoo.random_depth import EffectiveResNet, StochasticDepthResNet
 from resnet_paths.zoo.resnet import OptionAPreactResNet, PlainNet, PreactResNet, ResNet
 from resnet_paths.zoo.senet import SEResNet
@@ -32,11 +33,17 @@ class Recipe:
         optimizer: ``"sgd"`` with Nesterov momentum, or ``"adamw"``.
         learning_rate: Peak learning rate.
         weight_decay: Weight decay, as in `torch.optim`.
+        max_gradient_norm: Norm of all gradients above which they are scaled down to it; None for no limit.
+        batch_size: Images or sequences per mini-batch.
+        dataset: Data set to train on.
     """
 
     optimizer: str = "sgd"
     learning_rate: float = 0.1
     weight_decay: float = 5e-4
+    max_gradient_norm: float | None = None
+    batch_size: int = 128
+    dataset: str = "fashion-mnist"
 
 
 @dataclass(frozen=True)
@@ -49,9 +56,10 @@ class NetworkFacts:
         num_blocks: Number of blocks found by `resnet_paths.unravel`.
         num_paths: Number of paths, 2^n with skips and 1 without.
         recipe: Default training settings.
-        task: Training task, ``"classification"`` or ``"denoising"``.
+        task: Training task, ``"classification"``, ``"denoising"`` or ``"language"``.
         draws_blocks: Whether each mini-batch trains a random subset of blocks, drawn by ``draw_blocks(generator)``.
         num_drawn_blocks: Minimum and maximum number of drawn blocks, if `build` takes it.
+        num_classes: Number of logits by default.
     """
 
     build: Callable[..., nn.Module]
@@ -62,6 +70,7 @@ class NetworkFacts:
     task: str = "classification"
     draws_blocks: bool = False
     num_drawn_blocks: tuple[int, int] | None = None
+    num_classes: int = 10
 
 
 def _preact(depth: int, *, bottleneck: bool = False) -> NetworkFacts:
@@ -151,6 +160,15 @@ NETWORKS: dict[str, NetworkFacts] = {
     "unet-small": NetworkFacts(
         UNet, "U-Net that takes noise away, 1 block with another in its branch", 1, 3, task="denoising"
     ),
+    "gpt-small": NetworkFacts(
+        GPT,
+        "language model like GPT-2, 24 blocks: attention and MLP of 12 layers",
+        24,
+        2**24,
+        Recipe("adamw", 0.002, 0.05, max_gradient_norm=1.0, batch_size=16, dataset="python-docs"),
+        task="language",
+        num_classes=1024,
+    ),
 }
 """All networks by name."""
 
@@ -208,7 +226,7 @@ def build_network(
     generator: torch.Generator,
     *,
     in_channels: int = 1,
-    num_classes: int = 10,
+    num_classes: int | None = None,
     num_drawn_blocks: int | tuple[int, int] | None = None,
 ) -> nn.Module:
     """Build an untrained network in training mode.
@@ -217,7 +235,7 @@ def build_network(
         name: Key of `NETWORKS`.
         generator: CPU generator of all initial values.
         in_channels: Channels of the image.
-        num_classes: Number of logits.
+        num_classes: Number of logits; None for that of `NETWORKS`.
         num_drawn_blocks: Number of blocks that a mini-batch trains, or a pair of minimum and maximum; only for
             ``"effective-..."``.
 
@@ -233,6 +251,7 @@ def build_network(
     in_channels = require_int("in_channels", in_channels, 1)
     num_classes = require_int("num_classes", num_classes, 1)
     drawn = check_num_drawn_blocks(name, num_drawn_blocks)
+    num_classes = facts.num_classes if num_classes is None else num_classes
     options = {} if drawn is None else {"num_drawn_blocks": drawn}
     with torch.device("meta"):
         model = facts.build(in_channels=in_channels, num_classes=num_classes, **options)

@@ -24,6 +24,7 @@ from resnet_paths._utils.fingerprint import fingerprint
 __all__ = [
     "Metadata",
     "choose_weights",
+    "logs_in",
     "read_checked",
     "read_metadata",
     "read_tensors",
@@ -60,6 +61,21 @@ def weights_in(folder: Path, network: str) -> dict[tuple[int, int | None], Path]
     matches = [(name.fullmatch(path.name), path) for path in folder.glob(f"{network}*.safetensors")]
     found = {(int(m[1] or 0), None if m[2] is None else int(m[2])): path for m, path in matches if m}
     return dict(sorted(found.items(), key=lambda item: (item[0][0], -1 if item[0][1] is None else item[0][1])))
+
+
+def logs_in(folder: Path, network: str) -> dict[int, Path]:
+    """Training logs of a network in a folder.
+
+    Args:
+        folder: The folder; it may not exist.
+        network: Name of the network.
+
+    Returns:
+        Paths by seed, sorted.
+    """
+    name = re.compile(rf"{re.escape(network)}(?:-seed(\d+))?\.csv")
+    matches = [(name.fullmatch(path.name), path) for path in folder.glob(f"{network}*.csv")]
+    return dict(sorted((int(m[1] or 0), path) for m, path in matches if m))
 
 
 def choose_weights(network: str, weights: Path, seed: int | None, snapshot: int | None) -> Path:

@@ -61,5 +61,5 @@ def test_it_unravels_into_attention_and_mlp_and_says_the_same():
 def test_every_weight_has_its_first_value():
     net = model()
     assert all(torch.isfinite(parameter).all() for parameter in net.parameters())
-    assert 0.015 < net.bytes.weight.std() < 0.025
+    assert 0.015 < net.tokens.weight.std() < 0.025
     assert not net.out.bias.any()

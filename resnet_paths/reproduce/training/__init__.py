@@ -25,8 +25,8 @@ from tqdm.auto import tqdm
 
 from resnet_paths._utils.errors import ResnetPathsError, requires_extra
 from resnet_paths._utils.files import write_then_rename
-from resnet_paths.reproduce.datasets import DATASETS, ImageDataset, load_dataset
-from resnet_paths.reproduce.training.batches import augmented_batches, generator_of
+from resnet_paths.reproduce.datasets import DATASETS, load_dataset
+from resnet_paths.reproduce.training.batches import augmented_batches, examples_per_epoch, generator_of
 from resnet_paths.reproduce.training.checkpoints import (
     check_settings,
     check_snapshots,
@@ -40,7 +40,7 @@ from resnet_paths.reproduce.training.settings import (
     TrainingSettings,
     learning_rate_at,
 )
-from resnet_paths.reproduce.training.tasks import TASKS, Classification, evaluate, sum_losses
+from resnet_paths.reproduce.training.tasks import TASKS, Classification, LabelledData, evaluate, sum_losses, to_device
 from resnet_paths.zoo.catalog import build_network, find_network
 from resnet_paths.zoo.weights import snapshot_file, write_tensors
 
@@ -59,8 +59,8 @@ def train(
     num_nodes: int = 1,
     strategy: str = "auto",
     snapshots: Sequence[int] = (),
-    train_set: ImageDataset | None = None,
-    test_set: ImageDataset | None = None,
+    train_set: LabelledData | None = None,
+    test_set: LabelledData | None = None,
     progress: bool = True,
 ) -> Path:
     """Train a network, or resume an interrupted run.
@@ -106,7 +106,7 @@ def train(
         return weights
     train_set = load_dataset(settings.dataset, "train") if train_set is None else train_set
     test_set = load_dataset(settings.dataset, "test") if test_set is None else test_set
-    _check_last_batch(len(train_set), settings.batch_size, fabric.world_size)
+    _check_last_batch(examples_per_epoch(train_set), settings.batch_size, fabric.world_size)
     raw = _initialised(settings)
     bare = _optimizer(raw, settings)
     model, optimizer = fabric.setup(raw, bare)
@@ -134,7 +134,7 @@ def train(
     return weights
 
 
-def _check_arguments(settings: TrainingSettings, snapshots: Sequence[int], **sets: ImageDataset | None) -> None:
+def _check_arguments(settings: TrainingSettings, snapshots: Sequence[int], **sets: LabelledData | None) -> None:
     for epoch in snapshots:
         if not isinstance(epoch, SupportsIndex) or not 0 <= operator.index(epoch) <= settings.epochs:
             raise ResnetPathsError("snapshots", epoch, f"numbers of epochs from 0 to {settings.epochs}")
@@ -164,7 +164,7 @@ def _initialised(settings: TrainingSettings) -> nn.Module:
         settings.network,
         torch.Generator().manual_seed(settings.seed),
         num_drawn_blocks=settings.num_drawn_blocks,
-        **_shape_of_network(settings.dataset),
+        **_shape_of_network(settings),
     )
     return network.to(memory_format=torch.channels_last)
 
@@ -184,15 +184,15 @@ def _epochs(
     fabric: Fabric,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    train_set: ImageDataset,
-    test_set: ImageDataset,
+    train_set: LabelledData,
+    test_set: LabelledData,
     settings: TrainingSettings,
     num_done: int,
     *,
     progress: bool,
 ) -> Iterator[LogRow]:
     """Train the remaining epochs; yields the row of the log of each."""
-    steps = -(-len(train_set) // settings.batch_size)
+    steps = -(-examples_per_epoch(train_set) // settings.batch_size)
     task = _task(settings)
     with tqdm(
         total=settings.epochs * steps,
@@ -209,7 +209,8 @@ def _epochs(
             if not math.isfinite(tested["test_loss"]):
                 _raise_diverged(settings, epoch)
             seconds = round(time.perf_counter() - started, 1)
-            bar.set_postfix({task.measure: f"{task.judge(tested['test_loss'], tested['test_error_rate']):.4f}"})
+            judged = task.judge(tested["test_loss"], tested["test_error_rate"], test_set)
+            bar.set_postfix({task.measure: f"{judged:.4f}"})
             yield {"network": settings.network, "seed": settings.seed, **trained, **tested, "seconds": seconds}
 
 
@@ -231,14 +232,14 @@ def _train_one_epoch(
     fabric: Fabric,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    dataset: ImageDataset,
+    dataset: LabelledData,
     settings: TrainingSettings,
     epoch: int,
     bar: tqdm[object],
 ) -> TrainingMeasures:
     model.train()
     loss_sum, num_wrong, num_seen = (torch.zeros((), device=fabric.device) for _ in range(3))
-    num_steps = -(-len(dataset) // settings.batch_size)
+    num_steps = -(-examples_per_epoch(dataset) // settings.batch_size)
     batches = augmented_batches(dataset, settings, epoch, fabric.global_rank, fabric.world_size)
     rate = 0.0
     task = _task(settings)
@@ -251,10 +252,12 @@ def _train_one_epoch(
         for group in optimizer.param_groups:
             group["lr"] = rate
         targets = targets.to(fabric.device)
-        outputs = model(inputs.to(fabric.device, memory_format=torch.channels_last)).float()
+        outputs = model(to_device(inputs, fabric.device)).float()
         loss = task.loss(outputs, targets)
         optimizer.zero_grad()
         fabric.backward(loss)
+        if settings.max_gradient_norm is not None:
+            fabric.clip_gradients(model, optimizer, max_norm=settings.max_gradient_norm)
         optimizer.step()
         loss_sum += loss.detach() * len(targets)
         num_wrong += task.num_wrong(outputs.detach(), targets)
@@ -317,7 +320,7 @@ def _task(settings: TrainingSettings) -> Classification:
     return TASKS[find_network(settings.network).task]
 
 
-def _measure(fabric: Fabric, model: nn.Module, dataset: ImageDataset, settings: TrainingSettings) -> TestMeasures:
+def _measure(fabric: Fabric, model: nn.Module, dataset: LabelledData, settings: TrainingSettings) -> TestMeasures:
     """Test loss and error in the training precision, with the images distributed over the processes."""
     model.eval()
     task = _task(settings)
@@ -328,20 +331,22 @@ def _measure(fabric: Fabric, model: nn.Module, dataset: ImageDataset, settings: 
     return {"test_loss": loss_sum / len(dataset), "test_error_rate": task.error_rate(num_wrong, len(dataset))}
 
 
-def _shape_of_network(dataset: str) -> dict[str, int]:
-    facts = DATASETS[dataset]
+def _shape_of_network(settings: TrainingSettings) -> dict[str, int]:
+    if settings.dataset not in DATASETS:
+        return {"in_channels": 1, "num_classes": find_network(settings.network).num_classes}
+    facts = DATASETS[settings.dataset]
     return {"in_channels": facts.shape[0], "num_classes": len(facts.classes)}
 
 
 def _write_finished(
-    path: Path, model: nn.Module, settings: TrainingSettings, log: list[LogRow], test_set: ImageDataset
+    path: Path, model: nn.Module, settings: TrainingSettings, log: list[LogRow], test_set: LabelledData
 ) -> None:
     """Write weights for `load_network`, with settings, log and float32 test error in their metadata."""
     task = find_network(settings.network).task
     loss, judged = evaluate(model, test_set, task=task)
     metadata = {
         **asdict(settings),
-        **_shape_of_network(settings.dataset),
+        **_shape_of_network(settings),
         "log": log,
         "epochs_done": len(log),
         TASKS[task].measure: judged,
@@ -354,7 +359,7 @@ def _write_finished(
 
 @contextlib.contextmanager
 def _measured_batchnorm(
-    fabric: Fabric, model: nn.Module, raw: nn.Module, dataset: ImageDataset, settings: TrainingSettings
+    fabric: Fabric, model: nn.Module, raw: nn.Module, dataset: LabelledData, settings: TrainingSettings
 ) -> Iterator[None]:
     """Context in which BatchNorm statistics are measured on ten batches.
 
@@ -368,7 +373,7 @@ def _measured_batchnorm(
     with torch.no_grad():
         batches = augmented_batches(dataset, settings, 0)
         for images, _ in itertools.islice(batches, 10):
-            model(images.to(fabric.device, memory_format=torch.channels_last))
+            model(to_device(images, fabric.device))
     try:
         yield
     finally:

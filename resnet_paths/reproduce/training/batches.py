@@ -11,12 +11,12 @@ from collections.abc import Iterator
 import torch
 from torch.nn import functional as F
 
-from resnet_paths.reproduce.datasets import ImageDataset
+from resnet_paths.reproduce.texts import TextDataset
 from resnet_paths.reproduce.training.settings import TrainingSettings
-from resnet_paths.reproduce.training.tasks import TASKS
+from resnet_paths.reproduce.training.tasks import TASKS, LabelledData
 from resnet_paths.zoo.catalog import find_network
 
-__all__ = ["augmented_batches", "generator_of"]
+__all__ = ["augmented_batches", "examples_per_epoch", "generator_of"]
 
 
 # Seed offsets of independent random streams.
@@ -37,23 +37,36 @@ def generator_of(settings: TrainingSettings, epoch: int, stream: str = "images")
     return torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch + 1 + _STREAMS[stream])
 
 
+def examples_per_epoch(dataset: LabelledData) -> int:
+    """Number of images, or the number of windows that are drawn from a text."""
+    return dataset.windows_per_epoch if isinstance(dataset, TextDataset) else len(dataset)
+
+
 def augmented_batches(
-    dataset: ImageDataset, settings: TrainingSettings, epoch: int, rank: int = 0, world_size: int = 1
+    dataset: LabelledData, settings: TrainingSettings, epoch: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Batches of one process in an epoch, with order, crops, flips and noise determined by (seed, epoch).
 
+    From a text, windows are drawn at random places with replacement.
+
     Args:
-        dataset: The images.
+        dataset: Images or text.
         settings: The training settings.
         epoch: Index of the epoch, counted from 0.
         rank: Index of the process.
         world_size: Number of processes that share each batch.
 
     Yields:
-        Inputs, from normalised images [batch of the process, C, H, W], and targets of the network's task.
+        Inputs, from normalised images [batch of the process, C, H, W] or tokens [batch of the process, context], and
+        targets of the network's task.
     """
     task = TASKS[find_network(settings.network).task]
     generator = generator_of(settings, epoch)
+    if isinstance(dataset, TextDataset):
+        starts = torch.randint(len(dataset.text) - dataset.context, (dataset.windows_per_epoch,), generator=generator)
+        for batch in torch.split(starts, settings.batch_size):
+            yield dataset.windows(batch[rank::world_size])
+        return
     noise_generator = generator_of(settings, epoch, "noise")
     order = torch.randperm(len(dataset), generator=generator)
     labels = torch.tensor(dataset.labels)

@@ -26,7 +26,7 @@ _OPTIMIZER_STATE = {
     "adamw": {"average": "exp_avg", "average_of_squares": "exp_avg_sq", "steps": "step"},
 }
 # Settings of files that were written before these settings existed.
-_DEFAULTS = {"optimizer": "sgd", "num_drawn_blocks": None}
+_DEFAULTS = {"optimizer": "sgd", "num_drawn_blocks": None, "max_gradient_norm": None}
 
 
 def write_checkpoint(

@@ -15,14 +15,14 @@ from tqdm.auto import tqdm
 
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths._utils.files import shipped_folder, write_then_rename
-from resnet_paths.reproduce.datasets import ImageDataset, load_dataset
-from resnet_paths.reproduce.training.tasks import TASKS, evaluate
+from resnet_paths.reproduce.datasets import load_dataset
+from resnet_paths.reproduce.training.tasks import TASKS, LabelledData, evaluate
 from resnet_paths.zoo import NETWORKS, find_network, load_network
 from resnet_paths.zoo.weights import read_metadata, snapshot_file, weights_in, write_tensors
 
 __all__ = ["publish", "published_errors"]
 
-# 0.01 points, one image of 10,000, plus a tolerance for rounding.
+# 0.01 points, one image of 10,000, or 0.0001 bits per byte, plus a tolerance for rounding.
 _MAX_CHANGE = 1.000001e-4
 # If rounding all parameters changes the error, they are divided into parts, at most this many: each attempt takes an
 # evaluation.
@@ -30,7 +30,7 @@ _MAX_PARTS = 8
 
 
 def publish(
-    weights: str | Path, folder: str | Path | None = None, *, test_set: ImageDataset | None = None
+    weights: str | Path, folder: str | Path | None = None, *, test_set: LabelledData | None = None
 ) -> list[Path]:
     """Store the weights, snapshots and log of a finished run for `resnet_paths.load_network`.
 
@@ -79,7 +79,7 @@ def publish(
 
 
 def published_errors(
-    folder: str | Path | None = None, *, test_set: ImageDataset | None = None, progress: bool = True
+    folder: str | Path | None = None, *, test_set: LabelledData | None = None, progress: bool = True
 ) -> pd.DataFrame:
     """Evaluate every stored file and compare its test error with the stated one.
 
@@ -90,9 +90,8 @@ def published_errors(
 
     Returns:
         One row per file: ``network``, ``seed``, ``epoch`` (of a snapshot; the last one of the run otherwise),
-            ``measure``
-        (``test_error_rate``, or ``test_rmse`` of a denoiser), ``stated``, ``measured``, and ``as_stated``, whether the
-        two are within 0.01 points.
+        ``measure`` (``test_error_rate``, ``test_rmse`` of a denoiser, or ``test_bits_per_byte`` of a language model),
+        ``stated``, ``measured``, and ``as_stated``, whether the two are within 0.0001.
     """
     place = shipped_folder("data") / "networks" if folder is None else Path(folder)
     files = [(name, seed, path) for name in NETWORKS for (seed, _), path in weights_in(place, name).items()]
@@ -114,7 +113,7 @@ def published_errors(
     return pd.DataFrame(rows)
 
 
-def _store(source: Path, target: Path, network: str, test_set: ImageDataset) -> None:
+def _store(source: Path, target: Path, network: str, test_set: LabelledData) -> None:
     task = find_network(network).task
     model = load_network(network, source)
     tensors = {key: value.clone() for key, value in model.state_dict().items()}

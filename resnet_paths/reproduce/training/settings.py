@@ -8,6 +8,7 @@ from typing import Any, TypedDict
 
 from resnet_paths._utils.errors import ResnetPathsError, nearest_names
 from resnet_paths.reproduce.datasets import DATASETS
+from resnet_paths.reproduce.texts import TEXTS
 from resnet_paths.zoo.catalog import check_num_drawn_blocks, find_network
 
 __all__ = ["LogRow", "TestMeasures", "TrainingMeasures", "TrainingSettings", "learning_rate_at"]
@@ -49,7 +50,9 @@ class TrainingSettings:
     """All settings that determine the trained weights.
 
     The defaults are those of the shipped networks, except for `epochs` and `seed`, which `list_networks` states.
-    `learning_rate`, `weight_decay` and `optimizer` default to the recipe of the network (`resnet_paths.zoo.Recipe`).
+    `dataset`, `batch_size`, `learning_rate`, `weight_decay`, `optimizer` and `max_gradient_norm` default to the recipe
+    of the network (`resnet_paths.zoo.Recipe`). Gradients with a larger norm than `max_gradient_norm` are scaled down
+    to it; ``math.inf`` is no limit. An epoch on text is 4,096 windows at random places.
     The optimizer is SGD with Nesterov momentum, or AdamW with `momentum` as its first decay rate. The learning rate
     increases linearly over `warmup_epochs` and decreases to zero with a half cosine. Images are padded by
     `crop_padding` pixels, and cropped and flipped at random (He et al. 2016a, section 4.2). `precision` is Fabric's,
@@ -59,10 +62,10 @@ class TrainingSettings:
     """
 
     network: str
-    dataset: str = "fashion-mnist"
+    dataset: str = _FROM_RECIPE
     epochs: int = 12
     seed: int = 0
-    batch_size: int = 128
+    batch_size: int = _FROM_RECIPE
     learning_rate: float = _FROM_RECIPE
     warmup_epochs: float = 1.0
     momentum: float = 0.9
@@ -71,17 +74,21 @@ class TrainingSettings:
     precision: str = "32-true"
     optimizer: str = _FROM_RECIPE
     num_drawn_blocks: int | tuple[int, int] | None = None
+    max_gradient_norm: float | None = _FROM_RECIPE
 
     def __post_init__(self) -> None:
         """Fill in the recipe and validate the settings."""
         recipe = find_network(self.network).recipe
-        for name in ("learning_rate", "weight_decay", "optimizer"):
+        for name in ("dataset", "batch_size", "learning_rate", "weight_decay", "optimizer", "max_gradient_norm"):
             if getattr(self, name) is _FROM_RECIPE:
                 object.__setattr__(self, name, getattr(recipe, name))
         drawn = check_num_drawn_blocks(self.network, self.num_drawn_blocks)
         object.__setattr__(self, "num_drawn_blocks", drawn)
-        if self.dataset not in DATASETS:
-            raise ResnetPathsError("dataset", self.dataset, f"one of {nearest_names(self.dataset, DATASETS, cutoff=0)}")
+        known = TEXTS if find_network(self.network).task == "language" else tuple(DATASETS)
+        if self.dataset not in known:
+            raise ResnetPathsError(
+                "dataset", self.dataset, f"one of {nearest_names(str(self.dataset), known, cutoff=0)}"
+            )
         for name, least in (("epochs", 1), ("batch_size", 2), ("crop_padding", 0), ("seed", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -96,6 +103,9 @@ class TrainingSettings:
             raise ResnetPathsError("learning_rate", self.learning_rate, "a positive number")
         if not 0 < self.momentum < 1:
             raise ResnetPathsError("momentum", self.momentum, "a number between 0 and 1, both excluded")
+        norm = self.max_gradient_norm
+        if norm is not None and not (isinstance(norm, (int, float)) and norm > 0):
+            raise ResnetPathsError("max_gradient_norm", norm, "a positive number, inf for no limit")
         for name, known in (("precision", _PRECISIONS), ("optimizer", _OPTIMIZERS)):
             if getattr(self, name) not in known:
                 raise ResnetPathsError(name, getattr(self, name), f"one of {', '.join(map(repr, known))}")
