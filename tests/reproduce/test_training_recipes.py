@@ -56,7 +56,7 @@ def test_files_of_the_time_before_there_was_a_choice_of_optimizer(run, tmp_path)
     whole = run(tmp_path / "whole", settings)
     keep = training.write_checkpoint
 
-    later = ("optimizer", "num_drawn_blocks", "untouched")
+    later = ("optimizer", "num_drawn_blocks", "max_gradient_norm", "untouched")
 
     def write_as_before(path, *args):
         keep(path, *args)
@@ -67,7 +67,7 @@ def test_files_of_the_time_before_there_was_a_choice_of_optimizer(run, tmp_path)
         patch.setattr(training, "write_checkpoint", write_as_before)
         same_run(stopped_after_the_first_epoch(run, tmp_path / "stopped", settings), whole)
     metadata = read_metadata(whole)
-    del metadata["optimizer"], metadata["num_drawn_blocks"]
+    del metadata["optimizer"], metadata["num_drawn_blocks"], metadata["max_gradient_norm"]
     write_tensors(whole, load_file(whole), metadata)
     check_settings(whole, settings)
     with pytest.raises(training.ResnetPathsError, match="optimizer: got 'adamw'; allowed: 'sgd'"):

@@ -17,7 +17,7 @@ from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths._utils.files import shipped_folder
 from resnet_paths.reproduce.training import TrainingSettings, evaluate, train
 from resnet_paths.zoo import NETWORKS, build_network, list_networks, load_network, networks_table, training_logs
-from resnet_paths.zoo.weights import read_metadata, read_tensors, read_weights, weights_in, write_tensors
+from resnet_paths.zoo.weights import logs_in, read_metadata, read_tensors, read_weights, weights_in, write_tensors
 
 SMALL = "preact-resnet-20"
 FOLDER = shipped_folder("data") / "networks"
@@ -302,6 +302,7 @@ def test_list_networks():
         "snapshots",
         "test_error_rate",
         "test_rmse",
+        "test_bits_per_byte",
     ]
     assert frame["trained"].dtype == bool
     assert frame["epochs"].dtype == pd.Int64Dtype()
@@ -312,9 +313,10 @@ def test_list_networks():
         assert row.num_paths == NETWORKS[row.name].num_paths
         assert row.num_parameters > 0
         assert row.trained == (row.name in SHIPPED)
-        denoises = NETWORKS[row.name].task == "denoising"
-        assert pd.isna(row.test_error_rate) != (row.trained and not denoises)
-        assert pd.isna(row.test_rmse) != (row.trained and denoises)
+        task = NETWORKS[row.name].task if row.trained else None
+        assert pd.isna(row.test_error_rate) != (task == "classification")
+        assert pd.isna(row.test_rmse) != (task == "denoising")
+        assert pd.isna(row.test_bits_per_byte) != (task == "language")
         assert list(row.seeds) == [seed for name, seed, epoch in FILES if name == row.name and epoch is None]
         kept = [epoch for name, seed, epoch in FILES if (name, seed) == (row.name, 0) and epoch is not None]
         assert list(row.snapshots) == kept
@@ -330,7 +332,8 @@ def test_the_promised_networks_are_shipped():
 
 def test_every_file_in_the_folder_belongs_to_a_network():
     files = {path for name in NETWORKS for path in weights_in(FOLDER, name).values()}
-    logs = {path.with_suffix(".csv") for path in files if ".epoch" not in path.name}
+    logs = {path for name in NETWORKS for path in logs_in(FOLDER, name).values()}
+    assert logs >= {path.with_suffix(".csv") for path in files if ".epoch" not in path.name}
     assert set(FOLDER.iterdir()) == files | logs
 
 
@@ -342,7 +345,7 @@ def test_the_data_are_small():
 def test_shipped_networks_have_settings_and_a_log_a_row_an_epoch(name, seed, snapshot):
     path = weights_in(FOLDER, name)[seed, snapshot]
     metadata = read_metadata(path)
-    assert (metadata["network"], metadata["seed"], metadata["dataset"]) == (name, seed, "fashion-mnist")
+    assert (metadata["network"], metadata["seed"], metadata["dataset"]) == (name, seed, NETWORKS[name].recipe.dataset)
     epochs = metadata["epochs"] if snapshot is None else snapshot
     log = pd.read_csv(weights_in(FOLDER, name)[seed, None].with_suffix(".csv"))
     assert log["epoch"].tolist() == list(range(1, metadata["epochs"] + 1))
@@ -379,9 +382,12 @@ def test_the_table_has_a_row_a_network_and_seed():
 def test_training_logs_are_one_tidy_frame():
     frame = training_logs()
     runs = frame.groupby(["network", "seed"], sort=False)
-    assert list(runs.groups) == [(name, seed) for name, seed, snapshot in FILES if snapshot is None]
-    for (name, seed), log in runs:
-        pd.testing.assert_frame_equal(log.reset_index(drop=True), load_network(name, seed=seed).training_log)
+    assert list(runs.groups) == [(name, seed) for name in SHIPPED for seed in logs_in(FOLDER, name)]
+    assert {(name, seed) for name, seed, _ in FILES} < set(runs.groups)
+    for name, seed, snapshot in FILES:
+        if snapshot is None:
+            log = runs.get_group((name, seed)).reset_index(drop=True)
+            pd.testing.assert_frame_equal(log, load_network(name, seed=seed).training_log, rtol=1e-5)
     assert set(training_logs("plain-20")["network"]) == {"plain-20"}
     two = training_logs(["plain-20", "preact-resnet-56"])
     assert list(two["network"].unique()) == ["plain-20", "preact-resnet-56"]

@@ -38,6 +38,13 @@ def images(batch, channels=1, size=28, seed=0):
     return torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(seed))
 
 
+def inputs_of(name, batch, seed=0):
+    """Images, or tokens for a language model."""
+    if name == "gpt-small":
+        return torch.randint(1024, (batch, 20), generator=torch.Generator().manual_seed(seed))
+    return images(batch, seed=seed)
+
+
 def with_statistics(model):
     """BatchNorm statistics as of a trained network: in eval mode an untrained one's outputs grow or vanish."""
     generator = torch.Generator().manual_seed(1)
@@ -67,7 +74,7 @@ def test_number_of_weight_layers_is_the_one_in_the_name(name):
 def test_number_of_blocks_and_paths(name):
     model = on_meta(name)
     stages = [getattr(model, f"layer{i}", ()) for i in (1, 2, 3)]
-    num_blocks = {"vit-small": 24, "unet-small": 1}.get(name, sum(map(len, stages)))
+    num_blocks = {"vit-small": 24, "unet-small": 1, "gpt-small": 24}.get(name, sum(map(len, stages)))
     has_skips = not name.startswith(("plain", "vgg"))
     assert NETWORKS[name].num_blocks == num_blocks
     # A path through the U-Net takes the outer skip, or the inner one, or neither.
@@ -94,6 +101,10 @@ def num_parameters_by_formula(name, in_channels, num_classes):
         attention = 2 * w + (w + 1) * 3 * w + (w + 1) * w  # LayerNorm, queries with keys and values, output
         mlp = 2 * w + (w + 1) * hidden + (hidden + 1) * w
         return (16 * in_channels + 1) * w + 12 * (attention + mlp) + 2 * w + (w + 1) * num_classes
+    if kind == "gpt":
+        w = 128
+        layer = 2 * 2 * w + (w + 1) * 3 * w + (w + 1) * w + (w + 1) * 4 * w + (4 * w + 1) * w
+        return num_classes * w + 128 * w + 12 * layer + 2 * w + (w + 1) * num_classes
     if kind == "unet":
         pairs = [(in_channels, 12), (12, 12), (12, 24), (24, 24), (24, 48), (48, 48)]  # down
         pairs += [(48, 24), (24, 24), (24, 12), (12, 12)]  # and up again
@@ -189,7 +200,7 @@ def test_shapes_at_every_stage(name, widths):
     assert seen == [(2, width, side, side) for width, side in zip(widths, (28, 14, 7), strict=True)]
 
 
-@pytest.mark.parametrize("name", [name for name in NETWORKS if name not in DEEPER])
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name not in (*DEEPER, "gpt-small")])
 def test_colour_images_and_other_classes(name):
     model = untrained(name, in_channels=3, num_classes=7)
     with torch.no_grad():
@@ -366,7 +377,7 @@ def test_the_paths_of_a_u_net():
 def unraveled(name):
     """A network and its chain; both are only run."""
     model = with_statistics(untrained(name))
-    return model, rp.unravel(model, images(2))
+    return model, rp.unravel(model, inputs_of(name, 2))
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -374,12 +385,12 @@ def test_unravels_bit_for_bit_into_the_stated_blocks_and_paths(name):
     model, chain = unraveled(name)
     assert (len(chain), chain.num_paths) == (NETWORKS[name].num_blocks, NETWORKS[name].num_paths)
     with torch.no_grad():
-        assert torch.equal(chain(images(3, seed=1)), model(images(3, seed=1)))
+        assert torch.equal(chain(inputs_of(name, 3, seed=1)), model(inputs_of(name, 3, seed=1)))
 
 
 @pytest.mark.parametrize("name", [name for name in NETWORKS if name not in DEEPER])
 def test_each_block_that_can_be_deleted_changes_the_answer_when_it_is(name):
-    x, (_, chain) = images(2), unraveled(name)
+    x, (_, chain) = inputs_of(name, 2), unraveled(name)
     deletable = [block.name for block in chain if block.skip is not None or block.keeps_shape]
     assert len(deletable) == {"vgg-15": 11}.get(name, len(chain) - 2 * name.startswith("plain"))
     with torch.no_grad():
