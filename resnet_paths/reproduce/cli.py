@@ -215,7 +215,7 @@ def _check_arguments(plan: str, repeats: int, batch_size: int, output: Path | No
         check_output("output", output)
 
 
-def _first_images(dataset: str, count: int | None) -> Subset[Any]:
+def _first_images(dataset: str, count: int | None) -> Subset[object]:
     """The first `count` test images of a data set; all if it is None."""
     from torch.utils.data import Subset
 
@@ -226,7 +226,7 @@ def _first_images(dataset: str, count: int | None) -> Subset[Any]:
     count = len(images) if count is None else count
     if not 1 <= count <= len(images):
         raise ResnetPathsError("num_images", count, f"an int from 1 to {len(images)}")
-    return Subset(cast("Dataset[Any]", images), range(count))
+    return Subset(cast("Dataset[object]", images), range(count))
 
 
 def _stopped(num_batches: int, store: Path | None) -> typer.Exit:

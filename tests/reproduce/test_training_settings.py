@@ -62,6 +62,7 @@ def test_defaults_are_those_of_the_shipped_networks():
         "precision": "32-true",
         "optimizer": "sgd",
         "num_drawn_blocks": None,
+        "max_gradient_norm": None,
     }
 
 
