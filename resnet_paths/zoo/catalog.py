@@ -249,9 +249,8 @@ def build_network(
     facts = find_network(name)
     require_generator("generator", generator)
     in_channels = require_int("in_channels", in_channels, 1)
-    num_classes = require_int("num_classes", num_classes, 1)
+    num_classes = facts.num_classes if num_classes is None else require_int("num_classes", num_classes, 1)
     drawn = check_num_drawn_blocks(name, num_drawn_blocks)
-    num_classes = facts.num_classes if num_classes is None else num_classes
     options = {} if drawn is None else {"num_drawn_blocks": drawn}
     with torch.device("meta"):
         model = facts.build(in_channels=in_channels, num_classes=num_classes, **options)

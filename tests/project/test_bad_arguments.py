@@ -439,7 +439,7 @@ OTHERS = {
         ("name", BAD["name"]),
         ("generator", BAD["generator"]),
         ("in_channels", BAD["int at least 1"]),
-        ("num_classes", BAD["int at least 1"]),
+        ("num_classes", BAD["optional int at least 1"]),
         ("num_drawn_blocks", [3, "x", (1, 2)]),
     ],
     partial(rp.Block, branch=nn.Identity(), skip=nn.Identity()): [
