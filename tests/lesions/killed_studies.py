@@ -103,21 +103,21 @@ def kill_dask_workers(times, _scratch=None):
 
     chain, loader, moments = paused_chain(0.02), labelled(128), random.Random(0)
     plain, good = study(random_chain(STEADY), loader), 0
-    with (
-        distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
-        distributed.Client(cluster) as client,
-    ):
-        executor = client.get_executor()
-        for _ in range(times):
-            pid, moment = moments.choice(list(client.run(os.getpid).values())), moments.randrange(4, 14)
+    for _ in range(times):
+        with (
+            # Of its own for each kill: on a busy machine the replacement of a worker may take minutes to start.
+            distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+            distributed.Client(cluster) as client,
+        ):
+            pid, moment, killed = moments.choice(list(client.run(os.getpid).values())), moments.randrange(4, 14), []
 
-            def until_killed(pid=pid, moment=moment):
+            def until_killed(pid=pid, moment=moment, killed=killed):
                 for number, batch in enumerate(loader):
                     if number == moment:
                         os.kill(pid, signal.SIGKILL)
+                        killed.append(pid)
                     yield batch
 
-            frame = study(chain, until_killed(), executor=executor)
-            client.wait_for_workers(2, timeout=300)
-            good += frame.equals(plain) and pid not in client.run(os.getpid).values()
+            frame = study(chain, until_killed(), executor=client.get_executor())
+            good += frame.equals(plain) and killed == [pid]
     return good

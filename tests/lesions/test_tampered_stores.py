@@ -18,8 +18,9 @@ import resnet_paths as rp
 from resnet_paths.lesions.store import Store
 from resnet_paths.zoo.weights import read_metadata, write_tensors
 from tests.chains import random_chain
-from tests.lesions.killed_studies import counts, parts, read
+from tests.lesions.killed_studies import counts, parts
 from tests.lesions.test_lesion_options import study
+from tests.lesions.test_lesion_store import read
 from tests.lesions.test_lesions import STEADY, labelled
 
 CHAIN = random_chain(STEADY)
