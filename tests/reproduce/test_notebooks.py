@@ -7,6 +7,7 @@ that a claim is about in the executed copies; without these the claims are skipp
 from __future__ import annotations
 
 import ast
+import itertools
 from pathlib import Path
 
 import nbformat
@@ -46,7 +47,8 @@ def test_the_claims_hold_of_the_executed_notebook(executed):
     name, notebook = executed
     assert notebook.metadata["resnet_paths"]["error"] is None
     claims = claims_of(notebook)
-    assert [claim["claim"] for claim in claims] == [ast.unparse(node.test) for node in assertions(SHIPPED[name])]
+    texts = [text for text, _ in itertools.groupby(claim["claim"] for claim in claims)]  # a list of findings has many
+    assert texts == [ast.unparse(node.test) for node in assertions(SHIPPED[name])]
     for claim in claims:
         check_claim(claim)
 
