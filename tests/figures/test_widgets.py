@@ -115,7 +115,7 @@ def test_the_prediction_explorer_says_the_account_of_a_deletion():
 def test_bad_input_is_refused(loader):
     with pytest.raises(rp.ResnetPathsError, match=r"images: got \[2, 3\]"):
         rp.widgets.explore_prediction(random_chain(STEADY), torch.zeros(2, 3))
-    with pytest.raises(rp.ResnetPathsError, match="num_blocks: got 6; allowed: a number from 1 to 5"):
+    with pytest.raises(rp.ResnetPathsError, match="num_blocks: got 6; allowed: an int from 1 to 5"):
         rp.widgets.explore_paths(6)
     with pytest.raises(rp.ResnetPathsError, match="depth: got 0; allowed: a number from 1 to 100"):
         rp.widgets.explore_gradient_highway(depth=0)
