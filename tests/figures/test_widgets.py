@@ -117,7 +117,7 @@ def test_bad_input_is_refused(loader):
         rp.widgets.explore_prediction(random_chain(STEADY), torch.zeros(2, 3))
     with pytest.raises(rp.ResnetPathsError, match="num_blocks: got 6; allowed: an int from 1 to 5"):
         rp.widgets.explore_paths(6)
-    with pytest.raises(rp.ResnetPathsError, match="depth: got 0; allowed: a number from 1 to 100"):
+    with pytest.raises(rp.ResnetPathsError, match="depth: got 0; allowed: an int from 1 to 100"):
         rp.widgets.explore_gradient_highway(depth=0)
     with pytest.raises(rp.ResnetPathsError, match="activation: got 'tanh'"):
         rp.widgets.explore_gradient_highway(activation="tanh")
