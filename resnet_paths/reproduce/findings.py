@@ -141,7 +141,7 @@ class Finding:
         Example:
             >>> table = np.add.outer(np.arange(20.0), np.arange(30.0) % 2)
             >>> Finding.of_table("median", np.median, table, over="sets and images").interval_text
-            '5.93 to 14.1, sets and images'
+            '5.97 to 14, sets and images'
         """
         generator = np.random.default_rng(0)
         table = np.asarray(table, dtype=np.float64)
