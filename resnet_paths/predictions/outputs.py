@@ -74,7 +74,7 @@ def class_logits(logits: object, size: int) -> torch.Tensor:
         size: Number of examples.
 
     Returns:
-        [batch, position, class], one position where there are none.
+        [batch, position, class]; a single position if the outputs have none.
 
     Raises:
         ResnetPathsError: If they are not logits of two or more classes for every example.

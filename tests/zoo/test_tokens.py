@@ -19,7 +19,7 @@ SHIPPED = BytePairTokenizer(read_merges(shipped_folder("data") / "python-docs" /
 
 
 def learned_by_hand(words, num_merges):
-    """Sennrich et al. 2016, algorithm 1, on words as strings of single letters, counted anew after every merge."""
+    """Algorithm 1 of Sennrich et al. 2016, which counts all pairs of symbols again after each merge."""
     vocabulary = Counter(tuple(word) for word in words)
     age = {chr(value): value for value in range(256)}
     merges = []
