@@ -31,8 +31,8 @@ def plot_singular_values(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ax: The axes to draw into; the current axes if None.
 
     Returns:
-        The axes. The largest singular value is darkest; bars are 1.96 standard errors, and marks on top show where a
-        new stage starts.
+        The axes. The largest singular value has order 0 and is darkest; bars are 1.96 standard errors, and marks on
+        top show where a new stage starts.
 
     Raises:
         ResnetPathsError: If columns are missing, all values are NaN, or a block and order occur twice.
@@ -53,6 +53,7 @@ def plot_singular_values(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     starts = x[of_block["stage"].diff() > 0].tolist()
     if starts:
         mark_stages(ax, starts)
+    ax.legend(title="order", ncols=2)
     return ax
 
 
