@@ -43,7 +43,8 @@ _MAX_COUNT = 20
 def train(
     network: Annotated[str, typer.Argument(help="Name of the network; see 'resnet-paths networks'.")],
     dataset: Annotated[
-        str | None, typer.Option(help="'fashion-mnist', 'cifar-10' or 'python-docs'; by default that of the recipe.")
+        str | None,
+        typer.Option(help="'fashion-mnist', 'digits', 'cifar-10' or 'python-docs'; by default that of the recipe."),
     ] = None,
     epochs: Annotated[
         int, typer.Option(help="Passes over the training images; for text, each of 4,096 windows at random places.")

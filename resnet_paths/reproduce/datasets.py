@@ -14,7 +14,7 @@ import shutil
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, overload
@@ -39,6 +39,12 @@ _FASHION_MNIST_SHA256 = {
     "sample-images-idx3-ubyte.gz": "50597dcfdad7dd41ff807c354c23f5fa88f740a5cff43df182ba73c229564ef1",
     "sample-labels-idx1-ubyte.gz": "15935be4ed7b45db8c8b1f946b8c6398b9538c1ef9948019db4da1f2d4a5ca3d",
 }
+_DIGITS_SHA256 = {
+    "train-images-idx3-ubyte.gz": "98bcae92946accd99dd4c0d00bb410d95a23339420e9421cf9ac02aaccdcfb35",
+    "train-labels-idx1-ubyte.gz": "6975273f78e84060d44aaf12a803dc4ddae14f05fcd2f3b1b14797eae575e85f",
+    "test-images-idx3-ubyte.gz": "856e5069fbb4edd2fdb52f92d3f441b708e8d51d7306204a7108fedf546bd1f8",
+    "test-labels-idx1-ubyte.gz": "589b979c70225f8b27f77ef850c12028b3c60d4afa28cb91b170ac0a9388bb34",
+}
 _CIFAR_10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 _CIFAR_10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 _CIFAR_10_RECORD = 1 + 3 * 32 * 32  # one label byte, then the red, green and blue planes
@@ -46,12 +52,23 @@ _CIFAR_10_RECORD = 1 + 3 * 32 * 32  # one label byte, then the red, green and bl
 
 @dataclass(frozen=True)
 class DatasetFacts:
-    """Shape, normalisation and classes of a data set."""
+    """Shape, normalisation, classes and augmentation of a data set.
+
+    Attributes:
+        shape: Channels, height and width of an image.
+        mean: Mean of the pixels in [0, 1] of each channel.
+        std: Their standard deviation.
+        classes: Names of the classes.
+        crop_padding: Pixels by which training images are padded before they are cropped, by default.
+        flips: Whether training images are flipped at random.
+    """
 
     shape: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     classes: tuple[str, ...]
+    crop_padding: int = 2
+    flips: bool = True
 
 
 DATASETS = {
@@ -72,6 +89,14 @@ DATASETS = {
             "ankle boot",
         ),
     ),
+    "digits": DatasetFacts(
+        shape=(1, 8, 8),
+        mean=(0.3059,),
+        std=(0.3754,),
+        classes=tuple("0123456789"),
+        crop_padding=1,
+        flips=False,
+    ),
     "cifar-10": DatasetFacts(
         shape=(3, 32, 32),
         mean=(0.4914, 0.4822, 0.4465),
@@ -90,7 +115,7 @@ DATASETS = {
         ),
     ),
 }
-"""Facts by name: image shape [C, H, W], per-channel mean and standard deviation of pixels in [0, 1], class names."""
+"""Facts by name."""
 
 
 class ImageDataset(Dataset[tuple[torch.Tensor, int]]):
@@ -144,7 +169,7 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int]]):
 
 @overload
 def load_dataset(
-    name: Literal["fashion-mnist", "cifar-10"] = ...,
+    name: Literal["fashion-mnist", "digits", "cifar-10"] = ...,
     split: str = ...,
     folder: str | Path | None = ...,
     download: bool = ...,
@@ -171,7 +196,7 @@ def load_dataset(
 ) -> ImageDataset | TextDataset:
     """Load a split of a data set from disk, or download it once.
 
-    The test split of Fashion-MNIST is included in a clone of the project and in the distribution
+    Digits are included. The test split of Fashion-MNIST is included in a clone of the project and in the distribution
     ``resnet-paths-data``, its sample in every installation. Both splits are read from Debian's package
     ``dataset-fashion-mnist`` if that is installed. Everything else is downloaded by torchvision (extra ``[train]``),
     verified, and stored in the cache folder (``$RESNET_PATHS_CACHE`` or ``~/.cache/resnet_paths``). CIFAR-10 is read
@@ -180,13 +205,14 @@ def load_dataset(
     folder ``python-docs`` of the cache folder.
 
     Args:
-        name: ``"fashion-mnist"`` (60,000 + 10,000 grey 28x28 images; Xiao, Rasul, Vollgraf 2017),
+        name: ``"fashion-mnist"`` (60,000 + 10,000 grey 28x28 images; Xiao, Rasul, Vollgraf 2017), ``"digits"``
+            (1,297 + 500 grey 8x8 images, the first and the last of scikit-learn's; Alpaydin, Kaynak 1998),
             ``"cifar-10"`` (50,000 + 10,000 colour 32x32 images; Krizhevsky 2009) or ``"python-docs"`` (text: the
             sources of the documentation of Python 3.11, 479 + 18 documents, 10.8 + 0.2 MB).
         split: ``"train"``, ``"test"``, or ``"sample"``, the first 500 test images of Fashion-MNIST.
         folder: Folder to read from and to download to, instead of those above: it contains the four ``*.gz`` files of
-            Fashion-MNIST, the folder ``cifar-10-batches-bin`` of CIFAR-10, or text files (``*.txt``). Text is not
-            downloaded.
+            Fashion-MNIST or digits, the folder ``cifar-10-batches-bin`` of CIFAR-10, or text files (``*.txt``). Text is
+            not downloaded.
         download: Whether to download a missing split.
 
     Returns:
@@ -202,8 +228,9 @@ def load_dataset(
         >>> len(images), tuple(image.shape), images.classes[label]
         (10000, (1, 28, 28), 'ankle boot')
     """
-    if not isinstance(name, str) or name not in (*DATASETS, *TEXTS):
-        raise ResnetPathsError("name", name, f"one of {nearest_names(str(name), [*DATASETS, *TEXTS], cutoff=0)}")
+    known = [*DATASETS, *TEXTS]
+    if not isinstance(name, str) or name not in known:
+        raise ResnetPathsError("name", name, f"one of {nearest_names(str(name), known, len(known), cutoff=0)}")
     splits = ("train", "test", "sample") if name == "fashion-mnist" else ("train", "test")
     if split not in splits:
         raise ResnetPathsError("split", split, f"one of {', '.join(map(repr, splits))} for {name}")
@@ -212,6 +239,8 @@ def load_dataset(
         return load_text(name, split, root)
     if name == "fashion-mnist":
         images, labels = _read_fashion_mnist(split, root, download)
+    elif name == "digits":
+        images, labels = _read_digits(split, root)
     else:
         images, labels = _read_cifar_10(split, root, download)
     return ImageDataset(name, images, labels)
@@ -239,9 +268,21 @@ def _read_fashion_mnist(split: str, folder: Path | None, download: bool) -> tupl
         _DEBIAN_FASHION_MNIST: "Reinstall the package dataset-fashion-mnist.",
         cache: "Delete it to download it again.",
     }.get(found, "Restore it from the repository.")
+    return _read_idx_pair(found, names, _FASHION_MNIST_SHA256, advice)
+
+
+def _read_digits(split: str, folder: Path | None) -> tuple[torch.Tensor, torch.Tensor]:
+    names = (f"{split}-images-idx3-ubyte.gz", f"{split}-labels-idx1-ubyte.gz")
+    return _read_idx_pair(folder or shipped_folder("data") / "digits", names, _DIGITS_SHA256)
+
+
+def _read_idx_pair(
+    folder: Path, names: tuple[str, str], sha256: Mapping[str, str], advice: str = "Restore it from the repository."
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images [N, 1, H, W] and labels [N] of two files whose checksums are verified."""
     for name in names:
-        check_sha256(found / name, _FASHION_MNIST_SHA256[name], advice)
-    return read_idx(found / names[0]).unsqueeze(1), read_idx(found / names[1]).long()
+        check_sha256(folder / name, sha256[name], advice)
+    return read_idx(folder / names[0]).unsqueeze(1), read_idx(folder / names[1]).long()
 
 
 def _download_fashion_mnist(folder: Path, names: Sequence[str]) -> None:

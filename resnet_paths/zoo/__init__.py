@@ -2,7 +2,8 @@
 
 Weights are stored in ``data/networks/NAME.safetensors`` together with their settings; ``NAME.csv`` is the training log.
 Weights of other seeds are in ``NAME-seed1.safetensors``, snapshots of training in ``NAME.epoch4.safetensors``. Of some
-seeds there is only the log, ``NAME-seed2.csv``. The files are written by ``resnet-paths train NAME`` and
+seeds there is only the log, ``NAME-seed2.csv``. Networks that were trained on another data set than that of their
+recipe are in a folder of it, such as ``data/networks/digits``. The files are written by ``resnet-paths train NAME`` and
 ``resnet-paths publish``, and are never read with pickle.
 """
 
@@ -31,6 +32,8 @@ __all__ = [
     "list_networks",
     "load_network",
     "networks_table",
+    "shipped_networks",
+    "shipped_weights",
     "training_logs",
 ]
 
@@ -39,6 +42,7 @@ def load_network(
     name: str,
     weights: str | Path | None = None,
     *,
+    dataset: str | None = None,
     seed: int | None = None,
     snapshot: int | None = None,
     device: str | torch.device = "cpu",
@@ -50,6 +54,8 @@ def load_network(
             given.
         weights: A ``.safetensors`` file written by ``resnet-paths train``, or a folder of such files, instead of the
             shipped weights.
+        dataset: Data set on which it was trained; that of the network's recipe by default. Must be None if `weights` is
+            given.
         seed: Seed of the run; by default the lowest available. Runs may differ in epochs, see `training_log`.
         snapshot: Number of epochs after which the weights were saved, 0 for the initialisation; None for the end.
         device: Device of the network; ``"auto"`` is the accelerator if one is available.
@@ -58,26 +64,29 @@ def load_network(
         The network, in float32.
 
     Raises:
-        ResnetPathsError: If the name is unknown, there are no weights of this network, seed or snapshot (the message
-            lists those available), or the file is truncated, a pickle, of another network, or contains non-finite
-            values.
+        ResnetPathsError: If the name is unknown, there are no weights of this network, data set, seed or snapshot (the
+            message lists those available), or the file is truncated, a pickle, of another network, or contains
+            non-finite values.
 
     Example:
         >>> model = load_network("preact-resnet-20")
         >>> model.training, model.training_log.epoch.tolist()[-1]
         (False, 12)
     """
-    find_network(name)
-    if weights is None and not weights_in(_shipped(), name):
-        trained = [n for n in NETWORKS if weights_in(_shipped(), n)]
+    if weights is not None and dataset is not None:
+        raise ResnetPathsError("dataset", dataset, "None if weights is given", "Pass the weights of that data set.")
+    shipped = shipped_networks(name, dataset)
+    if weights is None and not weights_in(shipped, name):
+        trained = [n for n in NETWORKS if weights_in(shipped_networks(n, dataset), n)]
+        of = "" if dataset is None else f" of {dataset!r}"
         raise ResnetPathsError(
             "name",
             name,
-            f"a network with shipped weights ({', '.join(trained)}) or an existing weights file",
+            f"a network with shipped weights{of} ({', '.join(trained) or 'none'}) or an existing weights file",
             f"Install resnet-paths-data, or train it with 'resnet-paths train {name}' and pass the file as weights=.",
         )
     device = choose_device(device)
-    path = choose_weights(name, _shipped() if weights is None else require_path("weights", weights), seed, snapshot)
+    path = choose_weights(name, shipped if weights is None else require_path("weights", weights), seed, snapshot)
     metadata = read_metadata(path)
     shape = {"in_channels": 1, "num_classes": find_network(name).num_classes}
     for key, default in shape.items():
@@ -92,7 +101,7 @@ def load_network(
 
 
 def list_networks() -> pd.DataFrame:
-    """List all known networks, with the test error of those with shipped weights.
+    """List all known networks, with the test error of those with shipped weights for the data set of their recipe.
 
     Returns:
         One row per network: ``name``, ``description``, ``num_blocks``, ``num_paths`` (exact int), ``num_parameters``,
@@ -108,7 +117,7 @@ def list_networks() -> pd.DataFrame:
     for name, facts in NETWORKS.items():
         with torch.device("meta"):
             model = facts.build(in_channels=1, num_classes=facts.num_classes)
-        found = weights_in(_shipped(), name)
+        found = weights_in(shipped_networks(name), name)
         seeds = tuple(seed for seed, snapshot in found if snapshot is None)
         metadata = read_metadata(found[seeds[0], None]) if seeds else {}
         rows.append({
@@ -133,11 +142,12 @@ def list_networks() -> pd.DataFrame:
     return frame.astype({"epochs": "Int64"} | dict.fromkeys(measures, "float64"))
 
 
-def training_logs(names: str | Iterable[str] | None = None) -> pd.DataFrame:
+def training_logs(names: str | Iterable[str] | None = None, *, dataset: str | None = None) -> pd.DataFrame:
     """Training logs of the shipped networks, for all seeds, including seeds whose weights are not shipped.
 
     Args:
-        names: Name or names of networks with shipped weights; all by default.
+        names: Name or names of networks with shipped logs; all by default.
+        dataset: Data set on which they were trained; that of each network's recipe by default.
 
     Returns:
         One row per network, seed and epoch, in this order: ``network``, ``seed``, ``epoch`` (from 1),
@@ -146,7 +156,7 @@ def training_logs(names: str | Iterable[str] | None = None) -> pd.DataFrame:
         token, its error rates those of tokens.
 
     Raises:
-        ResnetPathsError: If a name is unknown or has no shipped weights.
+        ResnetPathsError: If a name is unknown or has no shipped logs.
 
     Example:
         >>> training_logs("vgg-15").groupby(["network", "seed"]).test_error_rate.last().round(3).item()
@@ -158,12 +168,13 @@ def training_logs(names: str | Iterable[str] | None = None) -> pd.DataFrame:
         names = [names]
     else:
         names = require_list("names", names, "names of networks, or None for all")
-    trained = [name for name in NETWORKS if weights_in(_shipped(), name)]
+    found = {name: logs_in(shipped_networks(name, dataset), name) for name in NETWORKS}
+    logged = [name for name in NETWORKS if found[name]]
     for name in names:
         find_network(name)
-        if names is not NETWORKS and name not in trained:
-            raise ResnetPathsError("names", name, f"networks with shipped weights: {', '.join(trained)}")
-    logs = [path for name in names if name in trained for path in logs_in(_shipped(), name).values()]
+        if (names is not NETWORKS or not logged) and name not in logged:
+            raise ResnetPathsError("names", name, f"networks with shipped logs: {', '.join(logged) or 'none'}")
+    logs = [path for name in names for path in found[name].values()]
     return pd.concat([pd.read_csv(path) for path in logs], ignore_index=True)
 
 
@@ -171,19 +182,22 @@ def networks_table() -> str:
     """Markdown table of the shipped networks, from the metadata of their files.
 
     Returns:
-        One row per network and seed: description, parameters, test error, seed, epochs and training time; without a
-        final newline.
+        One row per network, data set and seed: description, data set, parameters, test error, seed, epochs and training
+        time; without a final newline.
     """
     lines = [
-        "| network | what | parameters | test error | seed | epochs | training time |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+        "| network | what | data set | parameters | test error | seed | epochs | training time |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, facts in NETWORKS.items():
-        for metadata in _runs(name):
+        for metadata in (
+            read_metadata(path) for (_, _, snapshot), path in shipped_weights(name).items() if snapshot is None
+        ):
             minutes = round(sum(row["seconds"] for row in metadata["log"]) / 60)
             cells = [
                 f"`{name}`",
                 facts.description,
+                metadata["dataset"],
                 f"{metadata['num_parameters']:,}",
                 _judgement(metadata),
                 str(metadata["seed"]),
@@ -209,11 +223,40 @@ def _judgement(metadata: Metadata) -> str:
     return f"{100 * metadata['test_error_rate']:.2f} %"
 
 
-def _runs(name: str) -> list[Metadata]:
-    """Metadata of the shipped weights of a network, one mapping per seed, without snapshots."""
-    found = weights_in(_shipped(), name)
-    return [read_metadata(path) for (_, snapshot), path in found.items() if snapshot is None]
+def shipped_networks(name: str, dataset: str | None = None) -> Path:
+    """Folder of the shipped files of a network; it may not exist.
+
+    Args:
+        name: Name of the network.
+        dataset: Data set on which it was trained; that of the network's recipe by default.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ResnetPathsError: If the name is unknown, or `dataset` is not a name.
+    """
+    folder, own = shipped_folder("data") / "networks", find_network(name).recipe.dataset
+    if dataset is None or dataset == own:
+        return folder
+    if not isinstance(dataset, str) or Path(dataset).name != dataset:
+        raise ResnetPathsError("dataset", dataset, "the name of a data set, such as 'digits'")
+    return folder / dataset
 
 
-def _shipped() -> Path:
-    return shipped_folder("data") / "networks"
+def shipped_weights(name: str) -> dict[tuple[str, int, int | None], Path]:
+    """Shipped weights files of a network, of all data sets.
+
+    Args:
+        name: Name of the network.
+
+    Returns:
+        Paths by (data set, seed, snapshot), those of the recipe's data set first.
+    """
+    own, folder = find_network(name).recipe.dataset, shipped_networks(name)
+    others = sorted(path.name for path in folder.glob("*") if path.is_dir())
+    return {
+        (dataset, *key): path
+        for dataset in (own, *others)
+        for key, path in weights_in(shipped_networks(name, dataset), name).items()
+    }

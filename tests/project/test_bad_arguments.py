@@ -83,6 +83,7 @@ BAD = {
     "frame": [None, 3, "x", pd.DataFrame(), pd.DataFrame({"a": [1]}), pd.Series([1]), {}, [], X],
     "name": ["banana", 3, None, [], b"x"],
     "path of weights": [5, b"x", "a\0b", "/nowhere", []],
+    "optional name": ["banana", 3, [], b"x", "../networks"],
     "optional seed": ["x", 1.5, -1, 10**19, [], True],
     "function": [None, 3, "x", lambda: 0, []],
     "example": [None, 3, "x", [], {}, (), object(), [3]],
@@ -202,6 +203,7 @@ FUNCTIONS = {
         {
             "name": "name",
             "weights": "path of weights",
+            "dataset": "optional name",
             "seed": "optional seed",
             "snapshot": "optional seed",
             "device": "device to load on",
@@ -434,6 +436,11 @@ OTHERS = {
         ("memory_budget", BAD["budget"]),
     ],
     rp.zoo.find_network: [("name", BAD["name"])],
+    partial(rp.zoo.shipped_networks, name="plain-20"): [
+        ("name", BAD["name"]),
+        ("dataset", [3, [], b"x", "../networks"]),
+    ],
+    rp.zoo.shipped_weights: [("name", BAD["name"])],
     rp.zoo.training_logs: [("names", ["banana", 3, [3], b"x", ["banana"], object()])],
     partial(rp.zoo.build_network, name="plain-20", generator=GENERATOR): [
         ("name", BAD["name"]),

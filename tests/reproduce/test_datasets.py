@@ -204,6 +204,43 @@ def test_fewer_labels_than_images_in_the_files(places, small_fashion_mnist):
         load_dataset("fashion-mnist", "train")
 
 
+# Digits
+
+
+def test_digits_are_included_in_two_splits():
+    """Whole numbers from 0 to 16 in the source: 17 grey levels, in its order of images."""
+    train_split, test_split = (load_dataset("digits", split) for split in ("train", "test"))
+    assert (len(train_split), len(test_split)) == (1_297, 500)
+    levels = {round(255 * level / 16) for level in range(17)}
+    for images in (train_split, test_split):
+        assert images.images.shape[1:] == (1, 8, 8)
+        assert set(images.images.unique().tolist()) == levels
+        assert set(images.labels) == set(range(10))
+    assert train_split.labels[:10] == list(range(10))
+    first = [0, 0, 5, 13, 9, 1, 0, 0]  # the first row of the first image, as printed in scikit-learn's documentation
+    assert train_split.images[0, 0, 0].tolist() == [round(255 * level / 16) for level in first]
+
+
+def test_stated_mean_and_deviation_are_those_of_the_training_digits():
+    train_split = load_dataset("digits", "train")
+    pixels = train_split.images.double() / 255
+    assert round(pixels.mean().item(), 4) == DATASETS["digits"].mean[0]
+    assert round(pixels.std(correction=0).item(), 4) == DATASETS["digits"].std[0]
+
+
+def test_digits_of_a_folder_are_verified(tmp_path):
+    shutil.copytree(shipped_folder("data") / "digits", tmp_path / "digits")
+    assert load_dataset("digits", folder=tmp_path / "digits").labels == load_dataset("digits").labels
+    path = tmp_path / "digits" / "test-labels-idx1-ubyte.gz"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ResnetPathsError, match=r"test-labels.*corrupt or incomplete"):
+        load_dataset("digits", folder=tmp_path / "digits")
+    with pytest.raises(ResnetPathsError, match=r"train-images.*an existing file"):
+        load_dataset("digits", "train", folder=tmp_path)
+    with pytest.raises(ResnetPathsError, match="split: got 'sample'; allowed: one of 'train', 'test' for digits"):
+        load_dataset("digits", "sample")
+
+
 # Arguments
 
 

@@ -152,11 +152,11 @@ def test_a_tensor_too_large_for_float16_stays_float32(finished, images, tmp_path
 
 def test_stored_files_are_measured_again(shipped, images, monkeypatch):
     frame = published_errors(shipped, test_set=images, progress=False)
-    assert frame[["network", "seed", "epoch"]].to_numpy().tolist() == [
-        [NAME, 0, 2],
-        [NAME, 0, 0],
-        [NAME, 0, 1],
-        [NAME, 3, 2],
+    assert frame[["network", "dataset", "seed", "epoch"]].to_numpy().tolist() == [
+        [NAME, "fashion-mnist", 0, 2],
+        [NAME, "fashion-mnist", 0, 0],
+        [NAME, "fashion-mnist", 0, 1],
+        [NAME, "fashion-mnist", 3, 2],
     ]
     assert frame["as_stated"].all()
     assert frame["measured"].tolist() == frame["stated"].tolist()
@@ -164,7 +164,6 @@ def test_stored_files_are_measured_again(shipped, images, monkeypatch):
     metadata = read_metadata(file)
     write_tensors(file, load_file(file), metadata | {"test_error_rate": metadata["test_error_rate"] + 2e-4})
     monkeypatch.setattr(publishing, "load_dataset", lambda *args: images)
-    monkeypatch.setattr(publishing, "shipped_folder", lambda name: shipped.parent)
     result = CliRunner().invoke(cli.app, ["networks", "--check"])
     assert result.exit_code == 1
     assert [line.split()[-1] for line in result.stdout.splitlines() if NAME in line][-4:] == ["True"] * 3 + ["False"]
@@ -240,7 +239,7 @@ def test_the_list_the_logs_and_the_table_know_all_seeds(shipped):
     assert logs[["seed", "epoch"]].to_numpy().tolist() == [[0, 1], [0, 2], [3, 1], [3, 2]]
     pd.testing.assert_frame_equal(training_logs([NAME]), logs)
     rows = networks_table().splitlines()[2:]
-    assert [line.split(" | ")[4] for line in rows] == ["0", "3"]
+    assert [line.split(" | ")[5] for line in rows] == ["0", "3"]
     assert all(line.endswith("| 2 | 0 min |") for line in rows)
 
 

@@ -91,3 +91,18 @@ def test_several_processes_together_see_the_batches_of_one(world_size):
             put_back[rank::world_size], labels_back[rank::world_size] = part[step]
         assert torch.equal(put_back, inputs)
         assert torch.equal(labels_back, labels)
+
+
+def test_digits_are_cropped_by_one_pixel_and_never_flipped():
+    images = random_images(11, "digits", (1, 8, 8))
+    settings = TrainingSettings("plain-20", dataset="digits", batch_size=11)
+    assert settings.crop_padding == 1
+    origin = all_crops(images, 1)
+    seen = [
+        origin[image.tobytes()]
+        for epoch in range(20)
+        for inputs, _ in augmented_batches(images, settings, epoch)
+        for image in to_bytes(images, inputs)
+    ]
+    assert {(row, column) for _, row, column, _ in seen} == {(row, column) for row in range(3) for column in range(3)}
+    assert not any(flipped for *_, flipped in seen)

@@ -16,11 +16,20 @@ from torch import nn
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths._utils.files import shipped_folder
 from resnet_paths.reproduce.training import TrainingSettings, evaluate, train
-from resnet_paths.zoo import NETWORKS, build_network, list_networks, load_network, networks_table, training_logs
+from resnet_paths.zoo import (
+    NETWORKS,
+    build_network,
+    list_networks,
+    load_network,
+    networks_table,
+    shipped_weights,
+    training_logs,
+)
 from resnet_paths.zoo.weights import logs_in, read_metadata, read_tensors, read_weights, weights_in, write_tensors
 
 SMALL = "preact-resnet-20"
 FOLDER = shipped_folder("data") / "networks"
+DIGITS = FOLDER / "digits"
 SHIPPED = [name for name in NETWORKS if weights_in(FOLDER, name)]
 FILES = [(name, *which) for name in SHIPPED for which in weights_in(FOLDER, name)]
 
@@ -334,7 +343,9 @@ def test_every_file_in_the_folder_belongs_to_a_network():
     files = {path for name in NETWORKS for path in weights_in(FOLDER, name).values()}
     logs = {path for name in NETWORKS for path in logs_in(FOLDER, name).values()}
     assert logs >= {path.with_suffix(".csv") for path in files if ".epoch" not in path.name}
-    assert set(FOLDER.iterdir()) == files | logs
+    assert {path for path in FOLDER.iterdir() if path.is_file()} == files | logs
+    of_digits = {path for name in NETWORKS for path in weights_in(DIGITS, name).values()}
+    assert set(DIGITS.iterdir()) == of_digits | {path for name in NETWORKS for path in logs_in(DIGITS, name).values()}
 
 
 def test_the_data_are_small():
@@ -372,11 +383,37 @@ def test_the_page_holds_the_table_of_shipped_networks():
 
 def test_the_table_has_a_row_a_network_and_seed():
     lines = networks_table().splitlines()
-    assert len(lines) == 2 + len([snapshot for *_, snapshot in FILES if snapshot is None])
-    assert {line.count("|") for line in lines} == {8}
+    runs = [key for name in NETWORKS for key in shipped_weights(name) if key[-1] is None]
+    assert len(lines) == 2 + len(runs)
+    assert {line.count("|") for line in lines} == {9}
     row = next(line for line in lines if "`preact-resnet-20`" in line)
-    assert row.startswith("| `preact-resnet-20` | pre-activation ResNet, 9 blocks of 2 convolutions | ")
+    assert row.startswith("| `preact-resnet-20` | pre-activation ResNet, 9 blocks of 2 convolutions | fashion-mnist | ")
     assert row.endswith(" | 271,994 | 6.19 % | 0 | 12 | 21 min |")
+
+
+def test_networks_of_another_data_set_are_loaded_by_its_name():
+    keys = {name: list(shipped_weights(name)) for name in ("preact-resnet-20", "preact-resnet-56")}
+    assert keys == {name: [("fashion-mnist", 0, None), ("digits", 0, None)] for name in keys}
+    for name in keys:
+        model = load_network(name, dataset="digits")
+        assert read_metadata(DIGITS / f"{name}.safetensors")["dataset"] == "digits"
+        assert model.training_log["test_error_rate"].iloc[-1] < 0.03
+        assert not torch.equal(model.fc.weight, load_network(name).fc.weight)
+        own = load_network(name, dataset="fashion-mnist")
+        assert torch.equal(own.fc.weight, load_network(name).fc.weight)
+
+
+def test_data_sets_without_weights_are_refused():
+    with pytest.raises(ResnetPathsError, match=r"weights of 'digits' \(preact-resnet-20, preact-resnet-56\)"):
+        load_network("vit-small", dataset="digits")
+    with pytest.raises(ResnetPathsError, match=r"weights of 'cifar-10' \(none\)"):
+        load_network("preact-resnet-20", dataset="cifar-10")
+    with pytest.raises(ResnetPathsError, match="dataset: got 'digits'; allowed: None if weights is given"):
+        load_network("preact-resnet-20", DIGITS / "preact-resnet-20.safetensors", dataset="digits")
+    with pytest.raises(
+        ResnetPathsError, match="names: got 'preact-resnet-20'; allowed: networks with shipped logs: none"
+    ):
+        training_logs("preact-resnet-20", dataset="cifar-10")
 
 
 def test_training_logs_are_one_tidy_frame():

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch.nn import functional as F
 
+from resnet_paths.reproduce.datasets import DATASETS
 from resnet_paths.reproduce.texts import TextDataset
 from resnet_paths.reproduce.training.settings import TrainingSettings
 from resnet_paths.reproduce.training.tasks import TASKS, LabelledData
@@ -76,7 +77,7 @@ def augmented_batches(
         # Drawn for the whole batch on every process, so that the numbers do not depend on the number of processes.
         rows = torch.randint(2 * padding + 1, (len(batch), 1), generator=generator)
         columns = torch.randint(2 * padding + 1, (len(batch), 1), generator=generator)
-        flipped = torch.rand(len(batch), 1, generator=generator) < 0.5
+        flipped = (torch.rand(len(batch), 1, generator=generator) < 0.5) & DATASETS[dataset.name].flips
         rows = rows + torch.arange(height)
         columns = columns + torch.where(flipped, torch.arange(width - 1, -1, -1), torch.arange(width))
         mine = slice(rank, None, world_size)

@@ -14,10 +14,10 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from resnet_paths._utils.errors import ResnetPathsError
-from resnet_paths._utils.files import shipped_folder, write_then_rename
+from resnet_paths._utils.files import write_then_rename
 from resnet_paths.reproduce.datasets import load_dataset
 from resnet_paths.reproduce.training.tasks import TASKS, LabelledData, evaluate
-from resnet_paths.zoo import NETWORKS, find_network, load_network
+from resnet_paths.zoo import NETWORKS, find_network, load_network, shipped_networks, shipped_weights
 from resnet_paths.zoo.weights import read_metadata, snapshot_file, weights_in, write_tensors
 
 __all__ = ["publish", "published_errors"]
@@ -42,7 +42,8 @@ def publish(
     Args:
         weights: ``NAME-seedS.safetensors`` written by `train`, with its log and snapshots in the same folder.
         folder: Folder to store it in, as ``NAME.safetensors`` for seed 0, under its name for other seeds; by default
-            ``data/networks`` of the checkout, from which `load_network` loads.
+            ``data/networks`` of the checkout, or its folder of the data set if that is not the recipe's, from which
+            `load_network` loads.
         test_set: Images for the evaluation instead of the test split of the data set.
 
     Returns:
@@ -63,7 +64,7 @@ def publish(
         )
     network, seed = metadata["network"], metadata["seed"]
     stem = network if seed == 0 else f"{network}-seed{seed}"
-    place = shipped_folder("data") / "networks" if folder is None else Path(folder)
+    place = shipped_networks(network, metadata["dataset"]) if folder is None else Path(folder)
     target = place / f"{stem}.safetensors"
     if test_set is None:
         test_set = load_dataset(metadata["dataset"], "test")
@@ -84,26 +85,30 @@ def published_errors(
     """Evaluate every stored file and compare its test error with the stated one.
 
     Args:
-        folder: Folder of the files; ``data/networks`` of the checkout by default.
+        folder: Folder of the files; all files of ``data/networks`` of the checkout by default.
         test_set: Images for the evaluation instead of the test split of the data set.
         progress: Whether to show a progress bar over files.
 
     Returns:
-        One row per file: ``network``, ``seed``, ``epoch`` (of a snapshot; the last one of the run otherwise),
-        ``measure`` (``test_error_rate``, ``test_rmse`` of a denoiser, or ``test_bits_per_byte`` of a language model),
-        ``stated``, ``measured``, and ``as_stated``, whether the two are within 0.0001.
+        One row per file: ``network``, ``dataset``, ``seed``, ``epoch`` (of a snapshot; the last one of the run
+        otherwise), ``measure`` (``test_error_rate``, ``test_rmse`` of a denoiser, or ``test_bits_per_byte`` of a
+        language model), ``stated``, ``measured``, and ``as_stated``, whether the two are within 0.0001.
     """
-    place = shipped_folder("data") / "networks" if folder is None else Path(folder)
-    files = [(name, seed, path) for name in NETWORKS for (seed, _), path in weights_in(place, name).items()]
+    files = [
+        (name, path)
+        for name in NETWORKS
+        for path in (shipped_weights(name) if folder is None else weights_in(Path(folder), name)).values()
+    ]
     rows = []
-    for name, seed, path in tqdm(files, desc="stored networks", unit="file", disable=not progress):
+    for name, path in tqdm(files, desc="stored networks", unit="file", disable=not progress):
         metadata, task = read_metadata(path), find_network(name).task
         images = load_dataset(metadata["dataset"], "test") if test_set is None else test_set
         measured = evaluate(load_network(name, path), images, task=task)[1]
         measure = TASKS[task].measure
         rows.append({
             "network": name,
-            "seed": seed,
+            "dataset": metadata["dataset"],
+            "seed": metadata["seed"],
             "epoch": metadata.get("epochs_done", metadata["epochs"]),
             "measure": measure,
             "stated": metadata[measure],

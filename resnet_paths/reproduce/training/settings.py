@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from resnet_paths._utils.errors import ResnetPathsError, nearest_names
-from resnet_paths.reproduce.datasets import DATASETS
+from resnet_paths.reproduce.datasets import DATASETS, DatasetFacts
 from resnet_paths.reproduce.texts import TEXTS
 from resnet_paths.zoo.catalog import check_num_drawn_blocks, find_network
 
@@ -55,7 +55,8 @@ class TrainingSettings:
     to it; ``math.inf`` is no limit. An epoch on text is 4,096 windows at random places.
     The optimizer is SGD with Nesterov momentum, or AdamW with `momentum` as its first decay rate. The learning rate
     increases linearly over `warmup_epochs` and decreases to zero with a half cosine. Images are padded by
-    `crop_padding` pixels, and cropped and flipped at random (He et al. 2016a, section 4.2). `precision` is Fabric's,
+    `crop_padding` pixels (1 for digits, 2 for others), cropped at random and, except digits, flipped at random (He et
+    al. 2016a, section 4.2). `precision` is Fabric's,
     ``"32-true"``, ``"bf16-mixed"`` or ``"16-mixed"``; ``"bf16-mixed"`` is recommended for GPUs and for processors with
     bfloat16 matrix units, and slower than ``"32-true"`` on others. `num_drawn_blocks` is the number of blocks of
     ``"effective-..."`` that each mini-batch trains, or a pair of minimum and maximum (Veit et al. 2016, section 4.3).
@@ -70,7 +71,7 @@ class TrainingSettings:
     warmup_epochs: float = 1.0
     momentum: float = 0.9
     weight_decay: float = _FROM_RECIPE
-    crop_padding: int = 2
+    crop_padding: int = _FROM_RECIPE
     precision: str = "32-true"
     optimizer: str = _FROM_RECIPE
     num_drawn_blocks: int | tuple[int, int] | None = None
@@ -89,6 +90,9 @@ class TrainingSettings:
             raise ResnetPathsError(
                 "dataset", self.dataset, f"one of {nearest_names(str(self.dataset), known, cutoff=0)}"
             )
+        if self.crop_padding is _FROM_RECIPE:
+            facts = DATASETS.get(self.dataset)
+            object.__setattr__(self, "crop_padding", DatasetFacts.crop_padding if facts is None else facts.crop_padding)
         for name, least in (("epochs", 1), ("batch_size", 2), ("crop_padding", 0), ("seed", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
