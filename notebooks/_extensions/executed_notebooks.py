@@ -1,7 +1,8 @@
-"""Notebooks with their outputs: the copies that ``resnet-paths reproduce`` has executed, where there are any."""
+"""Notebooks with outputs: those of the copies that ``resnet-paths reproduce`` has executed, or those kept in them."""
 
 from __future__ import annotations
 
+import base64
 import html
 import json
 import shutil
@@ -25,7 +26,7 @@ _HIDDEN = {"# Set by resnet-paths reproduce": "remove-cell", "# Added by resnet-
 
 
 def _show_executed(app: Sphinx, name: str, source: list[str]) -> None:
-    """Replace the source of a notebook by its executed copy; without one, say so above it."""
+    """Replace the source of a notebook by its executed copy; without one and without outputs, say so above it."""
     if Path(app.env.doc2path(name)).suffix != ".ipynb":
         return
     executed = _executed_copy(app, name)
@@ -35,7 +36,7 @@ def _show_executed(app: Sphinx, name: str, source: list[str]) -> None:
         for cell in notebook["cells"]:
             hidden = next((tag for start, tag in _HIDDEN.items() if "".join(cell["source"]).startswith(start)), None)
             cell["metadata"].setdefault("tags", []).extend([hidden] if hidden else [])
-    else:
+    elif not any(cell.get("outputs") for cell in notebook["cells"]):
         notebook["cells"].insert(1, _NOT_EXECUTED)
     source[0] = json.dumps(notebook)
 
@@ -45,7 +46,7 @@ def _executed_copy(app: Sphinx, name: str) -> Path:
 
 
 class NotebookGallery(SphinxDirective):
-    """One card per notebook: its first figure, if `resnet-paths reproduce` has been run, and its question."""
+    """One card per notebook: its question, and a figure of `resnet-paths reproduce` or the first one kept in it."""
 
     def run(self) -> list[nodes.Node]:
         """The cards as HTML."""
@@ -57,13 +58,17 @@ class NotebookGallery(SphinxDirective):
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         question = "".join(cells[0]["source"]).splitlines()[0].lstrip("# ")
         figures = sorted((path.parents[1] / "figures").glob(f"{path.stem[:3]}*.png"))
+        outputs = [output.get("data", {}) for cell in cells for output in cell.get("outputs", [])]
+        kept = next((data["image/png"] for data in outputs if "image/png" in data), None)
         picture = ""
-        if figures:
-            copies = Path(self.env.app.outdir) / "_images" / "gallery"
-            copies.mkdir(parents=True, exist_ok=True)
-            chosen = next((figure for figure in figures if figure.stem == path.stem), figures[0])
-            shutil.copyfile(chosen, copies / chosen.name)
-            picture = f'<img src="_images/gallery/{chosen.name}" alt="" loading="lazy">'
+        if figures or kept:
+            copy = Path(self.env.app.outdir) / "_images" / "gallery" / f"{path.stem}.png"
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            if figures:
+                shutil.copyfile(next((figure for figure in figures if figure.stem == path.stem), figures[0]), copy)
+            else:
+                copy.write_bytes(base64.b64decode("".join(kept)))
+            picture = f'<img src="_images/gallery/{copy.name}" alt="" loading="lazy">'
         return f'<a class="card" href="{path.stem}.html">{picture}<b>{path.stem[:2]}</b> {html.escape(question)}</a>'
 
 

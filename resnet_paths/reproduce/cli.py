@@ -111,13 +111,23 @@ def reproduce(
     ] = None,
     device: Annotated[str, typer.Option(help="'auto', or a device of torch such as 'cuda:1'.")] = "auto",
     output: Annotated[Path, typer.Option(help="Folder for figures and executed notebooks.")] = Path("figures"),
+    update: Annotated[
+        bool, typer.Option("--update", help="Replace the outputs kept in the notebooks; quick profile only.")
+    ] = False,
 ) -> None:
     """Run all notebooks in order; write every figure as PDF, SVG, PNG and CSV, and a page that shows all figures."""
     from resnet_paths.reproduce.runner import reproduce
 
-    results = reproduce(output, profile=profile, only=only or (), device=device)
+    results = reproduce(output, profile=profile, only=only or (), device=device, update=update)
     for result in results:
         typer.echo(f"failed  {result.name}: {result.error}" if result.error else f"passed  {result.name}")
+        if result.num_updated is not None:
+            typer.echo(f"        outputs kept in the notebook: those of {result.num_updated} cells differ from before")
+        if result.stale:
+            typer.echo(
+                f"        outputs kept in the notebook are of other {result.stale}; "
+                f"'resnet-paths reproduce --update --only {result.name[:2]}' replaces them"
+            )
     typer.echo(f"figures in {output.resolve()}; overview in {output.resolve() / 'index.html'}")
     if any(result.error for result in results):
         raise typer.Exit(1)

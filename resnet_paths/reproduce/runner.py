@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -18,6 +18,7 @@ from resnet_paths._utils.devices import choose_device
 from resnet_paths._utils.errors import ResnetPathsError, requires_extra
 from resnet_paths._utils.files import shipped_folder, write_then_rename
 from resnet_paths.reproduce.gallery import write_gallery
+from resnet_paths.reproduce.kept_outputs import ADDED, keep_outputs, stale_reason
 
 with requires_extra("notebooks"):
     import nbformat
@@ -29,8 +30,8 @@ __all__ = ["NotebookResult", "find_notebooks", "reproduce", "run_notebook"]
 
 PROFILES = ("quick", "full")
 
-_RECORD = """\
-# Added by resnet-paths reproduce: the claims above and their values, for the gallery and the tests
+_SET, _RECORD = ADDED
+_RECORD += """: the claims above and their values, for the gallery and the tests
 from resnet_paths.reproduce.claims import show_claims
 
 show_claims(In[-2], globals())"""
@@ -43,10 +44,14 @@ class NotebookResult:
     Attributes:
         name: File name without suffix.
         error: None if it succeeded, otherwise a description of the cell and the error.
+        num_updated: Number of code cells whose kept outputs were replaced by others; None without ``update=True``.
+        stale: ``"code"`` or ``"data"`` if outputs are kept in the notebook that were made from others; None otherwise.
     """
 
     name: str
     error: str | None
+    num_updated: int | None = None
+    stale: str | None = None
 
 
 def find_notebooks(only: Sequence[str] = (), folder: Path | None = None) -> list[Path]:
@@ -111,8 +116,11 @@ def _execute(
     tagged = [i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", [])]
     if not tagged:
         return "no cell tagged 'parameters'"
+    for cell in notebook.cells:
+        if cell.cell_type == "code":  # outputs that are kept in the notebook
+            cell.outputs, cell.execution_count = [], None
     lines = "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
-    notebook.cells.insert(tagged[0] + 1, nbformat.v4.new_code_cell(f"# Set by resnet-paths reproduce\n{lines}"))
+    notebook.cells.insert(tagged[0] + 1, nbformat.v4.new_code_cell(f"{_SET}\n{lines}"))
     notebook.cells.append(nbformat.v4.new_code_cell(_RECORD))
     started = [0]
     client = NotebookClient(
@@ -147,6 +155,7 @@ def reproduce(
     profile: str = "quick",
     only: Sequence[str] = (),
     device: str = "auto",
+    update: bool = False,
     folder: Path | None = None,
     progress: bool = True,
 ) -> list[NotebookResult]:
@@ -158,6 +167,8 @@ def reproduce(
         profile: ``"quick"`` (minutes on a laptop) or ``"full"`` (the sizes stated in each notebook).
         only: Prefixes of the names of notebooks to execute; all if empty.
         device: Device of the networks: ``"auto"``, the accelerator if one is available, or a torch device.
+        update: Whether to replace the outputs that are kept in the notebooks, of those that succeed; with the quick
+            profile only.
         folder: Folder of the notebooks; the shipped ones by default.
         progress: Whether to show a progress bar over cells.
 
@@ -165,10 +176,13 @@ def reproduce(
         The results, in order.
 
     Raises:
-        ResnetPathsError: If the profile is unknown, `only` matches no notebook, or the device is invalid.
+        ResnetPathsError: If the profile is unknown, or another one than ``"quick"`` with `update`, if `only` matches no
+            notebook, or the device is invalid.
     """
     if profile not in PROFILES:
         raise ResnetPathsError("profile", profile, " or ".join(map(repr, PROFILES)))
+    if update and profile != "quick":
+        raise ResnetPathsError("profile", profile, "'quick' with update")
     paths = find_notebooks(only, folder)
     choose_device(device)
     output = output.resolve()
@@ -179,13 +193,21 @@ def reproduce(
         done = 0
         for path in paths:
             bar.set_description(path.stem)
-            results.append(
-                run_notebook(path, parameters, output / "notebooks" / path.name, on_cell=lambda: bar.update() and None)
-            )
+            executed = output / "notebooks" / path.name
+            result = run_notebook(path, parameters, executed, on_cell=lambda: bar.update() and None)
+            results.append(_with_kept_outputs(result, path, executed, update))
             write_gallery(output)
             done += num_cells[path]
             bar.update(done - bar.n)
     return results
+
+
+def _with_kept_outputs(result: NotebookResult, path: Path, executed: Path, update: bool) -> NotebookResult:
+    """Update the outputs that are kept in a notebook, or say whether they are stale."""
+    if result.error is not None:
+        return result
+    num_updated = keep_outputs(path, executed) if update else None
+    return replace(result, num_updated=num_updated, stale=stale_reason(path))
 
 
 def _failed_cell(notebook: NotebookNode) -> str:

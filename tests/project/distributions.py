@@ -8,10 +8,12 @@ data are installed beside it. Stops at the first step that fails.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -52,6 +54,12 @@ def main() -> None:
     for path in (source, wheel):
         print(f"{path.name}: {path.stat().st_size / 1e6:.2f} MB")
         assert path.stat().st_size < LARGEST, path
+    with zipfile.ZipFile(wheel) as archive:
+        notebooks = [name for name in archive.namelist() if name.endswith(".ipynb")]
+        cells = [cell for name in notebooks for cell in json.loads(archive.read(name))["cells"]]
+    expected = {path.name for path in (ROOT / "notebooks").glob("*.ipynb")}
+    assert {name.removeprefix("resnet_paths/notebooks/") for name in notebooks} == expected
+    assert not any(cell.get("outputs") for cell in cells), "the wheel has notebooks with outputs"
 
     run(sys.executable, "-m", "venv", FOLDER / "env")
     python = FOLDER / "env" / "bin" / "python"

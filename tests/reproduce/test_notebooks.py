@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import itertools
+import re
 from pathlib import Path
 
 import nbformat
@@ -15,14 +16,32 @@ import pytest
 
 from resnet_paths.reproduce.claims import check_claim, claims_of
 from resnet_paths.reproduce.gallery import figures_of
+from resnet_paths.reproduce.kept_outputs import ADDED, stale_reason
 from resnet_paths.reproduce.runner import find_notebooks
 
 FIGURES = Path(__file__).parents[2] / "figures"
+NOTEBOOKS = FIGURES.parent / "notebooks"
+INSTALL = """\
+# Installs the package where it is missing.
+import importlib.util
+
+repository = ".."  # this clone; in Colab, write the address of the repository
+if importlib.util.find_spec("resnet_paths") is None:
+    if "://" in repository:
+        get_ipython().system(f"git clone --quiet --depth 1 {repository} cloned")
+        repository = "./cloned"
+    get_ipython().run_line_magic("pip", f"install --quiet {repository}[notebooks] {repository}/data")"""
 SHIPPED = {path.stem: nbformat.read(path, as_version=4) for path in find_notebooks()}
 
 
 def code_of(notebook):
     return [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def texts_of(output):
+    """What an output says, without its pictures."""
+    data = output.get("data", {})
+    return [output.get("text", ""), *(data[mime] for mime in data if mime.startswith("text/"))]
 
 
 def assertions(notebook):
@@ -37,8 +56,7 @@ def executed(request):
     if not path.is_file():
         pytest.skip(f"{request.param} was not executed: {advice}")
     notebook = nbformat.read(path, as_version=4)
-    added = ("# Set by resnet-paths reproduce", "# Added by resnet-paths reproduce")
-    if [s for s in code_of(notebook) if not s.startswith(added)] != code_of(SHIPPED[request.param]):
+    if [s for s in code_of(notebook) if not s.startswith(ADDED)] != code_of(SHIPPED[request.param]):
         pytest.skip(f"{request.param} has changed since it was executed: {advice}")
     return request.param, notebook
 
@@ -66,24 +84,40 @@ def test_its_figures_are_there_in_every_format_and_in_the_gallery(executed):
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_shipped_notebooks_are_stripped_ask_one_question_and_assert(name):
+def test_shipped_notebooks_ask_one_question_and_assert(name):
     notebook = SHIPPED[name]
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert all(cell.execution_count is None and not cell.outputs for cell in code)
     assert notebook.cells[0].source.splitlines()[0].endswith("?")
-    assert "parameters" in code[0].metadata["tags"]
+    assert code[0].source == INSTALL
+    assert "parameters" in code[1].metadata["tags"]
     # Each with a message: the numbers that the gallery shows.
     assert assertions(notebook)
     assert all(node.msg is not None for node in assertions(notebook))
     everywhere = [node for source in code_of(notebook) for node in ast.walk(ast.parse(source))]
     assert sum(isinstance(node, ast.Assert) for node in everywhere) == len(assertions(notebook))
-    assert len(nbformat.writes(notebook)) < 100_000
+    assert sum(len(cell.source) for cell in notebook.cells) < 50_000
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_outputs_that_are_kept_are_those_of_the_present_code(name):
+    path = NOTEBOOKS / f"{name}.ipynb"
+    advice = f"run 'resnet-paths reproduce --update --only {name[:2]}' in {NOTEBOOKS.parent}"
+    assert stale_reason(path) != "code", advice
+    code = [cell for cell in SHIPPED[name].cells if cell.cell_type == "code"]
+    assert all(cell.execution_count is None for cell in code), advice
+    texts = [text for cell in code for output in cell.outputs for text in texts_of(output)]
+    found = {match[0] for text in texts for match in re.finditer(r"(?<![\w.)/<])/\w[\w.-]*/\w|[A-Z]:\\|0x\w{6,}", text)}
+    assert not found, f"paths of a machine, or addresses: {found}"
+
+
+def test_outputs_that_are_kept_are_small():
+    assert sum(path.stat().st_size for path in NOTEBOOKS.glob("*.ipynb")) < 6e6
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_networks_run_where_the_parameters_say(name):
     """`resnet-paths reproduce --device` reaches every network and every study."""
-    parameters, *others = code_of(SHIPPED[name])
+    _, parameters, *others = code_of(SHIPPED[name])
     calls = [node for source in others for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
     named = [(ast.unparse(call.func), {k.arg: ast.unparse(k.value) for k in call.keywords}) for call in calls]
     if any(function == "rp.unravel" for function, _ in named):
