@@ -10,9 +10,11 @@ guessed.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -22,7 +24,7 @@ from resnet_paths._utils.arguments import require_list
 from resnet_paths._utils.errors import ResnetPathsError, UnravelError
 from resnet_paths._utils.threads import ONE_TRACE
 from resnet_paths.core.chain import ResidualChain
-from resnet_paths.core.input_sizes import InputSizes
+from resnet_paths.core.input_sizes import CheckedInputs, InputSizes
 from resnet_paths.core.modes import require_eval_mode
 from resnet_paths.core.signature import Call, Inputs, Signature, arguments_of, chosen
 from resnet_paths.core.source import Source
@@ -32,12 +34,14 @@ from resnet_paths.unraveling.by_hand import chain_of_named_blocks
 from resnet_paths.unraveling.export import has_free_sizes
 from resnet_paths.unraveling.given import find_parts
 from resnet_paths.unraveling.hooks import untouched
+from resnet_paths.unraveling.kept import Kept
 from resnet_paths.unraveling.parts import Options
 from resnet_paths.unraveling.preconditions import refuse_arguments, refuse_model, refuse_output
 from resnet_paths.unraveling.tracing import takes_any_number_of_inputs, trace
 from resnet_paths.unraveling.verification import Claim, agree, check_output, has_values, run_model
 from resnet_paths.unraveling.verification import verify as verify_chain
 from resnet_paths.unraveling.verification.alone import unlike
+from resnet_paths.unraveling.verification.gradients import dtypes_of
 
 __all__ = ["unravel"]
 
@@ -52,6 +56,7 @@ def unravel(
     skip: str | Sequence[str] = (),
     adapters: bool = False,
     verify: bool = True,
+    cache: str | Path | None = None,
 ) -> ResidualChain:
     """The chain of residual blocks that a model is (Veit et al. 2016, section 3).
 
@@ -85,6 +90,13 @@ def unravel(
             have the gradient that the model has by its own autograd. Mostly this takes less time than the export.
             What needs no further run is checked in any case: the output on the example, the sizes for which the
             exported code holds, and that every weight layer and every residual addition is where it belongs.
+        cache: A folder in which chains are kept as JSON, without the weights, so that the same model is exported once;
+            None keeps none. A chain that is kept is used if nothing has changed: the Python code that the model leads
+            to, its attributes, the shapes and dtypes of its tensors and of the example, the arguments, torch and this
+            package. Otherwise, or where the file is damaged, which gives a warning, the model is exported again. Of
+            installed packages the classes of the model's modules and the version are compared, not all of their code.
+            The output on the example and on another size, and with `verify` all that it names, are checked in either
+            case; that weight layers and residual additions are where they belong was checked before the chain was kept.
 
     Returns:
         A chain with ``chain(x) == model(x)``. Of a model on the device ``"meta"``, or made of fake tensors, the
@@ -107,20 +119,30 @@ def unravel(
         return model
     args, kwargs = _check_arguments(model, example_inputs)
     signature, tensors = Signature.of(args, kwargs)
+    options = Options(max_depth, (skip,) if isinstance(skip, str) else tuple(skip))
+    kept = None
+    if cache is not None and blocks is None and has_values(tensors):
+        kept = Kept(cache, model, signature, tensors, [output, max_depth, options.skips, adapters])
     with ONE_TRACE, untouched(model) as hooks:
         returned = _run(model, signature, tensors)
         hooks.silence()
         expected = chosen(returned, output)
         refuse_output(expected, max((x.shape[0] for x in tensors if x.dim()), default=1), output)
         if blocks is not None:
-            claim = _named(
-                model, _listed(blocks), signature, tensors, output, expected, adapters=adapters, verify=verify
-            )
+            again = partial(unravel, adapters=adapters, verify=verify, cache=cache)
+            claim = _named(model, _listed(blocks), signature, tensors, output, expected, again)
+            verify_chain(claim, costly=verify)
         else:
-            options = Options(max_depth, (skip,) if isinstance(skip, str) else tuple(skip))
             is_plain = signature.is_plain and returned is expected and not takes_any_number_of_inputs(model)
-            claim = _read(model, is_plain, signature, tensors, output, expected, options, adapters=adapters)
-        verify_chain(claim, costly=verify)
+            found = None if kept is None else kept.read(model, None if is_plain else signature)
+            held = found and Claim(found[0], model, signature, tensors, output, expected, dtypes=found[1])
+            if held is not None and _holds(held, costly=verify):
+                claim = held
+            else:
+                claim = _read(model, is_plain, signature, tensors, output, expected, options, adapters=adapters)
+                verify_chain(claim, costly=verify)
+                if kept is not None:
+                    kept.write(claim.chain, model, dtypes_of(claim))
     claim.chain.source = Source(model, claim.chain)
     return claim.chain
 
@@ -161,6 +183,20 @@ def _read(
             return claim
 
 
+def _holds(claim: Claim, *, costly: bool) -> bool:
+    """Whether a chain that was kept is the model: it is checked as a new one is."""
+    try:
+        claim = replace(claim, returned=check_output(claim))
+        assert isinstance(claim.chain.stem, CheckedInputs)  # as `assemble` makes it
+        _check_other_sizes(claim, claim.chain.stem.sizes)
+        verify_chain(claim, costly=costly)
+    except Exception as error:
+        message = f"cache: the chain that was kept is not the model's, which is exported again: {error}"
+        warnings.warn(message, stacklevel=3)
+        return False
+    return True
+
+
 def _named(
     model: nn.Module,
     names: list[str],
@@ -168,14 +204,10 @@ def _named(
     tensors: tuple[torch.Tensor, ...],
     output: str | int | None,
     expected: torch.Tensor,
-    *,
-    adapters: bool,
-    verify: bool,
+    unravel_one: Callable[..., ResidualChain],
 ) -> Claim:
     """The chain of named blocks, checked on inputs in which each tensor of the example is replaced in turn."""
-    chain = chain_of_named_blocks(
-        model, names, signature, tensors, output, partial(unravel, adapters=adapters, verify=verify)
-    )
+    chain = chain_of_named_blocks(model, names, signature, tensors, output, unravel_one)
     claim = Claim(chain, model, signature, tensors, output, expected)
     for others in _unlike_in_one(tensors):
         try:

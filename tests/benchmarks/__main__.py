@@ -20,7 +20,7 @@ import torch
 import resnet_paths as rp
 from tests.benchmarks import peers, table
 
-PARTS = ("lesions", "studies", "tokens", "gradients", "scaling", "limit", "startup")
+PARTS = ("lesions", "studies", "tokens", "gradients", "scaling", "limit", "startup", "unraveling")
 
 
 def main() -> None:

@@ -28,9 +28,10 @@ class Claim:
         tensors: The tensors of the example.
         output: Which of the model's outputs the chain returns, as in `resnet_paths.unravel`.
         expected: That output on the example.
-        traced: The graph that the chain was cut from; None for a chain of named blocks.
-        parts: Its blocks on the graph; empty for a chain of named blocks.
+        traced: The graph that the chain was cut from; None for a chain of named blocks, or one that was kept.
+        parts: Its blocks on the graph; empty where there is none.
         returned: The chain's output on the example, where it has been checked already.
+        dtypes: The floating dtypes of the graph, of a chain that was kept; None where the graph tells.
     """
 
     chain: ResidualChain
@@ -42,6 +43,7 @@ class Claim:
     traced: Trace | None = None
     parts: Sequence[Part] = ()
     returned: torch.Tensor | None = None
+    dtypes: set[torch.dtype] | None = None
 
     @property
     def batch(self) -> int:

@@ -55,7 +55,7 @@ def check_gradients(claim: Claim, alone: Alone) -> None:
         return  # the model itself cannot be differentiated here
     found = _gradients(alone.of_chain, leaves)
     # Where both compute the same bits, so does backward; else a ReLU near zero may switch by rounding.
-    eps = max(torch.finfo(dtype).eps for dtype in _dtypes(claim) | {alone.of_model.dtype})
+    eps = max(torch.finfo(dtype).eps for dtype in dtypes_of(claim) | {alone.of_model.dtype})
     tolerance = min(1000 * eps, 0.05) if torch.equal(alone.of_chain, alone.of_model) else 0.05
     if _distance(found, expected) <= tolerance * _norm(expected):
         return
@@ -78,8 +78,17 @@ def _gradients(output: torch.Tensor, leaves: Sequence[torch.Tensor]) -> list[tor
     return list(torch.autograd.grad(output, leaves, direction, allow_unused=True, materialize_grads=True))
 
 
-def _dtypes(claim: Claim) -> set[torch.dtype]:
-    """The floating dtypes in which the model computes; it may round in a coarser one than that of its output."""
+def dtypes_of(claim: Claim) -> set[torch.dtype]:
+    """The floating dtypes in which the model computes; it may round in a coarser one than that of its output.
+
+    Args:
+        claim: The chain and its graph.
+
+    Returns:
+        The dtypes; of a chain of named blocks none.
+    """
+    if claim.dtypes is not None:
+        return claim.dtypes
     values = [] if claim.traced is None else [node.meta.get("val") for node in claim.traced.graph.nodes]
     return {value.dtype for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()}
 
