@@ -211,15 +211,17 @@ def draw_map(
         values: Array [y, x], NaN where there is no value.
         label: Of the colour bar.
         sequential: A sequential colour map; None for one that diverges from 0.
-        robust: Whether colours end at the 2nd and the 98th percentile, so that few extreme values leave the others
-            distinct; an arrow on the colour bar then shows that values lie beyond.
+        robust: Whether colours end at the 2nd and the 98th percentile where values are farther beyond them than half of
+            what is between them, so that few extreme values leave the others distinct; an arrow on the colour bar then
+            shows that there are values beyond.
     """
     least, most = float(np.nanmin(values)), float(np.nanmax(values))
     low, high = least, most
     if robust:  # values of the map itself: between two, one extreme value would count
         low = float(np.nanpercentile(values, 2, method="higher"))
         high = float(np.nanpercentile(values, 98, method="lower"))
-        low, high = (low, high) if low < high else (least, most)
+        half = (high - low) / 2 or np.inf  # if nearly all values are equal, all are shown
+        low, high = (low if low - least > half else least, high if most - high > half else most)
     if sequential is None:
         high = max(abs(low), abs(high)) or 1.0
         low = -high

@@ -28,8 +28,8 @@ def plot_range_deletions(frame: pd.DataFrame, ax: Axes | None = None, value: str
         value: Column of the frame, such as ``"cross_entropy_increase"``, ``"perplexity"`` or ``"angular_distance"``.
 
     Returns:
-        The axes. The line joins the lowest value of each number of blocks. Colours end at the 2nd and 98th percentile;
-        cells without a range are grey.
+        The axes. The line joins the lowest value of each number of blocks. Colours end at the 2nd and 98th percentile
+        where values are far beyond them; cells without a range are grey.
 
     Raises:
         ResnetPathsError: If columns are missing, there is no range, all values are NaN, the rows are of several
@@ -64,7 +64,8 @@ def plot_range_repeats(frame: pd.DataFrame, ax: Axes | None = None, value: str =
         value: Column of the frame. Colours of increases diverge from 0: blue ranges improve the network.
 
     Returns:
-        The axes. Colours end at the 2nd and 98th percentile; cells without a range are grey.
+        The axes. Colours end at the 2nd and 98th percentile where values are far beyond them; cells without a range are
+        grey.
 
     Raises:
         ResnetPathsError: If columns are missing, there is no range, all values are NaN, the rows are of several

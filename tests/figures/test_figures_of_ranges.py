@@ -77,14 +77,22 @@ def test_repeats_are_cells_and_increases_diverge_from_zero(frames: dict[str, pd.
     )
 
 
-def test_colours_end_at_percentiles_and_the_colour_bar_shows_it() -> None:
+def test_colours_end_at_percentiles_of_outliers_only_and_the_colour_bar_shows_it() -> None:
     rows = [(tuple(range(i, i + n)), n, 0.01 * i + n) for n in range(1, 9) for i in range(9 - n)]
     frame = pd.DataFrame(rows, columns=["blocks", "num_blocks", "perplexity"]).assign(kind="delete")
     frame.loc[0, "perplexity"] = 1e6
     ax = plot_range_deletions(frame, plt.figure().gca(), "perplexity")
     (mesh,) = ax.collections
     assert mesh.norm.vmax < 10
-    assert mesh.colorbar.extend == "both"
+    assert mesh.norm.vmin == frame.perplexity.min()
+    assert mesh.colorbar.extend == "max"
+    frame.loc[0, "perplexity"] = -1e6
+    (mesh,) = plot_range_deletions(frame, plt.figure().gca(), "perplexity").collections
+    assert (mesh.norm.vmin > 0, mesh.colorbar.extend) == (True, "min")
+    small = frame[1:].query("num_blocks < 4")
+    (mesh,) = plot_range_deletions(small, plt.figure().gca(), "perplexity").collections
+    assert (mesh.norm.vmin, mesh.norm.vmax) == (small.perplexity.min(), small.perplexity.max())
+    assert mesh.colorbar.extend == "neither"
     assert mesh.colorbar.ax.get_ylabel() == "perplexity"
     missing = frame[frame.num_blocks != 3]
     drawn = cells(plot_range_deletions(missing, plt.figure().gca(), "perplexity"))

@@ -18,7 +18,7 @@ from resnet_paths.core.chain import ResidualChain
 from tests.chains import random_chain
 from tests.lesions.test_lesion_options import study
 from tests.lesions.test_lesions import STEADY, labelled
-from tests.processes import run, server
+from tests.processes import dask_client, run, server
 
 
 class Paused(nn.Module):
@@ -99,16 +99,10 @@ def kill_dask_workers(times, _scratch=None):
     Returns:
         How many of them have the frame of a study without an executor.
     """
-    import distributed
-
     chain, loader, moments = paused_chain(0.02), labelled(128), random.Random(0)
     plain, good = study(random_chain(STEADY), loader), 0
     for _ in range(times):
-        with (
-            # Of its own for each kill: on a busy machine the replacement of a worker may take minutes to start.
-            distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
-            distributed.Client(cluster) as client,
-        ):
+        with dask_client() as client:  # a cluster for each kill: the replacement of a worker may take long to start
             pid, moment, killed = moments.choice(list(client.run(os.getpid).values())), moments.randrange(4, 14), []
 
             def until_killed(pid=pid, moment=moment, killed=killed):

@@ -30,6 +30,7 @@ from tests.chains import inputs, random_chain, random_model
 from tests.lesions.killed_studies import counts, parts
 from tests.lesions.test_lesion_options import norm_chain, study
 from tests.lesions.test_lesions import STEADY, labelled
+from tests.processes import dask_client
 
 same = pd.testing.assert_frame_equal
 UNPICKLED = []
@@ -285,10 +286,7 @@ def test_dask_sends_the_chain_to_each_worker_once(tmp_path):
     distributed = pytest.importorskip("distributed")
     chain, loader = with_stem(Noted), labelled(200)
     plain = study(chain, loader)
-    with (
-        distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
-        distributed.Client(cluster) as client,
-    ):
+    with dask_client() as client:
         executor = client.get_executor()
         same(study(chain, loader, executor=executor), plain)
         assert list(client.run(unpickled).values()) in ([1, 1], [1, 0], [0, 1])
