@@ -30,7 +30,7 @@ from tests.chains import inputs, random_chain, random_model
 from tests.lesions.killed_studies import counts, parts
 from tests.lesions.test_lesion_options import norm_chain, study
 from tests.lesions.test_lesions import STEADY, labelled
-from tests.processes import dask_client
+from tests.processes import dask_client, server
 
 same = pd.testing.assert_frame_equal
 UNPICKLED = []
@@ -211,12 +211,13 @@ def test_errors_that_are_about_something_else_are_passed_on(error):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["spawn", "fork"])
+@pytest.mark.parametrize("method", ["forkserver", "fork"])
 def test_processes_unpickle_the_chain_once(method, tmp_path):
     log = tmp_path / "log"
     chain, loader = with_stem(lambda stem: Noted(stem, log)), labelled(100)
     plain = study(chain, loader)
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context(method)) as executor:
+    context = server() if method == "forkserver" else multiprocessing.get_context(method)
+    with ProcessPoolExecutor(2, mp_context=context) as executor:
         same(study(chain, loader, executor=executor), plain)
         pids = log.read_text().split()
         assert len(set(pids)) == len(pids) <= 2

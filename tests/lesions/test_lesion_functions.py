@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -31,6 +33,7 @@ NETWORKS = [
 ]
 
 
+@functools.cache
 def unraveled(name):
     model = build_network(name, torch.Generator().manual_seed(0)).eval()
     for module in model.modules():

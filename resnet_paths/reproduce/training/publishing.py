@@ -10,7 +10,6 @@ import multiprocessing
 import shutil
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import cast
 
 import pandas as pd
 import torch
@@ -122,7 +121,7 @@ def _published_error(file: tuple[str, Path], test_set: LabelledData | None) -> d
     metadata, task = read_metadata(path), find_network(name).task
     images = load_dataset(metadata["dataset"], "test") if test_set is None else test_set
     # Convolutions of few channels are faster in this layout on a CPU.
-    model = cast("nn.Module", load_network(name, path).to(memory_format=torch.channels_last))
+    model = load_network(name, path).to(memory_format=torch.channels_last)
     measured = evaluate(model, images, task=task)[1]
     measure = TASKS[task].measure
     return {
