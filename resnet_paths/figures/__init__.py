@@ -48,6 +48,7 @@ from resnet_paths.figures.lesions import (
     plot_predicted_effects,
     plot_reorderings,
     plot_scalings,
+    plot_score_correlations,
     plot_single_deletions,
 )
 from resnet_paths.figures.predictions import (
@@ -97,6 +98,7 @@ __all__ = [
     "plot_residual_alignment",
     "plot_scalar_gradients",
     "plot_scalings",
+    "plot_score_correlations",
     "plot_shapley_interactions",
     "plot_shapley_values",
     "plot_single_deletions",

@@ -34,6 +34,7 @@ __all__ = [
     "plot_predicted_effects",
     "plot_reorderings",
     "plot_scalings",
+    "plot_score_correlations",
     "plot_single_deletions",
 ]
 
@@ -282,6 +283,49 @@ def plot_predicted_effects(
         for x, height, index in zip(both[score], y, both["block_index"], strict=True):
             ax.annotate(str(index), (x, height), (3, 2), textcoords="offset points", fontsize="small", color=INK)
     ax.set(xlabel=label, ylabel=_EFFECTS[effect])
+    return ax
+
+
+def plot_score_correlations(frame: pd.DataFrame, ax: Axes | None = None, effect: str = "cross_entropy") -> Axes:
+    """Rank correlation of each cheap score with the effect of a deletion, with 95 % intervals over blocks.
+
+    Args:
+        frame: From `resnet_paths.lesions.score_correlations`; a column ``network`` gives each of several networks a row.
+        ax: The axes to draw into; the current axes if None.
+        effect: ``"cross_entropy"`` or ``"error_rate_increase"``.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ResnetPathsError: If the effect is unknown or not in the frame, columns are missing, or a score occurs twice for
+            one network.
+    """
+    if effect not in _EFFECTS:
+        raise ResnetPathsError("effect", effect, f"one of {', '.join(map(repr, _EFFECTS))}")
+    keys = ["score", "effect", *(["network"] if "network" in frame else [])]
+    frame = checked("frame", frame, "spearman", keys, ["spearman_low", "spearman_high"])
+    rows = frame[frame["effect"] == effect]
+    if not len(rows):
+        raise ResnetPathsError("effect", effect, f"one of {', '.join(map(repr, frame['effect'].unique()))}")
+    networks = rows["network"] if "network" in rows else pd.Series("", rows.index)
+    places = pd.Series(range(networks.nunique()), networks.unique())
+    scores = list(rows["score"].unique())
+    ax = plt.gca() if ax is None else ax
+    handles = []
+    for number, (score, marker) in enumerate(zip(scores, cycle(MARKERS), strict=False)):
+        of_score = rows[rows["score"] == score]
+        x = of_score["spearman"]
+        y = networks[of_score.index].map(places) + 0.7 * ((number + 0.5) / len(scores) - 0.5)
+        ends = (x - of_score["spearman_low"], of_score["spearman_high"] - x)
+        style = {"linestyle": "none", "marker": marker, "markersize": 2.5, "elinewidth": 0.5}
+        handles.append(ax.errorbar(x, y, xerr=ends, label=_score_label(score), **style))
+    ax.axvline(0, color=INK, linewidth=0.5, zorder=0.5)
+    ax.set(xlabel=f"rank correlation with the {_EFFECTS[effect].split(' (')[0]} without the block", ylabel="")
+    ax.set_yticks(places.to_numpy(), places.index.to_list())
+    ax.set_xlim(-1.05, 1.05)
+    ax.set_ylim(len(places) - 0.5, -0.5)
+    legend_above(ax, handles)
     return ax
 
 

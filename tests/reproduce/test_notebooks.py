@@ -126,7 +126,7 @@ def test_networks_run_where_the_parameters_say(name):
         if function in ("rp.load_network", "rp.lesion_study", "rp.predicted_effects"):
             assert keywords.get("device") == "device", function
         if function == "rp.load_dataset":
-            assert keywords["folder"] == "data_folder"
+            assert keywords["folder"] in ("data_folder", "text_folder")
 
 
 def test_no_two_notebooks_write_the_same_figure():
