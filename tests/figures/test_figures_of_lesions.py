@@ -19,6 +19,7 @@ from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.figures import (
     paper_style,
     plot_scalings,
+    plot_score_correlations,
     plot_single_deletions,
 )
 from tests.figures.frames import deletions, error_bars, legend_texts, line, published, texts
@@ -151,3 +152,37 @@ def test_scalings_are_drawn_in_percent_with_intervals() -> None:
         plot_scalings(frame.assign(error_rate=20))
     with pytest.raises(ResnetPathsError, match="Missing: factor"):
         plot_scalings(frame.drop(columns="factor"))
+
+
+def correlations() -> pd.DataFrame:
+    rows = [
+        (network, score, effect, r, r - 0.2, r + 0.1)
+        for network, r in (("a", 0.5), ("b", -0.25))
+        for score in ("block_influence", "first_order_margin_increase")
+        for effect in ("cross_entropy", "error_rate_increase")
+    ]
+    return pd.DataFrame(rows, columns=["network", "score", "effect", "spearman", "spearman_low", "spearman_high"])
+
+
+def test_correlations_are_drawn_by_network_and_score() -> None:
+    frame = correlations()
+    frame.loc[frame.effect == "error_rate_increase", "spearman"] += 0.05
+    ax = plot_score_correlations(frame)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b"]
+    assert legend_texts(ax) == ["block influence (1 - cosine)", "increase of margin to first order"]
+    for container, offset in zip(ax.containers, (-0.175, 0.175), strict=True):
+        np.testing.assert_allclose(container[0].get_xydata(), [[0.5, offset], [-0.25, 1 + offset]])
+        ends = np.array(container[2][0].get_segments())[:, :, 0]
+        np.testing.assert_allclose(ends, [[0.3, 0.6], [-0.45, -0.15]])
+    other = plot_score_correlations(frame[frame.network == "a"], plt.figure().gca(), "error_rate_increase")
+    assert other.containers[0][0].get_xdata().tolist() == [0.55]
+
+
+def test_correlations_that_cannot_be_drawn() -> None:
+    frame = correlations()
+    with pytest.raises(ResnetPathsError, match=r"^effect: got 'margin'; allowed: one of 'error_rate_increase'"):
+        plot_score_correlations(frame, effect="margin")
+    with pytest.raises(ResnetPathsError, match=r"^effect: got 'cross_entropy'; allowed: one of 'error_rate_increase'"):
+        plot_score_correlations(frame[frame.effect != "cross_entropy"])
+    with pytest.raises(ResnetPathsError, match=r"repeated rows.*Add a column network"):
+        plot_score_correlations(frame.drop(columns="network"))
