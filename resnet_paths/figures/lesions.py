@@ -290,7 +290,8 @@ def plot_score_correlations(frame: pd.DataFrame, ax: Axes | None = None, effect:
     """Rank correlation of each cheap score with the effect of a deletion, with 95 % intervals over blocks.
 
     Args:
-        frame: From `resnet_paths.lesions.score_correlations`; a column ``network`` gives each of several networks a row.
+        frame: From `resnet_paths.lesions.score_correlations`; a column ``network`` gives each of several networks a
+            row.
         ax: The axes to draw into; the current axes if None.
         effect: ``"cross_entropy"`` or ``"error_rate_increase"``.
 
