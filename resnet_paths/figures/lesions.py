@@ -304,29 +304,29 @@ def plot_score_correlations(frame: pd.DataFrame, ax: Axes | None = None, effect:
     """
     if effect not in _EFFECTS:
         raise ResnetPathsError("effect", effect, f"one of {', '.join(map(repr, _EFFECTS))}")
-    keys = ["score", "effect", *(["network"] if "network" in frame else [])]
+    several = isinstance(frame, pd.DataFrame) and "network" in frame
+    keys = ["score", "effect", *(["network"] if several else [])]
     frame = checked("frame", frame, "spearman", keys, ["spearman_low", "spearman_high"])
     rows = frame[frame["effect"] == effect]
     if not len(rows):
         raise ResnetPathsError("effect", effect, f"one of {', '.join(map(repr, frame['effect'].unique()))}")
-    networks = rows["network"] if "network" in rows else pd.Series("", rows.index)
+    networks = rows["network"] if several else pd.Series("", rows.index)
     places = pd.Series(range(networks.nunique()), networks.unique())
     scores = list(rows["score"].unique())
     ax = plt.gca() if ax is None else ax
-    handles = []
     for number, (score, marker) in enumerate(zip(scores, cycle(MARKERS), strict=False)):
         of_score = rows[rows["score"] == score]
         x = of_score["spearman"]
         y = networks[of_score.index].map(places) + 0.7 * ((number + 0.5) / len(scores) - 0.5)
         ends = (x - of_score["spearman_low"], of_score["spearman_high"] - x)
-        style = {"linestyle": "none", "marker": marker, "markersize": 2.5, "elinewidth": 0.5}
-        handles.append(ax.errorbar(x, y, xerr=ends, label=_score_label(score), **style))
+        label = _score_label(score)
+        ax.errorbar(x, y, xerr=ends, linestyle="none", marker=marker, markersize=2.5, elinewidth=0.5, label=label)
     ax.axvline(0, color=INK, linewidth=0.5, zorder=0.5)
     ax.set(xlabel=f"rank correlation with the {_EFFECTS[effect].split(' (')[0]} without the block", ylabel="")
     ax.set_yticks(places.to_numpy(), places.index.to_list())
     ax.set_xlim(-1.05, 1.05)
     ax.set_ylim(len(places) - 0.5, -0.5)
-    legend_above(ax, handles)
+    legend_above(ax, ax.get_legend_handles_labels()[0])
     return ax
 
 
