@@ -128,13 +128,6 @@ def test_every_public_name_is_there_and_has_a_docstring():
         _ = rp.remove_block
 
 
-def test_a_name_stays_a_function_whatever_is_imported_first():
-    code = "import resnet_paths.core.edits, resnet_paths.lesions, resnet_paths as rp; "
-    code += "print(callable(rp.unravel), callable(rp.path_histogram))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["True", "True"]
-
-
 @pytest.mark.parametrize("module", ["resnet_paths", "resnet_paths.reproduce.cli"])
 def test_importing_is_light(module):
     code = f"import {module}, sys, json; print(json.dumps(sorted(m for m in sys.modules if '.' not in m)))"
@@ -143,12 +136,16 @@ def test_importing_is_light(module):
     assert not heavy & set(json.loads(done.stdout))
 
 
-def test_optional_libraries_are_not_imported():
-    code = "import sys, torch, resnet_paths as rp; from torch import nn\n"
+def test_optional_libraries_are_not_imported_and_names_stay_functions_whatever_is_imported_first():
+    code = (
+        "import resnet_paths.core.edits, resnet_paths.lesions, sys, torch, resnet_paths as rp; from torch import nn\n"
+    )
+    code += "print(callable(rp.unravel), callable(rp.path_histogram))\n"
     code += "m = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2)).eval()\n"
-    code += "rp.unravel(m, torch.zeros(2, 2)); print(sorted({'timm', 'transformers'} & set(sys.modules)))"
+    code += "rp.unravel(m, torch.zeros(2, 2)); optional = {'timm', 'transformers', 'dask', 'distributed'}\n"
+    code += "print(sorted(optional & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.splitlines() == ["True True", "[]"]
 
 
 WITHOUT_EXTRAS = """
@@ -198,14 +195,17 @@ def test_instruments_need_no_extra():
     assert done.stdout.split() == ["3", "3", "4"], done.stderr
 
 
-@pytest.mark.parametrize(
-    ("code", "extra"),
-    [
-        ("rp.widgets", "notebooks"),
-        ("import resnet_paths.reproduce.runner", "notebooks"),
-        ("from resnet_paths.reproduce.training import *; train(TrainingSettings('plain-20'))", "train"),
-    ],
-)
-def test_what_needs_an_extra_says_which(code, extra, tmp_path):
-    done = run_without_extras(f"import os; os.chdir({str(tmp_path)!r}); {code}")
-    assert f"pip install 'resnet_paths[{extra}]'" in done.stderr.splitlines()[-1]
+NEEDS = {
+    "rp.widgets": "notebooks",
+    "import resnet_paths.reproduce.runner": "notebooks",
+    "from resnet_paths.reproduce.training import *; train(TrainingSettings('plain-20'))": "train",
+}
+
+
+def test_what_needs_an_extra_says_which(tmp_path):
+    code = f"import os; os.chdir({str(tmp_path)!r})\nfor code in {list(NEEDS)!r}:\n"
+    code += "    try:\n        exec(code)\n    except Exception as error:\n        print(str(error).splitlines()[-1])\n"
+    done = run_without_extras(code)
+    assert done.returncode == 0, done.stderr
+    for message, extra in zip(done.stdout.splitlines(), NEEDS.values(), strict=True):
+        assert f"pip install 'resnet_paths[{extra}]'" in message

@@ -198,8 +198,8 @@ def test_networks_as_markdown():
 def test_lesion_deletes_each_block_and_writes_a_table(capsys, tmp_path, monkeypatch):
     arguments = ["lesion", "plain-20", "--num-images", "50", "--fold-batchnorm"]
     arguments += ["--output", str(tmp_path / "table.csv")]
-    status, out, _ = run(*arguments)
-    assert (status, out.split()[0]) == (0, "wrote")
+    result = CliRunner().invoke(cli.app, arguments)
+    assert (result.exit_code, result.stdout.split()[0]) == (0, "wrote")
     frame = pd.read_csv(tmp_path / "table.csv")
     assert frame.lesion.tolist() == [
         f"delete layer{i}.{j}" for i, j in [(1, 0), (1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (3, 2)]
