@@ -13,6 +13,7 @@ numbers, and the gradient along it is the sum over all these paths.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
@@ -65,13 +66,13 @@ def group_blocks(
     require_chain("chain", chain)
     runs = runs_of(chain, unit)
     names = _names_of_runs(chain, runs)
-    blocks: list[Block] = []
+    old, blocks = list(chain), []
     start = 0
     for run, name in zip(runs, names, strict=True):
-        blocks += list(chain)[start : run[0]]
-        blocks.append(_group(chain, [chain[i] for i in run], name))
+        blocks += old[start : run[0]]
+        blocks.append(_group(chain, [old[i] for i in run], name))
         start = run[-1] + 1
-    return chain.with_blocks([*blocks, *list(chain)[start:]])
+    return chain.with_blocks([*blocks, *old[start:]])
 
 
 def ungrouped(chain: ResidualChain) -> ResidualChain:
@@ -95,8 +96,8 @@ def ungrouped(chain: ResidualChain) -> ResidualChain:
         if block.pre_stays:
             first = first.replace(pre=block.pre, pre_stays=True, in_shape=block.in_shape)
         blocks += [first, *others]
-    names = [block.name for block in blocks]
-    return chain.with_blocks(b if names.count(b.name) == 1 else b.replace(name="") for b in blocks)
+    times = Counter(block.name for block in blocks)
+    return chain.with_blocks(b if times[b.name] == 1 else b.replace(name="") for b in blocks)
 
 
 def runs_of(chain: ResidualChain, unit: str | Iterable[Sequence[int | str]]) -> list[tuple[int, ...]]:
@@ -187,13 +188,14 @@ def _in_mode_of(chain: ResidualChain, module: Module) -> Module:
 
 def _names_of_runs(chain: ResidualChain, runs: Sequence[Sequence[int]]) -> list[str]:
     """The name of the module that holds a run and nothing else; those of its first and last block where none does."""
+    paths_of_blocks = [block.name.split(".") for block in chain]
+    num_blocks_in = Counter(".".join(path[:end]) for path in paths_of_blocks for end in range(1, len(path) + 1))
     names: list[str] = []
     for run in runs:
         inside = [chain[i].name for i in run]
-        outside = {block.name for i, block in enumerate(chain) if i not in run}
-        paths = [name.split(".") for name in inside]
+        paths = [paths_of_blocks[i] for i in run]
         common = [parts[0] for parts in itertools.takewhile(lambda p: len(set(p)) == 1, zip(*paths, strict=False))]
         name = ".".join(common)
-        taken = not name or any(other == name or other.startswith(f"{name}.") for other in outside)
+        taken = not name or num_blocks_in[name] > len(run)
         names.append(f"{inside[0]}:{inside[-1]}" if taken and len(run) > 1 else name or inside[0])
     return names

@@ -7,6 +7,8 @@ chain may be added to the list.
 from __future__ import annotations
 
 import itertools
+from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -177,9 +179,10 @@ def random_swaps(chain: ResidualChain, counts: Iterable[int], repeats: int, gene
     Raises:
         ResnetPathsError: If no two blocks can be swapped, or `repeats` is negative.
     """
-    pairs = _exchangeable(chain)
+    require_chain("chain", chain)
     require_generator("generator", generator)
-    if not pairs:
+    pairs = _ExchangeablePairs(chain)
+    if not len(pairs):
         raise ResnetPathsError(
             "chain", f"{len(chain)} blocks", "a chain with two blocks of one stage that keep the shape"
         )
@@ -409,15 +412,27 @@ def _is_exchangeable(chain: ResidualChain, index: int) -> bool:
     return block.branch is not None and is_identity(block.skip) and is_identity(block.pre) and block.keeps_shape
 
 
-def _exchangeable(chain: ResidualChain) -> list[tuple[int, int]]:
-    """Pairs of blocks that can be swapped."""
-    require_chain("chain", chain)
-    keep = [index for index, block in enumerate(chain) if block.keeps_shape]
-    return [
-        (i, j)
-        for i, j in itertools.combinations(keep, 2)
-        if (chain[i].stage, chain[i].in_shape) == (chain[j].stage, chain[j].in_shape)
-    ]
+class _ExchangeablePairs:
+    """Pairs of blocks that can be swapped, in lexicographic order, without a list of all n^2 of them."""
+
+    def __init__(self, chain: ResidualChain) -> None:
+        groups: defaultdict[object, list[int]] = defaultdict(list)
+        places: list[tuple[list[int], int]] = []  # of each block: its group, and its place in it
+        for index, block in enumerate(chain):
+            if block.keeps_shape:
+                group = groups[block.stage, block.in_shape]
+                places.append((group, len(group)))
+                group.append(index)
+        self._places = places
+        self._ends = list(itertools.accumulate(len(group) - place - 1 for group, place in places))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, number: int) -> tuple[int, int]:
+        first = bisect_right(self._ends, number)
+        group, place = self._places[first]
+        return group[place], group[len(group) - (self._ends[first] - number)]
 
 
 def _middle(chain: ResidualChain) -> list[int]:

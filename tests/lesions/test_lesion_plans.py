@@ -72,6 +72,12 @@ def test_random_swaps_keep_stages_and_state_their_disorder():
     assert all(lesion.kendall_tau < 1 for lesion in lesions[:8])
 
 
+def test_random_swaps_are_uniform():
+    drawn = Counter(lesion.blocks for lesion in rp.random_swaps(random_chain(STAGES), [1], 3000, seeded()))
+    assert set(drawn) == {*itertools.combinations((0, 1, 2), 2), *itertools.combinations((4, 5, 6), 2)}
+    assert stats.chisquare(list(drawn.values())).pvalue > 1e-4
+
+
 def test_pairs_and_their_interactions():
     chain = random_chain(STAGES)
     lesions = rp.pair_deletions(chain, [0, 2, "block5"])
