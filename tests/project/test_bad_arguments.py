@@ -65,8 +65,8 @@ BAD = {
     "unit": ["banana", 3, None, [[0, 2]], [[7]], [[1.5]], [0], X],
     "loader": [None, 3, MODEL, object(), [], [3], ["x"], [None]],
     "labelled loader": [None, 3, MODEL, object(), [], [3], ["x"], [None], [X], [(X, Y[:2])], [(X, "x")]],
-    "inputs": [None, 3, "x", MODEL, [], {}, (), {"x": 3}, [3], object(), X.to_sparse(), (X.to_sparse(),)],
-    "targets": [Y.to_sparse(), torch.zeros(4, 2).to_sparse(), [Y.to_sparse()]],
+    "inputs": [None, 3, "x", MODEL, [], {}, (), {"x": 3}, [3], object(), X.to_sparse(), (X.to_sparse(),), X.to("meta")],
+    "targets": [Y.to("meta"), Y.to_sparse(), torch.zeros(4, 2).to_sparse(), [Y.to_sparse()]],
     "lesions": [None, 3, "x", [3], [None], LESIONS[0], ["delete"], [MODEL, 3], [nn.Linear]],
     "measures": [None, 3, [3], ["banana"], [None], [], ["top_0_error"], [lambda: 0], [[]]],
     "measure": [None, 3, "banana", [], lambda: 0, "top_0_error"],
@@ -296,6 +296,8 @@ FUNCTIONS = {
 }
 BAD["labelled loader"] += [
     [(X, Y.to_sparse())],
+    [(X, Y.to("meta"))],
+    [(X.to("meta"), Y)],
     [(X.to_sparse(), Y)],
     [{"x": X, "labels": torch.zeros(4, 2).to_sparse()}],
     [(X, Y.to(torch.complex64))],
