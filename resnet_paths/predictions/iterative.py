@@ -31,8 +31,8 @@ from resnet_paths.core.backward.cotangents import Cotangents
 from resnet_paths.core.backward.forward import ForwardPass, prepared, split_to_fit
 from resnet_paths.core.backward.linearize import Context
 from resnet_paths.core.backward.recursion import Rules, head_cotangents, pull_back
-from resnet_paths.core.chain import Block, ResidualChain, require_chain
-from resnet_paths.core.edits import deletable, delete_block
+from resnet_paths.core.chain import Block, ResidualChain, is_identity, require_chain
+from resnet_paths.core.edits import deletable, delete_blocks
 from resnet_paths.core.inputs import InputsOrLoader, batches_with_bar
 from resnet_paths.core.modes import require_eval_mode
 from resnet_paths.core.parts import call_part
@@ -65,7 +65,8 @@ def iterative_inference(
 ) -> pd.DataFrame:
     """Loss and prediction of an early exit after each block, and size and direction of the block's update.
 
-    See `resnet_paths.predictions.iterative`. A block without a skip that keeps the shape is replaced by the identity
+    See `resnet_paths.predictions.iterative`. Its cost is a forward and a backward pass of the chain and, for each block,
+    one of the head and of those later skips that are not the identity. A block without a skip that keeps the shape is replaced by the identity
     where it is deleted, as by `resnet_paths.delete_block`, and its update is the difference of output and input; there
     is no early exit before one that changes the shape.
 
@@ -116,8 +117,11 @@ def iterative_inference(
     memory_budget = require_int("memory_budget", memory_budget, 1)
     if logits is not None:
         require_function("logits", logits, "a function from outputs to logits [batch, ..., class], or None")
-    possible = set(deletable(chain))
-    skips = [delete_block(chain, index)[index] if index in possible else None for index in range(len(chain))]
+    possible = deletable(chain)
+    without = delete_blocks(chain, possible)
+    skips: list[Block | None] = [None] * len(chain)
+    for index in possible:
+        skips[index] = without[index]
     found = []
     for batch, labels in batches_with_bar("iterative inference", inputs, targets, progress):
         for part, some in split_to_fit(chain, *prepared(chain, batch, labels), memory_budget, len(chain) + 1):
@@ -175,6 +179,8 @@ class _Measurement:
         logits: Logits | None,
     ) -> None:
         self.chain, self.skips, self.point, self.logits = chain, skips, point, logits
+        # Most skips are identities: left out, an early exit costs a head and not a walk over all later blocks.
+        self.not_identities = [index for index, skip in enumerate(skips) if skip is None or not _is_identity(skip)]
         with torch.no_grad():
             intact = self._read(call_part(chain.head, point.states[-1].clone(), point.context.values))
         self.targets = intact.argmax(2) if targets is None else _class_indices(targets, intact)
@@ -217,12 +223,12 @@ class _Measurement:
 
     def _early_exit(self, index: int, state: torch.Tensor) -> _Exit:
         """The early exit from the state of a block, along its `post` and the skips of the later blocks."""
-        later = self.skips[index + 1 :]
+        later = [self.skips[place] for place in self.not_identities if place > index]
         leaf = state.detach().clone().requires_grad_()
         if bool(leaf.isnan().any()) or None in later:
             nothing = torch.full_like(_vectors(state), torch.nan)
             return _Exit(nothing[:, 0], nothing[:, :1].expand(self.targets.shape), nothing)
-        parts: list[nn.Module] = [block.post for block in [*self.chain][index : index + 1]]
+        parts: list[nn.Module] = [self.chain[index].post] if index < len(self.chain) else []
         parts += [skip for skip in later if skip is not None]
         context = self.point.context.values  # noqa: PD011 - of a Context
         with torch.enable_grad():
@@ -259,6 +265,12 @@ class _Measurement:
 
     def _loss(self, logits: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(logits.movedim(2, 1), self.targets, reduction="none").mean(1)
+
+
+def _is_identity(block: Block) -> bool:
+    """Whether a block returns its input as it is."""
+    parts = (block.pre, block.skip, block.post)
+    return block.branch is None and block.run is None and all(is_identity(part) for part in parts)
 
 
 def _class_indices(targets: object, logits: torch.Tensor) -> torch.Tensor:

@@ -84,7 +84,6 @@ LINEAR: dict[str, Call] = {
     "random_deletions, 20": lambda c, n: rp.random_deletions(c, [n // 2], 20, torch.Generator()),
     "random_duplications, 20": lambda c, n: rp.random_duplications(c, [n // 2], 20, torch.Generator()),
     "random_swaps, 20": lambda c, n: rp.random_swaps(c, [n // 2], 20, torch.Generator()),
-    "range_swaps, of n / 4": lambda c, n: rp.range_swaps(c, max(1, n // 4)),
     "pair_deletions, of 5 blocks": lambda c, n: rp.pair_deletions(c, range(5)),
     "subset_deletions, of 5 blocks": lambda c, n: rp.subset_deletions(c, range(5)),
     "lesion_study, 20 random deletions": lambda c, n: rp.lesion_study(
@@ -103,6 +102,7 @@ QUADRATIC: dict[str, Call] = {
     "duplications": lambda c, n: rp.duplications(c),
     "scalings, one factor": lambda c, n: rp.scalings(c, [0.5]),
     "neighbour_swaps": lambda c, n: rp.neighbour_swaps(c),
+    "range_swaps, of n / 4": lambda c, n: rp.range_swaps(c, max(1, n // 4)),
     "ranked_deletions, all": lambda c, n: rp.ranked_deletions(c, range(n)),
     "range_deletions, of n / 2": lambda c, n: rp.range_deletions(c, lengths=[n // 2]),
     "range_repeats, of n / 2": lambda c, n: rp.range_repeats(c, lengths=[n // 2]),
