@@ -72,8 +72,8 @@ def unpack(batch: object) -> tuple[Inputs, torch.Tensor]:
         Inputs, a tensor, tuple or dictionary, and labels [batch, ...].
 
     Raises:
-        ResnetPathsError: If it is not a batch, its tensors have different lengths, are not dense or have no values, or labels
-            are complex.
+        ResnetPathsError: If it is not a batch, its tensors have different lengths, are not dense or have no values, or
+            labels are complex.
     """
     if isinstance(batch, Mapping):
         labels = batch.get(_LABELS)

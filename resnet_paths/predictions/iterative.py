@@ -65,10 +65,10 @@ def iterative_inference(
 ) -> pd.DataFrame:
     """Loss and prediction of an early exit after each block, and size and direction of the block's update.
 
-    See `resnet_paths.predictions.iterative`. Its cost is a forward and a backward pass of the chain and, for each block,
-    one of the head and of those later skips that are not the identity. A block without a skip that keeps the shape is replaced by the identity
-    where it is deleted, as by `resnet_paths.delete_block`, and its update is the difference of output and input; there
-    is no early exit before one that changes the shape.
+    See `resnet_paths.predictions.iterative`. Its cost is a forward and a backward pass of the chain and, for each
+    block, one of the head and of those later skips that are not the identity. A block without a skip that keeps the
+    shape is replaced by the identity where it is deleted, as by `resnet_paths.delete_block`, and its update is the
+    difference of output and input; there is no early exit before one that changes the shape.
 
     Args:
         chain: The chain, in eval mode.
