@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, SupportsIndex, Unpack, cast
+from typing import Any, Unpack, cast
 
 import pandas as pd
 import torch
@@ -382,7 +382,7 @@ class ResidualChain(nn.Module):
             if block not in names:
                 raise ResnetPathsError("block", block, f"the name of a block, nearest {nearest_names(block, names)}")
             return names.index(block)
-        if is_boolean(block) or not isinstance(block, SupportsIndex):
+        if is_boolean(block) or not hasattr(block, "__index__"):  # isinstance(block, SupportsIndex) is slow
             raise ResnetPathsError("block", block, "the position or the name of a block")
         return require_int("block", block, -len(self), len(self) - 1, noun="a position") % len(self)
 
