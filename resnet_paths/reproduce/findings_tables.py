@@ -20,6 +20,7 @@ with requires_extra("notebooks"):
 __all__ = ["collect_findings", "findings_table", "read_findings", "replace_tables", "update_findings"]
 
 FILE = "findings.csv"
+PAGES = ("tables/findings.md", "gallery.md", "explanation/three_findings.md")
 COLUMNS = (
     *("notebook", "profile", "quantity", "estimate", "unit", "low", "high", "exact", "over", "at_least", "at_most"),
     *("prediction", "verdict", "expected", "refuted_by", "networks", "seeds", "images", "dataset", "source"),
@@ -107,7 +108,7 @@ def update_findings(folder: Path, data: Path | None = None, pages: Path | None =
         new.to_csv(temporary, index=False, float_format="%.10g")
     frame, written = read_findings(path), [path]
     pages = pages or shipped_folder("notebooks")
-    for page in (pages / "tables" / "findings.md", pages / "gallery.md"):
+    for page in map(pages.joinpath, PAGES):
         text = replace_tables(page.read_text(encoding="utf-8"), frame)
         with write_then_rename(page) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -120,8 +121,9 @@ def replace_tables(text: str, frame: pd.DataFrame) -> str:
 
     Args:
         text: Markdown, with ``<!-- findings: NAME -->`` before each table and ``<!-- end of findings -->`` after it;
-            names are ``all``, ``agreement``, and prefixes of notebooks, such as ``02``, whose findings are one cell of
-            a table.
+            names are ``all``, ``agreement``, prefixes of notebooks, such as ``02``, whose main findings are one cell of
+            a table, and these with words, such as ``table:02:stage_start``, for a table of the findings of a notebook
+            whose quantity has them.
         frame: From `read_findings`.
 
     Returns:
@@ -131,7 +133,11 @@ def replace_tables(text: str, frame: pd.DataFrame) -> str:
     def table(match: re.Match[str]) -> str:
         name = match[2]
         made = {"all": _all_findings, "agreement": _agreement}.get(name)
-        content = f"\n{made(frame)}\n" if made else f" {_of_notebook(frame, name)} "
+        if name.startswith("table:"):
+            _, prefix, words = name.split(":")
+            content = f"\n{_some_findings(frame, prefix, words.replace('_', ' '))}\n"
+        else:
+            content = f"\n{made(frame)}\n" if made else f" {_of_notebook(frame, name)} "
         return f"{match[1]}{content}{match[3]}"
 
     return re.sub(r"(<!-- findings: (\S+) -->).*?(<!-- end of findings -->)", table, text, flags=re.DOTALL)
@@ -188,6 +194,24 @@ def _agreement(frame: pd.DataFrame) -> str:
         "notebook",
     )
     return _markdown(head, rows)
+
+
+def _some_findings(frame: pd.DataFrame, prefix: str, words: str) -> str:
+    """Findings of a notebook whose quantity has certain words."""
+    chosen = frame["notebook"].str.startswith(f"{prefix}_") & frame["quantity"].str.contains(words, regex=False)
+    rows = [
+        (
+            row.quantity,
+            row.seeds or "-",
+            f"{row.images:,}",
+            _measured(row),
+            _interval(row),
+            row.prediction or "none",
+            row.verdict,
+        )
+        for row in _rows(frame[chosen])
+    ]
+    return _markdown(("finding", "seeds", "examples", "estimate", "95 % interval, over", "predicted", "verdict"), rows)
 
 
 def _of_notebook(frame: pd.DataFrame, prefix: str) -> str:

@@ -13,9 +13,6 @@ from resnet_paths.reproduce.runner import find_notebooks
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = {path.stem: json.loads(path.read_text(encoding="utf-8"))["cells"] for path in find_notebooks()}
 
-# Their results are hand-written, of runs of the full profile: to be converted to findings.
-HAND_WRITTEN = ("10", "12", "13", "15", "16")
-
 # Digits that stand for something else than a result.
 EXCEPTIONS = {
     r"`[^`]*`": "code",
@@ -30,6 +27,7 @@ EXCEPTIONS = {
     r"\b(?:ResNet|VGG|DenseNet|[Pp]lain|preact-resnet|ViT)-\d+\b": "names of networks",
     r"\bCIFAR-10+\b": "names of data sets",
     r"\b1x1\b": "kinds of convolution",
+    r"\b\d+x\d+ pixels\b": "sizes of images",
     r"\b95 % intervals?\b": "confidence level",
 }
 OF_README = {
@@ -61,23 +59,27 @@ def interpretation_of(cells: list[dict]) -> str:
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_interpretations_have_no_numbers_of_results(name):
     text = interpretation_of(NOTEBOOKS[name])
-    assert bool(text) != name.startswith(HAND_WRITTEN), "HAND_WRITTEN lists notebooks without findings, and no others"
+    assert text
     assert not numbers_in(text, {})
-    if text:
-        headings = [line for cell in NOTEBOOKS[name] for line in cell["source"] if line.startswith("## ")]
-        last = ["## What is seen, in numbers", "## Interpretation", "## Claims"]
-        assert [line.strip() for line in headings][-3:] == last
+    headings = [line for cell in NOTEBOOKS[name] for line in cell["source"] if line.startswith("## ")]
+    last = ["## What is seen, in numbers", "## Interpretation", "## Claims"]
+    assert [line.strip() for line in headings][-3:] == last
 
 
 def test_the_gallery_has_generated_numbers():
     text = (ROOT / "notebooks" / "gallery.md").read_text(encoding="utf-8")
     rows = [line for line in text.splitlines() if ".ipynb)" in line]
-    assert len(rows) >= len([name for name in NOTEBOOKS if not name.startswith(HAND_WRITTEN)])
+    assert len(rows) >= len(NOTEBOOKS)
     for row in rows:
         number = re.search(r"\[(\d\d)\]", row)[1]
-        if not number.startswith(HAND_WRITTEN):
-            assert f"<!-- findings: {number} -->" in row
-            assert not numbers_in(row.split(" | ")[2], {})
+        assert f"<!-- findings: {number} -->" in row
+        assert not numbers_in(row.split(" | ")[2], {})
+
+
+def test_the_note_on_three_findings_has_generated_numbers():
+    text = (ROOT / "notebooks" / "explanation" / "three_findings.md").read_text(encoding="utf-8")
+    assert "<!-- findings: table:23:" in text
+    assert not numbers_in(text, {})
 
 
 def test_the_readme_has_no_numbers_of_results():

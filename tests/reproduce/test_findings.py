@@ -19,6 +19,7 @@ from resnet_paths.reproduce import cli
 from resnet_paths.reproduce.claims import check_claim, read_claims
 from resnet_paths.reproduce.findings import Finding, as_expected, findings_frame
 from resnet_paths.reproduce.findings_tables import (
+    PAGES,
     findings_table,
     read_findings,
     replace_tables,
@@ -126,13 +127,18 @@ def executed(folder, name, findings, error=None):
 
 def test_tables_are_made_of_executed_notebooks(tmp_path):
     data, pages = tmp_path / "data", tmp_path / "pages"
-    (pages / "tables").mkdir(parents=True)
+    for folder in ("tables", "explanation"):
+        (pages / folder).mkdir(parents=True)
     made = "<!-- findings: {} -->old<!-- end of findings -->"
     (pages / "tables" / "findings.md").write_text(f"# F\n\n{made.format('agreement')}\n\n{made.format('all')}\n")
     (pages / "gallery.md").write_text(f"| x | kept {made.format('01')} |\n| y | {made.format('02')} |\n")
+    (pages / "explanation" / "three_findings.md").write_text(f"{made.format('table:01:a_number')}\n")
     executed(tmp_path, "01_one", FINDINGS)
     executed(tmp_path, "02_two", FINDINGS[:1], error="cell 3")
-    assert len(update_findings(tmp_path, data, pages)) == 3
+    assert len(update_findings(tmp_path, data, pages)) == 4
+    some = (pages / "explanation" / "three_findings.md").read_text().splitlines()
+    assert some[1].startswith("| finding | seeds |")
+    assert some[3:] == ["| a number of blocks | 1 | 0 | 12 | exact | none |  |", "<!-- end of findings -->"]
     frame = read_findings(data / "findings.csv")
     assert frame.quantity.tolist() == [finding.quantity for finding in FINDINGS]
     assert frame.verdict.tolist() == ["agrees", "", "too small to tell"]
@@ -172,7 +178,7 @@ def test_the_tables_of_the_documentation_are_those_of_the_data():
     assert set(frame.notebook) <= {path.stem for path in find_notebooks()}
     assert frame[["quantity", "estimate", "networks"]].notna().all(axis=None)
     assert not (frame.verdict == "differs").any() or (frame[frame.verdict == "differs"].expected == "differs").all()
-    for page in ("tables/findings.md", "gallery.md"):
+    for page in PAGES:
         text = (shipped_folder("notebooks") / page).read_text(encoding="utf-8")
         assert "<!-- findings: " in text
         assert replace_tables(text, frame) == text, f"run 'resnet-paths findings --update' to write {page} again"
