@@ -416,6 +416,16 @@ def test_data_sets_without_weights_are_refused():
         training_logs("preact-resnet-20", dataset="cifar-10")
 
 
+def test_logs_of_digits_have_every_seed_also_without_its_weights():
+    frame = training_logs(dataset="digits")
+    names = ("preact-resnet-20", "preact-resnet-56", "preact-resnet-110", "effective-110")
+    assert frame.groupby("network").seed.unique().map(list).to_dict() == {name: [0, 1, 2] for name in names}
+    assert (frame.groupby(["network", "seed"]).epoch.agg(list).map(lambda epochs: epochs == list(range(1, 51)))).all()
+    assert training_logs("effective-110", dataset="digits").equals(
+        frame[frame["network"] == "effective-110"].reset_index(drop=True)
+    )
+
+
 def test_training_logs_are_one_tidy_frame():
     frame = training_logs()
     runs = frame.groupby(["network", "seed"], sort=False)
