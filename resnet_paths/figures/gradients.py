@@ -12,13 +12,14 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from resnet_paths._utils.errors import ResnetPathsError
-from resnet_paths.figures.layout import INK, MARKERS, MUTED, checked, groups_of, legend_above
+from resnet_paths.figures.layout import INK, MARKERS, MUTED, checked, draw_map, groups_of, legend_above
 from resnet_paths.gradients import PAPER_WINDOW, BlockIndependence, GeometricDecay, effective_window
 
 __all__ = [
     "plot_block_independence",
     "plot_coherence",
     "plot_effective_window",
+    "plot_pair_covariances",
     "plot_path_gradients",
     "plot_path_shares",
     "plot_windows",
@@ -235,6 +236,39 @@ def plot_block_independence(independence: BlockIndependence, ax: Axes | None = N
     ax.set(xlabel="path length (blocks)", ylabel="gradient share (%)")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     legend_above(ax, ax.get_legend_handles_labels()[0])
+    return ax
+
+
+def plot_pair_covariances(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Covariance of each pair of blocks, with lines where stages begin.
+
+    Args:
+        frame: From `resnet_paths.gradients.pair_covariances`. A block with itself is left out.
+        ax: The axes to draw into; the current axes if None.
+
+    Returns:
+        The axes, with a colour map; negative where paths that take one branch take the other less often. Colours end at
+        the 2nd and the 98th percentile.
+
+    Raises:
+        ResnetPathsError: If columns are missing, all values are NaN, a pair occurs twice, or there is no pair.
+    """
+    frame = checked("frame", frame, "covariance", ["first", "second"], ["first_stage", "second_stage"])
+    ax = plt.gca() if ax is None else ax
+    pairs = frame[frame["first"] != frame["second"]]
+    if pairs.empty:
+        raise ResnetPathsError("frame", f"{len(frame)} rows", "covariances of at least two blocks")
+    both = pd.concat([pairs, pairs.rename(columns={"first": "second", "second": "first"})])
+    blocks = np.union1d(pairs["first"], pairs["second"])
+    table = both.pivot_table(index="first", columns="second", values="covariance").reindex(blocks, columns=blocks)
+    draw_map(ax, blocks, blocks, table.to_numpy(), "covariance of two blocks", robust=True)
+    stages = pd.concat([frame.set_index(name)[f"{name}_stage"] for name in ("first", "second")])
+    stages = stages[~stages.index.duplicated()].sort_index()
+    borders = stages.index[stages.ne(stages.shift()).to_numpy()][1:] - 0.5
+    for border in borders:
+        ax.axvline(border, color=INK, linewidth=0.5)
+        ax.axhline(border, color=INK, linewidth=0.5)
+    ax.set(xlabel="block (lines: stage borders)", ylabel="block", aspect="equal")
     return ax
 
 

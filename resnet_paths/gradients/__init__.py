@@ -55,6 +55,7 @@ from resnet_paths.gradients.independence import (
     BlockIndependence,
     block_independence,
     branch_probabilities,
+    pair_covariances,
     poisson_binomial,
 )
 from resnet_paths.gradients.losses import Loss
@@ -79,6 +80,7 @@ __all__ = [
     "gradient_by_path_length",
     "gradient_by_stage_lengths",
     "gradient_through_block",
+    "pair_covariances",
     "path_length_moments",
     "poisson_binomial",
     "scalar_gradients",

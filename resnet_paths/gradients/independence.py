@@ -2,7 +2,8 @@
 
 The shares <g_S, G> / <G, G> of single paths are a signed measure of total 1 on the sets S of blocks. Were it a product
 measure, with the share p_i of the gradient through the branch of block i as its margins, path length would have the
-Poisson binomial distribution of p_1, ..., p_n.
+Poisson binomial distribution of p_1, ..., p_n. The covariance of two blocks is that of their indicators under the
+measure: p_ij - p_i p_j, with the share p_ij of the paths that take both branches.
 """
 
 from __future__ import annotations
@@ -25,7 +26,13 @@ from resnet_paths.core.inputs import InputsOrLoader, batches_with_bar
 from resnet_paths.gradients.losses import Loss
 from resnet_paths.gradients.points import Place
 
-__all__ = ["BlockIndependence", "block_independence", "branch_probabilities", "poisson_binomial"]
+__all__ = [
+    "BlockIndependence",
+    "block_independence",
+    "branch_probabilities",
+    "pair_covariances",
+    "poisson_binomial",
+]
 
 
 def poisson_binomial(probabilities: Sequence[float] | np.ndarray | pd.Series) -> np.ndarray:
@@ -212,3 +219,65 @@ def _probabilities(gains: Gains, place: Place, power: float) -> np.ndarray:
         weights = np.exp(logs - logs.max(0))
         rows.append(weights[block.skip is not None :].sum(0) / weights.sum(0))
     return np.array(rows).reshape(len(gains), -1)
+
+
+@torch.inference_mode(False)
+def pair_covariances(
+    chain: ResidualChain,
+    inputs: InputsOrLoader,
+    targets: object = None,
+    *,
+    loss: Loss | None = None,
+    with_respect_to: str | int = "input",
+    memory_budget: int = 2**31,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Covariance of each pair of blocks: whether paths that take one branch take the other more often, or less.
+
+    With p_i the share of the gradient through the branch of block i and p_ij that through the branches of both, the
+    covariance is p_ij - p_i p_j; of a block with itself, p_i (1 - p_i). Where no branch holds a chain of its own, all
+    of them, each pair counted twice, add up to the variance of path length. They take one backward pass of n block VJPs
+    and n (n + 1) / 2 Jacobian-vector products.
+
+    Args:
+        chain: The chain, in eval mode.
+        inputs: A batch or a loader, as for `resnet_paths.gradient_by_path_length`.
+        targets: What `loss` takes beside the logits.
+        loss: From (logits, targets) to a loss for each example; cross-entropy if None.
+        with_respect_to: ``"input"``, ``"stem"``, or a block, for its output.
+        memory_budget: Bytes that stacks of tangents and kept activations may take; batches are split to fit.
+        progress: Whether to show a bar over the batches of a loader.
+
+    Returns:
+        One row per pair of blocks above the place, and per block with itself: ``first``, ``second`` (positions, the
+        first at most the second), ``first_block``, ``second_block`` (names), ``first_stage``, ``second_stage``;
+        ``gradient_share_through_both``, the mean over examples, and ``covariance``, that of the mean shares; each with
+        a standard error over examples, ``..._se``, to first order (NaN for a single example).
+
+    Raises:
+        ResnetPathsError: As `resnet_paths.gradient_by_path_length`.
+    """
+    place = Place.of(chain, with_respect_to)
+    if place.of_parameters:
+        raise ResnetPathsError("with_respect_to", with_respect_to, "'input', 'stem' or a block")
+    memory_budget = require_int("memory_budget", memory_budget, 1)
+    found = [
+        point.shares_through_pairs()
+        for batch_inputs, batch_targets in batches_with_bar("pairs of blocks", inputs, targets, progress)
+        for point in place.points(batch_inputs, batch_targets, loss, memory_budget, len(chain) + 1)
+    ]
+    each = np.concatenate(found, 2)
+    rows, columns = np.triu_indices(len(each))
+    of_pairs, of_blocks = each[rows, columns], each[np.arange(len(each)), np.arange(len(each))]
+    both, both_se = mean_over_examples(of_pairs)
+    means = np.nanmean(of_blocks, 1) if of_blocks.size else of_blocks.sum(1)
+    one, other = means[rows], means[columns]
+    influences = of_pairs - one[:, None] * of_blocks[columns] - other[:, None] * of_blocks[rows]
+    indices = np.arange(place.down_to, len(chain))
+    frame = pd.DataFrame({"first": indices[rows], "second": indices[columns]})
+    for name in ("first", "second"):
+        frame[f"{name}_block"] = [chain[i].name for i in frame[name]]
+        frame[f"{name}_stage"] = [chain[i].stage for i in frame[name]]
+    frame["gradient_share_through_both"], frame["gradient_share_through_both_se"] = both, both_se
+    frame["covariance"], frame["covariance_se"] = both - one * other, mean_over_examples(influences)[1]
+    return frame

@@ -199,6 +199,20 @@ class Point(ForwardPass):
 
     def shares_through_branches(self) -> np.ndarray:
         """The share of the whole gradient that passes through each block's branch, float64 [block, batch]."""
+        found = [rows[0] for rows in self._shares_through_branches(pairs=False)]
+        return np.array(found).reshape(len(found), self.num_examples)
+
+    def shares_through_pairs(self) -> np.ndarray:
+        """The share that passes through the branches of two blocks, or of one, float64 [block, block, batch]."""
+        of_blocks = list(self._shares_through_branches(pairs=True))
+        found = np.zeros((len(of_blocks), len(of_blocks), self.num_examples))
+        for index, (own, *before) in enumerate(of_blocks):
+            found[index, index] = own
+            for earlier, share in enumerate(before):
+                found[index, earlier] = found[earlier, index] = share
+        return found
+
+    def _shares_through_branches(self, *, pairs: bool) -> Iterator[np.ndarray]:
         place, whole = self.place, Cotangents.of(*self.cotangents)
         above: list[Cotangents] = []
         for index in reversed(range(place.down_to, len(place.chain))):
@@ -209,20 +223,18 @@ class Point(ForwardPass):
         direction = self._direction()
         squares = wide(self.whole.values[0, 0]).reshape(self.num_examples, -1).square().sum(1)
         products = products_through_branches(
-            place.chain, self.states, self.context, above, direction, down_to=place.down_to
+            place.chain, self.states, self.context, above, direction, pairs=pairs, down_to=place.down_to
         )
-        found = np.empty((len(above), self.num_examples))
         with np.errstate(invalid="ignore", divide="ignore"):
-            for row, (product, exponents) in enumerate(products):
+            for product, exponents in products:
                 powers = exponents - self.whole.exponents[0, 0]
-                found[row] = np.ldexp((product / squares).cpu().numpy(), powers.cpu().numpy())
-        return found
+                yield np.ldexp((product / squares).cpu().numpy(), powers.cpu().numpy())
 
     @torch.no_grad()
     def _direction(self) -> Tangents:
         """The whole gradient as a direction at the first block above the place, without its power of 2."""
         place, values = self.place, self.whole.values[0]
-        exponents = torch.zeros_like(self.whole.exponents[0, 0])
+        exponents = torch.zeros_like(self.whole.exponents[0])
         names = self.context.carrying
         if place.of_input:
             signature, tensors = Signature.of(*arguments_of(self.inputs))

@@ -437,6 +437,13 @@ OTHERS = {
         ("with_respect_to", BAD["choice"]),
         ("memory_budget", BAD["budget"]),
     ],
+    partial(rp.gradients.pair_covariances, chain=CHAIN, inputs=X, targets=Y, progress=False): [
+        ("chain", BAD["chain"]),
+        ("inputs", BAD["inputs"]),
+        ("loss", BAD["loss"]),
+        ("with_respect_to", BAD["choice"]),
+        ("memory_budget", BAD["budget"]),
+    ],
     rp.zoo.find_network: [("name", BAD["name"])],
     partial(rp.zoo.shipped_networks, name="plain-20"): [
         ("name", BAD["name"]),
