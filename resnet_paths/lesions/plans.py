@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -181,8 +181,8 @@ def random_swaps(chain: ResidualChain, counts: Iterable[int], repeats: int, gene
     """
     require_chain("chain", chain)
     require_generator("generator", generator)
-    pairs = _ExchangeablePairs(chain)
-    if not len(pairs):
+    num_pairs, pair = _exchangeable(chain)
+    if not num_pairs:
         raise ResnetPathsError(
             "chain", f"{len(chain)} blocks", "a chain with two blocks of one stage that keep the shape"
         )
@@ -190,8 +190,8 @@ def random_swaps(chain: ResidualChain, counts: Iterable[int], repeats: int, gene
     for count in _checked_counts(counts, repeats, None, "swaps"):
         for _ in range(repeats):
             order = list(range(len(chain)))
-            chosen = torch.randint(len(pairs), (count,), generator=generator, device=generator.device).tolist()
-            for first, second in (pairs[i] for i in chosen):
+            chosen = torch.randint(num_pairs, (count,), generator=generator, device=generator.device).tolist()
+            for first, second in map(pair, chosen):
                 order[first], order[second] = order[second], order[first]
             moved = tuple(place for place, block in enumerate(order) if place != block)
             name, seed = f"{count} random swaps", generator.initial_seed()
@@ -412,27 +412,23 @@ def _is_exchangeable(chain: ResidualChain, index: int) -> bool:
     return block.branch is not None and is_identity(block.skip) and is_identity(block.pre) and block.keeps_shape
 
 
-class _ExchangeablePairs:
-    """Pairs of blocks that can be swapped, in lexicographic order, without a list of all n^2 of them."""
+def _exchangeable(chain: ResidualChain) -> tuple[int, Callable[[int], tuple[int, int]]]:
+    """How many pairs of blocks can be swapped, and the pair of a number, without a list of all n^2 of them."""
+    groups: defaultdict[object, list[int]] = defaultdict(list)
+    places: list[tuple[list[int], int]] = []  # of each block: its group, and its place in it
+    for index, block in enumerate(chain):
+        if block.keeps_shape:
+            group = groups[block.stage, block.in_shape]
+            places.append((group, len(group)))
+            group.append(index)
+    ends = [0, *itertools.accumulate(len(group) - place - 1 for group, place in places)]
 
-    def __init__(self, chain: ResidualChain) -> None:
-        groups: defaultdict[object, list[int]] = defaultdict(list)
-        places: list[tuple[list[int], int]] = []  # of each block: its group, and its place in it
-        for index, block in enumerate(chain):
-            if block.keeps_shape:
-                group = groups[block.stage, block.in_shape]
-                places.append((group, len(group)))
-                group.append(index)
-        self._places = places
-        self._ends = list(itertools.accumulate(len(group) - place - 1 for group, place in places))
+    def pair(number: int) -> tuple[int, int]:
+        first = bisect_right(ends, number) - 1
+        group, place = places[first]
+        return group[place], group[place + 1 + number - ends[first]]
 
-    def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
-
-    def __getitem__(self, number: int) -> tuple[int, int]:
-        first = bisect_right(self._ends, number)
-        group, place = self._places[first]
-        return group[place], group[len(group) - (self._ends[first] - number)]
+    return ends[-1], pair
 
 
 def _middle(chain: ResidualChain) -> list[int]:
