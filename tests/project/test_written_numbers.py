@@ -39,6 +39,7 @@ OF_README = {
     "Python 3.11": "version",
     "GPT-2": "a name",
     "1605.06431": "citation",
+    "CC BY 4.0": "a license",
 }
 
 
