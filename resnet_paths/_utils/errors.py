@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["ResnetPathsError", "StoreError", "StudyInterrupted", "UnravelError", "nearest_names", "requires_extra"]
+__all__ = [
+    "MissingExtraError",
+    "ResnetPathsError",
+    "StoreError",
+    "StudyInterrupted",
+    "UnravelError",
+    "nearest_names",
+    "requires_extra",
+]
 
 _LONGEST_VALUE = 200
 
@@ -51,6 +59,10 @@ class ResnetPathsError(ValueError):
 
 class UnravelError(ResnetPathsError):
     """A model that cannot be unraveled; the message names the node or module that prevents it."""
+
+
+class MissingExtraError(ResnetPathsError):
+    """A module of an optional dependency that is not installed; the message has the command that installs it."""
 
 
 class StoreError(ResnetPathsError):
@@ -118,12 +130,12 @@ def requires_extra(extra: str) -> Iterator[None]:
         Nothing.
 
     Raises:
-        ResnetPathsError: If an import fails because a module is not installed.
+        MissingExtraError: If an import fails because a module is not installed.
     """
     try:
         yield
     except ModuleNotFoundError as error:
-        raise ResnetPathsError(
+        raise MissingExtraError(
             f"module {error.name!r}",
             "not installed",
             f"an environment with the extra {extra!r}",

@@ -120,7 +120,9 @@ def reproduce(
 
     results = reproduce(output, profile=profile, only=only or (), device=device, update=update)
     for result in results:
-        typer.echo(f"failed  {result.name}: {result.error}" if result.error else f"passed  {result.name}")
+        why = result.error or result.skipped
+        state = "failed" if result.error else "skipped" if result.skipped else "passed"
+        typer.echo(f"{state:<7} {result.name}{f': {why}' if why else ''}")
         if result.num_updated is not None:
             typer.echo(f"        outputs kept in the notebook: those of {result.num_updated} cells differ from before")
         if result.stale:

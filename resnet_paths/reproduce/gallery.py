@@ -110,7 +110,9 @@ def figures_of(notebook: NotebookNode) -> dict[str, str]:
 def _entry(name: str, notebook: NotebookNode, num_figures: int) -> str:
     """An entry of the table of contents."""
     run = notebook.metadata.get("resnet_paths", {})
-    state = '<span class="failed">failed</span>' if run.get("error") else f"{len(claims_of(notebook))} claims verified"
+    state = f"{len(claims_of(notebook))} claims verified"
+    if run.get("error") or run.get("skipped"):
+        state = '<span class="failed">failed</span>' if run.get("error") else "skipped"
     facts = f"{num_figures} figures, {state}, profile {html.escape(str(run.get('profile', 'unknown')))}"
     title = html.escape(f"{name[:2]} {_title(name, notebook)}")
     return f'<li><a href="#{_link(name)}">{title}</a> ({facts})</li>\n'
@@ -126,10 +128,12 @@ def _section(folder: Path, name: str, notebook: NotebookNode, captions: dict[str
     link = f'<p class="files"><a href="notebooks/{_link(name)}.ipynb">executed notebook</a></p>\n'
     first = notebook.cells[0].source if notebook.cells else f"# {name}"
     parts = [f'<h2 id="{html.escape(name)}">{html.escape(name[:2])} {html.escape(_title(name, notebook))}</h2>\n']
-    error = notebook.metadata.get("resnet_paths", {}).get("error")
-    if error:
-        old = " The figures below may be from an earlier run." if captions else ""
-        parts.append(f'<p class="failure"><b>Failed:</b> {html.escape(name)}, {html.escape(error)}.{old}</p>\n')
+    run = notebook.metadata.get("resnet_paths", {})
+    for state, why in (("Failed", run.get("error")), ("Skipped", run.get("skipped"))):
+        if why:
+            old = " The figures below may be from an earlier run." if captions else ""
+            text = f"{html.escape(name)}, {html.escape(why.rstrip('.'))}.{old}"
+            parts.append(f'<p class="failure"><b>{state}:</b> {text}</p>\n')
     parts += [_markdown("\n".join(first.splitlines()[1:])), link]
     parts += [_figure(folder, stem, caption) for stem, caption in captions.items()]
     claims = claims_of(notebook)

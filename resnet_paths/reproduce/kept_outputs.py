@@ -55,7 +55,8 @@ def keep_outputs(path: Path, executed: Path) -> int:
     notebook, run = nbformat.read(path, as_version=4), nbformat.read(executed, as_version=4)
     facts = run.metadata.get("resnet_paths", {})
     cells, sources = _code_cells(notebook), _code_cells(run)
-    if facts.get("error", "") is not None or facts.get("profile") != "quick" or not _same_code(cells, sources):
+    ended = facts.get("error", "") is None and facts.get("skipped") is None
+    if not ended or facts.get("profile") != "quick" or not _same_code(cells, sources):
         raise ResnetPathsError(
             "executed", str(executed), f"a copy of {path.name}, executed to its end in the quick profile"
         )

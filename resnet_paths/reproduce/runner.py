@@ -2,7 +2,8 @@
 
 Each notebook has a cell tagged ``parameters``; a cell with other values is inserted after it, as papermill does. A cell
 that records the claims with their values is appended. (papermill itself is not used: it would replace the insertion
-only.) If a notebook fails, its cell and error are reported, and the other notebooks are still executed.
+only.) If a notebook fails, its cell and error are reported, and the other notebooks are still executed; one that needs an
+extra that is not installed is skipped.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from resnet_paths._utils.devices import choose_device
-from resnet_paths._utils.errors import ResnetPathsError, requires_extra
+from resnet_paths._utils.errors import MissingExtraError, ResnetPathsError, requires_extra
 from resnet_paths._utils.files import shipped_folder, write_then_rename
 from resnet_paths.reproduce.gallery import write_gallery
 from resnet_paths.reproduce.kept_outputs import ADDED, keep_outputs, stale_reason
@@ -46,12 +47,14 @@ class NotebookResult:
         error: None if it succeeded, otherwise a description of the cell and the error.
         num_updated: Number of code cells whose kept outputs were replaced by others; None without ``update=True``.
         stale: ``"code"`` or ``"data"`` if outputs are kept in the notebook that were made from others; None otherwise.
+        skipped: Which extra it needs, if that is not installed; None otherwise.
     """
 
     name: str
     error: str | None
     num_updated: int | None = None
     stale: str | None = None
+    skipped: str | None = None
 
 
 def find_notebooks(only: Sequence[str] = (), folder: Path | None = None) -> list[Path]:
@@ -96,26 +99,27 @@ def run_notebook(
     Returns:
         The result, which is also stored, with the parameters, in the metadata of the copy under ``resnet_paths``.
     """
+    skipped: str | None = None
     try:
         notebook = nbformat.read(path, as_version=4)
     except (ValueError, KeyError, AttributeError, OSError) as failure:
         notebook = nbformat.v4.new_notebook()
         error: str | None = f"not a notebook: {type(failure).__name__}: {failure}"
     else:
-        error = _execute(notebook, parameters, output.parent, on_cell, timeout)
-    notebook.metadata["resnet_paths"] = {**parameters, "error": error}
+        error, skipped = _execute(notebook, parameters, output.parent, on_cell, timeout)
+    notebook.metadata["resnet_paths"] = {**parameters, "error": error, "skipped": skipped}
     with write_then_rename(output) as temporary:
         nbformat.write(notebook, temporary)
-    return NotebookResult(path.stem, error)
+    return NotebookResult(path.stem, error, skipped=skipped)
 
 
 def _execute(
     notebook: NotebookNode, parameters: Mapping[str, object], folder: Path, on_cell: Callable[[], None], timeout: float
-) -> str | None:
-    """Execute a notebook in place, from `folder`; returns None, or a description of the error."""
+) -> tuple[str | None, str | None]:
+    """Execute a notebook in place, from `folder`; returns a description of the error, and which extra is missing."""
     tagged = [i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", [])]
     if not tagged:
-        return "no cell tagged 'parameters'"
+        return "no cell tagged 'parameters'", None
     for cell in notebook.cells:
         if cell.cell_type == "code":  # outputs that are kept in the notebook
             cell.outputs, cell.execution_count = [], None
@@ -136,10 +140,12 @@ def _execute(
     try:
         client.execute(env=_environment())
     except CellExecutionError as failure:
-        return f"cell {_failed_cell(notebook)}: {failure.ename}: {failure.evalue}"
+        if failure.ename == MissingExtraError.__name__:
+            return None, failure.evalue
+        return f"cell {_failed_cell(notebook)}: {failure.ename}: {failure.evalue}", None
     except (CellTimeoutError, DeadKernelError) as failure:
-        return f"cell {started[-1]}: {type(failure).__name__}: {str(failure).strip().splitlines()[0]}"
-    return None
+        return f"cell {started[-1]}: {type(failure).__name__}: {str(failure).strip().splitlines()[0]}", None
+    return None, None
 
 
 def _environment() -> dict[str, str]:
@@ -204,7 +210,7 @@ def reproduce(
 
 def _with_kept_outputs(result: NotebookResult, path: Path, executed: Path, update: bool) -> NotebookResult:
     """Update the outputs that are kept in a notebook, or say whether they are stale."""
-    if result.error is not None:
+    if result.error is not None or result.skipped is not None:
         return result
     num_updated = keep_outputs(path, executed) if update else None
     return replace(result, num_updated=num_updated, stale=stale_reason(path))

@@ -58,6 +58,8 @@ def executed(request):
     notebook = nbformat.read(path, as_version=4)
     if [s for s in code_of(notebook) if not s.startswith(ADDED)] != code_of(SHIPPED[request.param]):
         pytest.skip(f"{request.param} has changed since it was executed: {advice}")
+    if notebook.metadata["resnet_paths"].get("skipped"):
+        pytest.skip(notebook.metadata["resnet_paths"]["skipped"])
     return request.param, notebook
 
 

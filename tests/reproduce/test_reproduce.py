@@ -67,6 +67,23 @@ def test_threads_of_a_kernel_sleep_while_they_wait_unless_the_user_says_otherwis
     assert os.environ.get("OMP_WAIT_POLICY") == own
 
 
+def test_a_notebook_whose_extra_is_not_installed_is_skipped(tmp_path, monkeypatch):
+    source = "from resnet_paths._utils.errors import requires_extra\nwith requires_extra('pretrained'):\n    import not_there"
+    write(tmp_path, "01_needs_more", source, "assert False, 'not reached'")
+    monkeypatch.setattr("resnet_paths.reproduce.runner.shipped_folder", lambda name: tmp_path)
+    before = (tmp_path / "01_needs_more.ipynb").read_bytes()
+    done = CliRunner().invoke(cli.app, ["reproduce", "--update", "--output", str(tmp_path / "out")])
+    assert done.exit_code == 0
+    assert "skipped 01_needs_more: module 'not_there': got 'not installed'" in done.output
+    assert (tmp_path / "01_needs_more.ipynb").read_bytes() == before
+    executed = nbformat.read(tmp_path / "out" / "notebooks" / "01_needs_more.ipynb", as_version=4)
+    assert executed.metadata["resnet_paths"]["error"] is None
+    assert "resnet_paths[pretrained]" in executed.metadata["resnet_paths"]["skipped"]
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "<b>Skipped:</b> 01_needs_more" in page
+    assert "claims verified" not in page
+
+
 def test_a_file_that_is_no_notebook_is_named_and_the_others_run(folder, tmp_path):
     (folder / "00_broken.ipynb").write_text("{bad")
     results = reproduce(tmp_path / "out", only=["00", "03"], folder=folder, progress=False)

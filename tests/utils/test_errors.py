@@ -6,6 +6,7 @@ import pytest
 
 import resnet_paths
 from resnet_paths._utils.errors import (
+    MissingExtraError,
     ResnetPathsError,
     StoreError,
     StudyInterrupted,
@@ -105,7 +106,7 @@ def test_nearest_names_takes_an_iterator_and_any_object():
 
 def test_a_missing_module_names_its_extra():
     message = r"'not_there'.*not installed.*pip install 'resnet_paths\[train\]'"
-    with pytest.raises(ResnetPathsError, match=message), requires_extra("train"):
+    with pytest.raises(MissingExtraError, match=message), requires_extra("train"):
         import not_there  # noqa: F401
     with pytest.raises(ImportError, match="nothing"), requires_extra("train"):
         from torch import nothing  # noqa: F401
