@@ -2,8 +2,8 @@
 
 Each notebook has a cell tagged ``parameters``; a cell with other values is inserted after it, as papermill does. A cell
 that records the claims with their values is appended. (papermill itself is not used: it would replace the insertion
-only.) If a notebook fails, its cell and error are reported, and the other notebooks are still executed; one that needs an
-extra that is not installed is skipped.
+only.) If a notebook fails, its cell and error are reported, and the other notebooks are still executed. One that needs
+an extra that is not installed is skipped.
 """
 
 from __future__ import annotations

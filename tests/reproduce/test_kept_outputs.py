@@ -116,7 +116,7 @@ def test_outputs_of_an_interactive_session_are_stale(paths):
     assert stale_reason(path) == "code"
 
 
-@pytest.mark.parametrize("facts", [{"profile": "full"}, {"error": "cell 3: ValueError"}, {"skipped": "not installed"}, None])
+@pytest.mark.parametrize("facts", [{"profile": "full"}, {"error": "cell 3: ValueError"}, {"skipped": "a reason"}, None])
 def test_copies_that_are_not_of_this_notebook_are_refused(paths, facts):
     path, executed = paths
     run = nbformat.read(executed, as_version=4)

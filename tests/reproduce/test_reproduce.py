@@ -68,8 +68,8 @@ def test_threads_of_a_kernel_sleep_while_they_wait_unless_the_user_says_otherwis
 
 
 def test_a_notebook_whose_extra_is_not_installed_is_skipped(tmp_path, monkeypatch):
-    source = "from resnet_paths._utils.errors import requires_extra\nwith requires_extra('pretrained'):\n    import not_there"
-    write(tmp_path, "01_needs_more", source, "assert False, 'not reached'")
+    imports = "from resnet_paths._utils.errors import requires_extra"
+    write(tmp_path, "01_needs_more", imports, "with requires_extra('pretrained'):\n    import not_there", "1 / 0")
     monkeypatch.setattr("resnet_paths.reproduce.runner.shipped_folder", lambda name: tmp_path)
     before = (tmp_path / "01_needs_more.ipynb").read_bytes()
     done = CliRunner().invoke(cli.app, ["reproduce", "--update", "--output", str(tmp_path / "out")])
