@@ -16,7 +16,7 @@ from resnet_paths._utils.devices import wide
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths._utils.statistics import mean_over_items
 from resnet_paths.core.chain import ResidualChain, require_chain
-from resnet_paths.core.inputs import Inputs, InputsOrLoader, batches_of, each_tensor, num_examples
+from resnet_paths.core.inputs import Inputs, InputsOrLoader, batches_of, each_tensor, num_examples, require_movable
 from resnet_paths.core.modes import require_eval_mode
 from resnet_paths.core.parts import call_part
 from resnet_paths.core.placement import device_of
@@ -62,6 +62,7 @@ def block_norms(chain: ResidualChain, inputs: InputsOrLoader, *, tokens: Tokens 
     found = []
     for batch, _ in batches_of(inputs):
         if num_examples(batch):
+            require_movable("inputs", batch, device)
             found.append(_of_batch(chain, each_tensor(lambda t: t.to(device), batch), tokens))
     if not found:
         raise ResnetPathsError("inputs", "no examples", "at least one example")

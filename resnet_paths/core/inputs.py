@@ -30,6 +30,7 @@ __all__ = [
     "num_examples",
     "refusing_other_dtypes",
     "require_loader",
+    "require_movable",
     "split",
     "unpack",
     "unpack_optional",
@@ -72,8 +73,8 @@ def unpack(batch: object) -> tuple[Inputs, torch.Tensor]:
         Inputs, a tensor, tuple or dictionary, and labels [batch, ...].
 
     Raises:
-        ResnetPathsError: If it is not a batch, its tensors have different lengths, are not dense or have no values, or
-            labels are complex.
+        ResnetPathsError: If it is not a batch, its tensors have different lengths or are not dense, or labels are
+            complex.
     """
     if isinstance(batch, Mapping):
         labels = batch.get(_LABELS)
@@ -88,8 +89,8 @@ def unpack(batch: object) -> tuple[Inputs, torch.Tensor]:
             "Wrap a data set in torch.utils.data.DataLoader; without labels, choose measures that read none.",
         )
     inputs = inputs_of(batch)
-    _require_values("loader", inputs)
-    _require_values("labels", labels)
+    _require_dense("loader", inputs)
+    _require_dense("labels", labels)
     if labels.is_complex():
         raise ResnetPathsError("labels", f"{labels.dtype} {list(labels.shape)}", "integers or real values")
     tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
@@ -190,7 +191,7 @@ def batches_with_bar(
 
 def _inputs_and_targets(batch: Mapping[str, object] | Sequence[object]) -> tuple[Inputs, object]:
     targets = batch.get(_LABELS) if isinstance(batch, Mapping) else batch[1]
-    _require_values("targets", targets)
+    _require_dense("targets", targets)
     return checked_inputs(inputs_of(batch)), dict(targets) if isinstance(targets, Mapping) else targets
 
 
@@ -223,7 +224,7 @@ def checked_inputs(inputs: object) -> Inputs:
     """
     if isinstance(inputs, Mapping | list):
         inputs = dict(inputs) if isinstance(inputs, Mapping) else tuple(inputs)
-    _require_values("inputs", inputs)
+    _require_dense("inputs", inputs)
     lengths = set(_lengths(inputs))
     if not isinstance(inputs, torch.Tensor | tuple | dict) or not lengths:
         raise ResnetPathsError("inputs", type(inputs).__name__, f"{_FORMS}, with the batch in dimension 0")
@@ -265,21 +266,33 @@ def refusing_other_dtypes(stem: nn.Module, inputs: object) -> Iterator[None]:
         ) from error
 
 
-def _require_values(argument: str, value: object) -> None:
+def _require_dense(argument: str, value: object) -> None:
     for leaf in pytree.tree_leaves(value):
         if isinstance(leaf, torch.Tensor) and (leaf.is_nested or leaf.layout is not torch.strided):
             layout = "nested" if leaf.is_nested else leaf.layout
             raise ResnetPathsError(argument, f"a tensor of layout {layout}", "dense tensors", "Call .to_dense().")
-        if isinstance(leaf, torch.Tensor) and leaf.is_meta:
-            raise ResnetPathsError(
-                argument, "a tensor on 'meta'", "tensors with values", "Tensors on 'meta' have a shape, but no values."
-            )
 
 
 def each_tensor(function: Callable[[torch.Tensor], torch.Tensor], inputs: T) -> T:
     """Inputs with a function taken of every tensor among them."""
     mapped: T = pytree.tree_map_only(torch.Tensor, function, inputs)
     return mapped
+
+
+def require_movable(argument: str, values: object, device: torch.device) -> None:
+    """Validate that tensors can be moved to a device.
+
+    Args:
+        argument: Name of the argument, for the message.
+        values: Inputs, targets, or a batch of both.
+        device: The device.
+
+    Raises:
+        ResnetPathsError: If a tensor is on the meta device and the device is another one.
+    """
+    if device.type != "meta" and any(isinstance(x, torch.Tensor) and x.is_meta for x in pytree.tree_leaves(values)):
+        advice = "Tensors on 'meta' have a shape, but no values."
+        raise ResnetPathsError(argument, "a tensor on 'meta'", f"tensors that can be moved to {device}", advice)
 
 
 def num_examples(inputs: object) -> int:

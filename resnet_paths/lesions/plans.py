@@ -21,7 +21,7 @@ from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.core.chain import ResidualChain, is_identity, require_chain
 from resnet_paths.core.edits import deletable
 from resnet_paths.core.groups import group_blocks, runs_of
-from resnet_paths.core.inputs import checked_inputs, each_tensor, num_examples
+from resnet_paths.core.inputs import checked_inputs, each_tensor, num_examples, require_movable
 from resnet_paths.core.modes import require_eval_mode
 from resnet_paths.core.parts import Constant
 from resnet_paths.core.placement import device_of
@@ -307,6 +307,7 @@ def mean_replacements(chain: ResidualChain, inputs: Any) -> list[Lesion]:
     if not num_examples(inputs):
         raise ResnetPathsError("inputs", "0 examples", "at least one example")
     device = device_of(chain)
+    require_movable("inputs", inputs, device)
     args, kwargs = arguments_of(each_tensor(lambda t: t.to(device, copy=True), inputs))
     with torch.no_grad():
         _, cache = chain.run_with_cache(*args, **kwargs)

@@ -26,7 +26,15 @@ from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths._utils.statistics import mean_over_items
 from resnet_paths._utils.threads import refuse_fork_after_autograd
 from resnet_paths.core.chain import Block, ResidualChain, require_chain
-from resnet_paths.core.inputs import Inputs, each_tensor, num_examples, require_loader, unpack, unpack_optional
+from resnet_paths.core.inputs import (
+    Inputs,
+    each_tensor,
+    num_examples,
+    require_loader,
+    require_movable,
+    unpack,
+    unpack_optional,
+)
 from resnet_paths.core.modes import require_eval_mode
 from resnet_paths.core.parts import call_part
 from resnet_paths.core.placement import device_of, place_modules
@@ -114,6 +122,7 @@ def predicted_effects(
     for batch in tqdm(loader, desc="predicted effects", unit="batch", disable=not progress):
         # Copies: autograd cannot work with tensors of inference mode, and a stem written by hand may work in place.
         read = (unpack if needs_labels else unpack_optional)(batch)
+        require_movable("loader", read, device_of(placed))
         inputs, labels = each_tensor(lambda t: t.to(device_of(placed), copy=True), read)
         if num_examples(inputs):
             of_batches.append(_of_batch(placed, inputs, labels, scored))

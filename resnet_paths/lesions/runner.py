@@ -20,7 +20,7 @@ import torch
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths._utils.fingerprint import fingerprint
 from resnet_paths._utils.threads import ignoring_warnings
-from resnet_paths.core.inputs import Inputs, each_tensor, num_examples, split
+from resnet_paths.core.inputs import Inputs, each_tensor, num_examples, require_movable, split
 from resnet_paths.core.placement import PRECISIONS, device_of
 from resnet_paths.lesions.measures import IGNORED, Measure, validate_outputs
 from resnet_paths.lesions.results import Sums, joined, sums_of
@@ -78,6 +78,7 @@ class Runner:
         """
         with self._lock:
             trie, device, dtype = self._settled()
+        require_movable("loader", (inputs, labels), device)
         labels = None if labels is None else labels.to(device)
         batch = num_examples(inputs)
         while True:

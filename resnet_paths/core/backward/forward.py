@@ -15,7 +15,7 @@ from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths._utils.threads import refuse_fork_after_autograd
 from resnet_paths.core.backward.linearize import Context
 from resnet_paths.core.chain import ResidualChain
-from resnet_paths.core.inputs import Inputs, each_tensor, num_examples, split
+from resnet_paths.core.inputs import Inputs, each_tensor, num_examples, require_movable, split
 from resnet_paths.core.parts import call_part
 from resnet_paths.core.placement import device_of
 from resnet_paths.core.signature import Signature, arguments_of
@@ -100,6 +100,8 @@ def prepared(chain: ResidualChain, inputs: Inputs, targets: T) -> tuple[Inputs, 
     """
     refuse_fork_after_autograd()
     device = device_of(chain)
+    require_movable("inputs", inputs, device)
+    require_movable("targets", targets, device)
     inputs, targets = each_tensor(lambda t: _ordinary(t.to(device)), (inputs, targets))
     if not num_examples(inputs):
         raise ResnetPathsError("inputs", "no examples", "at least one example")
