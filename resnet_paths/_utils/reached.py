@@ -33,6 +33,8 @@ _PLAIN = (type(None), bool, int, float, complex, str, bytes, slice, range, torch
 _NAMED = (torch.dtype, torch.memory_format, torch.layout, torch.device, np.dtype, PurePath)
 _BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"}
 _INSTALLED = tuple({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
+_OF_COMPILE = {"__init__", "__setstate__", "___needs_generation_tag_patch"}
+"""What `torch.compile` replaces in `torch.nn.Module` as it first runs. What __init__ has done shows in the attributes."""
 _NOT_RUN = {"__dict__", "__weakref__", "__doc__", "__module__", "__annotations__", "__abstractmethods__", "_abc_impl"}
 
 
@@ -189,7 +191,9 @@ class _Reached:
         self._refer_all("bases", kind.__bases__)
         if self._is_installed(kind.__module__):
             for name, value in members.items():
-                if isinstance(value, (*_PLAIN, FunctionType, property, classmethod, staticmethod)):
+                if name not in _OF_COMPILE and isinstance(
+                    value, (*_PLAIN, FunctionType, property, classmethod, staticmethod)
+                ):
                     self._note("member", name)
                     self._refer(value)
             return

@@ -407,6 +407,16 @@ def test_chains_of_every_form(tmp_path, traces):
         assert len(traces) == count
 
 
+@pytest.mark.slow
+def test_keys_stay_when_torch_compile_has_run():
+    code = (
+        "import torch; from tests.unraveling.test_kept_chains import key; first = key(); "
+        "torch.compile(torch.nn.Linear(2, 2), backend='eager')(torch.ones(1, 2)); print(first == key())"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "True"
+
+
 @pytest.mark.slow  # imports torch in another process
 def test_keys_are_the_same_in_another_process():
     code = "from tests.unraveling.test_kept_chains import key; print(key())"
