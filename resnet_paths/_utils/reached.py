@@ -34,7 +34,7 @@ _NAMED = (torch.dtype, torch.memory_format, torch.layout, torch.device, np.dtype
 _BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"}
 _INSTALLED = tuple({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
 _OF_COMPILE = {"__init__", "__setstate__", "___needs_generation_tag_patch"}
-"""What `torch.compile` replaces in `torch.nn.Module` as it first runs. What __init__ has done shows in the attributes."""
+"""What `torch.compile` replaces in `torch.nn.Module` as it first runs."""
 _NOT_RUN = {"__dict__", "__weakref__", "__doc__", "__module__", "__annotations__", "__abstractmethods__", "_abc_impl"}
 
 
