@@ -257,7 +257,7 @@ def gradient_by_stage_lengths(
     Raises:
         ResnetPathsError: As `gradient_by_path_length`.
     """
-    place = _place_of_states(chain, with_respect_to)
+    place = Place.of_states(chain, with_respect_to)
     memory_budget = require_int("memory_budget", memory_budget, 1)
     indices = range(place.down_to, len(chain))
     stages = [list(run) for _, run in itertools.groupby(indices, key=lambda i: chain[i].stage)]
@@ -326,7 +326,7 @@ def gradient_through_block(
     Raises:
         ResnetPathsError: As `gradient_by_path_length`.
     """
-    place = _place_of_states(chain, with_respect_to)
+    place = Place.of_states(chain, with_respect_to)
     memory_budget = require_int("memory_budget", memory_budget, 1)
     found: dict[str, list[np.ndarray]] = {"gradient_share": [], **({"path_gradient_norm": []} if norms else {})}
     rows = len(chain) + 1 if norms else 1
@@ -398,13 +398,6 @@ def gradient_by_depth(
         "gradient_norm": mean,
         "gradient_norm_se": error,
     })
-
-
-def _place_of_states(chain: ResidualChain, with_respect_to: str | int | tuple[str, str | int]) -> Place:
-    place = Place.of(chain, with_respect_to)
-    if place.of_parameters:
-        raise ResnetPathsError("with_respect_to", with_respect_to, "'input', 'stem' or a block")
-    return place
 
 
 def _measure(

@@ -190,9 +190,7 @@ def branch_probabilities(
     Raises:
         ResnetPathsError: As `resnet_paths.gradient_by_path_length`.
     """
-    place = Place.of(chain, with_respect_to)
-    if place.of_parameters:
-        raise ResnetPathsError("with_respect_to", with_respect_to, "'input', 'stem' or a block")
+    place = Place.of_states(chain, with_respect_to)
     memory_budget = require_int("memory_budget", memory_budget, 1)
     power = require_float("power", power, "a number above 0", math.ulp(0.0))
     found = [
@@ -257,9 +255,7 @@ def pair_covariances(
     Raises:
         ResnetPathsError: As `resnet_paths.gradient_by_path_length`.
     """
-    place = Place.of(chain, with_respect_to)
-    if place.of_parameters:
-        raise ResnetPathsError("with_respect_to", with_respect_to, "'input', 'stem' or a block")
+    place = Place.of_states(chain, with_respect_to)
     memory_budget = require_int("memory_budget", memory_budget, 1)
     found = [
         point.shares_through_pairs()

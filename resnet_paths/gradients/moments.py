@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from resnet_paths._utils.arguments import require_int
-from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths._utils.statistics import mean_over_examples
 from resnet_paths.core.chain import ResidualChain
 from resnet_paths.core.inputs import InputsOrLoader, batches_with_bar
@@ -82,9 +81,7 @@ def path_length_moments(
         >>> round(moments.variance, 4), round(4 * 0.3 / 1.3**2, 4)
         (0.7101, 0.7101)
     """
-    place = Place.of(chain, with_respect_to)
-    if place.of_parameters:
-        raise ResnetPathsError("with_respect_to", with_respect_to, "'input', 'stem' or a block")
+    place = Place.of_states(chain, with_respect_to)
     memory_budget = require_int("memory_budget", memory_budget, 1)
     found = [
         point.moments()

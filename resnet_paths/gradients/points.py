@@ -88,6 +88,25 @@ class Place:
             return cls(chain, block + 1, of_parameters=True)
         return cls(chain, chain.block_index(with_respect_to) + 1)
 
+    @classmethod
+    def of_states(cls, chain: ResidualChain, with_respect_to: str | int | tuple[str, str | int]) -> Place:
+        """The same, where gradients with respect to parameters are not offered.
+
+        Args:
+            chain: The chain.
+            with_respect_to: ``"input"``, ``"stem"`` or a block.
+
+        Returns:
+            The place.
+
+        Raises:
+            ResnetPathsError: As `of`, and if the place is the parameters of a block.
+        """
+        place = cls.of(chain, with_respect_to)
+        if place.of_parameters:
+            raise ResnetPathsError("with_respect_to", with_respect_to, "'input', 'stem' or a block")
+        return place
+
     @property
     def above(self) -> ResidualChain:
         """The chain of the blocks above the place."""

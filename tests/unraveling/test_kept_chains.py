@@ -337,15 +337,15 @@ def test_a_constant_of_the_forward_is_kept_and_weights_are_not(written):
     assert len(written[2]) < 10_000
 
 
-def test_tensors_made_anew_are_not_kept():
-    class Anew(Net):
+def test_tensors_that_a_property_makes_are_not_kept():
+    class WithTable(Net):
         @property
         def table(self):
             return self.offset + 1
 
     model = net()
     chain = rp.unravel(model, draw(2, 6), verify=False)
-    model.__class__ = Anew
+    model.__class__ = WithTable
     segment = chain.head
     graph = segment.graph
     constant = next(node for node in graph.nodes if node.op == "get_attr")
