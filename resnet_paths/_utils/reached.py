@@ -140,7 +140,7 @@ class _Reached:
         self._note("set", *sorted(repr(value) for value in values if isinstance(value, _PLAIN)))
 
     def _attributes(self, attributes: Mapping[str, object]) -> None:
-        # A hash that an object keeps of itself is another in each process; what it is a hash of counts.
+        # A stored hash of an object differs between processes; the other attributes are compared.
         self._mapping({name: value for name, value in sorted(attributes.items()) if not name.endswith("_hash")})
 
     def _partial(self, value: functools.partial[object]) -> None:
@@ -176,7 +176,7 @@ class _Reached:
         for constant in code.co_consts:
             if isinstance(constant, CodeType):
                 names |= self._code(constant)
-            elif isinstance(constant, frozenset):  # its order is another in each process
+            elif isinstance(constant, frozenset):  # whose order differs between processes
                 self._set(constant)
             else:
                 self._note(constant)

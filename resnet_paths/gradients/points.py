@@ -90,7 +90,7 @@ class Place:
 
     @classmethod
     def of_states(cls, chain: ResidualChain, with_respect_to: str | int | tuple[str, str | int]) -> Place:
-        """The same, where gradients with respect to parameters are not offered.
+        """The place, for functions without gradients with respect to parameters.
 
         Args:
             chain: The chain.
