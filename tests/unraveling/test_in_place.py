@@ -71,6 +71,66 @@ def written_into_a_part(m, h):
     return h + m.b(y)
 
 
+def written_at_each_position(m, h):
+    y, state, out = m.a(h).view(-1, 2, 2), torch.zeros_like(h[:, :2]), torch.zeros_like(h).view(-1, 2, 2)
+    for position in range(2):
+        state = torch.tanh(state + y[:, position])
+        out[:, position] = state
+    return h + m.b(out.view(-1, 4))
+
+
+def row_made_from_rows_before(m, h):
+    y = m.a(h)[:, :, None] * m.b(h)[:, None]
+    for i in range(1, 4):
+        row = y[..., i, :i].clone()
+        y[..., i, :i] = row + (row[..., None] * y[..., :i, :i].clone()).sum(-2)
+    return h + m.b(y.sum(-1))
+
+
+def part_changed_and_read(m, h):
+    y = m.a(h)
+    part = y[:, 1:3]
+    part.mul_(2).add_(1)
+    y.tanh_()
+    y[:, 1] += h[:, 0]
+    return h + m.b(y)
+
+
+def part_of_a_part(m, h):
+    y = m.a(h).view(-1, 2, 2)
+    half = y[:, 0]
+    half[:, 1] = h[:, 0]
+    half[:, :1].add_(h[:, 2:3])
+    return h + m.b(y.view(-1, 4)) * half[:, :1]
+
+
+def other_dtype_and_shape(m, h):
+    y = m.a(h)
+    y[:, 1:] = h[:, :1].float()
+    return h + m.b(y)
+
+
+def shifted(m, h):
+    y = m.a(h)
+    y[:, 1:] = y[:, :-1].clone()
+    return h + m.b(y)
+
+
+def parts_made_before_and_written_later(m, h):
+    y = m.a(h)
+    one, two = y[:, 0], y[:, 1]
+    one.add_(h[:, 0])
+    two.add_(one)
+    return h + m.b(y)
+
+
+def overlapping_part_read_later(m, h):
+    y = m.a(h)
+    part = y[:, 1:]
+    y[:, :2] = h[:, 2:]
+    return h + m.b(y) * part.sum(1, keepdim=True)
+
+
 def half_read_later(m, h):
     y = m.a(h)
     one, two = y[:, :2], y[:, 2:]
@@ -97,7 +157,10 @@ def integers_added(m, h):
 
 
 IN_FULL = [statement, old_name, onto_the_branch, no_op_between, view_read_before, integers_added]
-IN_PART = [view_read_later, written_into_a_part, half_read_later, dtype_kept, compared]
+IN_FULL += [written_into_a_part, written_at_each_position, row_made_from_rows_before, part_changed_and_read]
+IN_FULL += [part_of_a_part, other_dtype_and_shape, shifted]
+IN_PART = [view_read_later, half_read_later, dtype_kept, compared]
+IN_PART += [parts_made_before_and_written_later, overlapping_part_read_later]
 
 
 @pytest.mark.parametrize("step", IN_FULL + IN_PART)

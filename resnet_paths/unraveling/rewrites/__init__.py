@@ -7,7 +7,8 @@ them, once each:
 0. `write_out_of_place`: in-place operations become ordinary ones. It is the only one that can fail, and then the
    exporter's own `run_decompositions` takes its place; so `resnet_paths.unraveling.tracing.trace` runs it before the
    others, which rely on it: from there on, a copy of a tensor is the tensor.
-1. The kernels that the model runs: `restore_batch_norm`, `write_views_as_reshapes`.
+1. The kernels that the model runs, or that have a derivative: `restore_batch_norm`, `write_views_as_reshapes`,
+   `write_copies_as_expansions`.
 2. Residual additions that are part of another operation become additions: `remove_neutral_numbers`,
    `write_sums_as_additions`, `write_products_apart`, `write_multiples_as_additions`, `write_interpolations`.
 3. `move_rearrangements`, which looks for the additions of step 2, and then `remove_round_trips`, which removes what the
@@ -39,7 +40,11 @@ from resnet_paths.unraveling.rewrites.concatenations import (
 )
 from resnet_paths.unraveling.rewrites.in_place import write_out_of_place
 from resnet_paths.unraveling.rewrites.interpolations import write_interpolations
-from resnet_paths.unraveling.rewrites.kernels import restore_batch_norm, write_views_as_reshapes
+from resnet_paths.unraveling.rewrites.kernels import (
+    restore_batch_norm,
+    write_copies_as_expansions,
+    write_views_as_reshapes,
+)
 from resnet_paths.unraveling.rewrites.rearrangements import move_rearrangements, remove_round_trips
 
 __all__ = ["REWRITES", "apply_rewrites", "write_out_of_place"]
@@ -47,6 +52,7 @@ __all__ = ["REWRITES", "apply_rewrites", "write_out_of_place"]
 REWRITES: tuple[Callable[[Graph], None], ...] = (
     restore_batch_norm,
     write_views_as_reshapes,
+    write_copies_as_expansions,
     remove_neutral_numbers,
     write_sums_as_additions,
     write_products_apart,

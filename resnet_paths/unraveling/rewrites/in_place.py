@@ -1,5 +1,8 @@
 """In-place operations of an exported graph written as ordinary ones: ``x.relu_()`` becomes ``y = relu(x)``, read later.
 
+What is written into a part of a tensor, as in ``x[:, t] = y``, becomes a new whole: ``select_scatter(x, y, 1, t)``.
+Recurrent layers that are written as a loop over positions do so at every position.
+
 `run_decompositions({})` does this for any graph, and traces it twice more; most networks need far less. Which values
 share memory is read off the storages of the exporter's fake tensors.
 """
@@ -7,13 +10,24 @@ share memory is read off the storages of the exporter's fake tensors.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch._ops import OpOverload
 from torch.fx import Graph, Node, map_arg
+from torch.fx.node import Argument
 from torch.utils import _pytree as pytree
 
 __all__ = ["draws_random_numbers", "write_out_of_place"]
+
+_ATEN = torch.ops.aten
+_COPY = _ATEN.copy_.default
+_INTO_WHOLE: dict[object, OpOverload] = {
+    _ATEN.select.int: _ATEN.select_scatter.default,
+    _ATEN.slice.Tensor: _ATEN.slice_scatter.default,
+}
+"""What reads a part of a tensor, and what returns the tensor with another such part."""
 
 
 def write_out_of_place(graph: Graph) -> bool:
@@ -23,25 +37,31 @@ def write_out_of_place(graph: Graph) -> bool:
         graph: What `torch.export.export` makes; it is changed only if all of it can be rewritten.
 
     Returns:
-        Whether it was. Not so for a graph that changes its inputs, parameters or buffers, writes into a part of what is
-        read later, calls functions that hold graphs, or draws random numbers.
+        Whether it was. Not so for a graph that changes its inputs, parameters or buffers, writes into a part of memory
+        that is read later as something other than that part or the whole, calls functions that hold graphs, or draws
+        random numbers.
     """
     nodes = list(graph.nodes)
     position = {node: index for index, node in enumerate(nodes)}
+    last_read = {node: max(map(position.__getitem__, node.users), default=-1) for node in nodes}
     sharing: defaultdict[int, list[Node]] = defaultdict(list)
-    overwritten: dict[Node, list[Node]] = {}
+    writes: dict[Node, _Write] = {}
     for node in nodes:
         if not _is_known(node):
             return False
         if _writes(node):
-            x = node.args[0]
+            x = node.all_input_nodes[0]
             earlier = [other for storage in _storages(x) for other in sharing[storage]]
-            read_later = [n for n in earlier if any(position[user] > position[node] for user in n.users)]
-            if _ordinary(node) is None or any(n.op == "placeholder" for n in earlier):
+            if not _can_be_ordinary(node) or any(n.op == "placeholder" for n in earlier):
                 return False
-            if not all(_is_same(n, x) for n in read_later):
+            read_later = [n for n in dict.fromkeys([*earlier, node]) if last_read[n] > position[node]]
+            cuts = _cuts(x)
+            wholes = [x, *(cut.all_input_nodes[0] for cut in cuts)]
+            places = {n: next((i for i, whole in enumerate(wholes) if _is_same(n, whole)), -1) for n in read_later}
+            if -1 in places.values():
                 return False
-            overwritten[node] = earlier
+            outermost = max(places.values(), default=0)
+            writes[node] = _Write(wholes[: outermost + 1], cuts[:outermost], places)
         for storage in _storages(node):
             sharing[storage].append(node)
 
@@ -52,15 +72,75 @@ def write_out_of_place(graph: Graph) -> bool:
 
     for node in nodes:
         node.args, node.kwargs = map_arg(node.args, current), map_arg(node.kwargs, current)
-        if node in overwritten:
-            node.target = _ordinary(node)
-            now.update(dict.fromkeys(overwritten[node], node))
+        if node in writes:
+            write = writes[node]
+            made = _written(node, write, [current(whole) for whole in write.wholes])
+            now.update((read, made[place]) for read, place in write.places.items())
         elif node.op == "call_function" and node.all_input_nodes and _is_same(node, node.all_input_nodes[0]):
             now[node] = node.all_input_nodes[0]
     for node in reversed(nodes):
-        if node in now and not node.users:
+        if (node in now or node in writes or node.target in _INTO_WHOLE) and not node.users:
             graph.erase_node(node)
     return True
+
+
+@dataclass(frozen=True)
+class _Write:
+    """What an in-place operation changes.
+
+    Attributes:
+        wholes: The tensor that is written, what it is a part of, what that is a part of, as far as it is read later.
+        cuts: What reads each part from its whole.
+        places: For each node that is read later, which of the wholes it is.
+    """
+
+    wholes: list[Node]
+    cuts: list[Node]
+    places: dict[Node, int]
+
+
+def _cuts(part: Node) -> list[Node]:
+    """What reads a node from what it is a part of, that from what it is a part of, and so on."""
+    found = []
+    while part.all_input_nodes:
+        whole = part.all_input_nodes[0]
+        if part.target in _INTO_WHOLE:
+            found.append(part)
+        elif not _is_same(part, whole):
+            break
+        part = whole
+    return found
+
+
+def _written(node: Node, write: _Write, before: Sequence[Node]) -> list[Node]:
+    """The nodes that hold the wholes after a write, where those of `before` held them until then."""
+    last = node
+
+    def made(whole: Node, target: OpOverload, *args: Argument, **kwargs: Argument) -> Node:
+        nonlocal last
+        with node.graph.inserting_after(last):
+            last = node.graph.call_function(target, args, kwargs)
+        # Its value keeps the memory of the tensor that was written over, by which other names of it are recognised.
+        last.meta = {**node.meta, "val": whole.meta["val"]}
+        return last
+
+    x = write.wholes[0]
+    if node.target is _COPY:
+        value = node.args[1]
+        assert isinstance(value, Node)  # held by _can_be_ordinary
+        wanted, given = x.meta["val"], value.meta["val"]
+        if given.dtype is not wanted.dtype:
+            value = made(x, _ATEN._to_copy.default, value, dtype=wanted.dtype)
+        if str(given.shape) != str(wanted.shape):
+            value = made(x, _ATEN.expand_as.default, value, before[0])
+    else:
+        ordinary = _ordinary(node)
+        assert ordinary is not None  # held by _can_be_ordinary
+        node.target, value = ordinary, node
+    found = [value]
+    for cut, whole, old in zip(write.cuts, write.wholes[1:], before[1:], strict=True):
+        found.append(made(whole, _INTO_WHOLE[cut.target], old, found[-1], *cut.args[1:], **cut.kwargs))
+    return found
 
 
 def _is_known(node: Node) -> bool:
@@ -107,6 +187,17 @@ def _is_dropout(node: Node) -> bool:
     return {"p", "train"} <= {argument.name for argument in node.target._schema.arguments}  # type: ignore[union-attr]
 
 
+def _can_be_ordinary(node: Node) -> bool:
+    """Whether an operation returns what an in-place one writes, or it copies into a part of a tensor."""
+    if node.target is not _COPY:
+        return _ordinary(node) is not None
+    part, value = node.args[:2]
+    if not isinstance(part, Node) or not isinstance(value, Node) or not _cuts(part):
+        return False
+    wanted, given = part.meta["val"], value.meta["val"]
+    return bool(given.device == wanted.device and given.dim() <= wanted.dim())
+
+
 def _ordinary(node: Node) -> OpOverload | None:
     """The operation that returns what an in-place one writes; None if there is none."""
     assert isinstance(node.target, OpOverload)  # held by _writes
@@ -114,7 +205,7 @@ def _ordinary(node: Node) -> OpOverload | None:
     written = [i for i, argument in enumerate(schema.arguments) if argument.is_write]
     namespace, _, name = schema.name.partition("::")
     packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
-    if written != [0] or not name.endswith("_") or name == "copy_" or packet is None:
+    if written != [0] or not name.endswith("_") or packet is None:
         return None
     if schema.overload_name not in [o.replace("default", "") for o in packet.overloads()]:
         return None

@@ -7,7 +7,7 @@ from torch.fx import Graph
 
 from resnet_paths.unraveling.graphs import insert, replace
 
-__all__ = ["restore_batch_norm", "write_views_as_reshapes"]
+__all__ = ["restore_batch_norm", "write_copies_as_expansions", "write_views_as_reshapes"]
 
 _ATEN = torch.ops.aten
 _VIEWS = {_ATEN.view.default, _ATEN._unsafe_view.default}
@@ -41,3 +41,17 @@ def write_views_as_reshapes(graph: Graph) -> None:
     for node in graph.nodes:
         if node.target in _VIEWS:
             node.target = _ATEN.reshape.default
+
+
+def write_copies_as_expansions(graph: Graph) -> None:
+    """Write ``copy(x, y)``, which has y's values in x's shape and dtype, as operations that have a derivative.
+
+    Args:
+        graph: The graph; it is changed.
+    """
+    for node in list(graph.nodes):
+        if node.target is _ATEN.copy.default:
+            like, values = node.args[:2]
+            if values.meta["val"].dtype is not like.meta["val"].dtype:
+                values = insert(node, _ATEN._to_copy.default, values, dtype=like.meta["val"].dtype)
+            replace(node, insert(node, _ATEN.expand_as.default, values, like))
