@@ -172,6 +172,9 @@ from .predictions.deletions import (
 from .predictions.direct import direct_effects as direct_effects
 from .predictions.iterative import iterative_inference as iterative_inference
 from .predictions.lens import lens as lens
+from .predictions.moments import (
+    prediction_path_length_moments as prediction_path_length_moments,
+)
 from .reproduce.datasets import load_dataset as load_dataset
 from .unraveling import unravel as unravel
 from .unraveling.edits import (

@@ -16,17 +16,15 @@ import torch
 
 from resnet_paths._utils.arguments import require_generator, require_int
 from resnet_paths._utils.errors import ResnetPathsError
-from resnet_paths.core.backward.forward import prepared, split_to_fit
 from resnet_paths.core.backward.linearize import linearize
-from resnet_paths.core.backward.recursion import Linearizer
 from resnet_paths.core.chain import ResidualChain, require_chain
-from resnet_paths.core.inputs import InputsOrLoader, batches_with_bar
+from resnet_paths.core.inputs import InputsOrLoader
 from resnet_paths.core.modes import require_eval_mode
 from resnet_paths.core.paths import lengths_up_to, path_polynomial
 from resnet_paths.predictions.detached import linearizer_of
 from resnet_paths.predictions.outputs import Output, name_of, output_function
 from resnet_paths.predictions.shares import checked_residual, share_columns
-from resnet_paths.predictions.sources import Source, contributions, sources_of
+from resnet_paths.predictions.sources import Source, all_contributions, sources_of
 
 __all__ = ["linearize", "prediction_by_path_length"]
 
@@ -109,7 +107,7 @@ def prediction_by_path_length(
     if max_length is not None:
         num_lengths = lengths_up_to([1] * len(counts), max_length)[-1] + 1
     sources = sources_of(chain, by_source)
-    outputs, values = _all_contributions(
+    outputs, values = all_contributions(
         chain, inputs, targets, output, sources, num_lengths, linearizer, memory_budget, progress
     )
     residual = None if num_lengths < len(counts) else checked_residual(chain, outputs, values.reshape(-1, len(outputs)))
@@ -140,26 +138,6 @@ def prediction_by_path_length(
         "total_num_paths": sum(counts),
     }
     return frame
-
-
-def _all_contributions(
-    chain: ResidualChain,
-    inputs: InputsOrLoader,
-    targets: torch.Tensor | None,
-    output: Output,
-    sources: Sequence[Source],
-    num_lengths: int,
-    linearizer: Linearizer,
-    memory_budget: int,
-    progress: bool,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Outputs [example] and contributions [source, length, example] of all batches."""
-    found = []
-    for batch, labels in batches_with_bar("prediction", inputs, targets, progress):
-        for part, some in split_to_fit(chain, *prepared(chain, batch, labels), memory_budget, num_lengths):
-            output_of = output_function(output, some)
-            found.append(contributions(chain, part, output_of, sources, num_lengths, linearizer))
-    return np.concatenate([one for one, _ in found]), np.concatenate([all_ for _, all_ in found], 2)
 
 
 def _source_columns(chain: ResidualChain, rows: Sequence[tuple[Source, int]], parts: bool) -> pd.DataFrame:

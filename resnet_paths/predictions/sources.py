@@ -18,14 +18,15 @@ import torch
 from resnet_paths._utils.devices import wide
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.core.backward.cotangents import Cotangents, Stack
-from resnet_paths.core.backward.forward import ForwardPass
+from resnet_paths.core.backward.forward import ForwardPass, prepared, split_to_fit
 from resnet_paths.core.backward.linearize import Context, Pullback, finite, inner_products, with_constant
 from resnet_paths.core.backward.recursion import Linearizer, Rules, pull_back
 from resnet_paths.core.chain import ResidualChain
-from resnet_paths.core.inputs import Inputs
+from resnet_paths.core.inputs import Inputs, InputsOrLoader, batches_with_bar
 from resnet_paths.core.parts import call_part
+from resnet_paths.predictions.outputs import Output, output_function
 
-__all__ = ["PARTS", "Source", "at_head", "contributions", "sources_of"]
+__all__ = ["PARTS", "Source", "all_contributions", "at_head", "contributions", "sources_of"]
 
 PARTS = ("pre", "skip", "branch", "post")
 """Parts of a block that may have a constant."""
@@ -74,6 +75,47 @@ def sources_of(chain: ResidualChain, by_source: bool | str = True) -> list[Sourc
     return [Source("stem"), *blocks, Source("head")]
 
 
+def all_contributions(
+    chain: ResidualChain,
+    inputs: InputsOrLoader,
+    targets: torch.Tensor | None,
+    output: Output,
+    sources: Sequence[Source],
+    num_lengths: int,
+    linearizer: Linearizer,
+    memory_budget: int,
+    progress: bool,
+    *,
+    moments: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
+    """What `contributions` returns, for all batches.
+
+    Args:
+        chain: The chain.
+        inputs: A batch or a loader.
+        targets: Class indices, or None.
+        output: The number that is split.
+        sources: From `sources_of`.
+        num_lengths: Number of lengths of interest, from 0.
+        linearizer: What linearizes a part.
+        memory_budget: Bytes that stacks of cotangents and kept activations may take.
+        progress: Whether to show a bar over the batches of a loader.
+        moments: As for `contributions`.
+
+    Returns:
+        Outputs [example], and contributions [source, length, example], float64.
+
+    Raises:
+        ResnetPathsError: If the output is not one finite number per example.
+    """
+    found = []
+    for batch, labels in batches_with_bar("prediction", inputs, targets, progress):
+        for part, some in split_to_fit(chain, *prepared(chain, batch, labels), memory_budget, num_lengths):
+            output_of = output_function(output, some)
+            found.append(contributions(chain, part, output_of, sources, num_lengths, linearizer, moments=moments))
+    return np.concatenate([one for one, _ in found]), np.concatenate([all_ for _, all_ in found], 2)
+
+
 @torch.no_grad()
 def contributions(
     chain: ResidualChain,
@@ -82,6 +124,8 @@ def contributions(
     sources: Sequence[Source],
     num_lengths: int,
     linearizer: Linearizer,
+    *,
+    moments: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The output of each example, and what each source contributes to it along the paths of each length.
 
@@ -92,6 +136,8 @@ def contributions(
         sources: From `sources_of`.
         num_lengths: Number of lengths of interest, from 0.
         linearizer: What linearizes a part.
+        moments: Whether the second dimension is the order j of binomial moments in place of the length: the sum over
+            lengths k of C(k, j) times the contribution.
 
     Returns:
         Outputs [batch], and contributions [source, length, batch], float64.
@@ -109,7 +155,8 @@ def contributions(
     outputs, constant, above = _above_blocks(chain, point, output_of, linearizer)
     none = Stack.of(torch.zeros_like(constant)).rows(0, 0)
     above = Cotangents(above.state, {**above.context, **dict.fromkeys(blocks.values(), none)})
-    rules = Rules(longest=num_lengths - 1, constants=tuple(blocks.values()), linearizer=of_part)
+    constants = tuple(blocks.values())
+    rules = Rules(longest=num_lengths - 1, constants=constants, moments=moments, linearizer=of_part)
     found = pull_back(chain, point.states, point.context, above, rules)
     values = np.zeros((len(sources), num_lengths, point.num_examples))
     for row, source in zip(values, sources, strict=True):

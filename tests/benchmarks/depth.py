@@ -93,6 +93,7 @@ LINEAR: dict[str, Call] = {
     "gradient_by_depth": lambda c, n: rp.gradient_by_depth(c, X, Y),
     "gradient_through_block": lambda c, n: rp.gradient_through_block(c, X, Y),
     "path_length_moments": lambda c, n: rp.path_length_moments(c, X, Y),
+    "prediction_path_length_moments": lambda c, n: rp.prediction_path_length_moments(c, X),
     "direct_effects": lambda c, n: rp.direct_effects(c, X, **QUIET),
     "iterative_inference": lambda c, n: rp.iterative_inference(c, X, Y, **QUIET),
     "jacobian_svd, of rank 2": lambda c, n: rp.jacobian_svd(c, X, rank=2, **QUIET),

@@ -237,6 +237,7 @@ FUNCTIONS = {
         PREDICTION,
         OF_PREDICTION | {"max_length": "optional length", "generator": "optional generator", "by_source": "choice"},
     ),
+    "prediction_path_length_moments": (PREDICTION, OF_PREDICTION),
     "random_deletions": (RANDOM, OF_RANDOM),
     "random_duplications": (RANDOM, OF_RANDOM),
     "random_swaps": (RANDOM, OF_RANDOM | {"counts": "counts of swaps"}),

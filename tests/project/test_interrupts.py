@@ -48,6 +48,9 @@ CALLS = {
     "path_length_moments": lambda chain, loader: pd.DataFrame([vars(rp.path_length_moments(chain, loader, **QUIET))]),
     "predicted_effects": lambda chain, loader: rp.predicted_effects(chain, loader, **QUIET),
     "prediction_by_path_length": lambda chain, loader: rp.prediction_by_path_length(chain, loader, **QUIET),
+    "prediction_path_length_moments": lambda chain, loader: pd.DataFrame([
+        vars(rp.prediction_path_length_moments(chain, loader, **QUIET))
+    ]),
     "subset_values": lambda chain, loader: rp.subset_values(chain, loader, **QUIET).drop(columns="influences"),
 }
 
