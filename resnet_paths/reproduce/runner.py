@@ -31,6 +31,15 @@ __all__ = ["NotebookResult", "find_notebooks", "reproduce", "run_notebook"]
 
 PROFILES = ("quick", "full")
 
+WAITING = {"GOMP_SPINCOUNT": "1000"}
+"""How threads of a kernel wait at the barrier after each parallel loop: they spin for some 0.01 ms and then sleep.
+
+By default libgomp's threads spin for some 3 ms, as long as a time slice of the scheduler. Where another process
+occupies a core, they spin while the last thread waits for that very core. Threads that sleep at once (OMP_WAIT_POLICY
+PASSIVE) leave the core, but have to be woken for every loop, of which a small network has thousands a second. libgomp
+reads this when it is loaded; other OpenMP libraries ignore it. `tests.benchmarks.neighbour` compares the choices.
+"""
+
 _SET, _RECORD = ADDED
 _RECORD += """: the claims above and their values, for the gallery and the tests
 from resnet_paths.reproduce.claims import show_claims
@@ -149,10 +158,10 @@ def _execute(
 
 
 def _environment() -> dict[str, str]:
-    """Environment of kernels: the user's own, where OpenMP's threads sleep while they wait."""
-    # By default libgomp's threads spin at the barrier after each parallel loop. Where another process occupies a core,
-    # they spin while the last thread waits for that core, and keep it busy. libgomp reads this at its start only.
-    return {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    """Environment of kernels: the user's own, where OpenMP's threads wait as `WAITING` says."""
+    if any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")):
+        return dict(os.environ)
+    return {**WAITING, **os.environ}
 
 
 def reproduce(

@@ -1,8 +1,11 @@
-"""A notebook cell beside a busy process, with threads that spin or sleep: ``python -m tests.benchmarks.neighbour``.
+"""A notebook cell beside a busy process, by how its threads wait: ``python -m tests.benchmarks.neighbour``.
 
-The cell is a small lesion study on all cores, in a fresh process each time, since OpenMP reads the policy at its start;
-its imports do not count. The busy process takes one core. All four combinations run in turns, and one table is printed.
-At most ten minutes, one on a quiet machine. On a machine that is not quiet, only ratios of one repeat count.
+The cell is a small lesion study. For each way there is a process, since libgomp reads the environment at its start; all
+are started first, and then the study runs in each of them in turn, first with nothing beside it, then with a process
+that takes one core. Every repeat goes through the ways in the other direction. What counts is the median of the ratios
+to the default within one repeat, so that other work on the machine does not decide; the load before is stated.
+
+Two to three minutes on two cores that do nothing else.
 """
 
 from __future__ import annotations
@@ -10,56 +13,118 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 import resnet_paths as rp
+from resnet_paths.reproduce.runner import WAITING
 from tests.benchmarks import table
 from tests.benchmarks.studies import batches, chain_of
-from tests.benchmarks.table import ROOT, row
+from tests.benchmarks.table import row
+from tests.benchmarks.workers import workers
 
 PART = "neighbour"
-LIMIT = 30.0
-"""Seconds after which a process is stopped."""
-POLICIES = {"threads that spin, the default": None, "threads that sleep, OMP_WAIT_POLICY=PASSIVE": "PASSIVE"}
+TASK = "a small study; ratios are to the first row, within one repeat"
+QUIET, BESIDE = "quiet", "beside a busy process"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way in which threads wait.
+
+    Attributes:
+        environment: What OpenMP reads at its start.
+        threads: How many there are; None for as many as asked for.
+    """
+
+    environment: dict[str, str] = field(default_factory=dict)
+    threads: int | None = None
+
+    def prepare(self, settings: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        run = study(settings["images"])
+        return lambda request: {"seconds": run()}
+
+
+DEFAULT = "threads that spin for some 3 ms, the default"
+CONTENDERS = {
+    DEFAULT: Contender(),
+    "threads that sleep at once, OMP_WAIT_POLICY=PASSIVE": Contender({"OMP_WAIT_POLICY": "PASSIVE"}),
+    **{
+        f"threads that spin for some {ms} ms, GOMP_SPINCOUNT={count}": Contender({"GOMP_SPINCOUNT": str(count)})
+        for ms, count in ((0.003, 300), (0.03, 3_000), (0.1, 10_000))
+    },
+    f"kernels of reproduce, {', '.join('='.join(item) for item in WAITING.items())}": Contender(WAITING),
+    "one thread": Contender(threads=1),
+}
+"""The default is the first. libgomp reckons with 100,000 spins a millisecond."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.neighbour", description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--images", type=int, default=100, help="of the study, in batches of 25")
     options = parser.parse_args()
-    rows = measured(lambda policy: seconds_in_a_process(policy, options.threads), options.repeats)
-    print(table.text(table.stamped(rows, {"torch": torch.__version__}, options.threads)))
+    load = os.getloadavg()[0]
+    settings = {"threads": options.threads, "images": options.images}
+    with workers(
+        PART,
+        dict.fromkeys(CONTENDERS, sys.executable),
+        settings,
+        {name: contender.environment for name, contender in CONTENDERS.items()},
+    ) as running:
+        by_name = {worker.contender: worker for worker in running}
+
+        def seconds_of(name: str) -> float:
+            answer = by_name[name].ask()
+            if answer is None:
+                raise RuntimeError(f"{name}: {by_name[name].reason}")
+            return float(answer["seconds"])
+
+        rows = measured(seconds_of, options.repeats)
+    frame = table.stamped(rows, {"torch": torch.__version__}, options.threads)
+    print(table.text(frame))
+    print(f"\nload before: {load:.1f}; {options.repeats} repeats; {'; '.join(frame[['machine', 'features']].iloc[0])}")
 
 
-def measured(seconds_of: Callable[[str | None], float], repeats: int) -> list[dict[str, Any]]:
-    """Rows of what `seconds_of` a policy returns, quiet and beside a busy process; ratios are to the first row."""
-    surroundings = {"quiet": contextlib.nullcontext, "beside a busy process": busy_process}
-    seconds: dict[tuple[str, str], list[float]] = {(place, name): [] for place in surroundings for name in POLICIES}
-    for _ in range(repeats):
-        for place, surrounding in surroundings.items():
+def measured(seconds_of: Callable[[str], float], repeats: int) -> list[dict[str, Any]]:
+    """Rows of what `seconds_of` a contender returns, quiet and beside a busy process.
+
+    Args:
+        seconds_of: From a name in `CONTENDERS` to the seconds of one study.
+        repeats: How often each is measured, the first time, which does not count, aside.
+
+    Returns:
+        One row for each; the note has the ratio to the default beside the same neighbour.
+    """
+    seconds: dict[tuple[str, str], list[float]] = {
+        (place, name): [] for place in (QUIET, BESIDE) for name in CONTENDERS
+    }
+    for name in CONTENDERS:
+        seconds_of(name)
+    for repeat in range(repeats):
+        names = list(CONTENDERS)[:: -1 if repeat % 2 else 1]
+        for place, surrounding in ((QUIET, contextlib.nullcontext), (BESIDE, busy_process)):
             with surrounding():
-                for name, policy in POLICIES.items():
-                    seconds[place, name].append(seconds_of(policy))
-    first = next(iter(seconds.values()))
-    return [
-        row(
-            PART,
-            "a small study; ratios are to the first row",
-            f"{place}, {name}",
-            "seconds",
-            found,
-            [a / b for a, b in zip(found, first, strict=True)],
-            note=f"stopped at {LIMIT:g} s: takes longer" if max(found) >= LIMIT else "",
-        )
-        for (place, name), found in seconds.items()
-    ]
+                for name in names:
+                    seconds[place, name].append(seconds_of(name))
+    first = seconds[QUIET, DEFAULT]
+    rows = []
+    for (place, name), found in seconds.items():
+        beside = statistics.median(a / b for a, b in zip(found, seconds[place, DEFAULT], strict=True))
+        note = f"{beside:.2f} times the default, {place}" if name != DEFAULT else ""
+        ratios = [a / b for a, b in zip(found, first, strict=True)]
+        rows.append(row(PART, TASK, f"{place}, {name}", "seconds", found, ratios, note=note))
+    return rows
 
 
 @contextlib.contextmanager
@@ -73,32 +138,17 @@ def busy_process() -> Iterator[subprocess.Popen[bytes]]:
         process.wait()
 
 
-def environment(policy: str | None, threads: int) -> dict[str, str]:
-    """Of a process with this policy; None for OpenMP's default."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
-    chosen = {} if policy is None else {"OMP_WAIT_POLICY": policy}
-    return kept | chosen | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
-
-
-def seconds_in_a_process(policy: str | None, threads: int) -> float:
-    """Of the study, without what the process needs to start."""
-    call = "from tests.benchmarks.neighbour import study; print(study())"
-    command, given = [sys.executable, "-c", call], environment(policy, threads)
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=given, timeout=LIMIT)
-    except subprocess.TimeoutExpired:
-        return LIMIT
-    return float(answer.stdout)
-
-
-def study() -> float:
-    """Seconds of a study of single deletions in this process, after one batch that does not count."""
+def study(images: int) -> Callable[[], float]:
+    """A function that runs a study of single deletions in this process and returns its seconds."""
     chain = chain_of("preact-resnet-20")
-    plan = rp.single_deletions(chain)
-    rp.lesion_study(chain, batches(1, 10), plan, progress=False)
-    start = time.perf_counter()
-    rp.lesion_study(chain, batches(4, 25), plan, progress=False)
-    return time.perf_counter() - start
+    plan, given = rp.single_deletions(chain), batches(images // 25, 25)
+
+    def run() -> float:
+        start = time.perf_counter()
+        rp.lesion_study(chain, given, plan, progress=False)
+        return time.perf_counter() - start
+
+    return run
 
 
 if __name__ == "__main__":

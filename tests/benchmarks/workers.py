@@ -35,9 +35,17 @@ class Worker:
         contender: Its name there.
         settings: What its preparation is given; JSON-able.
         python: The interpreter.
+        waiting: What OpenMP reads at its start on how threads wait; None for what is set already.
     """
 
-    def __init__(self, part: str, contender: str, settings: dict[str, Any], python: str | Path = sys.executable):
+    def __init__(
+        self,
+        part: str,
+        contender: str,
+        settings: dict[str, Any],
+        python: str | Path = sys.executable,
+        waiting: dict[str, str] | None = None,
+    ):
         self.contender = contender
         self.reason = ""
         self._process = subprocess.Popen(
@@ -47,7 +55,7 @@ class Worker:
             stderr=subprocess.DEVNULL,
             text=True,
             cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(settings["threads"])},
+            env=environment(waiting) | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(settings["threads"])},
         )
         self._read()
 
@@ -75,13 +83,27 @@ class Worker:
         return None if self.reason else answer
 
 
+def environment(waiting: dict[str, str] | None) -> dict[str, str]:
+    """That of this process, with another way for threads to wait; None for the one that is set."""
+    kept = dict(os.environ)
+    for name in () if waiting is None else ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        kept.pop(name, None)
+    return kept | (waiting or {})
+
+
 @contextlib.contextmanager
-def workers(part: str, contenders: dict[str, str | Path], settings: dict[str, Any]) -> Iterator[list[Worker]]:
-    """Workers by name, each with its interpreter; they end when the block does."""
+def workers(
+    part: str,
+    contenders: dict[str, str | Path],
+    settings: dict[str, Any],
+    waiting: dict[str, dict[str, str]] | None = None,
+) -> Iterator[list[Worker]]:
+    """Workers by name, each with its interpreter and perhaps its way to wait; they end when the block does."""
     made = []
     try:
         for name, python in contenders.items():
-            made.append(Worker(part, name, settings, python))  # one after the other: each prepares alone
+            how = None if waiting is None else waiting[name]
+            made.append(Worker(part, name, settings, python, how))  # one after the other: each prepares alone
         yield made
     finally:
         for worker in made:

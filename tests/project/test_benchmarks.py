@@ -6,6 +6,7 @@ import functools
 import inspect
 import itertools
 import math
+import os
 import re
 import subprocess
 import sys
@@ -312,35 +313,35 @@ def test_a_cell_is_timed_quiet_and_beside_a_process_that_ends(monkeypatch):
     made, running = [], []
     make = neighbour.subprocess.Popen
     monkeypatch.setattr(neighbour.subprocess, "Popen", lambda *given: made.append(make(*given)) or made[-1])
+    names = [neighbour.DEFAULT, "one thread"]
+    monkeypatch.setattr(neighbour, "CONTENDERS", {name: neighbour.CONTENDERS[name] for name in names})
 
-    def seconds_of(policy):
-        running.append((policy, [process.poll() is None for process in made]))
-        return 1.0 + len(running)
+    def seconds_of(name):
+        running.append((name, [process.poll() is None for process in made]))
+        return float(len(running))
 
     rows = neighbour.measured(seconds_of, 2)
-    assert [policy for policy, _ in running] == 4 * [None, "PASSIVE"]
-    assert [alive for _, alive in running] == [[], [], [True], [True], [False], [False], [False, True], [False, True]]
+    assert [name for name, _ in running] == [*names, *names, *names, *names[::-1], *names[::-1]]
+    alive = [[], [], [True], [True], [False], [False], [False, True], [False, True]]
+    assert [processes for _, processes in running] == [[], [], *alive]
     assert all(process.poll() is not None for process in made)
-    assert [(r["low"], r["high"]) for r in rows] == [(2, 6), (3, 7), (4, 8), (5, 9)]
-    assert [r["ratio_high"] for r in rows] == [1, 3 / 2, 4 / 2, 5 / 2]
+    assert [(r["low"], r["high"]) for r in rows] == [(3, 8), (4, 7), (5, 10), (6, 9)]
+    assert [r["ratio"] for r in rows] == pytest.approx([1, (4 / 3 + 7 / 8) / 2, (5 / 3 + 10 / 8) / 2, (2 + 9 / 8) / 2])
+    assert rows[3]["note"] == "1.05 times the default, beside a busy process"
 
 
-def test_a_cell_that_takes_too_long_is_stopped(monkeypatch):
-    def stopped(*given, timeout, **options):
-        raise neighbour.subprocess.TimeoutExpired("cell", timeout)
-
-    monkeypatch.setattr(neighbour.subprocess, "run", stopped)
-    row = neighbour.measured(lambda policy: neighbour.seconds_in_a_process(policy, 1), 1)[0]
-    assert (row["value"], row["note"]) == (30, "stopped at 30 s: takes longer")
+def test_a_cell_is_a_study_of_every_deletion():
+    measure = neighbour.CONTENDERS["one thread"].prepare({"threads": 1, "images": 25})
+    assert measure({})["seconds"] > 0
 
 
-def test_the_policy_of_a_process_is_the_one_asked_for(monkeypatch):
+def test_threads_of_a_worker_wait_as_asked(monkeypatch):
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
-    default, passive = (neighbour.environment(policy, 2) for policy in (None, "PASSIVE"))
+    assert workers.environment(None) == dict(os.environ)
+    default, passive = (workers.environment(given) for given in ({}, {"OMP_WAIT_POLICY": "PASSIVE"}))
     assert passive == default | {"OMP_WAIT_POLICY": "PASSIVE"}
     assert not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(default)
-    assert default["OMP_NUM_THREADS"] == "2"
 
 
 # The script for a GPU, on the CPU

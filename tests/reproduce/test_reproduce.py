@@ -53,18 +53,29 @@ def test_a_failing_notebook_is_named_and_the_others_run(folder, tmp_path):
     assert len(shipped.cells) == 5
 
 
-@pytest.mark.parametrize(("own", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
-def test_threads_of_a_kernel_sleep_while_they_wait_unless_the_user_says_otherwise(tmp_path, monkeypatch, own, expected):
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    if own:
-        monkeypatch.setenv("OMP_WAIT_POLICY", own)
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        ({}, "None 1000"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE None"),
+        ({"GOMP_SPINCOUNT": "7"}, "None 7"),
+    ],
+)
+def test_threads_of_a_kernel_soon_sleep_while_they_wait_unless_the_user_says_otherwise(
+    tmp_path, monkeypatch, own, expected
+):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("SET_BY_THE_USER", "kept")
-    names = '"OMP_WAIT_POLICY", "SET_BY_THE_USER"'
+    before = dict(os.environ)
+    names = '"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "SET_BY_THE_USER"'
     write(tmp_path, "01", "import os", f"print(*(os.environ.get(name) for name in ({names})))")
     assert run_notebook(tmp_path / "01.ipynb", {}, tmp_path / "out" / "01.ipynb").error is None
     executed = nbformat.read(tmp_path / "out" / "01.ipynb", as_version=4)
     assert executed.cells[4].outputs[0].text == f"{expected} kept\n"
-    assert os.environ.get("OMP_WAIT_POLICY") == own
+    assert dict(os.environ) == before
 
 
 def test_a_notebook_whose_extra_is_not_installed_is_skipped(tmp_path, monkeypatch):
