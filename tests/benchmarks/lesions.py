@@ -25,7 +25,7 @@ from resnet_paths.core.placement import PRECISIONS, place_modules
 from resnet_paths.lesions.trie import Trie
 from resnet_paths.zoo import load_network
 from tests.benchmarks import peers
-from tests.benchmarks.table import row
+from tests.benchmarks.table import bfloat16_support, row
 from tests.benchmarks.workers import timed, workers
 
 PART = "lesions"
@@ -379,6 +379,8 @@ def run(options: Any) -> list[dict[str, Any]]:
             continue
         seconds = [a["seconds"] for a in found]
         notes = [f"{sum(a['images'] for a in found)} images", agreement[name]]
+        if "bfloat16" in name:
+            notes.append(bfloat16_support())
         if contender.every > 1:
             notes[0] += f", {found[0]['lesions']} of the deletions"
         rows.append(

@@ -24,7 +24,7 @@ from resnet_paths.core.placement import PRECISIONS, place_modules
 from resnet_paths.lesions.trie import Trie
 from resnet_paths.zoo import load_network
 from tests.benchmarks.lesions import fashion_images
-from tests.benchmarks.table import row
+from tests.benchmarks.table import bfloat16_support, row
 
 PART = "limit"
 WAYS: dict[str, dict[str, Any]] = {
@@ -39,6 +39,7 @@ WAYS: dict[str, dict[str, Any]] = {
         "precision": "bfloat16",
     },
 }
+PROFILED = ("float32", "float32, channels last, BatchNorm folded", "bfloat16, channels last, BatchNorm folded")
 KINDS = {
     "convolution": ("convolution", "conv2d"),
     "matrix product": ("addmm", "linear", "mm"),
@@ -64,7 +65,7 @@ def run(options: Any) -> list[dict[str, Any]]:
     print("limit: studies", flush=True)
     rows += studies(options, chain, images, best)
     print("limit: profiles", flush=True)
-    for name in ("float32", "float32, channels last, BatchNorm folded"):
+    for name in PROFILED:
         rows += profiled(f"where the time of a study's forward passes goes, {name}", chain, images, WAYS[name], best)
     print("limit: variants", flush=True)
     return rows + variants(options, chain) + stacked(options, chain) + compiled(options)
@@ -110,7 +111,8 @@ def studies(options: Any, chain: rp.ResidualChain, images: torch.Tensor, best: d
         share = rates["low"] / best[WAYS[made["contender"]].get("precision", "float32")]
         made |= rates | {"quantity": "GFLOP/s", "low": rates["high"], "high": rates["low"]}
         made |= dict.fromkeys(("ratio", "ratio_low", "ratio_high"), float("nan"))  # of seconds; these are rates
-        rows.append(made | {"note": f"at best {share:.0%} of the matrix product's rate"})
+        note = f"at best {share:.0%} of the matrix product's rate"
+        rows.append(made | {"note": f"{note}; {bfloat16_support()}" if "bfloat16" in made["contender"] else note})
     return rows
 
 
@@ -132,8 +134,8 @@ def profiled(
     chains = [chain, *(lesion.edit(chain) for lesion in rp.single_deletions(chain)[:: max(1, len(chain) // 18)])]
     with torch.no_grad():
         count = operations(lambda: list(Trie(chains).logits(images[:1]))) * len(images)
-    trie = Trie(place_modules(chains, **way))
-    x = images.contiguous(memory_format=layout_of(way))
+    trie, precision = Trie(place_modules(chains, **way)), way.get("precision", "float32")
+    x = images.to(PRECISIONS[precision]).contiguous(memory_format=layout_of(way))
     with torch.inference_mode():
         seconds = [seconds_of(lambda: list(trie.logits(x))) for _ in range(3)]
         with profile(activities=[ProfilerActivity.CPU]) as found:
@@ -145,8 +147,8 @@ def profiled(
     shares = {kind: m / 1e6 / with_profiler for kind, m in sorted(micros.items(), key=lambda item: -item[1])}
     shares["Python between operations"] = 1 - sum(shares.values())
     note = f"{len(chains) - 1} of the deletions; the profiler makes it {with_profiler / plain:.2f} times as long"
-    least = count / 1e9 / best["float32"] / plain
-    told = "convolutions and products, had they the matrix product's rate"
+    least = count / 1e9 / best[precision] / plain
+    told = f"convolutions and products, had they the matrix product's rate in {precision}"
     rows = [row(PART, task, kind, "of the time", share, note=note) for kind, share in shares.items()]
     return [*rows, row(PART, task, told, "of the time", least, note="of the time without the profiler")]
 
@@ -171,7 +173,8 @@ def variants(options: Any, chain: rp.ResidualChain) -> list[Any]:
             for size in (8, 16, 32, 64):
                 runs[f"{name}, {size} at a time"] = lambda p=placed, x=x, size=size: [p(part) for part in x.split(size)]
     task = f"one forward pass of {count} images, ratios to the first row"
-    return in_turns(task, runs, 2 if options.quick else 7)
+    notes = {name: bfloat16_support() for name in runs if "bfloat16" in name}
+    return in_turns(task, runs, 2 if options.quick else 7, notes)
 
 
 def stacked(options: Any, chain: rp.ResidualChain) -> list[Any]:

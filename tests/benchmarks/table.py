@@ -90,10 +90,28 @@ def features(info: Path = Path("/proc/cpuinfo")) -> str:
     bfloat16 is much faster than float32 with ``amx_bf16``, up to twice as fast with ``avx512_bf16``, and not faster
     with neither. Where the system has no list of flags, what PyTorch uses is all that is known.
     """
-    flags = {flag for name in ("flags", "Features") for line in _lines(info, name) for flag in line.split()}
-    found = [flag for flag in FEATURES if flag in flags]
+    found = _known_flags(info)
     used = f"PyTorch uses {torch.backends.cpu.get_cpu_capability()}"
     return f"{used}; {' '.join(found)}" if found else used
+
+
+def bfloat16_support(info: Path = Path("/proc/cpuinfo")) -> str:
+    """What the processor has for bfloat16, for the notes of rows in that precision."""
+    found = _known_flags(info)
+    for flag, what in (
+        ("amx_bf16", "matrix units for bfloat16 (amx_bf16)"),
+        ("avx512_bf16", "vector instructions for bfloat16 (avx512_bf16), no matrix units"),
+        ("bf16", "instructions for bfloat16 (bf16)"),
+    ):
+        if flag in found:
+            return what
+    return "a processor without instructions for bfloat16" if found else "unknown what the processor has for bfloat16"
+
+
+def _known_flags(info: Path) -> list[str]:
+    """Which of `FEATURES` the processor has."""
+    flags = {flag for name in ("flags", "Features") for line in _lines(info, name) for flag in line.split()}
+    return [flag for flag in FEATURES if flag in flags]
 
 
 def _lines(info: Path, name: str) -> list[str]:

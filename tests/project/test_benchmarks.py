@@ -191,6 +191,19 @@ def test_operations_and_their_kinds():
     assert {name: limit.kind_of(name) for name in kinds} == kinds
 
 
+@pytest.mark.parametrize("name", limit.PROFILED)
+def test_profiles_account_for_the_whole_time(name):
+    chain = rp.unravel(load_network("preact-resnet-20").eval(), torch.zeros(2, 1, 28, 28))
+    precision = limit.WAYS[name].get("precision", "float32")
+    rates = {"float32": 10.0, "bfloat16": 20.0}
+    rows = limit.profiled("t", chain, torch.randn(2, 1, 28, 28), limit.WAYS[name], rates)
+    *shares, least = rows
+    assert sum(r["value"] for r in shares) == pytest.approx(1)
+    assert {"convolution", "ReLU", "addition", "Python between operations"} <= {r["contender"] for r in shares}
+    assert least["contender"].endswith(f"rate in {precision}")
+    assert least["value"] > 0
+
+
 def test_rows_of_parts_that_were_not_run_are_kept(tmp_path):
     rows = [table.row("lesions", "t", "a", "seconds", [1, 3, 2], [1.0]), table.row("limit", "t", "b", "s", 5)]
     old = table.stamped(rows, {}, 1)
@@ -222,9 +235,14 @@ def test_rows_say_which_features_the_processor_has(tmp_path):
     told = "model name\t: An x86\nflags\t\t: fpu avx2 avx512f amx_bf16 amx_tile avx512_vnni\n\n"
     info.write_text(f"processor\t: 0\n{told}processor\t: 1\n{told}")
     assert (table.processor(info), table.features(info)) == ("An x86", f"{used}; avx2 avx512f amx_bf16")
+    assert table.bfloat16_support(info) == "matrix units for bfloat16 (amx_bf16)"
+    info.write_text("flags\t\t: fpu avx2 avx512f\n")
+    assert table.bfloat16_support(info) == "a processor without instructions for bfloat16"
     info.write_text("Features\t: fp asimd bf16\n")
     assert table.features(info) == f"{used}; asimd bf16"
+    assert table.bfloat16_support(info) == "instructions for bfloat16 (bf16)"
     assert table.features(tmp_path / "not there") == used
+    assert table.bfloat16_support(tmp_path / "not there") == "unknown what the processor has for bfloat16"
     new = table.stamped([table.row("limit", "t", "b", "s", 5)], {"torch": "2"}, 2)
     assert used in new["features"].item()
     assert used in table.markdown(new).splitlines()[-1]
