@@ -176,3 +176,15 @@ def test_a_mixture_of_experts_is_named_for_the_whole(family, settings):
         with zeroed(model.layers[1].mlp):
             expected = model(tokens).last_hidden_state
         torch.testing.assert_close(rp.delete_block(chain, "layers.1.mlp")(tokens), expected)
+
+
+def test_a_recurrence_that_assigns_to_one_position_after_the_other():
+    settings = {"vocab_size": 99, "context_length": 16, "hidden_size": 32, "num_hidden_layers": 2, "use_cache": False}
+    model, tokens = made("RwkvModel", "RwkvConfig", **settings).float(), tokens_of(length=4)
+    chain = rp.unravel(model, tokens)
+    assert names_in(chain) == [f"blocks.{i}.{part}" for i in range(2) for part in ("attention", "feed_forward")]
+    with torch.no_grad():
+        for name in names_in(chain):
+            with zeroed(model.get_submodule(name)):
+                expected = model(tokens).last_hidden_state
+            torch.testing.assert_close(rp.delete_block(chain, name)(tokens), expected)
