@@ -61,6 +61,7 @@ from resnet_paths.gradients.independence import (
 from resnet_paths.gradients.losses import Loss
 from resnet_paths.gradients.measurements import Measurements
 from resnet_paths.gradients.moments import PathLengthMoments, path_length_moments
+from resnet_paths.gradients.null import null_coherence
 from resnet_paths.gradients.points import Place, Point, num_block_vjps
 from resnet_paths.gradients.populations import measure_populations
 from resnet_paths.gradients.scalar import scalar_gradients
@@ -80,6 +81,7 @@ __all__ = [
     "gradient_by_path_length",
     "gradient_by_stage_lengths",
     "gradient_through_block",
+    "null_coherence",
     "pair_covariances",
     "path_length_moments",
     "poisson_binomial",
