@@ -16,10 +16,19 @@ from resnet_paths.gradients.measurements import Measurements
 from resnet_paths.gradients.points import Place, Point
 from resnet_paths.gradients.weighted import Proposal
 
-__all__ = ["Draws", "Points", "measure_exactly", "measure_uniform", "measure_weighted", "norms_of", "rows_at_once"]
+__all__ = [
+    "SIGNS_AT_ONCE",
+    "Draws",
+    "Points",
+    "measure_exactly",
+    "measure_uniform",
+    "measure_weighted",
+    "norms_of",
+    "rows_at_once",
+]
 
 _MOST_SIGNS = 1000
-_SIGNS_AT_ONCE = 8
+SIGNS_AT_ONCE = 8
 _PATHS_AT_ONCE = 64
 _FIRST_PATHS = 20  # of each length; how many of which length are needed is seen from these
 _LEAST_PATHS = 64  # before a standard error is trusted
@@ -48,7 +57,7 @@ class Draws:
 
 def rows_at_once(lengths: Sequence[int], signs: Draws | None) -> int:
     """Rows of cotangents that `measure_exactly` carries."""
-    return (lengths[-1] + 1) * (1 if signs is None else min(signs.number or _SIGNS_AT_ONCE, _SIGNS_AT_ONCE))
+    return (lengths[-1] + 1) * (1 if signs is None else min(signs.number or SIGNS_AT_ONCE, SIGNS_AT_ONCE))
 
 
 def measure_exactly(point: Point, lengths: Sequence[int], signs: Draws | None = None) -> Measurements:
@@ -78,7 +87,7 @@ def measure_exactly(point: Point, lengths: Sequence[int], signs: Draws | None = 
     energies = np.empty((len(lengths), 0, point.num_examples))
     most = signs.number or _MOST_SIGNS
     while energies.shape[1] < most:
-        now = min(most - energies.shape[1], _SIGNS_AT_ONCE)
+        now = min(most - energies.shape[1], SIGNS_AT_ONCE)
 
         def draw_signs(now: int = now) -> torch.Tensor:
             bits = torch.randint(2, (now, point.num_examples), generator=signs.generator)
@@ -88,7 +97,7 @@ def measure_exactly(point: Point, lengths: Sequence[int], signs: Draws | None = 
         energies = np.concatenate([energies, drawn], 1)
         measured.energies = energies.mean(1)
         measured.energy_variances = energies.var(1, ddof=1) / energies.shape[1] if energies.shape[1] > 1 else None
-        if signs.number is None and energies.shape[1] > _SIGNS_AT_ONCE and _is_settled(measured, signs.relative_error):
+        if signs.number is None and energies.shape[1] > SIGNS_AT_ONCE and _is_settled(measured, signs.relative_error):
             break
     measured.num_draws = energies.shape[1]
     measured.underflowed |= ((energies.mean(1) == 0) & (norms[rows, 0] > 0)).any(1)

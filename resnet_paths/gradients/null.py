@@ -25,7 +25,7 @@ from resnet_paths.core.backward.forward import forward, prepared, split_to_fit
 from resnet_paths.core.chain import ResidualChain
 from resnet_paths.core.inputs import Inputs, InputsOrLoader, batches_with_bar, checked_inputs, is_one_batch
 from resnet_paths.core.paths import lengths_up_to, path_polynomial
-from resnet_paths.gradients.estimates import Draws, Points, measure_exactly, rows_at_once
+from resnet_paths.gradients.estimates import SIGNS_AT_ONCE, Draws, Points, measure_exactly, rows_at_once
 from resnet_paths.gradients.losses import Loss
 from resnet_paths.gradients.measurements import Measurements
 from resnet_paths.gradients.points import Place, Point
@@ -83,9 +83,10 @@ def null_coherence(
     Returns:
         One row per path length: ``path_length``; ``num_paths``, exact; ``coherence`` with ``coherence_se``, due to the
         draws of paths; ``null_coherence`` over all repetitions, with ``null_coherence_se`` over repetitions, and
-        ``null_coherence_low`` and ``null_coherence_high``, between which 95 % of the repetitions lie; ``kept_share``,
-        ``(null_coherence^2 - 1) / (coherence^2 - 1)``, with ``kept_share_se``, both to first order: NaN where there
-        is one path, and without meaning where coherence is 1 within its error.
+        ``null_coherence_low`` and ``null_coherence_high``, between which 95 % of the repetitions lie (with signs a few
+        draws have most of the square: 100 repetitions are not too many); ``kept_share``,
+        ``(null_coherence^2 - 1) / (coherence^2 - 1)``, with ``kept_share_se``, both to first order: NaN where there is
+        one path, and without meaning where coherence is 1 within its error.
 
     Raises:
         ResnetPathsError: As `resnet_paths.gradient_by_path_length`; if blocks read context beside the state, which
@@ -128,11 +129,12 @@ def null_coherence(
         own.append(_measured(place, points, counts, draws))
         if beside is not None and not pool:  # not before inputs and loss are known to be right
             pool = _states_of(chain, beside, memory_budget)
-        for repeat in null:
-            if beside is None:
-                repeat.append(_with_signs(points, own[-1], counts, generator))
-            else:
-                repeat.append(_measured(place, _at_others(points, place, pool, own[-1], generator), counts, draws))
+        if beside is None:
+            found = _with_signs(points, own[-1], counts, num_repeats, generator)
+        else:
+            found = [_measured(place, _at_others(points, place, pool, own[-1], generator), counts, draws) for _ in null]
+        for repeat, one in zip(null, found, strict=True):
+            repeat.append(one)
     return _frame(counts, Measurements.joined(own), [Measurements.joined(repeat) for repeat in null])
 
 
@@ -209,18 +211,23 @@ def _measured(place: Place, points: Points, counts: dict[int, int], draws: Draws
     return exact.beside(measure_populations(place, points, counts, draws))
 
 
-def _with_signs(points: Points, own: Measurements, counts: dict[int, int], generator: torch.Generator) -> Measurements:
+def _with_signs(
+    points: Points, own: Measurements, counts: dict[int, int], num_repeats: int, generator: torch.Generator
+) -> list[Measurements]:
     """The norms of the sums with a random sign on every branch; those of single paths are what they were."""
     lengths, norms = list(counts), []
-    for point in points(lengths[-1] + 1):
+    for first in range(0, num_repeats, SIGNS_AT_ONCE):
+        now, parts = min(num_repeats - first, SIGNS_AT_ONCE), []
+        for point in points(now * (lengths[-1] + 1)):
 
-        def draw_signs(point: Point = point) -> torch.Tensor:
-            bits = torch.randint(2, (1, point.num_examples), generator=generator, device=generator.device)
-            return (2 * bits - 1).to(point.device)
+            def draw_signs(now: int = now, point: Point = point) -> torch.Tensor:
+                bits = torch.randint(2, (now, point.num_examples), generator=generator, device=generator.device)
+                return (2 * bits - 1).to(point.device)
 
-        stack = point.by_length(lengths[-1], 1, draw_signs)
-        norms.append(point.norms(stack)[0][[k - stack.shortest for k in lengths], 0])
-    return Measurements(own.num_examples, own.underflowed, np.concatenate(norms, 1), own.shares, own.whole).beside(own)
+            stack = point.by_length(lengths[-1], now, draw_signs)
+            parts.append(point.norms(stack)[0][[k - stack.shortest for k in lengths]])
+        norms += list(np.concatenate(parts, 2).swapaxes(0, 1))
+    return [Measurements(own.num_examples, own.underflowed, each, own.shares, own.whole).beside(own) for each in norms]
 
 
 def _frame(counts: dict[int, int], own: Measurements, null: list[Measurements]) -> pd.DataFrame:

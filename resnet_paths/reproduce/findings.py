@@ -17,6 +17,7 @@ import pandas as pd
 from scipy import stats
 
 from resnet_paths._utils.errors import ResnetPathsError
+from resnet_paths._utils.statistics import rate_interval
 
 __all__ = ["Finding", "as_expected", "findings_frame", "interval_text", "number_text"]
 
@@ -39,6 +40,7 @@ class Finding:
         networks: Names of the networks.
         seeds: Number of training runs.
         images: Number of examples.
+        example: What an example is, in the singular: ``"image"``, or ``"window"`` of text.
         dataset: Name of the data set.
         source: Where the prediction was published, with the figure or section.
         larger_run: What a larger run would need to decide.
@@ -56,6 +58,7 @@ class Finding:
     networks: str = ""
     seeds: int = 1
     images: int = 0
+    example: str = "image"
     dataset: str = "Fashion-MNIST"
     source: str = ""
     larger_run: str = ""
@@ -90,6 +93,28 @@ class Finding:
         half = stats.t.ppf(0.975, len(sample) - 1) * stats.sem(sample) if len(sample) > 1 else math.nan
         mean = float(sample.mean())
         return cls(quantity, mean, (mean - float(half), mean + float(half)), **fields)
+
+    @classmethod
+    def of_rate(cls, quantity: str, counts: Iterable[float], sizes: Iterable[int], **fields: Any) -> Finding:
+        """A rate in percent, with Wilson's interval, which stays within 0 and 100 %.
+
+        Args:
+            quantity: What is measured.
+            counts: How many items of each cluster have the property, such as crops of each photograph.
+            sizes: Number of items of each cluster; with clusters the interval is that of the effective sample size.
+            **fields: Other attributes.
+
+        Returns:
+            The finding.
+
+        Example:
+            >>> Finding.of_rate("right", [1] * 19 + [0], [1] * 20, over="photographs").interval_text
+            '76.4 to 99.1, photographs'
+        """
+        counts, sizes = np.asarray(list(counts), dtype=np.float64), np.asarray(list(sizes), dtype=np.float64)
+        found = rate_interval(counts, sizes)
+        rate = float(counts.sum() / sizes.sum()) if sizes.sum() else math.nan
+        return cls(quantity, 100 * rate, (100 * found.low, 100 * found.high), unit="%", **fields)
 
     @classmethod
     def of_sample(

@@ -23,8 +23,8 @@ FILE = "findings.csv"
 PAGES = ("tables/findings.md", "gallery.md", "explanation/three_findings.md")
 COLUMNS = (
     *("notebook", "profile", "quantity", "estimate", "unit", "low", "high", "exact", "over", "at_least", "at_most"),
-    *("prediction", "verdict", "expected", "refuted_by", "networks", "seeds", "images", "dataset", "source"),
-    *("larger_run", "headline"),
+    *("prediction", "verdict", "expected", "refuted_by", "networks", "seeds", "images", "example", "dataset"),
+    *("source", "larger_run", "headline"),
 )
 _TEXT = ("unit", "over", "prediction", "verdict", "refuted_by", "networks", "source", "larger_run")
 
@@ -65,7 +65,8 @@ def read_findings(path: Path | None = None) -> pd.DataFrame:
         One row per finding; absent text is empty.
     """
     frame = pd.read_csv(path or shipped_folder("data") / FILE)
-    return frame.fillna(dict.fromkeys(_TEXT, ""))
+    frame = frame.assign(example=frame.get("example", "image"))  # files before this column were of images alone
+    return frame[list(COLUMNS)].fillna(dict.fromkeys(_TEXT, ""))
 
 
 def findings_table(frame: pd.DataFrame) -> str:
@@ -151,7 +152,7 @@ def _all_findings(frame: pd.DataFrame) -> str:
             row.quantity,
             row.networks,
             row.seeds or "-",
-            f"{row.images:,}" if row.images else "-",
+            _examples(row) or "-",
             row.dataset,
             _measured(row),
             _interval(row),
@@ -163,7 +164,7 @@ def _all_findings(frame: pd.DataFrame) -> str:
         for row in _rows(frame)
     ]
     head = (
-        *("notebook", "finding", "networks", "seeds", "images", "data set", "estimate", "95 % interval, over"),
+        *("notebook", "finding", "networks", "seeds", "examples", "data set", "estimate", "95 % interval, over"),
         *("predicted", "refuted by", "verdict", "profile"),
     )
     return _markdown(head, rows)
@@ -182,7 +183,7 @@ def _agreement(frame: pd.DataFrame) -> str:
                 row.networks,
                 *([row.dataset] if row.dataset != "-" else []),
                 *([_counted(row.seeds, "seed")] if row.seeds else []),
-                *([_counted(row.images, "image")] if row.images else []),
+                *([_examples(row)] if row.images else []),
             )),
             row.larger_run or "-",
             f"[{row.notebook[:2]}](../{row.notebook}.ipynb)",
@@ -203,7 +204,7 @@ def _some_findings(frame: pd.DataFrame, prefix: str, words: str) -> str:
         (
             row.quantity,
             row.seeds or "-",
-            f"{row.images:,}",
+            _examples(row) or "-",
             _measured(row),
             _interval(row),
             row.prediction or "none",
@@ -233,6 +234,10 @@ def _interval(row: Any) -> str:
     if row.exact:
         return "exact"
     return ", ".join(filter(None, (interval_text(row.low, row.high), row.over)))
+
+
+def _examples(row: Any) -> str:
+    return _counted(row.images, row.example) if row.images else ""
 
 
 def _counted(number: int, what: str) -> str:

@@ -112,7 +112,10 @@ def test_wrong_findings_are_refused():
 FINDINGS = [
     Finding("a median", 0.5, (0.25, 1), "%", "blocks", at_most=2, networks="n|1", images=2_000, headline=True),
     Finding("a number of blocks", 12, networks="n1"),
-    Finding("a window", 9, NAN, "blocks", at_least=5, source="Someone 2016, figure 1", larger_run="seeds"),
+    Finding(
+        *("a window", 9, NAN, "blocks"),
+        **{"at_least": 5, "images": 6, "example": "window", "source": "Someone 2016, figure 1", "larger_run": "seeds"},
+    ),
 ]
 
 
@@ -138,15 +141,17 @@ def test_tables_are_made_of_executed_notebooks(tmp_path):
     assert len(update_findings(tmp_path, data, pages)) == 4
     some = (pages / "explanation" / "three_findings.md").read_text().splitlines()
     assert some[1].startswith("| finding | seeds |")
-    assert some[3:] == ["| a number of blocks | 1 | 0 | 12 | exact | none |  |", "<!-- end of findings -->"]
+    assert some[3:] == ["| a number of blocks | 1 | - | 12 | exact | none |  |", "<!-- end of findings -->"]
     frame = read_findings(data / "findings.csv")
     assert frame.quantity.tolist() == [finding.quantity for finding in FINDINGS]
     assert frame.verdict.tolist() == ["agrees", "", "too small to tell"]
     page = (pages / "tables" / "findings.md").read_text()
-    row = "a median | n\\|1 | 1 | 2,000 | Fashion-MNIST | 0.5 % | 0.25 to 1, blocks | at most 2 %"
+    row = "a median | n\\|1 | 1 | 2,000 images | Fashion-MNIST | 0.5 % | 0.25 to 1, blocks | at most 2 %"
     assert row in page
     assert "an interval above 2 | agrees | quick |" in page
     assert "| Someone 2016, figure 1 | a window | at least 5 blocks | 9 blocks (not known) | **too small to" in page
+    assert "| Fashion-MNIST; 1 seed; 6 windows | seeds |" in page
+    assert "| a window |  | 1 | 6 windows | Fashion-MNIST | 9 blocks |" in page
     expected = "| x | kept <!-- findings: 01 --> a median 0.5 % (0.25 to 1, blocks). <!-- end of findings --> |\n"
     assert (pages / "gallery.md").read_text() == expected + "| y | <!-- findings: 02 -->  <!-- end of findings --> |\n"
     # Another run replaces the rows of its own notebooks only.
@@ -182,6 +187,26 @@ def test_the_tables_of_the_documentation_are_those_of_the_data():
         text = (shipped_folder("notebooks") / page).read_text(encoding="utf-8")
         assert "<!-- findings: " in text
         assert replace_tables(text, frame) == text, f"run 'resnet-paths findings --update' to write {page} again"
+
+
+def test_examples_of_older_files_are_images(tmp_path):
+    path = tmp_path / "findings.csv"
+    read_findings().drop(columns="example").to_csv(path, index=False)
+    assert set(read_findings(path).example) == {"image"}
+
+
+@pytest.mark.parametrize("counts", [[1] * 8, [0] * 8, [1, 1, 1, 0, 1, 1, 1, 1], [3, 3, 2, 3, 3, 3, 3, 3]])
+def test_intervals_of_rates_stay_within_0_and_100_percent(counts):
+    sizes = [max(counts, default=1) or 1] * 8
+    finding = Finding.of_rate("rate", counts, sizes, over="photographs")
+    low, high = finding.interval
+    assert finding.estimate == pytest.approx(100 * sum(counts) / sum(sizes))
+    assert 0 <= low <= finding.estimate <= high <= 100
+    assert low < high
+    assert finding.unit == "%"
+    if sizes[0] == 1:  # one item a cluster: Wilson's, by another library
+        expected = stats.binomtest(sum(counts), 8).proportion_ci(method="wilson")
+        assert (low, high) == pytest.approx((100 * expected.low, 100 * expected.high))
 
 
 def test_numbers_of_data_are_kept():
