@@ -150,7 +150,7 @@ def test_tables_are_made_of_executed_notebooks(tmp_path):
     assert row in page
     assert "an interval above 2 | agrees | quick |" in page
     assert "| Someone 2016, figure 1 | a window | at least 5 blocks | 9 blocks (not known) | **too small to" in page
-    assert "| Fashion-MNIST; 1 seed; 6 windows | seeds |" in page
+    assert "; Fashion-MNIST; 1 seed; 6 windows | seeds |" in page
     assert "| a window |  | 1 | 6 windows | Fashion-MNIST | 9 blocks |" in page
     expected = "| x | kept <!-- findings: 01 --> a median 0.5 % (0.25 to 1, blocks). <!-- end of findings --> |\n"
     assert (pages / "gallery.md").read_text() == expected + "| y | <!-- findings: 02 -->  <!-- end of findings --> |\n"
