@@ -152,7 +152,7 @@ def _all_findings(frame: pd.DataFrame) -> str:
             row.quantity,
             row.networks,
             row.seeds or "-",
-            _examples(row) or "-",
+            _counted(row.images, row.example) if row.images else "-",
             row.dataset,
             _measured(row),
             _interval(row),
@@ -183,7 +183,7 @@ def _agreement(frame: pd.DataFrame) -> str:
                 row.networks,
                 *([row.dataset] if row.dataset != "-" else []),
                 *([_counted(row.seeds, "seed")] if row.seeds else []),
-                *([_examples(row)] if row.images else []),
+                *([_counted(row.images, row.example)] if row.images else []),
             )),
             row.larger_run or "-",
             f"[{row.notebook[:2]}](../{row.notebook}.ipynb)",
@@ -204,7 +204,7 @@ def _some_findings(frame: pd.DataFrame, prefix: str, words: str) -> str:
         (
             row.quantity,
             row.seeds or "-",
-            _examples(row) or "-",
+            _counted(row.images, row.example) if row.images else "-",
             _measured(row),
             _interval(row),
             row.prediction or "none",
@@ -234,10 +234,6 @@ def _interval(row: Any) -> str:
     if row.exact:
         return "exact"
     return ", ".join(filter(None, (interval_text(row.low, row.high), row.over)))
-
-
-def _examples(row: Any) -> str:
-    return _counted(row.images, row.example) if row.images else ""
 
 
 def _counted(number: int, what: str) -> str:
