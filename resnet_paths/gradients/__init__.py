@@ -137,11 +137,12 @@ def gradient_by_path_length(
             ``average="log-mean"``. Each example has its own weighted paths; of uniform ones, and where `per_example` is
             False, all examples of a batch take the same.
         num_draws: Draws of signs, uniform paths of each length, or weighted paths that are carried from block to block
-            together, a population for all lengths; there are four populations or more, so that their errors have 24
+            together, a population for all lengths; there are four populations or more, so that their errors have 60
             degrees of freedom. If None: 64 weighted paths at a time, and populations (100 at most) or signs (1000)
             until `relative_error` is reached; 20 uniform paths. Where a length has no more paths than that, weighted
-            paths are all of them, each once, without error. Where `per_example` is False: weighted paths of each
-            length, 5000 at most.
+            paths are all of them, each once, without error; if None, also where that takes few block VJPs beside the
+            populations. Where `per_example` is False: weighted paths of each length; if None, 128 to 5000 of them, or
+            all where there are at most 256.
         relative_error: The relative standard error due to the draws at which to stop: of ``mean_path_gradient_norm``
             and of the square of ``rms_path_gradient_norm`` for weighted paths, of ``rms_path_gradient_norm`` for signs.
             It is reached at every length that holds at least a thousandth of the sum over lengths; the stated errors of
@@ -159,8 +160,8 @@ def gradient_by_path_length(
         paths give the quantities of both estimates, with ``"energy"`` also ``uncancelled_share``; 95 % intervals due to
         the draws, ``..._low`` and ``..._high``; ``num_draws``, the number of paths of this length that arrived, for an
         example; and ``effective_sample_size``, the number of draws with equal contributions that would have the same
-        error (a warning tells where it is below 10). On random chains, at the lengths that are not known exactly, 93
-        to 95 % of the intervals held the truth at the default error.
+        error (a warning tells where it is below 10). How often the intervals held the truth is on the page "Coverage of
+        the intervals" of the documentation.
         ``underflowed`` tells whether a norm that is not 0 was too small for a float64. ``attrs`` hold ``method``,
         ``with_respect_to``, ``num_examples``, ``num_draws``, ``num_block_vjps`` (for an example; the whole gradient, to
         which shares refer, takes one more per block), ``omitted_share`` (the share of the gradient on paths longer than

@@ -31,8 +31,9 @@ _MOST_SIGNS = 1000
 SIGNS_AT_ONCE = 8
 _PATHS_AT_ONCE = 64
 _FIRST_PATHS = 20  # of each length; how many of which length are needed is seen from these
-_LEAST_PATHS = 64  # before a standard error is trusted
+_LEAST_PATHS = 128  # before a standard error is trusted: with 64 as many as one in 100 was off by 4 of its own
 _MOST_PATHS = 5000
+_FEW_PATHS = 256  # a length that has no more is measured exactly
 _Z = 1.96
 _WORTH = 1e-3  # lengths that hold less of the sum over all lengths need not be known well
 
@@ -157,7 +158,10 @@ def measure_weighted(
     uniforms = _uniforms(draws.generator)
     drawn: dict[int, list[Path]] = {k: [] for k in counts}
     known: dict[Path, tuple[np.ndarray, bool]] = {}
-    wanted = dict.fromkeys(counts, draws.number or _FIRST_PATHS)
+    least = draws.number or _FIRST_PATHS
+    wanted = dict.fromkeys(counts, least)
+    if draws.number is None:
+        wanted |= {k: max(least, count) for k, count in counts.items() if count <= _FEW_PATHS}
     vjps = num_examples = 0
     found: dict[int, WeightedNorms] = {}
     while wanted:
@@ -205,10 +209,12 @@ def _unsettled(found: Mapping[int, WeightedNorms], counts: Mapping[int, int], re
             else -math.inf
             for k, mean in means.items()
         ])
-        worth = logs >= np.logaddexp.reduce(logs) + math.log(_WORTH)
-        for (k, mean), counted in zip(means.items(), worth.tolist(), strict=True):
+        log_shares = logs - np.logaddexp.reduce(logs)
+        for (k, mean), log_share in zip(means.items(), log_shares.tolist(), strict=True):
             drawn = len(found[k].weights)
-            if found[k].complete or not counted or drawn >= _MOST_PATHS:
+            # The first few paths may miss most of what a length holds.
+            least_share = _WORTH / 10 if drawn < _LEAST_PATHS else _WORTH
+            if found[k].complete or not log_share >= math.log(least_share) or drawn >= _MOST_PATHS:
                 continue
             # The upper end of the interval, since estimates that come out low state a small error.
             excess = max(mean.se, (mean.high - mean.value) / _Z) / mean.value / relative_error

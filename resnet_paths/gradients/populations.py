@@ -27,11 +27,14 @@ from resnet_paths.gradients.points import Place, Point
 __all__ = ["Chooser", "kept", "measure_populations"]
 
 _PATHS = 64
-_LEAST_DEGREES = 24  # of freedom of a standard error, over populations and examples
+# Degrees of freedom of a standard error, over populations and examples. With half as many, errors were too small where
+# a path of much weight was kept, by chance, in every population, or in none.
+_LEAST_DEGREES = 60
 _LEAST_POPULATIONS = 4
 _MOST_POPULATIONS = 100
 _WORTH = 1e-3  # lengths that hold less of the sum over all lengths need not be known well
 _LEAST_PRIORITY = 0.04
+_LEAST_SCORE = 0.02  # of the mean score: more may come of a path than is expected
 _Z = 1.96
 
 
@@ -113,13 +116,16 @@ class Chooser:
             squares += (shares**2 * priorities).sum(2)
         with np.errstate(divide="ignore"):
             scores: np.ndarray = np.log(squares) / 2
-        return scores
+            largest = scores.max(0)
+            least = np.log(np.exp(scores - np.where(np.isfinite(largest), largest, 0)).mean(0) * _LEAST_SCORE) + largest
+        return np.where(np.isfinite(scores), np.logaddexp(scores, least), scores)
 
 
 def measure_populations(place: Place, points: Points, counts: Mapping[int, int], draws: Draws) -> Measurements:
     """Mean norms and energies of the paths of all lengths from populations; each example has its own paths.
 
-    Where a length has no more paths than a population, each is measured once.
+    Where a length has no more paths than a population, each is measured once; if their number is not given, also where
+    that takes no more block VJPs than there would be paths in all populations.
 
     Args:
         place: Where the gradients are wanted.
@@ -132,6 +138,9 @@ def measure_populations(place: Place, points: Points, counts: Mapping[int, int],
     """
     number = draws.number or _PATHS
     few = [k for k, count in counts.items() if count <= number]
+    if draws.number is None:
+        num_examples = sum(point.num_examples for point in points(1))
+        few = [k for k, count in counts.items() if k * count <= number * _least_populations(num_examples)]
     found: dict[int, PathDraws] = {}
     paths = {k: list(enumerate_paths(place.above, k)) for k in few}
     norms, lost, num_examples = norms_of(points, [path for k in few for path in paths[k]])
@@ -141,7 +150,7 @@ def measure_populations(place: Place, points: Points, counts: Mapping[int, int],
         found[k] = WeightedNorms(np.ones(counts[k]), of_length, complete=True)
         underflowed[k] = bool(lost_here.any())
     vjps = sum(k * counts[k] for k in few)
-    others = {k: count for k, count in counts.items() if count > number}
+    others = {k: count for k, count in counts.items() if k not in few}
     if others:
         means, of_populations = _from_populations(points, others, draws, num_examples)
         found |= means
@@ -168,7 +177,7 @@ def _from_populations(
     priorities = np.clip(np.concatenate(shares, 1).mean(1) / _WORTH, _LEAST_PRIORITY, 1.0)
     populations: list[_Sums] = []
     found: list[PopulationMeans] = []
-    wanted = max(_LEAST_POPULATIONS, 1 + math.ceil(_LEAST_DEGREES / num_examples))
+    wanted = _least_populations(num_examples)
     while len(populations) < wanted:
         seeds = torch.randint(
             2**62, (wanted - len(populations),), generator=draws.generator, device=draws.generator.device
@@ -188,6 +197,10 @@ def _from_populations(
         if draws.number is None:
             wanted, priorities = _needed(found, log_counts, draws.relative_error)
     return dict(zip(lengths, found, strict=True)), sum(one.num_block_vjps for one in populations)
+
+
+def _least_populations(num_examples: int) -> int:
+    return max(_LEAST_POPULATIONS, 1 + math.ceil(_LEAST_DEGREES / num_examples))
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,10 @@ import torch
 
 import resnet_paths as rp
 from resnet_paths.core.backward.completions import completions, nothing_below
+from resnet_paths.core.backward.cotangents import Cotangents, Stack
+from resnet_paths.core.backward.populations import Population
 from resnet_paths.core.paths import InBranch, path_length
-from resnet_paths.gradients.populations import kept
+from resnet_paths.gradients.populations import Chooser, kept
 from tests.gradients.gradient_reference import batch, build, path_gradients
 from tests.gradients.test_weighted_paths import MIXED, generator_of, norms_by_length, scaled_identities
 
@@ -60,6 +62,20 @@ def test_paths_without_a_score_are_left_out():
     logs = np.array([[-np.inf, -np.inf], [0.0, -np.inf], [-np.inf, -np.inf]])
     rows, log_probabilities = kept(logs, np.zeros((3, 2), dtype=int), 2, np.zeros(2))
     assert rows[np.isfinite(log_probabilities[:, 0]), 0].tolist() == [1]
+
+
+def test_a_path_of_which_next_to_nothing_is_expected_has_a_chance():
+    """Its weight stays below the reciprocal of a hundredth of a chance of 1 in 3, where it would be a billion."""
+    tensors = torch.tensor([1.0, 1.0, 1e-9], dtype=torch.float64)[:, None, None, None]
+    stack = Stack(tensors, torch.zeros(3, 1, 1, dtype=torch.int32))
+    population = Population(Cotangents(stack, {}), np.zeros((3, 1), dtype=int), np.zeros((3, 1)))
+    weights = []
+    for seed in range(1000):
+        chosen = Chooser(2, [0], np.ones((2, 1)), [np.random.default_rng(seed)])(population, nothing_below(1, 0))
+        weights += np.exp(chosen.log_weights[chosen.log_norms() < math.log(1e-6)]).tolist()
+    assert 3 <= len(weights) <= 50
+    assert max(weights) < 300
+    assert sum(weights) / 1000 == pytest.approx(1, abs=0.5)
 
 
 # What is expected
@@ -111,9 +127,19 @@ def test_estimates_are_unbiased():
 def test_the_work_is_that_of_the_populations():
     chain = scaled_identities([0.5] * 6)
     frame = rp.gradient_by_path_length(chain, *batch(3), method="sampled", num_draws=8)
-    # Lengths 0, 1, 5 and 6 have at most 8 paths; nine populations grow to 8 paths.
-    assert frame.attrs["num_block_vjps"] == 6 + 5 * 6 + 6 + 9 * (1 + 2 + 4 + 8 + 8 + 8)
+    # Lengths 0, 1, 5 and 6 have at most 8 paths; 21 populations grow to 8 paths.
+    assert frame.attrs["num_block_vjps"] == 6 + 5 * 6 + 6 + 21 * (1 + 2 + 4 + 8 + 8 + 8)
     assert frame.num_draws[[0, 1, 5, 6]].tolist() == [1, 6, 6, 1]
+
+
+def test_all_paths_are_measured_where_that_takes_no_more_than_populations_would():
+    chain = scaled_identities([0.5] * 12)
+    frame = rp.gradient_by_path_length(chain, *batch(60), method="sampled")
+    # Of 60 examples there are four populations of 64 paths or more, at lengths of more than 256 block VJPs.
+    exact = [k for k in range(13) if k * math.comb(12, k) <= 4 * 64]
+    assert exact == [0, 1, 2, 11, 12]
+    assert frame.path_length[frame.mean_path_gradient_norm_se == 0].tolist() == exact
+    assert frame.num_draws[exact].tolist() == [math.comb(12, k) for k in exact]
 
 
 def test_path_lengths_of_mixed_chains_are_those_of_paths():

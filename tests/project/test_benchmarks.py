@@ -24,7 +24,22 @@ from resnet_paths.core.chain import Block
 from resnet_paths.core.placement import place_modules
 from resnet_paths.zoo import load_network
 from tests.benchmarks import __main__ as command
-from tests.benchmarks import gpu, gradients, lesions, limit, neighbour, peers, scaling, studies, table, tokens, workers
+from tests.benchmarks import (
+    coverage,
+    gpu,
+    gradients,
+    lesions,
+    limit,
+    neighbour,
+    peers,
+    scaling,
+    studies,
+    table,
+    tokens,
+    workers,
+)
+from tests.gradients.gradient_reference import batch, build
+from tests.gradients.test_weighted_paths import random_recipe
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "notebooks" / "tables" / "benchmarks.md").read_text(encoding="utf-8")
@@ -299,6 +314,40 @@ def test_a_study_of_tokens_has_the_losses_of_a_loop():
     # Two blocks a layer: those behind each deleted layer and those of the intact chain, for 12 networks of 11 layers.
     assert f"divided by {12 * 22 / (24 + sum(range(0, 24, 2))):.2f}" in study["note"]
     assert loop["ratio"] == pytest.approx(loop["value"] / study["value"])
+
+
+@pytest.mark.filterwarnings("ignore:At path lengths")
+def test_the_page_of_coverage_has_a_row_for_each_method():
+    chain = build(random_recipe(np.random.default_rng(0)))
+    runs = {
+        method: [
+            rp.gradient_by_path_length(
+                chain, *batch(), **options | {"num_draws": 40}, generator=torch.Generator().manual_seed(seed)
+            )
+            for seed in range(3)
+        ]
+        for method, options in coverage.METHODS.items()
+    }
+    found = coverage.page(coverage.on_chains(range(2)), 2, runs, "a chain")
+    rows = [line for line in found.splitlines() if (line.startswith("| ") and "paths" in line) or "signs" in line]
+    assert sum("`mean_path_gradient_norm` | " in row for row in rows) == 2 * 3
+    assert sum("`rms_path_gradient_norm` | " in row for row in rows) == 2 * 3
+    assert "nan" not in found
+
+
+def test_intervals_about_a_reference_of_its_own_error_are_judged_by_the_error_of_the_run(monkeypatch):
+    """Runs with a standard error of 1 about the mean of two others: 95 % of the intervals hold what they should."""
+    values = 100 + np.random.default_rng(0).normal(size=(3, 4000))
+    runs = [
+        pd.DataFrame({"mean_path_gradient_norm": v, "mean_path_gradient_norm_se": 1.0, "num_paths": 7}) for v in values
+    ]
+    runs = [run.assign(path_length=range(4000), rms_path_gradient_norm=1.0) for run in runs]
+    monkeypatch.setattr(coverage, "WORTH", 1e-9)
+    reference = {"mean_path_gradient_norm": coverage.mean_of_runs(runs[1:])["mean_path_gradient_norm"]}
+    found = coverage.judged("some", runs[0], reference, math.sqrt(1.5))
+    assert len(found) == 4000
+    assert found.held.mean() == pytest.approx(0.95, abs=0.012)
+    assert coverage.error_ratio(found) == pytest.approx(1, abs=0.04)
 
 
 def test_the_table_of_deep_chains_has_a_row_for_each_function():
