@@ -3,7 +3,7 @@
 Random chains of at most ten blocks are compared with enumeration. On a ResNet-110 each run of populations is compared
 with the mean of the others, and runs of other methods with the mean of all runs of populations; where all examples
 take the same paths, which gives other numbers, with the mean of the others. From the same runs follows what an estimate
-takes to a true error of 10 %. ``--write`` makes the page ``notebooks/tables/coverage.md``. An hour on one core; with
+takes to a true error of 10 %. ``--write`` makes the page ``notebooks/tables/coverage.md``. An hour or more on one core; with
 ``--keep FOLDER`` runs are kept there, and a later call goes on.
 """
 
@@ -48,7 +48,7 @@ uniform paths and random signs the interval is taken as the estimate plus or min
 how often the intervals held the truth, at the lengths that hold at least a thousandth of the sum over lengths, without
 those that are exact; and the true relative errors over the stated ones, each as a root mean square.
 
-`.venv/bin/python -m tests.benchmarks.coverage --write` measures this and writes the page, in about an hour on one core.
+`.venv/bin/python -m tests.benchmarks.coverage --write` measures this and writes the page, in an hour or more on one core.
 
 <!-- Made by python -m tests.benchmarks.coverage --write. -->
 """
@@ -207,7 +207,7 @@ def page(chains: Judged, num_chains: int, runs: dict[str, list[pd.DataFrame]], n
     """The page of the documentation."""
     of_network = on_network(runs)
     num_examples = runs[POPULATIONS][0].attrs["num_examples"]
-    numbers = ", ".join(f"{len(frames)} of {method}" for method, frames in runs.items())
+    numbers = ", ".join(f"{len(frames)} of {method}" for method, frames in runs.items() if frames)
     notes = f"""
 Chains: {num_chains} random ones of 7 to 10 blocks, float64, three examples, against enumeration of all paths; 64 paths a
 population, 256 weighted paths of each length where all examples share them, 40 uniform ones.
@@ -238,7 +238,9 @@ def main() -> None:
     parser.add_argument("--chains", type=int, default=200)
     parser.add_argument("--network", default="preact-resnet-110")
     parser.add_argument("--images", type=int, default=4)
-    parser.add_argument("--runs", type=int, nargs=4, default=[20, 20, 20, 20], help="of each method, in their order")
+    parser.add_argument(
+        "--runs", type=int, nargs=4, default=[20, 20, 20, 20], help="of each method, in the order of the table"
+    )
     parser.add_argument("--keep", type=Path, help="folder for runs of the network")
     options = parser.parse_args()
     torch.set_num_threads(1)
