@@ -3,8 +3,8 @@
 Random chains of at most ten blocks are compared with enumeration. On a ResNet-110 each run of populations is compared
 with the mean of the others, and runs of other methods with the mean of all runs of populations; where all examples
 take the same paths, which gives other numbers, with the mean of the others. From the same runs follows what an estimate
-takes to a true error of 10 %. ``--write`` makes the page ``notebooks/tables/coverage.md``. An hour or more on one core; with
-``--keep FOLDER`` runs are kept there, and a later call goes on.
+takes to a true error of 10 %. ``--write`` makes the page ``notebooks/tables/coverage.md``. An hour or more on
+one core; with ``--keep FOLDER`` runs are kept there, and a later call goes on.
 """
 
 from __future__ import annotations
@@ -48,10 +48,11 @@ uniform paths and random signs the interval is taken as the estimate plus or min
 how often the intervals held the truth, at the lengths that hold at least a thousandth of the sum over lengths, without
 those that are exact; and the true relative errors over the stated ones, each as a root mean square.
 
-`.venv/bin/python -m tests.benchmarks.coverage --write` measures this and writes the page, in an hour or more on one core.
+`.venv/bin/python -m tests.benchmarks.coverage --write` measures this and writes the page (an hour or more).
 
 <!-- Made by python -m tests.benchmarks.coverage --write. -->
 """
+COLUMNS = ["method", "quantity", "path_length", "error", "stated", "held"]
 Judged = pd.DataFrame
 """One row for each interval: ``method``, ``quantity``, ``path_length``, ``error`` (of the quantity whose mean is
 estimated, relative), ``stated`` (likewise) and ``held``."""
@@ -84,7 +85,7 @@ def judged(method: str, frame: pd.DataFrame, truth: dict[str, np.ndarray], sprea
             error = ((found[i] / true[i]) ** power - 1) / spread
             held = low[i] <= expected[i] <= high[i]
             rows.append((method, name, int(frame.path_length[i]), error, power * se[i] / found[i], bool(held)))
-    return pd.DataFrame(rows, columns=["method", "quantity", "path_length", "error", "stated", "held"])
+    return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def enumerated(chain: ResidualChain, *, per_example: bool) -> dict[str, np.ndarray]:
@@ -152,7 +153,7 @@ def mean_of_runs(frames: list[pd.DataFrame]) -> dict[str, np.ndarray]:
 
 def on_network(runs: dict[str, list[pd.DataFrame]]) -> Judged:
     """Intervals of the runs of a network, about the mean of runs that do not count themselves."""
-    found = []
+    found: list[Judged] = []
     for method, frames in runs.items():
         for own, frame in enumerate(frames):
             if method in (POPULATIONS, SAME):
@@ -161,7 +162,7 @@ def on_network(runs: dict[str, list[pd.DataFrame]]) -> Judged:
                 found.append(judged(method, frame, mean_of_runs(others), math.sqrt(1 + 1 / len(others))))
             else:
                 found.append(judged(method, frame, mean_of_runs(runs[POPULATIONS])))
-    return pd.concat(found, ignore_index=True)
+    return pd.concat(found, ignore_index=True) if found else Judged(columns=COLUMNS)
 
 
 def needed(runs: dict[str, list[pd.DataFrame]], judged_runs: Judged) -> dict[tuple[str, str], tuple[float, float]]:
@@ -185,14 +186,16 @@ def error_ratio(rows: Judged) -> float:
 
 def table(chains: Judged, network: Judged) -> list[str]:
     """Coverage and the ratio of true errors to stated ones, as Markdown."""
+    columns, places = "intervals | coverage | true error over stated", {"chains": chains, "ResNet-110": network}
+    known = {name: found for name, found in places.items() if len(found)}
     lines = [
-        "| method | quantity | chains: intervals | coverage | true error over stated | ResNet-110: intervals | coverage | true error over stated |",  # noqa: E501
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        f"| method | quantity | {' | '.join(f'{name}: {columns}' for name in known)} |",
+        f"| --- | --- | {' | '.join(['---: | ---: | ---:'] * len(known))} |",
     ]
     for method in METHODS:
         for name in POWERS:
             cells = []
-            for found in (chains, network):
+            for found in known.values():
                 rows = found[(found.method == method) & (found.quantity == name)]
                 if len(rows):
                     cells += [f"{len(rows):,}", f"{rows.held.mean():.1%}", f"{error_ratio(rows):.2f}"]
@@ -206,27 +209,27 @@ def table(chains: Judged, network: Judged) -> list[str]:
 def page(chains: Judged, num_chains: int, runs: dict[str, list[pd.DataFrame]], network: str) -> str:
     """The page of the documentation."""
     of_network = on_network(runs)
-    num_examples = runs[POPULATIONS][0].attrs["num_examples"]
+    lines = [
+        *INTRO.splitlines(),
+        *table(chains, of_network),
+        "",
+        f"Chains: {num_chains} random ones of 7 to 10 blocks, float64, three examples, against enumeration of all paths;",
+        "64 paths a population, 256 weighted paths of each length where all examples share them, 40 uniform ones.",
+    ]
+    if not len(of_network):
+        return "\n".join(lines) + "\n"
     numbers = ", ".join(f"{len(frames)} of {method}" for method, frames in runs.items() if frames)
-    notes = f"""
-Chains: {num_chains} random ones of 7 to 10 blocks, float64, three examples, against enumeration of all paths; 64 paths a
-population, 256 weighted paths of each length where all examples share them, 40 uniform ones.
-
-ResNet-110: `{network}`, {num_examples} images, paths of at most {LONGEST} blocks, with respect to the output of the stem, default
-settings but for 40 uniform paths. Independent runs: {numbers}.
+    num_examples = runs[POPULATIONS][0].attrs["num_examples"]
+    lines += f"""
+ResNet-110: `{network}`, {num_examples} images, paths of at most {LONGEST} blocks, with respect to the output of the
+stem, default settings but for 40 uniform paths. Independent runs: {numbers}.
 A run of weighted paths is compared with the mean of the others, whose own error is allowed for, and the other methods
 with the mean of all runs of weighted paths. Intervals of one run are correlated.
 
 Block VJPs to a true error of {ERROR:.0%} at the worst of these lengths, of the mean norm and of the mean square:
-"""  # noqa: E501
-    lines = [
-        *INTRO.splitlines(),
-        *table(chains, of_network),
-        *notes.splitlines(),
-        "",
-        "| method | quantity | block VJPs of a run | to the error |",
-        "| --- | --- | ---: | ---: |",
-    ]
+
+| method | quantity | block VJPs of a run | to the error |
+| --- | --- | ---: | ---: |""".splitlines()
     for (method, name), (vjps, of_run) in needed(runs, of_network).items():
         lines.append(f"| {method} | `{name}` | {of_run:,.0f} | {vjps:,.0f} |")
     return "\n".join(lines) + "\n"
@@ -238,9 +241,7 @@ def main() -> None:
     parser.add_argument("--chains", type=int, default=200)
     parser.add_argument("--network", default="preact-resnet-110")
     parser.add_argument("--images", type=int, default=4)
-    parser.add_argument(
-        "--runs", type=int, nargs=4, default=[20, 20, 20, 20], help="of each method, in the order of the table"
-    )
+    parser.add_argument("--runs", type=int, nargs=4, default=[20, 20, 20, 20], help="of each method; 0 0 0 0 for none")
     parser.add_argument("--keep", type=Path, help="folder for runs of the network")
     options = parser.parse_args()
     torch.set_num_threads(1)
