@@ -214,7 +214,8 @@ def page(chains: Judged, num_chains: int, runs: dict[str, list[pd.DataFrame]], n
         *table(chains, of_network),
         "",
         f"Chains: {num_chains} random ones of 7 to 10 blocks, float64, three examples, against enumeration of all",
-        "paths; 64 paths a population, 256 weighted paths of each length where all examples share them, 40 uniform ones.",
+        "paths; 64 paths a population, 256 weighted paths of each length where all examples share them, 40 uniform",
+        "ones.",
     ]
     if not len(of_network):
         return "\n".join(lines) + "\n"
