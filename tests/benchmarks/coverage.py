@@ -10,6 +10,7 @@ one core; with ``--keep FOLDER`` runs are kept there, and a later call goes on.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import warnings
 from collections.abc import Iterable
@@ -127,7 +128,7 @@ def runs_on_network(network: str, num_images: int, runs: dict[str, int], keep: P
         for number, (method, options) in enumerate(METHODS.items()):
             if seed >= runs[method]:
                 continue
-            path = None if keep is None else keep / f"{network}-{num_images}-{number}-{seed}.pickle"
+            path = None if keep is None else keep / f"{network}-{num_images}-{number}-{seed}.json"
             if path is None or not path.exists():
                 generator = torch.Generator().manual_seed(1000 * number + seed)
                 frame = rp.gradient_by_path_length(
@@ -136,9 +137,13 @@ def runs_on_network(network: str, num_images: int, runs: dict[str, int], keep: P
                 print(f"{method}, run {seed}: {frame.attrs['num_block_vjps']:,} block VJPs", flush=True)
                 if path is not None:
                     keep.mkdir(parents=True, exist_ok=True)
-                    frame.to_pickle(path)
+                    attrs = {name: frame.attrs[name] for name in ("num_block_vjps", "num_examples")}
+                    with write_then_rename(path) as temporary:
+                        temporary.write_text(json.dumps({"attrs": attrs, "columns": frame.to_dict("list")}))
             else:
-                frame = pd.read_pickle(path)
+                kept = json.loads(path.read_text())
+                frame = pd.DataFrame(kept["columns"])
+                frame.attrs |= kept["attrs"]
             found[method].append(frame)
     return found
 

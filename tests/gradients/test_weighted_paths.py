@@ -305,19 +305,20 @@ def test_stated_errors_are_right():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.filterwarnings("ignore:At path lengths")
 @pytest.mark.parametrize(
-    ("options", "least_drawn"),
-    [({}, 100), ({"num_draws": 64}, 800), ({"per_example": False}, 100)],
+    ("options", "num_chains", "least_drawn"),
+    [({}, 200, 100), ({"num_draws": 64}, 60, 250), ({"per_example": False}, 60, 40)],
     ids=["populations", "populations of 64 paths", "the same paths for all examples"],
 )
-def test_estimates_of_200_chains_are_within_four_standard_errors(options, least_drawn):
+def test_estimates_of_random_chains_are_within_four_standard_errors(options, num_chains, least_drawn):
     """In all but 1 of 1,000, at the lengths that hold a thousandth.
 
     With a number of draws no length is exact but those that have no more paths.
     """
     far, drawn = [], 0
-    for seed in range(200):
+    for seed in range(num_chains):
         chain = build(random_recipe(np.random.default_rng(seed)), seed=seed)
         (point,) = Place.of(chain, "input").points(*batch(), None, 2**31, 1)
         paths = list(enumerate_paths(chain))
@@ -335,6 +336,6 @@ def test_estimates_of_200_chains_are_within_four_standard_errors(options, least_
             held = totals >= totals.sum() / 1000
             far += (abs(found - truth) > 4 * error + 1e-9 * truth)[held].tolist()
             drawn += (error > 1e-9 * truth)[held].sum()
-    assert len(far) > 2300
+    assert len(far) > 11.5 * num_chains
     assert drawn > least_drawn
     assert np.mean(far) <= 0.001

@@ -418,9 +418,17 @@ def test_data_sets_without_weights_are_refused():
 
 def test_logs_of_digits_have_every_seed_also_without_its_weights():
     frame = training_logs(dataset="digits")
+    epochs = frame.groupby(["network", "seed"]).epoch.agg(list)
+    assert epochs.map(lambda of_run: of_run == list(range(1, len(of_run) + 1))).all()
+    schedules = epochs.map(len).reset_index(name="schedule")
+    seeds = schedules.groupby(["schedule", "network"]).seed.agg(list)
     names = (*(f"preact-resnet-{depth}" for depth in (8, 14, 20, 32, 44, 56, 110)), "effective-110")
-    assert frame.groupby("network").seed.unique().map(list).to_dict() == {name: [0, 1, 2] for name in names}
-    assert (frame.groupby(["network", "seed"]).epoch.agg(list).map(lambda epochs: epochs == list(range(1, 51)))).all()
+    assert seeds[50].drop("preact-resnet-110-option-a").to_dict() == {name: [0, 1, 2] for name in names}
+    for schedule in (25, 100, 200):  # notebook 05
+        assert seeds[schedule, "effective-110"] == seeds[schedule, "preact-resnet-110"]
+        assert len(seeds[schedule, "effective-110"]) >= 3
+    assert len(seeds[50, "preact-resnet-110-option-a"]) == 3
+    assert len(seeds[200, "stochastic-depth-110"]) >= 2
     assert training_logs("effective-110", dataset="digits").equals(
         frame[frame["network"] == "effective-110"].reset_index(drop=True)
     )
