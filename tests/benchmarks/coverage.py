@@ -228,7 +228,7 @@ def page(chains: Judged, num_chains: int, runs: dict[str, list[pd.DataFrame]], n
     num_examples = runs[POPULATIONS][0].attrs["num_examples"]
     lines += f"""
 ResNet-110: `{network}`, {num_examples} images, paths of at most {LONGEST} blocks, with respect to the output of the
-stem, default settings but for 40 uniform paths. Independent runs: {numbers}.
+stem, default settings except for 40 uniform paths. Independent runs: {numbers}.
 A run of weighted paths is compared with the mean of the others, whose own error is allowed for, and the other methods
 with the mean of all runs of weighted paths. Intervals of one run are correlated.
 
