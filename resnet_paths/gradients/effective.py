@@ -175,8 +175,9 @@ def decay_factors(frame: pd.DataFrame, quantity: str = "mean_path_gradient_norm"
 
     Args:
         frame: From `resnet_paths.gradient_by_path_length`.
-        quantity: A column of norms of single paths. Its standard errors are those of independent estimates, as those of
-            paths that are drawn for each length.
+        quantity: A column of norms of single paths. Its standard errors are taken as those of independent estimates,
+            such as those of paths that are drawn for each length. Paths that each example has of its own are drawn for
+            all lengths together; neighbouring estimates then err alike, and the errors of factors are too large.
 
     Returns:
         One row for each pair of neighbouring lengths: ``path_length``, the longer one; ``factor``; ``factor_se``, to
