@@ -35,6 +35,7 @@ from resnet_paths._utils.statistics import mean_over_examples
 from resnet_paths.core.chain import ResidualChain
 from resnet_paths.core.inputs import Inputs, InputsOrLoader, batches_with_bar
 from resnet_paths.core.paths import lengths_up_to, path_polynomial
+from resnet_paths.gradients.coherence import null_coherence
 from resnet_paths.gradients.effective import (
     PAPER_WINDOW,
     EffectiveWindow,
@@ -61,7 +62,6 @@ from resnet_paths.gradients.independence import (
 from resnet_paths.gradients.losses import Loss
 from resnet_paths.gradients.measurements import Measurements
 from resnet_paths.gradients.moments import PathLengthMoments, path_length_moments
-from resnet_paths.gradients.null import null_coherence
 from resnet_paths.gradients.points import Place, Point, num_block_vjps
 from resnet_paths.gradients.populations import measure_populations
 from resnet_paths.gradients.scalar import scalar_gradients
@@ -140,9 +140,9 @@ def gradient_by_path_length(
             together, a population for all lengths; there are four populations or more, so that their errors have 60
             degrees of freedom. If None: 64 weighted paths at a time, and populations (100 at most) or signs (1000)
             until `relative_error` is reached; 20 uniform paths. Where a length has no more paths than that, weighted
-            paths are all of them, each once, without error; if None, also where that takes few block VJPs beside the
-            populations. Where `per_example` is False: weighted paths of each length; if None, 128 to 5000 of them, or
-            all where there are at most 256.
+            paths are all of them, each once, without error; if None, also where measuring all of them takes few block
+            VJPs compared with the populations. Where `per_example` is False: weighted paths of each length; if None,
+            128 to 5000 of them, or all where there are at most 256.
         relative_error: The relative standard error due to the draws at which to stop: of ``mean_path_gradient_norm``
             and of the square of ``rms_path_gradient_norm`` for weighted paths, of ``rms_path_gradient_norm`` for signs.
             It is reached at every length that holds at least a thousandth of the sum over lengths; the stated errors of

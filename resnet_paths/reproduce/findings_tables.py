@@ -65,8 +65,7 @@ def read_findings(path: Path | None = None) -> pd.DataFrame:
         One row per finding; absent text is empty.
     """
     frame = pd.read_csv(path or shipped_folder("data") / FILE)
-    frame = frame.assign(example=frame.get("example", "image"))  # files before this column were of images alone
-    return frame[list(COLUMNS)].fillna(dict.fromkeys(_TEXT, ""))
+    return frame.fillna(dict.fromkeys(_TEXT, ""))
 
 
 def findings_table(frame: pd.DataFrame) -> str:

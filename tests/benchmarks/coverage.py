@@ -4,7 +4,7 @@ Random chains of at most ten blocks are compared with enumeration. On a ResNet-1
 with the mean of the others, and runs of other methods with the mean of all runs of populations; where all examples
 take the same paths, which gives other numbers, with the mean of the others. From the same runs follows what an estimate
 takes to a true error of 10 %. ``--write`` makes the page ``notebooks/tables/coverage.md``. An hour or more on
-one core; with ``--keep FOLDER`` runs are kept there, and a later call goes on.
+one core; with ``--keep FOLDER`` runs are kept there, and a later call resumes.
 """
 
 from __future__ import annotations
@@ -173,8 +173,8 @@ def on_network(runs: dict[str, list[pd.DataFrame]]) -> Judged:
 def needed(runs: dict[str, list[pd.DataFrame]], judged_runs: Judged) -> dict[tuple[str, str], tuple[float, float]]:
     """Block VJPs to a true error of 10 % at the worst length, for every method and quantity; and those of a run.
 
-    Few runs know the true error of a single length badly, so that its variance is that which runs state, on average,
-    times the ratio of true to stated variances over all lengths.
+    The true error at a single length is known poorly from few runs. Its variance is taken as the mean of the stated
+    ones times the ratio of true to stated variances over all lengths.
     """
     found = {}
     for (method, name), rows in judged_runs.groupby(["method", "quantity"]):

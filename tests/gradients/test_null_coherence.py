@@ -10,7 +10,7 @@ import torch
 
 import resnet_paths as rp
 from resnet_paths.gradients import null_coherence
-from resnet_paths.gradients.null import sources_of
+from resnet_paths.gradients.coherence import drawn_examples
 from tests.gradients.gradient_reference import (
     Recipe,
     batch,
@@ -108,12 +108,12 @@ def test_each_block_has_its_own_example():
 
 def _drawn(num_blocks, num_examples, num_others, seed, repeats):
     generator = torch.Generator().manual_seed(seed)  # all paths are measured: nothing else is drawn
-    return [sources_of(num_blocks, num_examples, num_others, generator) for _ in range(repeats)]
+    return [drawn_examples(num_blocks, num_examples, num_others, generator) for _ in range(repeats)]
 
 
 @pytest.mark.parametrize("num_blocks", [1, 4, 5, 9])
 def test_sources_are_all_different_as_long_as_there_are_enough(num_blocks):
-    chosen = sources_of(num_blocks, 1000, 4, torch.Generator().manual_seed(0)).numpy()
+    chosen = drawn_examples(num_blocks, 1000, 4, torch.Generator().manual_seed(0)).numpy()
     assert chosen.shape == (num_blocks, 1000)
     for start in range(0, num_blocks, 4):
         some = np.sort(chosen[start : start + 4], 0)

@@ -189,12 +189,6 @@ def test_the_tables_of_the_documentation_are_those_of_the_data():
         assert replace_tables(text, frame) == text, f"run 'resnet-paths findings --update' to write {page} again"
 
 
-def test_examples_of_older_files_are_images(tmp_path):
-    path = tmp_path / "findings.csv"
-    read_findings().drop(columns="example").to_csv(path, index=False)
-    assert set(read_findings(path).example) == {"image"}
-
-
 @pytest.mark.parametrize("counts", [[1] * 8, [0] * 8, [1, 1, 1, 0, 1, 1, 1, 1], [3, 3, 2, 3, 3, 3, 3, 3]])
 def test_intervals_of_rates_stay_within_0_and_100_percent(counts):
     sizes = [max(counts, default=1) or 1] * 8

@@ -1,14 +1,14 @@
-"""How coherent paths are without what could make them so: the coherence beside that of a null.
+"""Coherence of the paths of each length compared with that of a null model.
 
 The squared coherence of the paths of length k is 1 + sum over pairs of different paths <g_S, g_T> / sum over S |g_S|^2.
-A null keeps the network and its branches but breaks one thing that the paths of an example share. What it leaves of the
-second term is ``kept_share``.
+A null model keeps the network but removes one thing that the paths of an example have in common. The fraction of the
+second term that remains is ``kept_share``.
 
 - *Jacobians of other examples*: each block is linearized at the state of another example, of its own, so that no two
   blocks agree because they saw the same image. What is left belongs to the network rather than to the example.
 - *Random signs*: every branch gets a factor of +1 or -1. Norms of paths stay as they are, and so does the alignment of
   what branches write and read up to sign; the expectation of |G_k|^2 is the sum of |g_S|^2 (Parseval's identity), so
-  that the coherence is 1 in the root mean square for any network. What remains is how far single draws go.
+  that the root mean square of the coherence is 1 for any network. Only the spread between draws is informative.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from resnet_paths.gradients.measurements import Measurements
 from resnet_paths.gradients.points import Place, Point
 from resnet_paths.gradients.populations import measure_populations
 
-__all__ = ["null_coherence", "sources_of"]
+__all__ = ["drawn_examples", "null_coherence"]
 
 
 @torch.inference_mode(False)
@@ -51,15 +51,15 @@ def null_coherence(
     memory_budget: int = 2**31,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Coherence of the paths of each length, and how much of it a null keeps.
+    """Coherence of the paths of each length, and the part of it that remains under a null model.
 
     Coherence is the root of ``mean |G_k|^2 / mean sum over S of |g_S|^2``, with the gradients g_S of the paths of
     length k and their sum G_k, as in `resnet_paths.gradient_by_path_length`; both means are over examples. In the null
-    with `others`, the Jacobians of skip, branch and what follows the addition of block i are those at the state of an
-    example j(i) of `others`, drawn for each example, block and repetition; blocks of one example take different ones
-    as long as there are enough. Those of stem and head stay. Without `others`, each branch has a random factor of +1
-    or -1. What is left of the coherence belongs to the network rather than to the example, as the alignment of singular
-    vectors across blocks does in part (Li and Papyan 2023, residual alignment).
+    model with `others`, the Jacobians of skip, branch and what follows the addition of block i are those at the state
+    of an example j(i) of `others`, drawn for each example, block and repetition; blocks of one example take different
+    ones as long as there are enough. Those of stem and head stay. Without `others`, each branch has a random factor of
+    +1 or -1. What is left of the coherence belongs to the network rather than to the example, as the alignment of
+    singular vectors across blocks does in part (Li and Papyan 2023, residual alignment).
 
     A repetition costs what ``method="energy"`` does with `others`, and n (n + 1) / 2 block VJPs with signs.
 
@@ -67,14 +67,14 @@ def null_coherence(
         chain: The chain, in eval mode.
         inputs: A batch or a loader, as for `resnet_paths.gradient_by_path_length`.
         targets: What `loss` takes beside the logits.
-        others: Examples, as the chain is called, at whose states blocks are linearized: other ones than `inputs`, and
-            better more than there are blocks. None for random signs.
-        num_repeats: How many times the null is drawn, at least 2.
+        others: Examples, as the chain is called, at whose states blocks are linearized. They should differ from
+            `inputs` and be more than there are blocks. None for random signs.
+        num_repeats: Number of draws of the null model, at least 2.
         max_length: The longest paths of interest; all if None.
         loss: From (logits, targets) to a loss for each example; cross-entropy if None.
         with_respect_to: ``"input"``, ``"stem"``, or a block, for its output.
         num_draws: Paths in a population, from which the energy is estimated; None for as many as `relative_error`
-            takes.
+            requires.
         relative_error: Relative standard error of the energy of a batch at which to stop, between 0 and 1.
         generator: Source of examples, signs and paths; seed 0 if None.
         memory_budget: Bytes that stacks of cotangents may take; the states of `others` are held beside them.
@@ -84,9 +84,9 @@ def null_coherence(
         One row per path length: ``path_length``; ``num_paths``, exact; ``coherence`` with ``coherence_se``, due to the
         draws of paths; ``null_coherence`` over all repetitions, with ``null_coherence_se`` over repetitions, and
         ``null_coherence_low`` and ``null_coherence_high``, between which 95 % of the repetitions lie (with signs a few
-        draws have most of the square: 100 repetitions are not too many); ``kept_share``,
-        ``(null_coherence^2 - 1) / (coherence^2 - 1)``, with ``kept_share_se``, both to first order: NaN where there is
-        one path, and without meaning where coherence is 1 within its error.
+        draws dominate the mean square; use 100 repetitions or more); ``kept_share``,
+        ``(null_coherence^2 - 1) / (coherence^2 - 1)``, with ``kept_share_se``, both to first order; NaN where there is
+        one path, and not meaningful where coherence is 1 within its error.
 
     Raises:
         ResnetPathsError: As `resnet_paths.gradient_by_path_length`; if blocks read context beside the state, which
@@ -138,7 +138,7 @@ def null_coherence(
     return _frame(counts, Measurements.joined(own), [Measurements.joined(repeat) for repeat in null])
 
 
-def sources_of(num_blocks: int, num_examples: int, num_others: int, generator: torch.Generator) -> torch.Tensor:
+def drawn_examples(num_blocks: int, num_examples: int, num_others: int, generator: torch.Generator) -> torch.Tensor:
     """At which of the other examples each block of each example is linearized.
 
     Args:
@@ -186,7 +186,7 @@ def _at_others(
 ) -> Points:
     """The same examples, with the blocks above the place linearized at states of others."""
     above = range(place.down_to, len(place.chain))
-    chosen = sources_of(len(above), own.num_examples, len(pool[0]), generator).to(pool[0].device)
+    chosen = drawn_examples(len(above), own.num_examples, len(pool[0]), generator).to(pool[0].device)
 
     def mixed(rows: int) -> Iterator[Point]:
         first = 0
