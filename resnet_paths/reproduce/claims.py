@@ -154,7 +154,7 @@ def _of_finding(text: str, finding: Finding) -> Claim:
     comparisons: list[list[Any]] = []
     if finding.expected == "differs":
         comparisons = [[finding.verdict, "in", ["differs", "too small to tell"]]]
-    elif math.isfinite(low + high):
+    elif finding.expected and math.isfinite(low + high):
         if math.isfinite(finding.at_most):
             comparisons.append([low, "<=", finding.at_most])
         if math.isfinite(finding.at_least):

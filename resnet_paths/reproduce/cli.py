@@ -110,6 +110,10 @@ def reproduce(
         list[str] | None, typer.Option(help="Prefix of a notebook's name, such as 02; may be repeated.")
     ] = None,
     device: Annotated[str, typer.Option(help="'auto', or a device of torch such as 'cuda:1'.")] = "auto",
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="Run those notebooks that have this parameter on another data set, such as 'cifar-10'."),
+    ] = None,
     output: Annotated[Path, typer.Option(help="Folder for figures and executed notebooks.")] = Path("figures"),
     update: Annotated[
         bool, typer.Option("--update", help="Replace the outputs kept in the notebooks; quick profile only.")
@@ -118,7 +122,7 @@ def reproduce(
     """Run all notebooks in order; write every figure as PDF, SVG, PNG and CSV, and a page that shows all figures."""
     from resnet_paths.reproduce.runner import reproduce
 
-    results = reproduce(output, profile=profile, only=only or (), device=device, update=update)
+    results = reproduce(output, profile=profile, only=only or (), device=device, dataset=dataset, update=update)
     for result in results:
         why = result.error or result.skipped
         state = "failed" if result.error else "skipped" if result.skipped else "passed"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,9 +19,11 @@ from scipy import stats
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths._utils.statistics import rate_interval
 
-__all__ = ["Finding", "as_expected", "findings_frame", "interval_text", "number_text"]
+__all__ = ["Finding", "as_expected", "findings_frame", "interval_text", "number_text", "on_dataset"]
 
-_VERDICTS = ("agrees", "differs")
+_EXPECTATIONS = ("agrees", "differs", "")
+_TITLES = {"fashion-mnist": "Fashion-MNIST", "cifar-10": "CIFAR-10"}
+_INCLUDED = _TITLES["fashion-mnist"]  # the data set of the results that are included with the project
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Finding:
         over: What the interval is over: ``"images"``, ``"seeds"``, ``"blocks"``, ``"sets of blocks"``.
         at_least: Lower end of the predicted range.
         at_most: Its upper end.
-        expected: ``"agrees"``, or ``"differs"`` where an earlier run refuted the prediction.
+        expected: ``"agrees"``, ``"differs"`` where an earlier run refuted the prediction, or empty if either may be.
         networks: Names of the networks.
         seeds: Number of training runs.
         images: Number of examples.
@@ -59,14 +61,14 @@ class Finding:
     seeds: int = 1
     images: int = 0
     example: str = "image"
-    dataset: str = "Fashion-MNIST"
+    dataset: str = _INCLUDED
     source: str = ""
     larger_run: str = ""
     headline: bool = False
 
     def __post_init__(self) -> None:
-        if self.expected not in _VERDICTS:
-            raise ResnetPathsError("expected", self.expected, " or ".join(map(repr, _VERDICTS)))
+        if self.expected not in _EXPECTATIONS:
+            raise ResnetPathsError("expected", self.expected, " or ".join(map(repr, _EXPECTATIONS)))
         if not self.at_least <= self.at_most:
             raise ResnetPathsError("at_least", self.at_least, f"a number up to at_most, {self.at_most}")
         low, high = self.ends
@@ -199,7 +201,7 @@ class Finding:
     @property
     def as_expected(self) -> bool:
         """Whether the interval does not exclude what was expected."""
-        return self.verdict in ("", self.expected, "too small to tell")
+        return not self.expected or self.verdict in ("", self.expected, "too small to tell")
 
     @property
     def prediction(self) -> str:
@@ -257,6 +259,30 @@ def as_expected(findings: Sequence[Finding]) -> bool:
     if not findings:
         raise ResnetPathsError("findings", findings, "at least one finding")
     return all(finding.as_expected for finding in findings)
+
+
+def on_dataset(findings: Sequence[Finding], dataset: str) -> list[Finding]:
+    """The findings of a notebook whose parameter is a data set.
+
+    Which predictions hold is known of the included results, which are of Fashion-MNIST. On another data set either
+    verdict may be, so that a notebook does not fail where its results differ from those.
+
+    Args:
+        findings: The findings. Those with a data set of their own are returned as they are.
+        dataset: Name of the data set on which the others were measured, such as ``"cifar-10"``.
+
+    Returns:
+        The findings, with the title of the data set.
+
+    Example:
+        >>> (finding,) = on_dataset([Finding("cost", 2.0, (1.5, 2.5), at_most=1)], "cifar-10")
+        >>> finding.dataset, finding.verdict, as_expected([finding])
+        ('CIFAR-10', 'differs', True)
+    """
+    title = _TITLES.get(dataset, dataset)
+    if title == _INCLUDED:
+        return list(findings)
+    return [replace(one, dataset=title, expected="") if one.dataset == _INCLUDED else one for one in findings]
 
 
 def findings_frame(findings: Iterable[Finding]) -> pd.DataFrame:

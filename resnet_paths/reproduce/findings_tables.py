@@ -96,8 +96,15 @@ def update_findings(folder: Path, data: Path | None = None, pages: Path | None =
         Paths of the files that were written.
 
     Raises:
-        ResnetPathsError: If no notebook of the folder has findings.
+        ResnetPathsError: If no notebook of the folder has findings, or one was executed on another data set.
     """
+    for executed in sorted((folder / "notebooks").glob("*.ipynb")):
+        notebook: Any = nbformat.read(executed, as_version=4)  # type: ignore[no-untyped-call]
+        dataset = notebook.metadata.get("resnet_paths", {}).get("dataset")
+        if dataset is not None:
+            raise ResnetPathsError(
+                "folder", str(folder), f"notebooks executed without --dataset; {executed.stem} was on {dataset!r}"
+            )
     new = collect_findings(folder)
     path = (data or shipped_folder("data")) / FILE
     if path.is_file():

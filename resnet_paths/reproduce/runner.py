@@ -8,7 +8,7 @@ an extra that is not installed is skipped.
 
 from __future__ import annotations
 
-import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,8 +18,10 @@ from tqdm.auto import tqdm
 from resnet_paths._utils.devices import choose_device
 from resnet_paths._utils.errors import MissingExtraError, ResnetPathsError, requires_extra
 from resnet_paths._utils.files import shipped_folder, write_then_rename
+from resnet_paths.reproduce.datasets import DATASETS
 from resnet_paths.reproduce.gallery import write_gallery
 from resnet_paths.reproduce.kept_outputs import ADDED, keep_outputs, stale_reason
+from resnet_paths.reproduce.kernels import kernel_environment
 
 with requires_extra("notebooks"):
     import nbformat
@@ -30,15 +32,6 @@ with requires_extra("notebooks"):
 __all__ = ["NotebookResult", "find_notebooks", "reproduce", "run_notebook"]
 
 PROFILES = ("quick", "full")
-
-WAITING = {"GOMP_SPINCOUNT": "1000"}
-"""How threads of a kernel wait at the barrier after each parallel loop: they spin for some 0.01 ms and then sleep.
-
-By default libgomp's threads spin for some 3 ms, as long as a time slice of the scheduler. Where another process
-occupies a core, they spin while the last thread waits for that very core. Threads that sleep at once (OMP_WAIT_POLICY
-PASSIVE) leave the core, but have to be woken for every loop, of which a small network has thousands a second. libgomp
-reads this when it is loaded; other OpenMP libraries ignore it. `tests.benchmarks.neighbour` compares the choices.
-"""
 
 _SET, _RECORD = ADDED
 _RECORD += """: the claims above and their values, for the gallery and the tests
@@ -147,7 +140,7 @@ def _execute(
     )
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        client.execute(env=_environment())
+        client.execute(env=kernel_environment())
     except CellExecutionError as failure:
         if failure.ename == MissingExtraError.__name__:
             return None, failure.evalue
@@ -157,19 +150,13 @@ def _execute(
     return None, None
 
 
-def _environment() -> dict[str, str]:
-    """Environment of kernels: the user's own, where OpenMP's threads wait as `WAITING` says."""
-    if any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")):
-        return dict(os.environ)
-    return {**WAITING, **os.environ}
-
-
 def reproduce(
     output: Path,
     *,
     profile: str = "quick",
     only: Sequence[str] = (),
     device: str = "auto",
+    dataset: str | None = None,
     update: bool = False,
     folder: Path | None = None,
     progress: bool = True,
@@ -182,8 +169,10 @@ def reproduce(
         profile: ``"quick"`` (minutes on a laptop) or ``"full"`` (the sizes stated in each notebook).
         only: Prefixes of the names of notebooks to execute; all if empty.
         device: Device of the networks: ``"auto"``, the accelerator if one is available, or a torch device.
+        dataset: Name of a data set of images; that of each notebook by default. Notebooks without this parameter are
+            not executed.
         update: Whether to replace the outputs that are kept in the notebooks, of those that succeed; with the quick
-            profile only.
+            profile and without `dataset` only.
         folder: Folder of the notebooks; the shipped ones by default.
         progress: Whether to show a progress bar over cells.
 
@@ -191,17 +180,26 @@ def reproduce(
         The results, in order.
 
     Raises:
-        ResnetPathsError: If the profile is unknown, or another one than ``"quick"`` with `update`, if `only` matches no
-            notebook, or the device is invalid.
+        ResnetPathsError: If the profile or the data set is unknown, or not the default with `update`, if no notebook is
+            left, or the device is invalid.
     """
     if profile not in PROFILES:
         raise ResnetPathsError("profile", profile, " or ".join(map(repr, PROFILES)))
     if update and profile != "quick":
         raise ResnetPathsError("profile", profile, "'quick' with update")
+    if update and dataset is not None:
+        raise ResnetPathsError("dataset", dataset, "None with update")
     paths = find_notebooks(only, folder)
     choose_device(device)
     output = output.resolve()
     parameters = {"profile": profile, "figures_folder": str(output), "device": device}
+    if dataset is not None:
+        if dataset not in DATASETS:
+            raise ResnetPathsError("dataset", dataset, f"None or one of {', '.join(map(repr, DATASETS))}")
+        paths = [path for path in paths if _has_parameter(path, "dataset")]
+        if not paths:
+            raise ResnetPathsError("only", list(only), "a notebook with the parameter 'dataset'")
+        parameters["dataset"] = dataset
     num_cells = {path: path.read_text(encoding="utf-8").count('"cell_type": "code"') + 2 for path in paths}
     results = []
     with tqdm(total=sum(num_cells.values()), unit="cell", disable=not progress) as bar:
@@ -215,6 +213,19 @@ def reproduce(
             done += num_cells[path]
             bar.update(done - bar.n)
     return results
+
+
+def _has_parameter(path: Path, name: str) -> bool:
+    """Whether a notebook has a parameter; false of a file that is not a notebook."""
+    try:
+        cells = nbformat.read(path, as_version=4).cells
+    except (ValueError, KeyError, AttributeError, OSError):
+        return False
+    return any(
+        re.search(rf"^{name} = ", cell.source, re.MULTILINE)
+        for cell in cells
+        if "parameters" in cell.metadata.get("tags", [])
+    )
 
 
 def _with_kept_outputs(result: NotebookResult, path: Path, executed: Path, update: bool) -> NotebookResult:

@@ -100,14 +100,20 @@ def load_network(
     return model.eval().to(device)
 
 
-def list_networks() -> pd.DataFrame:
-    """List all known networks, with the test error of those with shipped weights for the data set of their recipe.
+def list_networks(*, dataset: str | None = None) -> pd.DataFrame:
+    """List all known networks, with the test error of those with shipped weights.
+
+    Args:
+        dataset: Data set on which they were trained; that of each network's recipe by default.
 
     Returns:
         One row per network: ``name``, ``description``, ``num_blocks``, ``num_paths`` (exact int), ``num_parameters``,
         ``trained`` (whether weights are shipped), ``dataset``, ``epochs``, ``seeds`` and ``snapshots`` (tuples of ints,
         valid arguments of `load_network`), and for the first seed ``test_error_rate`` in [0, 1], ``test_rmse``, the
         root-mean-square error of a denoiser, or ``test_bits_per_byte`` of a language model.
+
+    Raises:
+        ResnetPathsError: If `dataset` is not a name.
 
     Example:
         >>> list_networks().set_index("name").num_paths["preact-resnet-20"]
@@ -117,7 +123,7 @@ def list_networks() -> pd.DataFrame:
     for name, facts in NETWORKS.items():
         with torch.device("meta"):
             model = facts.build(in_channels=1, num_classes=facts.num_classes)
-        found = weights_in(shipped_networks(name), name)
+        found = weights_in(shipped_networks(name, dataset), name)
         seeds = tuple(seed for seed, snapshot in found if snapshot is None)
         metadata = read_metadata(found[seeds[0], None]) if seeds else {}
         rows.append({

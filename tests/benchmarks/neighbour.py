@@ -1,4 +1,4 @@
-"""A notebook cell beside a busy process, by how its threads wait: ``python -m tests.benchmarks.neighbour``.
+"""A notebook cell beside a busy process, by number of threads and how they wait: ``python -m tests.benchmarks.neighbour``.
 
 The cell is a small lesion study. For each way there is a process, since libgomp reads the environment at its start; all
 are started first, and then the study runs in each of them in turn, first with nothing beside it, then with a process
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 import resnet_paths as rp
-from resnet_paths.reproduce.runner import WAITING
+from resnet_paths.reproduce.kernels import WAITING, idle_threads
 from tests.benchmarks import table
 from tests.benchmarks.studies import batches, chain_of
 from tests.benchmarks.table import row
@@ -41,17 +41,21 @@ class Contender:
 
     Attributes:
         environment: What OpenMP reads at its start.
-        threads: How many there are; None for as many as asked for.
+        threads: How many there are, from the number that was asked for; evaluated before each study.
     """
 
     environment: dict[str, str] = field(default_factory=dict)
-    threads: int | None = None
+    threads: Callable[[int], int] = lambda asked_for: asked_for
 
     def prepare(self, settings: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
-        if self.threads is not None:
-            torch.set_num_threads(self.threads)
         run = study(settings["images"])
-        return lambda request: {"seconds": run()}
+
+        def answer(request: dict[str, Any]) -> dict[str, Any]:
+            torch.set_num_threads(settings["threads"])
+            torch.set_num_threads(self.threads(settings["threads"]))
+            return {"seconds": run()}
+
+        return answer
 
 
 DEFAULT = "threads that spin for some 3 ms, the default"
@@ -62,8 +66,9 @@ CONTENDERS = {
         f"threads that spin for some {ms} ms, GOMP_SPINCOUNT={count}": Contender({"GOMP_SPINCOUNT": str(count)})
         for ms, count in ((0.003, 300), (0.03, 3_000), (0.1, 10_000))
     },
-    f"kernels of reproduce, {', '.join('='.join(item) for item in WAITING.items())}": Contender(WAITING),
-    "one thread": Contender(threads=1),
+    f"threads that spin for some 0.01 ms, {', '.join('='.join(item) for item in WAITING.items())}": Contender(WAITING),
+    "kernels of reproduce: the same, a thread for each idle core": Contender(WAITING, lambda asked_for: idle_threads()),
+    "one thread": Contender(threads=lambda asked_for: 1),
 }
 """The default is the first. libgomp reckons with 100,000 spins a millisecond."""
 

@@ -17,7 +17,7 @@ from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths._utils.files import shipped_folder
 from resnet_paths.reproduce import cli
 from resnet_paths.reproduce.claims import check_claim, read_claims
-from resnet_paths.reproduce.findings import Finding, as_expected, findings_frame
+from resnet_paths.reproduce.findings import Finding, as_expected, findings_frame, on_dataset
 from resnet_paths.reproduce.findings_tables import (
     PAGES,
     findings_table,
@@ -99,7 +99,7 @@ def test_verdicts(interval, bounds, verdict, prediction):
 
 
 def test_wrong_findings_are_refused():
-    with pytest.raises(ResnetPathsError, match="expected: got 'maybe'; allowed: 'agrees' or 'differs'"):
+    with pytest.raises(ResnetPathsError, match="expected: got 'maybe'; allowed: 'agrees' or 'differs' or ''"):
         Finding("x", 1, expected="maybe")
     with pytest.raises(ResnetPathsError, match="at_least: got 3"):
         Finding("x", 1, at_least=3, at_most=2)
@@ -107,6 +107,19 @@ def test_wrong_findings_are_refused():
         Finding("x", 1, (2, 1))
     with pytest.raises(ResnetPathsError, match="at least one finding"):
         as_expected([])
+
+
+@pytest.mark.parametrize("expected", ["agrees", "differs"])
+@pytest.mark.parametrize("interval", [(0.1, 0.9), (1.1, 1.9)])
+def test_on_another_data_set_either_verdict_may_be(interval, expected):
+    measured = Finding("cost", 1.0, interval, at_most=1, expected=expected)
+    of_text = Finding("loss", 1.0, interval, at_most=1, expected=expected, dataset="python-docs")
+    moved, kept = on_dataset([measured, of_text], "cifar-10")
+    assert (moved.dataset, moved.verdict, moved.as_expected) == ("CIFAR-10", measured.verdict, True)
+    check_claim(read_claims("assert f.as_expected, [f]", {"f": moved})[0])
+    assert kept == of_text
+    assert on_dataset([measured, of_text], "fashion-mnist") == [measured, of_text]
+    assert on_dataset([measured], "digits")[0].dataset == "digits"
 
 
 FINDINGS = [

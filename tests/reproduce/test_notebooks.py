@@ -131,6 +131,27 @@ def test_networks_run_where_the_parameters_say(name):
             assert keywords["folder"] in ("data_folder", "text_folder")
 
 
+@pytest.mark.parametrize("name", SHIPPED)
+def test_images_and_networks_are_those_of_the_data_set_in_the_parameters(name):
+    """`resnet-paths reproduce --dataset` reaches every network and every finding."""
+    _, parameters, *others = code_of(SHIPPED[name])
+    source = "\n".join(others)
+    if name[:2] in ("17", "23", "24"):  # text, several data sets, the networks of others
+        assert '\ndataset = "' not in parameters
+        return
+    assert '\ndataset = "fashion-mnist"' in parameters
+    assert "findings = on_dataset(findings, dataset)" in source
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    for call in calls:
+        function, keywords = ast.unparse(call.func), {k.arg: ast.unparse(k.value) for k in call.keywords}
+        if function in ("rp.load_network", "rp.zoo.training_logs", "rp.list_networks"):
+            of_folder = function == "rp.load_network" and len(call.args) > 1  # weights that were selected by data set
+            assert of_folder or "dataset" in keywords or call.args[0].value == "gpt-small", ast.unparse(call)
+    # Only where it matters whether the results are those that are included, or how many images there are.
+    named = [line for line in source.splitlines() if '"fashion-mnist"' in line]
+    assert all(re.search(r'dataset [!=]= "fashion-mnist"|60_000', line) for line in named), named
+
+
 def test_no_two_notebooks_write_the_same_figure():
     stems = [stem for notebook in SHIPPED.values() for stem in figures_of(notebook)]
     assert len(stems) == len(set(stems))

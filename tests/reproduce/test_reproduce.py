@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import nbformat
 import pytest
@@ -10,8 +12,9 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from typer.testing import CliRunner
 
 import resnet_paths as rp
-from resnet_paths.reproduce import cli
+from resnet_paths.reproduce import cli, kernels
 from resnet_paths.reproduce.claims import claims_of
+from resnet_paths.reproduce.findings_tables import update_findings
 from resnet_paths.reproduce.runner import reproduce, run_notebook
 
 
@@ -53,29 +56,82 @@ def test_a_failing_notebook_is_named_and_the_others_run(folder, tmp_path):
     assert len(shipped.cells) == 5
 
 
+def test_a_data_set_reaches_the_notebooks_that_have_the_parameter(folder, tmp_path):
+    cells = [new_code_cell('figures_folder = ""\ndataset = "own"', metadata={"tags": ["parameters"]})]
+    source = "from pathlib import Path\nPath(figures_folder, 'two.txt').write_text(dataset)"
+    nbformat.write(new_notebook(cells=[*cells, new_code_cell(source)]), folder / "04_data.ipynb")
+    (folder / "05_broken.ipynb").write_text("not a notebook")
+    results = reproduce(tmp_path / "out", device="cpu", dataset="cifar-10", folder=folder, progress=False)
+    assert [(r.name, r.error) for r in results] == [("04_data", None)]
+    assert (tmp_path / "out" / "two.txt").read_text() == "cifar-10"
+    with pytest.raises(rp.ResnetPathsError, match=r"folder: .*; 04_data was on 'cifar-10'"):
+        update_findings(tmp_path / "out", tmp_path, tmp_path)
+    for wrong, match in (
+        ({"dataset": "mnist"}, "dataset: got 'mnist'; allowed: None or one of 'fashion-mnist'"),
+        ({"dataset": "digits", "update": True}, "dataset: got 'digits'; allowed: None with update"),
+        ({"dataset": "digits", "only": ["01"]}, "a notebook with the parameter 'dataset'"),
+    ):
+        with pytest.raises(rp.ResnetPathsError, match=match):
+            reproduce(tmp_path / "none", folder=folder, **wrong)
+    assert not (tmp_path / "none").exists()
+
+
 @pytest.mark.parametrize(
     ("own", "expected"),
     [
-        ({}, "None 1000"),
-        ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE None"),
-        ({"GOMP_SPINCOUNT": "7"}, "None 7"),
+        ({}, "None 1000 1"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE None 1"),
+        ({"GOMP_SPINCOUNT": "7"}, "None 7 1"),
+        ({"OMP_NUM_THREADS": "3"}, "None 1000 3"),
+        ({"MKL_NUM_THREADS": "3"}, "None 1000 None"),
     ],
 )
-def test_threads_of_a_kernel_soon_sleep_while_they_wait_unless_the_user_says_otherwise(
+def test_threads_of_a_kernel_are_few_and_soon_sleep_beside_a_busy_process_unless_the_user_says_otherwise(
     tmp_path, monkeypatch, own, expected
 ):
-    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("resnet_paths.reproduce.kernels.idle_threads", lambda: 1)
     for name, value in own.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("SET_BY_THE_USER", "kept")
     before = dict(os.environ)
-    names = '"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "SET_BY_THE_USER"'
+    names = '"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS", "SET_BY_THE_USER"'
     write(tmp_path, "01", "import os", f"print(*(os.environ.get(name) for name in ({names})))")
     assert run_notebook(tmp_path / "01.ipynb", {}, tmp_path / "out" / "01.ipynb").error is None
     executed = nbformat.read(tmp_path / "out" / "01.ipynb", as_version=4)
     assert executed.cells[4].outputs[0].text == f"{expected} kept\n"
     assert dict(os.environ) == before
+
+
+@pytest.mark.parametrize(
+    ("percent", "usable", "threads", "expected"),
+    [
+        ([0, 4], {0, 1}, 2, 2),
+        ([100, 3], {0, 1}, 2, 1),
+        ([55, 0], {0, 1}, 2, 1),
+        ([100, 100], {0, 1}, 2, 1),
+        ([100, 0, 0, 0], {1, 2}, 2, 2),  # the busy processor is not for this process
+        ([100, 0, 0, 0], {0, 1, 2, 3}, 2, 2),  # as with two threads a core
+        ([100, 30, 20, 0], {0, 1, 2, 3}, 4, 2),
+        ([0], {0, 1}, 2, 2),  # processors that are not listed
+    ],
+)
+def test_a_kernel_has_a_thread_for_each_idle_processor(monkeypatch, percent, usable, threads, expected):
+    monkeypatch.setattr(kernels.psutil, "cpu_percent", lambda interval, percpu: percent)
+    monkeypatch.setattr(kernels.os, "sched_getaffinity", lambda process: usable, raising=False)
+    monkeypatch.setattr(kernels.torch, "get_num_threads", lambda: threads)
+    assert kernels.idle_threads() == expected
+
+
+@pytest.mark.slow
+def test_a_busy_process_is_seen():
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
+        try:
+            percent = kernels.psutil.cpu_percent(interval=1.0, percpu=True)
+        finally:
+            busy.kill()
+    assert sum(percent) > 50
 
 
 def test_a_notebook_whose_extra_is_not_installed_is_skipped(tmp_path, monkeypatch):

@@ -403,6 +403,20 @@ def test_networks_of_another_data_set_are_loaded_by_its_name():
         assert torch.equal(own.fc.weight, load_network(name).fc.weight)
 
 
+def test_networks_of_another_data_set_are_listed():
+    frame = list_networks(dataset="digits").set_index("name")
+    assert set(frame.index) == set(NETWORKS)
+    assert frame.trained[frame.trained].index.tolist() == [name for name in NETWORKS if weights_in(DIGITS, name)]
+    metadata = read_metadata(DIGITS / "preact-resnet-20.safetensors")
+    row = frame.loc["preact-resnet-20"]
+    assert (row.dataset, row.seeds, row.test_error_rate) == ("digits", (0,), metadata["test_error_rate"])
+    assert not list_networks(dataset="cifar-10").trained.any()
+    pd.testing.assert_series_equal(
+        list_networks(dataset="fashion-mnist").set_index("name").loc["preact-resnet-20"],
+        list_networks().set_index("name").loc["preact-resnet-20"],
+    )
+
+
 def test_data_sets_without_weights_are_refused():
     with pytest.raises(ResnetPathsError, match=r"weights of 'digits' \(preact-resnet-8, .*preact-resnet-20, .*\)"):
         load_network("vit-small", dataset="digits")
