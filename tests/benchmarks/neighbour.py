@@ -1,4 +1,4 @@
-"""A notebook cell beside a busy process, by number of threads and how they wait: ``python -m tests.benchmarks.neighbour``.
+"""A notebook cell beside a busy process, by number and waiting of threads: ``python -m tests.benchmarks.neighbour``.
 
 The cell is a small lesion study. For each way there is a process, since libgomp reads the environment at its start; all
 are started first, and then the study runs in each of them in turn, first with nothing beside it, then with a process
