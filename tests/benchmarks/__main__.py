@@ -2,7 +2,7 @@
 
 Makes an environment for the other libraries (``.venv-benchmarks``), runs every part, prints ratios with their spread
 over interleaved repeats, and writes ``data/benchmarks.csv`` and ``figures/benchmarks`` (PDF, SVG, PNG). Parts that were
-not asked for keep their rows. About forty minutes on two cores that do nothing else.
+not asked for keep their rows. About fifty minutes on two cores that do nothing else.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 import resnet_paths as rp
 from tests.benchmarks import peers, table
 
-PARTS = ("lesions", "studies", "tokens", "gradients", "scaling", "limit", "startup", "unraveling")
+PARTS = ("lesions", "studies", "tokens", "gradients", "scaling", "limit", "startup", "unraveling", "neighbour")
 
 
 def main() -> None:

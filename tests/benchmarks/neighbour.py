@@ -1,18 +1,14 @@
-"""A notebook cell beside a busy process, by number and waiting of threads: ``python -m tests.benchmarks.neighbour``.
+"""A notebook cell beside a busy process, by number of threads and by how they wait.
 
 The cell is a small lesion study. For each way there is a process, since libgomp reads the environment at its start; all
 are started first, and then the study runs in each of them in turn, first with nothing beside it, then with a process
 that takes one core. Every repeat goes through the ways in the other direction. What counts is the median of the ratios
-to the default within one repeat, so that other work on the machine does not decide; the load before is stated.
-
-Two to three minutes on two cores that do nothing else.
+to the default within one repeat, so that other work on the machine does not decide.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import os
 import statistics
 import subprocess
 import sys
@@ -25,7 +21,6 @@ import torch
 
 import resnet_paths as rp
 from resnet_paths.reproduce.kernels import WAITING, idle_threads
-from tests.benchmarks import table
 from tests.benchmarks.studies import batches, chain_of
 from tests.benchmarks.table import row
 from tests.benchmarks.workers import workers
@@ -73,14 +68,9 @@ CONTENDERS = {
 """The default is the first. libgomp reckons with 100,000 spins a millisecond."""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.neighbour", description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--images", type=int, default=100, help="of the study, in batches of 25")
-    options = parser.parse_args()
-    load = os.getloadavg()[0]
-    settings = {"threads": options.threads, "images": options.images}
+def run(options: Any) -> list[dict[str, Any]]:
+    """Rows of every way, quiet and beside a busy process."""
+    settings = {"threads": options.threads, "images": 25 if options.quick else 100}
     with workers(
         PART,
         dict.fromkeys(CONTENDERS, sys.executable),
@@ -95,10 +85,7 @@ def main() -> None:
                 raise RuntimeError(f"{name}: {by_name[name].reason}")
             return float(answer["seconds"])
 
-        rows = measured(seconds_of, options.repeats)
-    frame = table.stamped(rows, {"torch": torch.__version__}, options.threads)
-    print(table.text(frame))
-    print(f"\nload before: {load:.1f}; {options.repeats} repeats; {'; '.join(frame[['machine', 'features']].iloc[0])}")
+        return measured(seconds_of, 2 if options.quick else 9)
 
 
 def measured(seconds_of: Callable[[str], float], repeats: int) -> list[dict[str, Any]]:
@@ -154,7 +141,3 @@ def study(images: int) -> Callable[[], float]:
         return time.perf_counter() - start
 
     return run
-
-
-if __name__ == "__main__":
-    main()
