@@ -19,7 +19,8 @@ WAITING = {"GOMP_SPINCOUNT": "1000"}
 By default libgomp's threads spin for some 3 ms, as long as a time slice of the scheduler. Where another process
 occupies a core, they spin while the last thread waits for that very core. Threads that sleep at once (OMP_WAIT_POLICY
 PASSIVE) leave the core, but have to be woken for every loop, of which a small network has thousands a second. libgomp
-reads this when it is loaded; other OpenMP libraries ignore it. ``python -m tests.benchmarks --only neighbour`` compares the choices.
+reads this when it is loaded; other OpenMP libraries ignore it. The part "neighbour" of `tests.benchmarks` compares the
+choices.
 """
 
 
