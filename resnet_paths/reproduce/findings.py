@@ -81,7 +81,7 @@ class Finding:
 
         Args:
             quantity: What is measured.
-            values: One value per seed, group or block; the interval of a single one is NaN.
+            values: One value per seed, group or block; the interval of fewer than three is NaN.
             **fields: Other attributes.
 
         Returns:
@@ -92,7 +92,7 @@ class Finding:
             '-0.484 to 4.48, seeds'
         """
         sample = np.asarray(list(values), dtype=np.float64)
-        half = stats.t.ppf(0.975, len(sample) - 1) * stats.sem(sample) if len(sample) > 1 else math.nan
+        half = stats.t.ppf(0.975, len(sample) - 1) * stats.sem(sample) if len(sample) > 2 else math.nan
         mean = float(sample.mean())
         return cls(quantity, mean, (mean - float(half), mean + float(half)), **fields)
 
@@ -282,7 +282,10 @@ def on_dataset(findings: Sequence[Finding], dataset: str) -> list[Finding]:
     title = _TITLES.get(dataset, dataset)
     if title == _INCLUDED:
         return list(findings)
-    return [replace(one, dataset=title, expected="") if one.dataset == _INCLUDED else one for one in findings]
+    return [
+        replace(one, dataset=one.dataset.replace(_INCLUDED, title), expected="") if _INCLUDED in one.dataset else one
+        for one in findings
+    ]
 
 
 def findings_frame(findings: Iterable[Finding]) -> pd.DataFrame:

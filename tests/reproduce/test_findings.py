@@ -36,7 +36,8 @@ def test_the_interval_of_a_mean_is_students():
     expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
     assert found.ends == pytest.approx((expected.low, expected.high))
     assert found.estimate == pytest.approx(values.mean())
-    assert all(math.isnan(end) for end in Finding.of_mean("x", [3.0]).ends)
+    for few in ([3.0], [3.0, 4.0]):
+        assert all(math.isnan(end) for end in Finding.of_mean("x", few).ends)
 
 
 def test_the_interval_of_a_statistic_is_scipys_bootstrap():
@@ -120,6 +121,8 @@ def test_on_another_data_set_either_verdict_may_be(interval, expected):
     assert kept == of_text
     assert on_dataset([measured, of_text], "fashion-mnist") == [measured, of_text]
     assert on_dataset([measured], "digits")[0].dataset == "digits"
+    both = Finding("loss", 1.0, interval, dataset="Fashion-MNIST, python-docs")
+    assert on_dataset([both], "cifar-10")[0].dataset == "CIFAR-10, python-docs"
 
 
 FINDINGS = [
