@@ -1,4 +1,4 @@
-"""The environment of the kernels in which notebooks are executed: how many threads, and how they wait."""
+"""The environment of the kernels in which notebooks are executed."""
 
 from __future__ import annotations
 
@@ -11,30 +11,16 @@ from resnet_paths._utils.errors import requires_extra
 with requires_extra("notebooks"):
     import psutil
 
-__all__ = ["WAITING", "idle_threads", "kernel_environment"]
-
-WAITING = {"GOMP_SPINCOUNT": "1000"}
-"""How threads of a kernel wait at the barrier after each parallel loop: they spin for some 0.01 ms and then sleep.
-
-By default libgomp's threads spin for some 3 ms, as long as a time slice of the scheduler. Where another process
-occupies a core, they spin while the last thread waits for that very core. Threads that sleep at once (OMP_WAIT_POLICY
-PASSIVE) leave the core, but have to be woken for every loop, of which a small network has thousands a second. libgomp
-reads this when it is loaded; other OpenMP libraries ignore it. The part "neighbour" of `tests.benchmarks` compares the
-choices.
-"""
+__all__ = ["idle_threads", "kernel_environment"]
 
 
 def kernel_environment() -> dict[str, str]:
-    """Environment of a kernel that is started now: the user's own, with `WAITING` and `idle_threads`.
-
-    Both are left as they are where the user has set a variable that says otherwise.
+    """Environment of a kernel that is started now: the user's own, with a thread for each idle processor.
 
     Returns:
-        All environment variables.
+        All environment variables. The number of threads is left as it is where the user has set it.
     """
     chosen = dict(os.environ)
-    if not any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")):
-        chosen |= WAITING
     if not any(name in os.environ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")):
         chosen["OMP_NUM_THREADS"] = str(idle_threads())
     return chosen
@@ -43,8 +29,9 @@ def kernel_environment() -> dict[str, str]:
 def idle_threads(seconds: float = 0.5) -> int:
     """Number of threads that run without waiting for other processes.
 
-    Every parallel loop ends with its last thread: one that shares its core with another process takes twice as long, so
-    that a thread for each idle core is faster than a thread for each core.
+    A parallel loop ends with its last thread. Where another process occupies a core, the threads that are done spin, on
+    the core for which the last one waits; a small network has thousands of such loops a second. So a thread for each
+    idle core is faster than one for each core. ``python -m tests.benchmarks --only neighbour`` compares the choices.
 
     Args:
         seconds: How long other processes are observed.

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import resnet_paths as rp
-from resnet_paths.reproduce.kernels import WAITING, idle_threads
+from resnet_paths.reproduce.kernels import idle_threads
 from tests.benchmarks.studies import batches, chain_of
 from tests.benchmarks.table import row
 from tests.benchmarks.workers import workers
@@ -59,10 +59,9 @@ CONTENDERS = {
     "threads that sleep at once, OMP_WAIT_POLICY=PASSIVE": Contender({"OMP_WAIT_POLICY": "PASSIVE"}),
     **{
         f"threads that spin for some {ms} ms, GOMP_SPINCOUNT={count}": Contender({"GOMP_SPINCOUNT": str(count)})
-        for ms, count in ((0.003, 300), (0.03, 3_000), (0.1, 10_000))
+        for ms, count in ((0.01, 1_000), (0.1, 10_000))
     },
-    f"threads that spin for some 0.01 ms, {', '.join('='.join(item) for item in WAITING.items())}": Contender(WAITING),
-    "kernels of reproduce: the same, a thread for each idle core": Contender(WAITING, lambda asked_for: idle_threads()),
+    "kernels of reproduce, a thread for each idle core": Contender(threads=lambda asked_for: idle_threads()),
     "one thread": Contender(threads=lambda asked_for: 1),
 }
 """The default is the first. libgomp reckons with 100,000 spins a millisecond."""
