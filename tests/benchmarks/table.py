@@ -209,7 +209,9 @@ def _exponents(rows: pd.DataFrame) -> list[str]:
 
 def _shown_as_values(frame: pd.DataFrame) -> list[str]:
     """Tasks of which each row is shown with its value."""
-    tasks = frame.loc[frame["part"].isin(["scaling", "limit", "startup", "studies", "unraveling"]), "task"].unique()
+    tasks = frame.loc[
+        frame["part"].isin(["scaling", "limit", "startup", "studies", "tokens", "unraveling", "neighbour"]), "task"
+    ].unique()
     curves = frame.loc[frame["part"].eq("scaling") & frame["quantity"].eq("seconds"), "task"].unique()
     return [task for task in tasks if task not in curves]
 

@@ -290,7 +290,10 @@ def test_the_command_names_its_parts(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmarks", "--help"])
     with pytest.raises(SystemExit):
         command.main()
-    assert "--only {lesions,studies,tokens,gradients,scaling,limit,startup,unraveling}" in capsys.readouterr().out
+    assert (
+        "--only {lesions,studies,tokens,gradients,scaling,limit,startup,unraveling,neighbour}"
+        in capsys.readouterr().out
+    )
 
 
 def test_the_page_shows_what_was_measured():
