@@ -2,13 +2,13 @@
 
     import resnet_paths as rp
 
-    chain = rp.unravel(model, example_inputs)      # any residual network as a chain of blocks
+    chain = rp.unravel(model, example_inputs)      # a residual network as a chain of blocks
     rp.path_histogram(chain)                       # its 2^n paths by length, exactly
     rp.delete_block(chain, "layer2.0")             # a new network that shares every weight
     rp.lesion_study(chain, loader, rp.single_deletions(chain))
 
 The public names are listed in ``__init__.pyi``. Each is loaded when it is first used, so that ``import resnet_paths``
-costs little more than importing torch.
+adds little to the time of importing torch.
 """
 
 import lazy_loader

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 _LOGGER = logging.getLogger(__name__)
 _SUMMARY = (
-    "Python library on PyTorch: unravels a trained residual network (ResNet, transformer, any nn.Module) into its 2^n "
-    "paths, deletes and reorders layers, and splits gradient and prediction exactly by path length."
+    "Python library on PyTorch: unravels a trained residual network, such as a ResNet or a transformer, into its 2^n "
+    "paths, deletes and reorders blocks, and splits gradient and prediction exactly by path length."
 )
 
 
