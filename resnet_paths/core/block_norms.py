@@ -48,8 +48,8 @@ def block_norms(chain: ResidualChain, inputs: InputsOrLoader, *, tokens: Tokens 
         One row per block: ``block_index``, ``block`` (name), ``stage``, ``skip_kind``; means over examples or over all
         tokens, each with its standard error ``..._se``, with examples as clusters: ``input_norm`` of x, ``skip_norm``
         of what the skip makes of it (x itself for an identity), ``branch_norm`` of F(x), ``sum_norm`` of their sum,
-        ahead of what may follow the addition; ``cosine`` of the angle between skip and branch;
-        ``kept_signal_share``, NaN behind a block without skip; ``num_examples``.
+        before what may follow the addition; ``cosine`` of the angle between skip and branch;
+        ``kept_signal_share``, NaN after a block without skip; ``num_examples``.
 
     Raises:
         ResnetPathsError: If the chain is in training mode, there is no example, blocks work on several tensors, or

@@ -171,7 +171,7 @@ class Block(nn.Module):
         """
         return self.in_shape == self.out_shape or (self.pre_stays and self.skip_kind == "identity")
 
-    def moved_behind(self, place: Block) -> Block:
+    def moved_to(self, place: Block) -> Block:
         """The block in the place of another: what stands before it is what stays in that place, else its own.
 
         Args:
@@ -441,7 +441,7 @@ class ResidualChain(nn.Module):
         Returns:
             ``index``, the position in its own chain; ``block``, its name; ``depth``, in how many branches it stands;
             ``stage``; ``skip``, ``"identity"``, ``"projection"``, ``"concat"`` or ``"none"``; ``before``, ``branch``
-            and ``after``, what stands before skip and branch, in the branch and behind the addition;
+            and ``after``, what stands before skip and branch, in the branch and after the addition;
             ``num_branches``, how many a path may choose from, 0 where the branch is deleted; ``weight_layers`` on the
             longest route through the branch; ``parameters`` of all parts; ``shape`` without the batch, in and out.
         """

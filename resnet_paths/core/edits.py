@@ -117,14 +117,14 @@ def permute_blocks(chain: ResidualChain, order: Sequence[int | str]) -> Residual
         raise ResnetPathsError("order", list(order), f"a permutation of the {len(chain)} blocks")
     ends = [(positions[0], 0, "in_shape"), (positions[-1], len(chain) - 1, "out_shape")] if positions else []
     for new, old, shape in ends:
-        if getattr(chain[new].moved_behind(chain[old]), shape) != getattr(chain[old], shape):
+        if getattr(chain[new].moved_to(chain[old]), shape) != getattr(chain[old], shape):
             raise ResnetPathsError(
                 "order",
                 chain[new].name,
                 f"a block with {shape} {getattr(chain[old], shape)} in place of {chain[old].name!r}",
                 "Only blocks of one stage that keep the shape can be swapped.",
             )
-    return chain.with_blocks(chain[i].moved_behind(place) for i, place in zip(positions, chain, strict=True))
+    return chain.with_blocks(chain[i].moved_to(place) for i, place in zip(positions, chain, strict=True))
 
 
 def swap_blocks(chain: ResidualChain, first: int | str, second: int | str) -> ResidualChain:
@@ -183,7 +183,7 @@ def duplicate_block(chain: ResidualChain, block: int | str) -> ResidualChain:
         name = next(f"{stem}#{k}" for k in range(2, len(chain) + 3) if f"{stem}#{k}" not in names)
         blocks = list(chain)
         copy = original.replace(name=name)
-        blocks.insert(index + 1, copy.moved_behind(copy.replace(pre_stays=False)) if original.pre_stays else copy)
+        blocks.insert(index + 1, copy.moved_to(copy.replace(pre_stays=False)) if original.pre_stays else copy)
         return chain.with_blocks(blocks)
 
     return _at_depth_of(chain, block, duplicate)

@@ -4,7 +4,7 @@ A group is one block: its branch is what the run of its blocks adds to their inp
 around all of them. It returns ``run(x)`` bit for bit, and deleted it returns x. So every edit, plan, score and gradient
 works on layers.
 
-Of its paths, a group offers two, around the run and through it. With identity skips and nothing behind the additions a
+Of its paths, a group offers two, around the run and through it. With identity skips and nothing after the additions a
 run of blocks with p paths has one that takes no branch, which is the path around, so that the group's branch stands for
 the other p - 1: 3 for attention and MLP one after the other. A path that takes m groups stands for the product of these
 numbers, and the gradient along it is the sum over all these paths.
@@ -137,7 +137,7 @@ def _group(chain: ResidualChain, members: list[Block], name: str) -> Block:
         return first if first.name == name else first.replace(name=name)
     place = first
     if first.pre_stays:
-        first = first.moved_behind(first.replace(pre=None, pre_stays=False))
+        first = first.moved_to(first.replace(pre=None, pre_stays=False))
     members = [first, *members[1:]]
     run = _chain_of(chain, members)
     skip: nn.Module | None = None

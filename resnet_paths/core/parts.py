@@ -160,8 +160,8 @@ class Placed(nn.Module):
 
     Args:
         dim: The dimension that grows, batch counted; at least 1.
-        before: Zeros in front.
-        after: Zeros behind.
+        before: Number of zeros before it.
+        after: Number of zeros after it.
     """
 
     def __init__(self, dim: int, before: int, after: int) -> None:

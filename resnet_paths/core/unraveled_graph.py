@@ -21,14 +21,14 @@ def unraveled_graph(chain: HasPathChoices | int, *, max_nodes: int = 100_000) ->
     linear, and f_n is applied to the whole sum that reaches it.
 
     A node is what a path through it has still to take: a whole path, as in ``(True, False, True)``, for a copy of the
-    input; what is left of it behind each block; ``"output"`` at the end. Where two routes meet they are added up.
+    input; what is left of it after each block; ``"output"`` at the end. Where two routes meet they are added up.
 
     Args:
         chain: A chain, or a number of residual blocks.
         max_nodes: The largest graph to build; n residual blocks have 2^(n+1) nodes.
 
     Returns:
-        A directed graph. Node attribute ``depth``: 0 for the input, i + 1 behind i blocks. Edge attributes ``block``:
+        A directed graph. Node attribute ``depth``: 0 for the input, i + 1 after i blocks. Edge attributes ``block``:
         index of the block, None for the edges out of the input; ``choice``: the entry, False = skip, True = branch.
         Graph attribute ``block_names``.
 

@@ -1,12 +1,12 @@
 """The gradient by path length: exactly over all 2^n paths, and as Veit et al. 2016 sampled it.
 
-Four quantities that the literature runs together are kept apart. For the paths of length k, whose gradients are g_S
-and sum to G_k, and the whole gradient G:
+Four quantities must be distinguished. For the paths of length k, whose gradients are g_S and sum to G_k, and the whole
+gradient G:
 
 - ``summed_path_gradient_norm``, the norm of G_k, and ``gradient_share``, <G_k, G> / <G, G>, which sums to 1 and may be
   negative: method ``"exact"``, one backward pass of n (n + 1) / 2 block VJPs;
 - ``rms_path_gradient_norm``, the root of the mean over paths of |g_S|^2, and ``coherence``, |G_k| over the root of the
-  sum of |g_S|^2 (1 if the paths are orthogonal, more if they pull together): method ``"energy"``;
+  sum of |g_S|^2 (1 if the paths are orthogonal): method ``"energy"``;
 - ``mean_path_gradient_norm``, the mean over paths of |g_S|, the paper's figure 6b, and ``total_gradient_magnitude``,
   num_paths times that, its figure 6c: method ``"sampled"``. ``uncancelled_share`` is |G_k| over the total magnitude.
 
@@ -113,9 +113,10 @@ def gradient_by_path_length(
 ) -> pd.DataFrame:
     """The gradient of the loss, split by the number of residual branches that it passes through.
 
-    See the head of `resnet_paths.gradients` for the four quantities. What a branch reads of the context has a gradient
-    of its own: it counts among the paths that take that branch last. Each example has its own loss and its own
-    gradient; norms and shares are taken for each, then averaged. All batches of a loader count as one set of examples.
+    The module docstring of `resnet_paths.gradients` defines the four quantities. The gradient with respect to what a
+    branch reads of the context counts among the paths that take that branch last. Each example has its own loss and
+    its own gradient; norms and shares are computed for each, then averaged. All batches of a loader count as one set of
+    examples.
 
     Args:
         chain: The chain, in eval mode.
@@ -124,7 +125,7 @@ def gradient_by_path_length(
             mapping, as in those of Hugging Face, are its targets, unless `targets` are given.
         targets: What `loss` takes beside the logits; None with a loader. For the default loss, class indices [batch] or
             class probabilities [batch, class].
-        method: ``"exact"``, ``"energy"`` (which gives what ``"exact"`` does too) or ``"sampled"``.
+        method: ``"exact"``, ``"energy"`` (which includes the columns of ``"exact"``) or ``"sampled"``.
         loss: From (logits, targets) to a loss for each example, [batch]; cross-entropy if None.
         max_length: The longest paths of interest: longer ones are not computed. None for all.
         with_respect_to: ``"input"``; ``"stem"``, the output of the stem, with the context that depends on floating
@@ -136,13 +137,17 @@ def gradient_by_path_length(
             ``"energy"`` also ``"signs"``, a random sign on every branch. None for weighted paths, and uniform ones for
             ``average="log-mean"``. Each example has its own weighted paths; of uniform ones, and where `per_example` is
             False, all examples of a batch take the same.
-        num_draws: Draws of signs, uniform paths of each length, or weighted paths that are carried from block to block
-            together, a population for all lengths; there are four populations or more, so that their errors have 60
-            degrees of freedom. If None: 64 weighted paths at a time, and populations (100 at most) or signs (1000)
-            until `relative_error` is reached; 20 uniform paths. Where a length has no more paths than that, weighted
-            paths are all of them, each once, without error; if None, also where measuring all of them takes few block
-            VJPs compared with the populations. Where `per_example` is False: weighted paths of each length; if None,
-            128 to 5000 of them, or all where there are at most 256.
+        num_draws: Number of draws. What a draw is, and the default, depends on `paths`:
+
+            - ``"weighted"``: paths that are carried from block to block together, a population for all lengths; there
+              are four populations or more, so that their errors have 60 degrees of freedom. By default 64 paths in each
+              population, and populations until `relative_error` is reached, 100 at most. Lengths with no more paths
+              than a population are measured exactly, by default also those for which this takes few block VJPs
+              compared with the populations;
+            - ``"weighted"`` where `per_example` is False: paths of each length. By default 128 to 5000 of them, or all
+              where there are at most 256;
+            - ``"uniform"``: paths of each length, 20 by default;
+            - ``"signs"``: random signs on all branches, by default until `relative_error` is reached, 1000 at most.
         relative_error: The relative standard error due to the draws at which to stop: of ``mean_path_gradient_norm``
             and of the square of ``rms_path_gradient_norm`` for weighted paths, of ``rms_path_gradient_norm`` for signs.
             It is reached at every length that holds at least a thousandth of the sum over lengths; the stated errors of
@@ -154,19 +159,27 @@ def gradient_by_path_length(
         progress: Whether to show a bar over the batches of a loader.
 
     Returns:
-        One row per path length: ``path_length``; ``num_paths``, an exact int; the quantities of the method, each with a
-        standard error ``..._se``. For exact quantities that is over examples (NaN for a single one); for estimates it
-        is the error due to the draws, for these examples, and ``..._examples_se`` is the error due to both. Weighted
-        paths give the quantities of both estimates, with ``"energy"`` also ``uncancelled_share``; 95 % intervals due to
-        the draws, ``..._low`` and ``..._high``; ``num_draws``, the number of paths of this length that arrived, for an
-        example; and ``effective_sample_size``, the number of draws with equal contributions that would have the same
-        error (a warning tells where it is below 10). How often the intervals held the truth is on the page "Coverage of
-        the intervals" of the documentation.
-        ``underflowed`` tells whether a norm that is not 0 was too small for a float64. ``attrs`` hold ``method``,
-        ``with_respect_to``, ``num_examples``, ``num_draws``, ``num_block_vjps`` (for an example; the whole gradient, to
-        which shares refer, takes one more per block), ``omitted_share`` (the share of the gradient on paths longer than
-        `max_length`; None for ``"sampled"``) and ``num_without_gradient`` (examples whose whole gradient is 0: they
-        have no shares), and of all lengths ``longest_path`` and ``total_num_paths``.
+        One row per path length, with ``path_length``, ``num_paths`` (an exact int), ``underflowed`` (whether a norm
+        that is not 0 was too small for a float64) and the columns of the method:
+
+        - ``"exact"``: ``summed_path_gradient_norm`` and ``gradient_share``;
+        - ``"energy"`` with ``paths="signs"``: these, ``rms_path_gradient_norm`` and ``coherence``;
+        - ``"sampled"`` with ``paths="uniform"``: ``mean_path_gradient_norm`` and ``total_gradient_magnitude``;
+        - ``"sampled"`` with weighted paths: these and ``rms_path_gradient_norm``;
+        - ``"energy"`` with weighted paths: all of the above and ``uncancelled_share``.
+
+        Each has a standard error ``..._se``. For the columns of ``"exact"`` it is over examples (NaN for a single one);
+        for estimates it is the error due to the draws, for these examples, and ``..._examples_se`` is the error due to
+        draws and examples (not for ``uncancelled_share``). Weighted paths also give 95 % intervals due to the draws, ``..._low`` and ``..._high``;
+        ``num_draws``, the number of sampled paths of this length per example; and ``effective_sample_size``, the number
+        of draws with equal contributions that would have the same error (with a warning where it is below 10). The page
+        "Coverage of the intervals" of the documentation states how often the intervals contain the true value.
+
+        ``attrs`` hold ``method``, ``paths``, ``with_respect_to``, ``per_example``, ``num_examples``, ``num_draws``,
+        ``num_block_vjps`` (per example; the whole gradient, to which shares refer, takes one more per block),
+        ``omitted_share`` (the share of the gradient on paths longer than `max_length`; None for ``"sampled"``),
+        ``num_without_gradient`` (the number of examples whose gradient is 0: they have no shares), and, over all
+        lengths, ``longest_path`` and ``total_num_paths``.
 
     Raises:
         ResnetPathsError: If the chain is in training mode, the method, place or length is unknown, the inputs are of

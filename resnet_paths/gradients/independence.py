@@ -168,7 +168,7 @@ def branch_probabilities(
 ) -> pd.DataFrame:
     """How probable the branch of each block is on a path, from one ordinary backward pass.
 
-    With v the whole gradient behind the addition, J the Jacobian of the branch and P that of the skip, the odds of the
+    With v the whole gradient after the addition, J the Jacobian of the branch and P that of the skip, the odds of the
     branch are ``(|J^T v| / |P^T v|)^power``. `poisson_binomial` of them predicts, without any fit, at which lengths the
     energy of paths is (power 2) or their total magnitude (power 1).
 

@@ -189,7 +189,7 @@ class Point(ForwardPass):
         return self._at_place(pull_paths(chain, self.states, self.context, start, paths, down_to=down_to))
 
     def gains(self) -> Gains:
-        """Norms of the whole gradient behind skip and branches of the blocks above the place."""
+        """Norms of the whole gradient after skip and branches of the blocks above the place."""
         chain, down_to = self.place.chain, self.place.down_to
         return gains(chain, self.states, self.context, Stack.of(self.cotangents[0]), down_to=down_to)[0]
 

@@ -143,7 +143,7 @@ class Lesion:
             for _ in range(self.loops - 1):
                 chain = duplicate_block(chain, min(blocks))
             return chain
-        for index in sorted(blocks, reverse=True):  # from the last to the first: a copy shifts those behind it
+        for index in sorted(blocks, reverse=True):  # from the last to the first: a copy shifts those after it
             if self.kind == "duplicate":
                 chain = duplicate_block(chain, index)
             else:

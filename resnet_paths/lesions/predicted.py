@@ -1,9 +1,8 @@
-"""What cheap scores say of a deletion, without deleting anything; and what they are worth.
+"""Scores that predict the effect of a deletion without deleting anything, and their correlations with measured effects.
 
-From one forward pass come, for every block or range of blocks at once: block influence, angular distance, and the norm
-of what the branches add beside that of what is there without them; from one backward pass for each measure, the
-increase of the measure to first order. Beside the measured effects their rank correlations show which of them can be
-relied on.
+One forward pass gives for every block or range of blocks: block influence, angular distance, and the norm of what the
+branches add relative to that of the state without them. One backward pass for each measure gives the increase of the
+measure to first order. Rank correlations with the measured effects show which of these scores can be relied on.
 """
 
 from __future__ import annotations
@@ -72,7 +71,8 @@ def predicted_effects(
 
     ==============================  ================================================================================
     ``first_order_m_increase``      of each measure m, the sum of <dm/dT, S - T> over the blocks of the range, each at
-                                    its own T and S; gradient times branch output
+                                    its own T and S; gradient times branch output. Of the cross-entropy it is the
+                                    *first-order loss*
     ``block_influence``             1 - cos(post(S), post(T)) (ShortGPT, Men et al. 2024, equation 1)
     ``angular_distance``            arccos(cos(post(S), post(T))) / pi (Gromov et al. 2024, equation 4)
     ``relative_branch_norm``        norm of T - S over norm of S (Jastrzebski et al. 2018, section 4)
@@ -132,7 +132,7 @@ def predicted_effects(
 
 
 def score_correlations(predicted: pd.DataFrame, study: pd.DataFrame) -> pd.DataFrame:
-    """How well each cheap score ranks the blocks, against what their deletion does.
+    """Rank correlations of the scores with the measured effects of the deletions.
 
     Args:
         predicted: From `predicted_effects`, of one span.
@@ -142,12 +142,12 @@ def score_correlations(predicted: pd.DataFrame, study: pd.DataFrame) -> pd.DataF
     Returns:
         One row per score and effect (``error_rate_increase``, ``cross_entropy``): ``spearman`` and ``kendall``, rank
         correlations over blocks or ranges, with ``spearman_p`` and ``kendall_p``, two-sided p-values against no
-        correlation; ``spearman_low`` and ``spearman_high``, the 95 % interval of Bonett and Wright (2000), missing of
-        three blocks; ``num_blocks``, how many blocks or ranges.
+        correlation; ``spearman_low`` and ``spearman_high``, the 95 % interval of Bonett and Wright (2000), NaN for
+        three blocks and for a correlation of 1 or -1; ``num_blocks``, the number of blocks or ranges.
 
     Raises:
-        ResnetPathsError: If a frame is of another kind, the study's rows are those of two, or fewer than three blocks
-            are in both frames.
+        ResnetPathsError: If a frame is of another kind, the rows of `study` are those of two studies, or fewer than
+            three blocks are in both frames.
     """
     require_frame("predicted", predicted)
     require_frame("study", study)

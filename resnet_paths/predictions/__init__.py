@@ -45,8 +45,8 @@ def prediction_by_path_length(
 ) -> pd.DataFrame:
     """The output, split by the number of residual branches that it passes through.
 
-    See the head of `resnet_paths.predictions`. Contributions may be negative; over all lengths, and sources, they sum
-    to the output of each example.
+    The module docstring of `resnet_paths.predictions` defines the terms. Contributions may be negative; over all
+    lengths, and sources, they sum to the output of each example.
 
     Args:
         chain: The chain, in eval mode.
@@ -71,8 +71,9 @@ def prediction_by_path_length(
         counted from the source; ``num_paths``, an exact int, from the input to the output, or from the input of the
         block that is the source; ``contribution``, the mean over examples, with its standard error
         ``contribution_se``; ``share``, the sum of contributions over the sum of outputs, with a 95 % interval over
-        examples, ``share_low`` and ``share_high`` (bootstrap percentiles; NaN for a single example); and
-        ``mean_absolute_contribution``. ``attrs`` hold ``residual``, the largest difference between the sum of an
+        examples, ``share_low`` and ``share_high`` (bootstrap percentiles; NaN for a single example and where the
+        sign of the sum of outputs is uncertain); and ``mean_absolute_contribution``. With fewer than about 30 examples
+        the bootstrap interval is too narrow. ``attrs`` hold ``residual``, the largest difference between the sum of an
         example's contributions and its output (None with `max_length`), ``mean_output``, ``output``,
         ``linearization``, ``tangent_operations`` (for ``"detached"``, the operations that have no rule and keep their
         tangent), ``num_examples``, ``omitted_share``, ``longest_path`` and ``total_num_paths``.

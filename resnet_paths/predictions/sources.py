@@ -183,7 +183,7 @@ def _above_blocks(
     output_of: Callable[[torch.Tensor], torch.Tensor],
     linearizer: Linearizer,
 ) -> tuple[np.ndarray, torch.Tensor, Cotangents]:
-    """Outputs; the constant of the head, with that of the output's own function; the cotangents behind all blocks."""
+    """Outputs; the constant of the head, with that of the output's own function; the cotangents after all blocks."""
     context = point.context
     outputs, constant, of_state, read = at_head(chain, point.states[-1], context, output_of, linearizer)
     of_context = {n: read[n] if n in read else torch.zeros_like(context.values[n]) for n in context.carrying}

@@ -134,7 +134,7 @@ def pack(*values: Node) -> Packed | None:
 
 
 def _dimension(tensors: Sequence[torch.Tensor]) -> int | None:
-    """The one dimension in which shapes differ, the first behind the batch if in none; None if in several."""
+    """The one dimension in which shapes differ, the first after the batch if in none; None if in several."""
     ranks = {tensor.dim() for tensor in tensors}
     if len(ranks) > 1:
         return None

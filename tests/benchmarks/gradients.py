@@ -140,7 +140,7 @@ def gradient_of_path(chain: rp.ResidualChain, images: torch.Tensor, labels: torc
 
 
 def states_and_cotangent(chain: rp.ResidualChain, images: Any, labels: Any) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """The state in front of each block and behind the last one, and the gradient of the loss there."""
+    """The state before each block and after the last one, and the gradient of the loss there."""
     with torch.no_grad():
         states = list(itertools.accumulate(chain, lambda state, block: block(state), initial=chain.stem(images)))
     last = states[-1].requires_grad_()

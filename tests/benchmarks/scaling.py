@@ -200,7 +200,7 @@ def projection(options: Any) -> list[dict[str, Any]]:
             counted.append(operations(functools.partial(part, x)))
             x = part(x)
     blocks = counted[1:-1]
-    # A deleted block leaves its projection, which is small; behind it every block and the head run again.
+    # A deleted block leaves its projection, which is small; after it every block and the head run again.
     again = sum(sum(blocks[i + 1 :]) + counted[-1] for i in range(len(blocks)))
     # A VJP costs what the block costs. Besides, each block is run twice and passed by the whole gradient once, and the
     # stem by the rows of all lengths.

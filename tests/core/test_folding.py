@@ -57,7 +57,7 @@ SERIES = {
     "no scale": (lambda: (nn.Conv2d(3, 4, 2), norm(4, affine=False, eps=0.1)), 2, 1),
     "one dimension": (lambda: (nn.Conv1d(3, 4, 2), norm(4, 1)), 1, 1),
     "three dimensions": (lambda: (nn.Conv3d(3, 4, 2), norm(4, 3)), 3, 1),
-    "behind a nonlinearity": (lambda: (norm(3), nn.ReLU(), nn.Conv2d(3, 4, 2), nn.ReLU(), norm(4)), 2, 0),
+    "after a nonlinearity": (lambda: (norm(3), nn.ReLU(), nn.Conv2d(3, 4, 2), nn.ReLU(), norm(4)), 2, 0),
     "twice": (lambda: (nn.Conv2d(3, 4, 2), norm(4), norm(4)), 2, 2),
     "transposed": (lambda: (nn.ConvTranspose2d(3, 4, 2), norm(4)), 2, 0),
     "batch statistics": (lambda: (nn.Conv2d(3, 4, 2), nn.BatchNorm2d(4, track_running_stats=False)), 2, 0),

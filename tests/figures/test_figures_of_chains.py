@@ -125,7 +125,7 @@ def test_a_deleted_branch_is_crossed_out_and_not_folded_with_the_others() -> Non
     with paper_style("double", aspect=0.3):
         ax = plot_chain(lesioned.to_frame())
     assert in_boxes(ax)[:3] == ["0…2", "4…6", "9…17"]
-    assert len(marked(ax, "deleted-branch")) == 1 + 3  # one alone; two folded, which have two copies behind
+    assert len(marked(ax, "deleted-branch")) == 1 + 3  # one alone; two folded, which have two copies drawn behind
     assert legend_texts(ax) == ["projection", "deleted branch"]
     assert len(routes(ax, "skip")) == 9
     assert len(routes(ax, "branch")) == 2 * 7

@@ -114,7 +114,7 @@ class Gate(torch.autograd.Function):
 
 
 def run(blocks, state, context, factor_of, positions):
-    """The blocks with a gate behind every branch; `factor_of` the position of the branch."""
+    """The blocks with a gate after every branch; `factor_of` the position of the branch."""
     for index, block in enumerate(blocks):
         shared = call_part(block.pre, state, context)
         total = 0 if block.skip is None else call_part(block.skip, shared, context)
@@ -132,7 +132,7 @@ def run(blocks, state, context, factor_of, positions):
 
 
 def gated(kind, factor_of, place):
-    """The gradients of all examples at a place, side by side, with gates behind branches."""
+    """The gradients of all examples at a place, side by side, with gates after branches."""
     chain, (inputs, targets) = chain_of(kind), batch()
     leaves = [t.clone().requires_grad_() for t in inputs]
     state, context = chain.begin(*leaves)

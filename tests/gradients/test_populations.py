@@ -82,7 +82,7 @@ def test_a_path_of_which_next_to_nothing_is_expected_has_a_chance():
 
 
 def gains_of(*ratios):
-    """Of blocks whose branch has a ratio of the norm behind the skip."""
+    """Of blocks whose branch has a ratio of the norm after the skip."""
     return [[(torch.zeros(1), None), (torch.full((1,), math.log(ratio)), None)] for ratio in ratios]
 
 

@@ -63,7 +63,7 @@ def in_a_process(folder, num_batches, result):
 
 
 def kill_drivers(times, scratch):
-    """Kill a study again and again, each time somewhere behind the last; then let it end.
+    """Kill a study again and again, each time later than the last time; then let it end.
 
     Returns:
         How many kills left all finished parts as they were, if the frame in the end is that of a study without a store.

@@ -260,7 +260,7 @@ def test_any_seed_of_a_generator_fits_the_frame(seed):
 
 
 def norm_chain():
-    """A chain by hand with BatchNorm in stem, branches, a projection and behind an addition."""
+    """A chain by hand with BatchNorm in stem, branches, a projection and after an addition."""
     with seeded():
 
         def branch(a, b):

@@ -104,7 +104,7 @@ def test_no_step_is_computed_twice():
     n = len(counted)
     loader = labelled(n=8, batch_size=8)
     frame = rp.lesion_study(counted, loader, rp.single_deletions(counted), progress=False)
-    # Intact: n. Deleting block i: the n - 1 - i blocks behind it, on their own; those before it are shared.
+    # Intact: n. Deleting block i: the n - 1 - i blocks after it, on their own; those before it are shared.
     assert sum(b.branch.calls for b in counted) == n + n * (n - 1) // 2
     assert frame.attrs["block_evaluations"] == n + n * (n - 1) // 2
     assert frame.attrs["block_evaluations_naive"] == n + n * (n - 1)

@@ -76,7 +76,7 @@ def over_sequences(values):
 
 
 def pairs(loader, states, first, last, chosen):
-    """Vectors of each sequence before and behind some layers, of its chosen real tokens."""
+    """Vectors of each sequence before and after some layers, of its chosen real tokens."""
     for batch, of_batch in zip(loader, states, strict=True):
         for row, mask in enumerate(batch["attention_mask"].bool()):
             yield tuple(of_batch[i][row][mask][chosen] for i in (first, last))

@@ -290,7 +290,7 @@ def test_two_hundred_calls_hold_no_more_than_a_few(call):
     assert resident() - size < 8
 
 
-# Weights replaced behind a chain
+# Weights replaced after a chain was made
 
 
 class Block(nn.Module):

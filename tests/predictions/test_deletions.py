@@ -50,7 +50,7 @@ def test_direct_effects_of_networks(name):
 @settings(max_examples=40, deadline=None)
 @given(blocks=recipes(5, 1), seed=st.integers(0, 2**16))
 def test_direct_effects_follow_the_skips(blocks, seed):
-    """Against dense Jacobians of what is behind each branch, the skips of all later blocks and the head."""
+    """Against dense Jacobians of what follows each branch, the skips of all later blocks and the head."""
     chain, inputs = build(blocks, seed), batch(2, seed)[0]
     frame = rp.direct_effects(chain, inputs, linearization="tangent")
     states, weights, added = [chain.stem(inputs).detach()], [], []

@@ -314,7 +314,7 @@ def test_prefixes_counted_by_hand(chain):
 @pytest.mark.slow
 def test_a_study_of_tokens_has_the_losses_of_a_loop():
     study, loop = tokens.run(types.SimpleNamespace(quick=True))
-    # Two blocks a layer: those behind each deleted layer and those of the intact chain, for 12 networks of 11 layers.
+    # Two blocks a layer: those after each deleted layer and those of the intact chain, for 12 networks of 11 layers.
     assert f"divided by {12 * 22 / (24 + sum(range(0, 24, 2))):.2f}" in study["note"]
     assert loop["ratio"] == pytest.approx(loop["value"] / study["value"])
 

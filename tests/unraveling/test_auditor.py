@@ -78,7 +78,7 @@ def nested(m, x):
     return m.head(x + torch.tanh(m.a[1](z)))
 
 
-def normalised_behind(m, x):
+def normalised_after(m, x):
     x = m.stem(x)
     for layer in m.a:
         x = m.norm(x + torch.tanh(layer(x)))
@@ -102,7 +102,7 @@ def attention(m, x):
         (squeeze_and_excite, [1, 3, 3, 1]),
         (snakes, [1, 3, 3, 1]),
         (nested, [1, 1, 3, 3, 1]),
-        (normalised_behind, [1, 3, 3, 1]),
+        (normalised_after, [1, 3, 3, 1]),
         (attention, [1, 3, 3, 1]),
     ],
 )

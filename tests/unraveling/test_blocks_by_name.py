@@ -114,7 +114,7 @@ class Reads(DataDependent):
     ],
 )
 def test_a_head_that_reads_the_input_is_refused_for_a_batch_of_one(what, example):
-    with pytest.raises(rp.ResnetPathsError, match=r"blocks: got .*between which and behind which nothing else reads"):
+    with pytest.raises(rp.ResnetPathsError, match=r"blocks: got .*between which and after which nothing else reads"):
         rp.unravel(build(Reads, what), example, blocks=NAMES)
 
 

@@ -398,7 +398,7 @@ def test_what_adds_x_without_a_weight_layer_is_no_block(run, activation):
 
 
 def gathered(m, x, add=torch.add):
-    """As ECAPA-TDNN: the head reads the states behind all blocks."""
+    """As ECAPA-TDNN: the head reads the states after all blocks."""
     states = []
     for layer in m.layers:
         x = add(x, torch.relu(layer(x)))
@@ -460,7 +460,7 @@ class Sum(nn.Module):
 
 
 def closing(activation):
-    """Blocks whose addition is a module of its own, with an activation behind it."""
+    """Blocks whose addition is a module of its own, with an activation after it."""
     return lambda: nn.ModuleList(
         Net(lambda m, x: m.act(m.add(x, m.f(x))), f=nn.Linear(WIDTH, WIDTH), add=Sum(), act=activation())
         for _ in range(3)

@@ -80,7 +80,7 @@ def test_the_gradient_through_alternatives_that_hold_chains():
 
 
 def atrous_pyramid(m, x, add=torch.add):
-    """As DeepLabV3+: the decoder joins an early feature with a pyramid behind the encoder."""
+    """As DeepLabV3+: the decoder joins an early feature with a pyramid after the encoder."""
     low = x = m.stem(x)
     for layer in m.layers:
         x = add(x, torch.tanh(layer(x)))

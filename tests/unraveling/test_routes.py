@@ -159,7 +159,7 @@ def rep_vgg(m, x):
 
 
 def nested(m, x):
-    """A residual block inside a branch, twice, and one more behind."""
+    """A residual block inside a branch, twice, and one more after it."""
     for f, g, out in zip(m.f, m.g, m.after, strict=True):
         h = f(x)
         x = x + out(h + g(h))

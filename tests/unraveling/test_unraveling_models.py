@@ -20,7 +20,7 @@ MB = functools.partial(efficientnet.MBConvConfig, kernel=3, width_mult=1, depth_
 
 
 def vit():
-    """Attention returns a pair; what is added comes out of the dropout behind it."""
+    """Attention returns a pair; what is added comes out of the dropout after it."""
     model = vision_transformer.VisionTransformer(16, 8, 2, 2, 8, 16, num_classes=4)
     added = {}
     for layer in ("encoder.layers.encoder_layer_0", "encoder.layers.encoder_layer_1"):

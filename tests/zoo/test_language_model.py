@@ -24,7 +24,7 @@ def text(*shape):
     return torch.randint(256, shape, generator=torch.Generator().manual_seed(1))
 
 
-def test_no_place_sees_what_comes_behind_it():
+def test_no_position_sees_what_comes_after_it():
     net, before = model(), text(3, 12)
     after = before.clone()
     after[:, 7] = (after[:, 7] + 1) % 256

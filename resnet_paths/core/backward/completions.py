@@ -1,6 +1,6 @@
 """What blocks are expected to make of the norm of a path that comes from above, by the blocks that it still takes.
 
-Each entry that a block offers has odds, the power of what the whole gradient keeps of its norm behind it
+Each entry that a block offers has odds, the power of what the whole gradient keeps of its norm after it
 (`resnet_paths.core.backward.gains`). The paths below a place that take m more blocks are expected to hold, all
 together, the elementary symmetric polynomial of order m of the odds of the blocks below; a chain in a branch counts as
 an entry of several lengths.

@@ -23,7 +23,7 @@ from resnet_paths.core.signature import Signature, arguments_of
 __all__ = ["STACKS_AT_ONCE", "ForwardPass", "forward", "prepared", "split_to_fit", "states_from"]
 
 STACKS_AT_ONCE = 4
-"""Stacks at a block's output and input, behind its post and pre, and what torch allocates beside them."""
+"""Stacks at a block's output and input, after its post and pre, and what torch allocates beside them."""
 
 T = TypeVar("T")
 
@@ -53,7 +53,7 @@ def forward(chain: ResidualChain, inputs: Inputs) -> tuple[list[torch.Tensor], d
 
 @torch.no_grad()
 def states_from(state: torch.Tensor, chain: ResidualChain, context: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-    """The state at the first block, and that behind each.
+    """The state before the first block, and after each.
 
     Args:
         state: What the first block reads.

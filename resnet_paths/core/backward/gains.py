@@ -16,14 +16,14 @@ __all__ = ["Gains", "gains"]
 
 Gains: TypeAlias = "list[list[tuple[torch.Tensor, Gains | None]]]"
 """For each block, for its skip (where it has one) and each branch, in the order of ``Block.path_choices``: logarithms
-of the norms of each example's gradient behind it, float64 [batch]; and the gains of the chain that the branch holds."""
+of the norms of each example's gradient after it, float64 [batch]; and the gains of the chain that the branch holds."""
 
 
 @torch.no_grad()
 def gains(
     chain: ResidualChain, states: Sequence[torch.Tensor], context: Context, whole: Stack, *, down_to: int = 0
 ) -> tuple[Gains, Stack]:
-    """Norms of the whole gradient behind the skip and behind each branch of every block.
+    """Norms of the whole gradient after the skip and after each branch of every block.
 
     Args:
         chain: The chain.

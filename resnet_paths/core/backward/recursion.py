@@ -149,7 +149,7 @@ def pull_back(
 
 
 def _below_post(block: LinearBlock, above: Cotangents, rules: Rules) -> Cotangents:
-    """From behind the addition of a block to its input."""
+    """From the sum of a block's skip and branches to its input."""
     state, context = None, above.without_context().context
     if block.skip is not None:
         through_skip = above.pulled(block.skip)

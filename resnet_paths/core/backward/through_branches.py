@@ -2,7 +2,7 @@
 
 With v_i the gradient at the output of block i, and t_i the tangent at its input of a direction d at the place where the
 gradient is wanted, the part of the gradient that takes the branch of block i has the inner product
-``<v_i behind the post, J_i t_i>`` with d: n block VJPs and n Jacobian-vector products for all blocks. What the branch
+``<v_i after the post, J_i t_i>`` with d: n block VJPs and n Jacobian-vector products for all blocks. What the branch
 of block i makes of t_i is a tangent of its own at the blocks that follow, where it has such products with the part that
 takes the branches of both: n (n - 1) / 2 Jacobian-vector products more for all pairs.
 """

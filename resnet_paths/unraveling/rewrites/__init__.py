@@ -12,7 +12,7 @@ them, once each:
 2. Residual additions that are part of another operation become additions: `remove_neutral_numbers`,
    `write_sums_as_additions`, `write_products_apart`, `write_multiples_as_additions`, `write_interpolations`.
 3. `move_rearrangements`, which looks for the additions of step 2, and then `remove_round_trips`, which removes what the
-   moves leave behind: skips that are a copy or a view of x become x itself.
+   moves leave: skips that are a copy or a view of x become x itself.
 4. Concatenations, which nothing before this touches: `extend_concatenations`, `write_partial_additions`, and
    `nest_concatenations`, which has to see the operands that the other two leave.
 

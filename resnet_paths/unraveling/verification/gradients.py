@@ -1,7 +1,7 @@
 """Whether the gradient of a chain is that of the model by its own autograd.
 
 Compared is the gradient of a random projection of the output with respect to floating-point inputs, and to the
-parameters of the stem, which stand for the state behind it where inputs are integers such as tokens. Unlike the state
+parameters of the stem, which stand for the state after it where inputs are integers such as tokens. Unlike the state
 itself, inputs and parameters can be differentiated in the model too, whatever its code looks like.
 """
 

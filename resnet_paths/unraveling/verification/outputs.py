@@ -37,7 +37,7 @@ def check_output(claim: Claim) -> torch.Tensor:
         raise UnravelError(
             "blocks",
             [block.name for block in claim.chain],
-            "modules between which and behind which nothing else reads the input",
+            "modules between which and after which nothing else reads the input",
             "The chain does not return what the model returns, on the example or on one made from it.",
         )
     raise UnravelError(
