@@ -331,11 +331,26 @@ def test_the_page_of_coverage_has_a_row_for_each_method():
         ]
         for method, options in coverage.METHODS.items()
     }
-    found = coverage.page(coverage.on_chains(range(2)), 2, runs, "a chain")
+    chains = coverage.on_chains(range(2))
+    found = coverage.page(chains, 2, runs, "a chain")
     rows = [line for line in found.splitlines() if (line.startswith("| ") and "paths" in line) or "signs" in line]
     assert sum("`mean_path_gradient_norm` | " in row for row in rows) == 2 * 3
     assert sum("`rms_path_gradient_norm` | " in row for row in rows) == 2 * 3
     assert "nan" not in found
+    assert "other methods" in found
+    assert "block VJPs to a true error of 10 %" in found
+    some = coverage.page(chains, 2, runs | {"uniform paths": [], "random signs": []}, "a chain")
+    assert "other methods" not in some
+    assert "40 uniform paths" not in some.partition("ResNet-110: `")[2]
+
+
+def test_the_page_of_coverage_says_where_it_is_below_95_percent():
+    held = {"quantity": "mean_path_gradient_norm", "held": [True] * 9 + [False]}
+    low = pd.DataFrame(held | {"method": "random signs"})
+    high = low.assign(held=True)
+    assert coverage.too_low(high, high) == "The coverage is at least 95 % in all cases."
+    found = coverage.too_low(high, low)
+    assert found.endswith("cases: 90.0% on the ResNet-110 for `mean_path_gradient_norm` (random signs).")
 
 
 def test_intervals_about_a_reference_of_its_own_error_are_judged_by_the_error_of_the_run(monkeypatch):
