@@ -19,7 +19,7 @@ from scipy import stats
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths._utils.statistics import rate_interval
 
-__all__ = ["Finding", "as_expected", "findings_frame", "interval_text", "number_text", "on_dataset"]
+__all__ = ["Finding", "as_expected", "findings_frame", "interval_text", "measured_text", "number_text", "on_dataset"]
 
 _EXPECTATIONS = ("agrees", "differs", "")
 _TITLES = {"fashion-mnist": "Fashion-MNIST", "cifar-10": "CIFAR-10"}
@@ -205,15 +205,14 @@ class Finding:
 
     @property
     def prediction(self) -> str:
-        """The predicted range, as in ``"at most 1 points"``; empty without one."""
-        unit = self.unit and f" {self.unit}"
+        """The predicted range, as in ``"at most 1 point"``; empty without one."""
         if number_text(self.at_least) == number_text(self.at_most):
-            return f"{number_text(self.at_least)}{unit}" if math.isfinite(self.at_least) else ""
+            return measured_text(self.at_least, self.unit) if math.isfinite(self.at_least) else ""
         if self.at_least == -math.inf:
-            return f"at most {number_text(self.at_most)}{unit}"
+            return f"at most {measured_text(self.at_most, self.unit)}"
         if self.at_most == math.inf:
-            return f"at least {number_text(self.at_least)}{unit}"
-        return f"{number_text(self.at_least)} to {number_text(self.at_most)}{unit}"
+            return f"at least {measured_text(self.at_least, self.unit)}"
+        return f"{number_text(self.at_least)} to {number_text(self.at_most)} {self.unit}".strip()
 
     @property
     def refuted_by(self) -> str:
@@ -231,8 +230,7 @@ class Finding:
         return ", ".join(filter(None, (interval_text(*self.interval), self.over)))
 
     def __str__(self) -> str:
-        value = f"{number_text(self.estimate)} {self.unit}".strip()
-        measured = f"{self.quantity}: {value} ({self.interval_text})"
+        measured = f"{self.quantity}: {measured_text(self.estimate, self.unit)} ({self.interval_text})"
         return f"{measured}; predicted {self.prediction}: {self.verdict}" if self.verdict else measured
 
     def to_dict(self) -> dict[str, object]:
@@ -300,7 +298,7 @@ def findings_frame(findings: Iterable[Finding]) -> pd.DataFrame:
     return pd.DataFrame([
         {
             "finding": finding.quantity,
-            "estimate": f"{number_text(finding.estimate)} {finding.unit}".strip(),
+            "estimate": measured_text(finding.estimate, finding.unit),
             "95 % interval": finding.interval_text,
             "predicted": finding.prediction,
             "verdict": finding.verdict,
@@ -327,6 +325,27 @@ def number_text(value: float) -> str:
     if abs(value) >= 1_000 or value == int(value):
         return f"{value:,.0f}" if abs(value) < 1e12 else f"{value:.3g}"
     return f"{value:.3g}"
+
+
+def measured_text(value: float, unit: str) -> str:
+    """A number with its unit, in the singular if the number is 1.
+
+    Args:
+        value: The number.
+        unit: Its unit in the plural, such as ``"blocks"``; empty for none.
+
+    Returns:
+        Its text.
+
+    Example:
+        >>> measured_text(2.0, "blocks"), measured_text(1.0, "blocks"), measured_text(1.0, "%"), measured_text(1.0, "")
+        ('2 blocks', '1 block', '1 %', '1')
+    """
+    number = number_text(value)
+    if number == "1":
+        first, *rest = unit.split(" ")
+        unit = " ".join([first.removesuffix("s"), *rest])
+    return f"{number} {unit}".strip()
 
 
 def interval_text(low: float, high: float) -> str:

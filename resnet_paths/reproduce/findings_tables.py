@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import pandas as pd
 from resnet_paths._utils.errors import ResnetPathsError, requires_extra
 from resnet_paths._utils.files import shipped_folder, write_then_rename
 from resnet_paths.reproduce.claims import claims_of
-from resnet_paths.reproduce.findings import interval_text, number_text
+from resnet_paths.reproduce.findings import interval_text, measured_text
 
 with requires_extra("notebooks"):
     import nbformat
@@ -26,7 +27,8 @@ COLUMNS = (
     *("prediction", "verdict", "expected", "refuted_by", "networks", "seeds", "images", "example", "dataset"),
     *("source", "larger_run", "headline"),
 )
-_TEXT = ("unit", "over", "prediction", "verdict", "refuted_by", "networks", "source", "larger_run")
+_MOST_IN_A_CELL = 6
+_TEXT = ("profile", "unit", "over", "prediction", "verdict", "refuted_by", "networks", "source", "larger_run")
 
 
 def collect_findings(folder: Path) -> pd.DataFrame:
@@ -115,23 +117,25 @@ def update_findings(folder: Path, data: Path | None = None, pages: Path | None =
         new.to_csv(temporary, index=False, float_format="%.10g")
     frame, written = read_findings(path), [path]
     pages = pages or shipped_folder("notebooks")
-    for page in map(pages.joinpath, PAGES):
-        text = replace_tables(page.read_text(encoding="utf-8"), frame)
+    for name in PAGES:
+        page = pages / name
+        text = replace_tables(page.read_text(encoding="utf-8"), frame, name)
         with write_then_rename(page) as temporary:
             temporary.write_text(text, encoding="utf-8")
         written.append(page)
     return written
 
 
-def replace_tables(text: str, frame: pd.DataFrame) -> str:
+def replace_tables(text: str, frame: pd.DataFrame, page: str) -> str:
     """A page with its tables of findings made again.
 
     Args:
         text: Markdown, with ``<!-- findings: NAME -->`` before each table and ``<!-- end of findings -->`` after it;
-            names are ``all``, ``agreement``, prefixes of notebooks, such as ``02``, whose main findings are one cell of
-            a table, and these with words, such as ``table:02:stage_start``, for a table of the findings of a notebook
-            whose quantity has them.
+            names are ``all``, ``agreement``, prefixes of notebooks, such as ``02``, whose first main findings are one
+            cell of a table, and these with words, such as ``table:02:stage_start``, for a table of the findings of a
+            notebook whose quantity has them.
         frame: From `read_findings`.
+        page: Path of the page in the folder of pages, from which the page of all findings is linked.
 
     Returns:
         The page.
@@ -144,7 +148,7 @@ def replace_tables(text: str, frame: pd.DataFrame) -> str:
             _, prefix, words = name.split(":")
             content = f"\n{_some_findings(frame, prefix, words.replace('_', ' '))}\n"
         else:
-            content = f"\n{made(frame)}\n" if made else f" {_of_notebook(frame, name)} "
+            content = f"\n{made(frame)}\n" if made else f" {_of_notebook(frame, name, page)} "
         return f"{match[1]}{content}{match[3]}"
 
     return re.sub(r"(<!-- findings: (\S+) -->).*?(<!-- end of findings -->)", table, text, flags=re.DOTALL)
@@ -221,11 +225,18 @@ def _some_findings(frame: pd.DataFrame, prefix: str, words: str) -> str:
     return _markdown(("finding", "seeds", "examples", "estimate", "95 % interval, over", "predicted", "verdict"), rows)
 
 
-def _of_notebook(frame: pd.DataFrame, prefix: str) -> str:
-    """The main findings of a notebook in a sentence."""
-    rows = frame[frame["notebook"].str.startswith(f"{prefix}_") & frame["headline"]]
-    said = [f"{row.quantity} {_measured(row)}" + ("" if row.exact else f" ({_interval(row)})") for row in _rows(rows)]
-    return ("; ".join(said) + ".").replace("|", "\\|") if said else ""
+def _of_notebook(frame: pd.DataFrame, prefix: str, page: str) -> str:
+    """The first main findings of a notebook in a sentence, with a link to all if there are more, and the profile."""
+    found = frame[frame["notebook"].str.startswith(f"{prefix}_")]
+    shown = found[found["headline"]].head(_MOST_IN_A_CELL)
+    if shown.empty:
+        return ""
+    said = [f"{row.quantity} {_measured(row)}" + ("" if row.exact else f" ({_interval(row)})") for row in _rows(shown)]
+    if len(shown) < len(found):
+        said.append(f"[all]({posixpath.relpath(PAGES[0], posixpath.dirname(page) or '.')})")
+    profiles = sorted({profile for profile in shown["profile"] if profile})
+    ran = f" ({' and '.join(profiles)} profile{'' if len(profiles) == 1 else 's'})" if profiles else ""
+    return f"{'; '.join(said)}{ran}.".replace("|", "\\|")
 
 
 def _rows(frame: pd.DataFrame) -> list[Any]:
@@ -233,7 +244,7 @@ def _rows(frame: pd.DataFrame) -> list[Any]:
 
 
 def _measured(row: Any) -> str:
-    return f"{number_text(row.estimate)} {row.unit}".strip()
+    return measured_text(row.estimate, row.unit)
 
 
 def _interval(row: Any) -> str:

@@ -74,6 +74,7 @@ def test_the_interval_over_rows_and_columns_has_the_variance_of_both():
     [
         ((1, 2), {"at_most": 3}, "agrees", "at most 3 points"),
         ((1, 2), {"at_most": 1.5}, "too small to tell", "at most 1.5 points"),
+        ((1, 2), {"at_most": 1}, "too small to tell", "at most 1 point"),
         ((1, 2), {"at_most": 0.5}, "differs", "at most 0.5 points"),
         ((1, 2), {"at_least": 1, "at_most": 2}, "agrees", "1 to 2 points"),
         ((1, 2), {"at_least": 2.5}, "differs", "at least 2.5 points"),
@@ -168,7 +169,8 @@ def test_tables_are_made_of_executed_notebooks(tmp_path):
     assert "| Someone 2016, figure 1 | a window | at least 5 blocks | 9 blocks (not known) | **too small to" in page
     assert "; Fashion-MNIST; 1 seed; 6 windows | seeds |" in page
     assert "| a window |  | 1 | 6 windows | Fashion-MNIST | 9 blocks |" in page
-    expected = "| x | kept <!-- findings: 01 --> a median 0.5 % (0.25 to 1, blocks). <!-- end of findings --> |\n"
+    cell = "a median 0.5 % (0.25 to 1, blocks); [all](tables/findings.md) (quick profile)."
+    expected = f"| x | kept <!-- findings: 01 --> {cell} <!-- end of findings --> |\n"
     assert (pages / "gallery.md").read_text() == expected + "| y | <!-- findings: 02 -->  <!-- end of findings --> |\n"
     # Another run replaces the rows of its own notebooks only.
     executed(tmp_path, "02_two", FINDINGS[1:2])
@@ -177,6 +179,21 @@ def test_tables_are_made_of_executed_notebooks(tmp_path):
     assert read_findings(data / "findings.csv").notebook.tolist() == ["01_one"] * 3 + ["02_two"]
     first = findings_table(frame).splitlines()[0]
     assert first == "01  a median: 0.5 % (0.25 to 1, blocks); predicted at most 2 %: agrees"
+
+
+def test_a_cell_has_the_first_six_main_findings_and_the_profiles():
+    def cell(findings, profiles, page="gallery.md"):
+        rows = [{"notebook": "01_one"} | finding.to_dict() for finding in findings]
+        frame = pd.DataFrame(rows).assign(profile=profiles)
+        text = replace_tables("<!-- findings: 01 --> <!-- end of findings -->", frame, page)
+        return text.removeprefix("<!-- findings: 01 --> ").removesuffix(" <!-- end of findings -->")
+
+    main = [Finding(f"number {i}", i, unit="blocks", headline=True) for i in range(8)]
+    assert cell(main[:2], "full") == "number 0 0 blocks; number 1 1 block (full profile)."
+    assert cell([*main[:1], FINDINGS[1]], "") == "number 0 0 blocks; [all](tables/findings.md)."
+    several = cell(main, ["quick", *["full"] * 7], "explanation/other.md")
+    assert several.endswith("number 5 5 blocks; [all](../tables/findings.md) (full and quick profiles).")
+    assert "number 6" not in several
 
 
 def test_the_command_prints_findings_or_says_that_there_are_none(tmp_path):
@@ -202,7 +219,7 @@ def test_the_tables_of_the_documentation_are_those_of_the_data():
     for page in PAGES:
         text = (shipped_folder("notebooks") / page).read_text(encoding="utf-8")
         assert "<!-- findings: " in text
-        assert replace_tables(text, frame) == text, f"run 'resnet-paths findings --update' to write {page} again"
+        assert replace_tables(text, frame, page) == text, f"run 'resnet-paths findings --update' to write {page} again"
 
 
 @pytest.mark.parametrize("counts", [[1] * 8, [0] * 8, [1, 1, 1, 0, 1, 1, 1, 1], [3, 3, 2, 3, 3, 3, 3, 3]])
