@@ -1,6 +1,7 @@
-"""What every block reads, adds and passes on: the sizes and directions of the states of a real network.
+"""Norms and directions of what each block reads, adds and passes on.
 
-The forward pass only. What the sizes predict about a deletion is in `resnet_paths.lesions.predicted`.
+Computing them takes one forward pass. `resnet_paths.lesions.predicted` has scores of this kind, which predict the
+effect of a deletion.
 """
 
 from __future__ import annotations
@@ -30,13 +31,11 @@ _COLUMNS = ("input_norm", "skip_norm", "branch_norm", "sum_norm", "cosine", "kep
 
 @torch.no_grad()
 def block_norms(chain: ResidualChain, inputs: InputsOrLoader, *, tokens: Tokens = None) -> pd.DataFrame:
-    """How large x, F(x) and F(x) + x are in every block, and which way F(x) points.
+    """Norms of x, F(x) and F(x) + x in each block, and the direction of F(x).
 
-    Norms are Euclidean, of an example's whole x, or of the vector of each token; what is carried beside it, such as an
-    attention mask, is left out, and so is padding.
-    The signal kept along the skip is what the path of skips alone, which takes no branch at all, brings to a block's
-    output: with s that path's x and y the output, the share is <s, y> / <y, y>, 1 where the branches have added
-    nothing.
+    Norms are Euclidean, of the state x of each example or of the vector of each token; context, such as an attention
+    mask, and padding are left out. ``kept_signal_share`` is the component of the output y of a block along s, the state
+    on the path of skips alone: <s, y> / <y, y>, which is 1 if the branches have added nothing.
 
     Args:
         chain: The chain, in eval mode.

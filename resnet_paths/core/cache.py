@@ -50,7 +50,7 @@ class Cache:
         state: What each block read, [batch, *in_shape]; one more entry at the end, the output of the last block.
         skip: What each block's skip returned; None where there is no skip.
         branch: What each block's branch returned; None where it is deleted.
-        context: What blocks and head read beside the state, by name.
+        context: What blocks and head read in addition to the state, by name.
     """
 
     state: ByBlock

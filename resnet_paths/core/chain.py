@@ -100,7 +100,7 @@ class Block(nn.Module):
         return call_part(self.post, self.added_up(x, context), context)
 
     def added_up(self, x: torch.Tensor, context: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """``skip(x) + branch(x)``, of the two those that are there; `x` is what `pre` returns."""
+        """``skip(x) + branch(x)``, or the one of them that is there; `x` is the output of `pre`."""
         if self.run is not None:
             return call_part(self.run, x, context)
         onto_skip = isinstance(self.branch, Parallel) and self.branch.onto_skip
@@ -134,7 +134,7 @@ class Block(nn.Module):
 
     @property
     def run(self) -> ResidualChain | None:
-        """The run of blocks that it stands for (`resnet_paths.group_blocks`); None where it is no group."""
+        """The blocks of a group (`resnet_paths.group_blocks`) as a chain; None if the block is not a group."""
         if not (isinstance(self.branch, LinearCombination) and self.branch.is_difference):
             return None
         run, around = self.branch
@@ -143,7 +143,7 @@ class Block(nn.Module):
 
     @property
     def branch_names(self) -> tuple[str, ...]:
-        """A name for each of several branches; empty where they have none of their own."""
+        """Names of the branches if there are several; empty if they have no names."""
         return self.branch.names if isinstance(self.branch, Parallel) else ()
 
     def with_branch(self, number: int, branch: nn.Module) -> Block:
@@ -172,10 +172,10 @@ class Block(nn.Module):
         return self.in_shape == self.out_shape or (self.pre_stays and self.skip_kind == "identity")
 
     def moved_to(self, place: Block) -> Block:
-        """The block in the place of another: what stands before it is what stays in that place, else its own.
+        """The block in the place of another: before it is the `pre` that stays in that place, else its own.
 
         Args:
-            place: The block that stood there.
+            place: The block that was there.
 
         Returns:
             A block.
@@ -293,7 +293,7 @@ class ResidualChain(nn.Module):
         return call_part(self.head, x, context)
 
     def run_with_cache(self, *inputs: object, **keywords: object) -> tuple[torch.Tensor, Cache]:
-        """What the network returns, and what every block read, skipped and added on the way.
+        """The output of the network, with the state, skip and branch of each block.
 
         Args:
             *inputs: What the model takes.
@@ -322,7 +322,7 @@ class ResidualChain(nn.Module):
         return call_part(self.head, own(state), context), cache
 
     def train(self, mode: bool = True) -> ResidualChain:
-        """Set the mode of all parts; a chain that was read from a model stays as it was read.
+        """Set the mode of all parts, except of a chain that was read from a model, which keeps the mode of the model.
 
         Args:
             mode: True for training mode.
@@ -375,7 +375,7 @@ class ResidualChain(nn.Module):
             Its position.
 
         Raises:
-            ResnetPathsError: If there is no such block; the nearest names are given.
+            ResnetPathsError: If there is no such block; the message has the most similar names.
         """
         if isinstance(block, str):
             names = [b.name for b in self]
@@ -412,7 +412,7 @@ class ResidualChain(nn.Module):
         return "\n".join([f"ResidualChain of {len(self)} blocks, {shown_count(self.num_paths)} paths", *lines])
 
     def summary(self) -> str:
-        """A table for people: what every block holds, those inside branches indented.
+        """A table of all blocks as text; blocks inside branches are indented.
 
         Returns:
             Lines of text: name, stage, skip, what stands before skip and branch, in the branch and after the addition,
@@ -436,14 +436,14 @@ class ResidualChain(nn.Module):
         return first + style.set_table_styles([{"selector": "th, td", "props": left}]).to_html()
 
     def to_frame(self) -> pd.DataFrame:
-        """What every block holds, one row each; the rows of a chain inside a branch follow that of its block.
+        """A data frame with one row per block; the rows of a chain inside a branch follow that of its block.
 
         Returns:
-            ``index``, the position in its own chain; ``block``, its name; ``depth``, in how many branches it stands;
-            ``stage``; ``skip``, ``"identity"``, ``"projection"``, ``"concat"`` or ``"none"``; ``before``, ``branch``
-            and ``after``, what stands before skip and branch, in the branch and after the addition;
-            ``num_branches``, how many a path may choose from, 0 where the branch is deleted; ``weight_layers`` on the
-            longest route through the branch; ``parameters`` of all parts; ``shape`` without the batch, in and out.
+            ``index``, the position in its own chain; ``block``, its name; ``depth``, the number of branches that
+            contain it; ``stage``; ``skip``, ``"identity"``, ``"projection"``, ``"concat"`` or ``"none"``; ``before``,
+            ``branch`` and ``after``, the operations before skip and branch, in the branch and after the addition;
+            ``num_branches`` that a path may take, 0 if deleted; ``weight_layers`` on the longest route through the
+            branch; ``parameters`` of all parts; ``shape`` without the batch, in and out.
         """
         return chain_table(self)
 

@@ -1,8 +1,8 @@
-"""Edits of a chain, each a pure function: a new chain that shares every weight, the old one untouched.
+"""Edits of a chain. Each is a pure function that returns a new chain, which shares all weights with the old one.
 
-No hooks, no context managers, nothing to restore. A block is named by its position (negative counts from the end) or
-its name; a block of a chain inside a branch, or of a group, by its name. Where a block has several branches, such as
-attention and MLP side by side, each can be deleted or scaled by the name of its module.
+There are no hooks or context managers, and nothing has to be restored. A block is given by its position (negative
+counts from the end) or its name; a block of a chain inside a branch, or of a group, by its name. Where a block has
+several branches, such as attention and MLP side by side, each can be deleted or scaled by the name of its module.
 
 Positions never shift when a block is deleted: it stays in its place with its skip alone. So deletions commute, and
 ``delete_blocks(chain, [3, 7])`` is ``delete_block(delete_block(chain, 3), 7)``.
@@ -36,17 +36,18 @@ __all__ = [
 
 
 def delete_block(chain: ResidualChain, block: int | str) -> ResidualChain:
-    """The network without a block's branch; its skip, projection included, and what follows the addition stay.
+    """The network without the branch of a block. Its skip (also a projection) and what follows the addition remain.
 
-    The lesion of Veit et al. 2016, section 4.1. Nothing is retrained, and BatchNorm keeps the statistics of the intact
-    network. A block without skip is replaced by the identity where input and output have one shape.
+    This is the lesion of Veit et al. 2016, section 4.1. Nothing is retrained, and BatchNorm keeps the statistics of the
+    intact network. A block without skip is replaced by the identity if its input and output have the same shape.
 
     Args:
         chain: The chain.
         block: Position or name.
 
     Returns:
-        A chain of the same length; with half the paths if the block had one skip and one branch.
+        A new chain of the same length that shares all weights, with half the paths if the block had one skip and one
+        branch.
 
     Raises:
         ResnetPathsError: If there is no such block, or it has no skip and changes the shape.
@@ -62,14 +63,14 @@ def delete_block(chain: ResidualChain, block: int | str) -> ResidualChain:
 
 
 def delete_blocks(chain: ResidualChain, blocks: Iterable[int | str]) -> ResidualChain:
-    """The network without several blocks' branches; see `delete_block`.
+    """The network without the branches of several blocks; see `delete_block`.
 
     Args:
         chain: The chain.
         blocks: Positions or names, in any order.
 
     Returns:
-        A chain; deleting nothing gives an equal chain.
+        A new chain that shares all weights; without blocks to delete, it equals the old one.
 
     Raises:
         ResnetPathsError: As `delete_block`.
@@ -99,14 +100,14 @@ def deletable(chain: ResidualChain) -> list[int]:
 
 
 def permute_blocks(chain: ResidualChain, order: Sequence[int | str]) -> ResidualChain:
-    """The blocks in another order (Veit et al. 2016, section 4.2).
+    """The network with its blocks in another order (Veit et al. 2016, section 4.2).
 
     Args:
         chain: The chain.
         order: The new order: entry i is the old position of block i; each block occurs once.
 
     Returns:
-        A chain whose block i is the old block ``order[i]``.
+        A new chain that shares all weights, whose block i is the old block ``order[i]``.
 
     Raises:
         ResnetPathsError: If `order` is not a permutation, or shapes do not fit.
@@ -128,15 +129,15 @@ def permute_blocks(chain: ResidualChain, order: Sequence[int | str]) -> Residual
 
 
 def swap_blocks(chain: ResidualChain, first: int | str, second: int | str) -> ResidualChain:
-    """Two blocks in each other's place.
+    """The network with two blocks swapped.
 
     Args:
         chain: The chain.
         first: Position or name.
-        second: Position or name. Positions are those in `chain`, also beside the name of a block inside a branch.
+        second: Position or name. Positions refer to `chain`; two blocks of a chain inside a branch are given by name.
 
     Returns:
-        A chain.
+        A new chain that shares all weights.
 
     Raises:
         ResnetPathsError: If there is no such block, they are in different chains, or shapes do not match.
@@ -162,14 +163,14 @@ def swap_blocks(chain: ResidualChain, first: int | str, second: int | str) -> Re
 
 
 def duplicate_block(chain: ResidualChain, block: int | str) -> ResidualChain:
-    """A block run twice in a row; the copy shares its weights and is named ``NAME#2``.
+    """The network with a block run twice in a row; the copy shares its weights and is named ``NAME#2``.
 
     Args:
         chain: The chain.
         block: Position or name.
 
     Returns:
-        A chain of one block more.
+        A new chain with one more block, which shares all weights.
 
     Raises:
         ResnetPathsError: If there is no such block, or it changes the shape.
@@ -190,16 +191,16 @@ def duplicate_block(chain: ResidualChain, block: int | str) -> ResidualChain:
 
 
 def scale_block(chain: ResidualChain, block: int | str, factor: float) -> ResidualChain:
-    """A block's branch times a number: ``y = post(skip(x) + factor * branch(x))``.
+    """The network with the branch of a block multiplied by a number: ``y = post(skip(h) + factor * branch(h))``.
 
     Args:
         chain: The chain.
         block: Position or name.
-        factor: Any finite number; 1 changes nothing. 0 gives what deletion gives where the block has a skip, on the
-            same paths.
+        factor: Any finite number; 1 changes nothing. 0 gives the outputs of a deletion if the block has a skip, but the
+            paths are still counted.
 
     Returns:
-        A chain.
+        A new chain that shares all weights.
 
     Raises:
         ResnetPathsError: If there is no such block, its branch is deleted, or the factor is not finite.
@@ -221,14 +222,14 @@ def scale_block(chain: ResidualChain, block: int | str, factor: float) -> Residu
 
 
 def reverse_blocks(chain: ResidualChain, stage: int) -> ResidualChain:
-    """A stage's blocks in reverse order; the block that opens the stage by changing the shape stays first.
+    """The network with the blocks of a stage in reverse order; a block that changes the shape stays first.
 
     Args:
         chain: The chain.
         stage: Number of the stage, counted from 0.
 
     Returns:
-        A chain.
+        A new chain that shares all weights.
 
     Raises:
         ResnetPathsError: If there is no such stage.
@@ -251,23 +252,23 @@ def parallel_blocks(
     *,
     combine: Literal["mean", "sum"] = "mean",
 ) -> ResidualChain:
-    """Neighbouring blocks run side by side on one input: ``y = post(x + mean_i branch_i(x))``.
+    """The network with neighbouring blocks run in parallel on one input: ``y = post(x + mean_i branch_i(x))``.
 
-    Where nothing follows the additions, the mean gives the average of the blocks' outputs, "parallel" in Sun et al.
-    2024 (Layers as Painters), and the sum leaves all paths as they were but those through two of the branches, which
-    vanish. What follows the addition, `post`, is that of the last one. A chain inside a branch is taken whole: the
-    paths through it count as one.
+    If nothing follows the additions, the mean gives the average of the blocks' outputs, "parallel" in Sun et al.
+    2024 (Layers as Painters), and the sum removes the paths through two or more of the branches and keeps all others.
+    What follows the addition, `post`, is that of the last block. The paths through a chain inside a branch count as
+    one.
 
     Args:
         chain: The chain.
-        blocks: Positions or names of at least two blocks that stand side by side, all with identity skips.
+        blocks: Positions or names of at least two consecutive blocks, all with identity skips.
         combine: ``"mean"`` or ``"sum"`` of the branches.
 
     Returns:
-        A chain in which one block, named by joining the names with "|", stands for all of them.
+        A new chain that shares all weights, with one block in place of these; its name is theirs, joined with "|".
 
     Raises:
-        ResnetPathsError: If the blocks do not stand side by side, have other than identity skips, or are deleted.
+        ResnetPathsError: If the blocks are not consecutive, have other skips than the identity, or are deleted.
     """
     if combine not in ("mean", "sum"):
         raise ResnetPathsError("combine", combine, "'mean' or 'sum'")
@@ -291,17 +292,17 @@ def parallel_blocks(
 
 
 def path_network(chain: ResidualChain, path: Sequence[Entry]) -> ResidualChain:
-    """One path run alone, forward: each block reduced to its skip or to its branch.
+    """The network of a single path: each block is reduced to its skip or to its branch.
 
-    The forward pass does not split into a sum over paths, since branches are not linear; this is the network that Dong
-    et al. (2021, section 2.2) run for each path of a transformer.
+    The outputs of these networks do not sum to the output of the chain, since branches are not linear. Dong et al.
+    (2021, section 2.2) run such a network for each path of a transformer.
 
     Args:
         chain: The chain.
-        path: One entry per block: False = skip, True = branch; a path where the branch is a chain.
+        path: One entry per block: False = skip, True = branch, or a path if the branch is a chain.
 
     Returns:
-        A chain of one path that shares all weights with `chain`.
+        A new chain of one path that shares all weights.
 
     Raises:
         ResnetPathsError: If the path does not fit the chain.

@@ -4,9 +4,9 @@ A group is one block: its branch is what the run of its blocks adds to their inp
 around all of them. It returns ``run(x)`` bit for bit, and deleted it returns x. So every edit, plan, score and gradient
 works on layers.
 
-Of its paths, a group offers two, around the run and through it. With identity skips and nothing after the additions a
-run of blocks with p paths has one that takes no branch, which is the path around, so that the group's branch stands for
-the other p - 1: 3 for attention and MLP one after the other. A path that takes m groups stands for the product of these
+A group offers two paths, around the run and through it. With identity skips and nothing after the additions a run of
+blocks with p paths has one that takes no branch, which is the path around, so that the group's branch stands for the
+other p - 1: 3 for attention and MLP one after the other. A path that takes m groups stands for the product of these
 numbers, and the gradient along it is the sum over all these paths.
 """
 
@@ -35,25 +35,25 @@ _UNITS = ("transformer_layer", "stage")
 def group_blocks(
     chain: ResidualChain, unit: str | Iterable[Sequence[int | str]] = "transformer_layer"
 ) -> ResidualChain:
-    """A chain whose blocks are whole runs of the chain's blocks, each with the skip around it.
+    """The chain with runs of consecutive blocks grouped into one block each, with a skip around each run.
 
-    The chain returns what it returned before, bit for bit, and shares all weights. A block inside a group is still
-    found by its name. A run that is an identity skip and a branch already stays as it is.
+    Outputs are the same, bit for bit, and all weights are shared. A block inside a group is still found by its name. A
+    run that already is an identity skip and a branch stays as it is.
 
     Args:
         chain: The chain.
         unit: What to group: ``"transformer_layer"``, attention and MLP together, as for `resnet_paths.path_histogram`;
-            ``"stage"``; or runs, each the positions or names of neighbouring blocks. Blocks in none of the runs stay
-            as they are.
+            ``"stage"``; or a list of runs, each the positions or names of consecutive blocks. Blocks outside the runs
+            stay as they are.
 
     Returns:
-        A chain with a block for each run, named after the module that holds its blocks, or its first and last block.
-        Deletion leaves the input of the run where it keeps the shape, else what is left when each of its blocks is
-        deleted. A run with a block that has no skip has none around it either: it is a block without skip, whose
-        branch is the chain of its blocks.
+        A new chain with a block for each run, named after the module that contains its blocks, or after its first and
+        last block. If such a block is deleted, the input of the run remains if the run keeps the shape, else what
+        remains when each of its blocks is deleted. A run with a block that has no skip becomes a block without skip,
+        whose branch is the chain of its blocks.
 
     Raises:
-        ResnetPathsError: If the unit is unknown, blocks of a run do not stand side by side, or runs overlap.
+        ResnetPathsError: If the unit is unknown, blocks of a run are not consecutive, or runs overlap.
 
     Example:
         >>> from resnet_paths import load_network, unravel

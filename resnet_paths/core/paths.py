@@ -128,7 +128,7 @@ def choices_of(chain: HasPathChoices | int) -> Choices:
         chain: A chain, or the number n >= 0 of residual blocks.
 
     Returns:
-        One tuple of entries a block.
+        One tuple of entries per block.
 
     Raises:
         ResnetPathsError: If `chain` is neither.
@@ -274,7 +274,7 @@ def path_histogram(chain: HasPathChoices | int, unit: str = "block") -> pd.DataF
 
 
 def enumerate_paths(chain: HasPathChoices | int, length: int | None = None) -> Iterator[Path]:
-    """All paths, or all of one length, one by one; nothing is stored.
+    """Iterate over all paths, or over all paths of one length, without storing them.
 
     Args:
         chain: A chain, or a number of residual blocks.

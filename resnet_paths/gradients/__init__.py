@@ -123,8 +123,8 @@ def gradient_by_path_length(
         inputs: A batch, as the chain is called: a tensor, a tuple of positional arguments or a mapping of keyword
             arguments; or a loader of (inputs, targets) with inputs of any such form, or of mappings. ``labels`` in a
             mapping, as in those of Hugging Face, are its targets, unless `targets` are given.
-        targets: What `loss` takes beside the logits; None with a loader. For the default loss, class indices [batch] or
-            class probabilities [batch, class].
+        targets: What `loss` takes in addition to the logits; None with a loader. For the default loss, class indices
+            [batch] or class probabilities [batch, class].
         method: ``"exact"``, ``"energy"`` (which includes the columns of ``"exact"``) or ``"sampled"``.
         loss: From (logits, targets) to a loss for each example, [batch]; cross-entropy if None.
         max_length: The longest paths of interest: longer ones are not computed. None for all.
@@ -170,10 +170,11 @@ def gradient_by_path_length(
 
         Each has a standard error ``..._se``. For the columns of ``"exact"`` it is over examples (NaN for a single one);
         for estimates it is the error due to the draws, for these examples, and ``..._examples_se`` is the error due to
-        draws and examples (not for ``uncancelled_share``). Weighted paths also give 95 % intervals due to the draws, ``..._low`` and ``..._high``;
-        ``num_draws``, the number of sampled paths of this length per example; and ``effective_sample_size``, the number
-        of draws with equal contributions that would have the same error (with a warning where it is below 10). The page
-        "Coverage of the intervals" of the documentation states how often the intervals contain the true value.
+        draws and examples (not for ``uncancelled_share``). Weighted paths also give 95 % intervals due to the draws,
+        ``..._low`` and ``..._high``; ``num_draws``, the number of sampled paths of this length per example; and
+        ``effective_sample_size``, the number of draws with equal contributions that would have the same error (with a
+        warning where it is below 10). The page "Coverage of the intervals" of the documentation states how often the
+        intervals contain the true value.
 
         ``attrs`` hold ``method``, ``paths``, ``with_respect_to``, ``per_example``, ``num_examples``, ``num_draws``,
         ``num_block_vjps`` (per example; the whole gradient, to which shares refer, takes one more per block),
@@ -254,13 +255,13 @@ def gradient_by_stage_lengths(
 ) -> pd.DataFrame:
     """The gradient split by the length of the path in every stage: the joint distribution, exactly.
 
-    The cost is that of `gradient_by_path_length` times about the number of (length, length...) pairs of later stages:
-    meant for tens of examples.
+    The cost is that of `gradient_by_path_length` times about the number of combinations of lengths in the later stages,
+    so that it is meant for tens of examples.
 
     Args:
         chain: The chain, in eval mode.
         inputs: A batch or a loader, as for `gradient_by_path_length`.
-        targets: What `loss` takes beside the logits.
+        targets: What `loss` takes in addition to the logits.
         loss: From (logits, targets) to a loss for each example; cross-entropy if None.
         with_respect_to: ``"input"``, ``"stem"``, or a block, for its output.
         memory_budget: Bytes that stacks of cotangents may take.
@@ -327,10 +328,10 @@ def gradient_through_block(
     Args:
         chain: The chain, in eval mode.
         inputs: A batch or a loader, as for `gradient_by_path_length`.
-        targets: What `loss` takes beside the logits.
+        targets: What `loss` takes in addition to the logits.
         loss: From (logits, targets) to a loss for each example; cross-entropy if None.
         with_respect_to: ``"input"``, ``"stem"``, or a block, for its output.
-        norms: Whether to compute the norms of G_i, too.
+        norms: Whether to compute the norms of G_i as well.
         memory_budget: Bytes that stacks of cotangents may take.
         progress: Whether to show a bar over the batches of a loader.
 
@@ -376,23 +377,23 @@ def gradient_by_depth(
     memory_budget: int = 2**31,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """The norm of the whole gradient at every depth: what reaches each block's input, from one backward pass.
+    """The norm of the gradient with respect to the input of each block, from one backward pass.
 
     Each example has its own loss and its own gradient. BatchNorm is that of eval mode: its statistics are constants,
-    through which no gradient flows. A network without training needs statistics first, or it does not normalise at all:
-    `torch.optim.swa_utils.update_bn` takes them from images.
+    through which no gradient flows. An untrained network needs statistics first, or nothing is normalised:
+    `torch.optim.swa_utils.update_bn` computes them from images.
 
     Args:
         chain: The chain, in eval mode, with or without skips.
         inputs: A batch or a loader, as for `gradient_by_path_length`.
-        targets: What `loss` takes beside the logits.
+        targets: What `loss` takes in addition to the logits.
         loss: From (logits, targets) to a loss for each example; cross-entropy if None.
         memory_budget: Bytes that kept activations may take; batches are split to fit.
         progress: Whether to show a bar over the batches of a loader.
 
     Returns:
-        One row per depth: ``depth``, the number of blocks in front, from 0, the output of the stem, to n, the output of
-        the last block; ``block`` (name of the block that reads this state; ``"head"`` for the last row), ``stage`` (of
+        One row per depth: ``depth``, the number of blocks before the state, from 0 (output of the stem) to n (output of
+        the last block); ``block`` (name of the block that reads this state; ``"head"`` for the last row), ``stage`` (of
         that block; <NA> for the head); ``gradient_norm``, the mean over examples, with its standard error
         ``gradient_norm_se``.
 

@@ -4,8 +4,8 @@ The squared coherence of the paths of length k is 1 + sum over pairs of differen
 A null model keeps the network but removes one thing that the paths of an example have in common. The fraction of the
 second term that remains is ``kept_share``.
 
-- *Jacobians of other examples*: each block is linearized at the state of another example, of its own, so that no two
-  blocks agree because they saw the same image. What is left belongs to the network rather than to the example.
+- *Jacobians of other examples*: each block is linearized at the state of a different example, so that no two blocks
+  agree because they read the same image. What is left belongs to the network rather than to the example.
 - *Random signs*: every branch gets a factor of +1 or -1. Norms of paths stay as they are, and so does the alignment of
   what branches write and read up to sign; the expectation of |G_k|^2 is the sum of |g_S|^2 (Parseval's identity), so
   that the root mean square of the coherence is 1 for any network. Only the spread between draws is informative.
@@ -66,9 +66,9 @@ def null_coherence(
     Args:
         chain: The chain, in eval mode.
         inputs: A batch or a loader, as for `resnet_paths.gradient_by_path_length`.
-        targets: What `loss` takes beside the logits.
+        targets: What `loss` takes in addition to the logits.
         others: Examples, as the chain is called, at whose states blocks are linearized. They should differ from
-            `inputs` and be more than there are blocks. None for random signs.
+            `inputs` and outnumber the blocks. None for random signs.
         num_repeats: Number of draws of the null model, at least 2.
         max_length: The longest paths of interest; all if None.
         loss: From (logits, targets) to a loss for each example; cross-entropy if None.
@@ -77,7 +77,7 @@ def null_coherence(
             requires.
         relative_error: Relative standard error of the energy of a batch at which to stop, between 0 and 1.
         generator: Source of examples, signs and paths; seed 0 if None.
-        memory_budget: Bytes that stacks of cotangents may take; the states of `others` are held beside them.
+        memory_budget: Bytes that stacks of cotangents may take; the states of `others` are kept in addition.
         progress: Whether to show a bar over the batches of a loader.
 
     Returns:
@@ -89,8 +89,8 @@ def null_coherence(
         one path, and not meaningful where coherence is 1 within its error.
 
     Raises:
-        ResnetPathsError: As `resnet_paths.gradient_by_path_length`; if blocks read context beside the state, which
-            belongs to one example, or states of `others` have another shape than those of `inputs`.
+        ResnetPathsError: As `resnet_paths.gradient_by_path_length`; if blocks read context in addition to the state,
+            which belongs to one example, or states of `others` have another shape than those of `inputs`.
 
     Example:
         >>> from resnet_paths.core.chain import Block

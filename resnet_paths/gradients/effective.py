@@ -29,7 +29,7 @@ class EffectiveWindow:
         quantity: The column that was summed.
         shortest: First length of the window.
         longest: Last length of the window.
-        share: What the window holds of the column's sum; at least what was asked for.
+        share: Share of the column's sum in the window; at least the one required.
         peak: The length where the column is largest.
         fraction_of_paths: Number of paths with a length in the window over the number of all paths.
     """
@@ -43,7 +43,7 @@ class EffectiveWindow:
 
 
 def effective_window(frame: pd.DataFrame, quantity: str, share: float = 0.95) -> EffectiveWindow:
-    """The shortest range of path lengths that holds a share of a quantity; of equally short ones the fullest.
+    """The shortest range of path lengths that holds a share of a quantity; among equally short ones that with the most.
 
     The paper's own window is `PAPER_WINDOW`, for ``total_gradient_magnitude`` (Veit et al. 2016, figure 6c).
 
@@ -126,8 +126,8 @@ def fit_decay(
 ) -> GeometricDecay:
     """A geometric decay fitted to norms by path length: the straight line of Veit et al. 2016, figure 6b, log axis.
 
-    The standard error is that of the line's slope. It says nothing of whether the norms are on a line: where they are
-    not, as in a trained ResNet-110, `decay_factors` has the factor at each length.
+    The standard error is that of the line's slope. It does not show whether the norms are on a line: if they are not,
+    as in a trained ResNet-110, use `decay_factors` for the factor at each length.
 
     Args:
         frame: From `resnet_paths.gradient_by_path_length`.

@@ -1,4 +1,4 @@
-"""Whether blocks act independently: the law of path length beside that of independent branches.
+"""The distribution of path length, compared with that of independent blocks.
 
 The shares <g_S, G> / <G, G> of single paths are a signed measure of total 1 on the sets S of blocks. Were it a product
 measure, with the share p_i of the gradient through the branch of block i as its margins, path length would have the
@@ -36,7 +36,7 @@ __all__ = [
 
 
 def poisson_binomial(probabilities: Sequence[float] | np.ndarray | pd.Series) -> np.ndarray:
-    """The distribution of the number of branches taken, were they taken independently.
+    """The distribution of the number of branches taken if they are taken independently.
 
     Args:
         probabilities: Of each branch; shares of the gradient may lie outside [0, 1], and so may the result.
@@ -61,7 +61,7 @@ def poisson_binomial(probabilities: Sequence[float] | np.ndarray | pd.Series) ->
 
 @dataclass(frozen=True)
 class BlockIndependence:
-    """The law of path length beside that of independent blocks.
+    """The distribution of path length, compared with that of independent blocks.
 
     Attributes:
         laws: One row for each path length: ``path_length``; ``gradient_share``; ``independent``, the Poisson binomial
@@ -82,7 +82,7 @@ class BlockIndependence:
 
 
 def block_independence(split: pd.DataFrame, through: pd.DataFrame) -> BlockIndependence:
-    """How far the law of path length is from that of independent blocks.
+    """Comparison of the distribution of path length with that of independent blocks.
 
     Args:
         split: From `resnet_paths.gradient_by_path_length`, of all lengths.
@@ -166,7 +166,7 @@ def branch_probabilities(
     memory_budget: int = 2**31,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """How probable the branch of each block is on a path, from one ordinary backward pass.
+    """The probability of the branch of each block on a path, from one ordinary backward pass.
 
     With v the whole gradient after the addition, J the Jacobian of the branch and P that of the skip, the odds of the
     branch are ``(|J^T v| / |P^T v|)^power``. `poisson_binomial` of them predicts, without any fit, at which lengths the
@@ -175,7 +175,7 @@ def branch_probabilities(
     Args:
         chain: The chain, in eval mode.
         inputs: A batch or a loader, as for `resnet_paths.gradient_by_path_length`.
-        targets: What `loss` takes beside the logits.
+        targets: What `loss` takes in addition to the logits.
         power: Of the ratio of norms.
         loss: From (logits, targets) to a loss for each example; cross-entropy if None.
         with_respect_to: ``"input"``, ``"stem"``, or a block, for its output.
@@ -240,7 +240,7 @@ def pair_covariances(
     Args:
         chain: The chain, in eval mode.
         inputs: A batch or a loader, as for `resnet_paths.gradient_by_path_length`.
-        targets: What `loss` takes beside the logits.
+        targets: What `loss` takes in addition to the logits.
         loss: From (logits, targets) to a loss for each example; cross-entropy if None.
         with_respect_to: ``"input"``, ``"stem"``, or a block, for its output.
         memory_budget: Bytes that stacks of tangents and kept activations may take; batches are split to fit.

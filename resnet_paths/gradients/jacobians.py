@@ -118,9 +118,9 @@ def jacobian_svd(
 ) -> JacobianSVD:
     """Leading singular values and vectors of the Jacobian of each branch (Li and Papyan 2023).
 
-    See `resnet_paths.gradients.jacobians`. The Jacobian is that of branch and `pre` at the input of the block, for each
-    example; of a block without a skip, that of the block ahead of what follows it. Blocks whose branch is deleted are
-    left out. The context, such as an attention mask, is constant.
+    See `resnet_paths.gradients.jacobians`. The Jacobian is that of `pre` and the branch, without what follows the
+    addition, at the input of the block, for each example. Blocks whose branch is deleted are left out. The context,
+    such as an attention mask, is constant.
 
     Args:
         chain: The chain, in eval mode.
@@ -174,14 +174,14 @@ def jacobian_svd(
 def residual_alignment(
     svd: JacobianSVD, other: JacobianSVD | None = None, *, num_vectors: int | None = None
 ) -> pd.DataFrame:
-    """How far the leading singular vectors of the branches of different blocks span the same directions.
+    """Alignment of the leading singular vectors of the branch Jacobians of different blocks.
 
     The alignment of two sets of k orthonormal vectors is ``|A^T B|_F^2 / k``, the mean squared cosine of their
     principal angles: 1 if they span the same subspace, k / d for random directions of d dimensions.
 
     Args:
         svd: From `resnet_paths.jacobian_svd`.
-        other: Of the same blocks, whose right singular vectors are compared with the left ones of `svd`, such as
+        other: Singular vectors of the same blocks, whose right ones are compared with the left ones of `svd`, such as
             ``svd.examples(order)`` for those of other images; `svd` itself if None.
         num_vectors: Number k of leading vectors; None for all.
 

@@ -56,7 +56,7 @@ def path_length_moments(
     Args:
         chain: The chain, in eval mode.
         inputs: A batch or a loader, as for `resnet_paths.gradient_by_path_length`.
-        targets: What `loss` takes beside the logits.
+        targets: What `loss` takes in addition to the logits.
         loss: From (logits, targets) to a loss for each example; cross-entropy if None.
         with_respect_to: ``"input"``, ``"stem"``, or a block, for its output.
         memory_budget: Bytes that cotangents and kept activations may take.

@@ -119,7 +119,7 @@ class Place:
 
         Args:
             inputs: A batch, as the chain is called: a tensor, a tuple or a mapping.
-            targets: What `loss` takes beside the logits.
+            targets: What `loss` takes in addition to the logits.
             loss: From logits and targets to losses [batch]; cross-entropy if None.
             memory_budget: Bytes.
             rows: How many cotangents of one example are carried at once.

@@ -1,4 +1,4 @@
-"""Lesion studies: what many edited chains do to the error, on the same images, nothing computed twice.
+"""Lesion studies: the error of many edited chains on the same images, with common steps computed once.
 
     lesion_study      lesions (`lesion`, `plans`) -> trie (`trie`) -> one result per batch (`runner`, `schedule`)
                       -> a tidy frame (`results`)
@@ -77,12 +77,12 @@ def lesion_study(
     stop_when: Precision | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """What each lesion does to the error, or to any other measure, all on the same examples.
+    """The error, or another measure, after each lesion, on the same examples, with intervals.
 
     Nothing is retrained and BatchNorm keeps the statistics of the intact network, as in the paper, unless
     `reestimate_batchnorm` is given. The chain is not changed. Without `precision`, `channels_last`, `batch_budget` and
-    `fold_batchnorm` each prediction is the lesioned chain's own, bit for bit. Where logits are
-    not finite they count as wrong.
+    `fold_batchnorm` each prediction is the lesioned chain's own, bit for bit. Examples with logits that are not finite
+    count as wrong.
 
     When it is interrupted (Ctrl-C, the stop button of a notebook) it raises `StudyInterrupted`, a `KeyboardInterrupt`
     whose ``frame`` holds the rows over the batches that were finished.
@@ -95,30 +95,30 @@ def lesion_study(
             position] for tokens or [batch, height, width] for pixels, or values of the outputs' shape. Whole labels of
             -100 do not count, nor do positions where a mapping's ``"attention_mask"`` [batch, position] is 0. Read
             once. A loader that drops its last batch gets a warning.
-        lesions: Lesions, or functions from chain to chain, of which nothing else is known; ``Lesion("", function=f,
-            key="1")`` also says under which key a store keeps what the function does.
+        lesions: Lesions, or functions from chain to chain; ``Lesion("", function=f, key="1")`` also says under which
+            key a store keeps what the function does.
         measures: What is measured: names, or functions and `resnet_paths.measure` of such. ``"error_rate"``,
             ``"top_5_error"`` (or another number), ``"cross_entropy"`` in nats, ``"perplexity"``, its exponential,
             ``"margin"`` (logit of the right class less the largest other), ``"mean_iou"`` (intersection over union, the
             mean over classes) read classes; ``"mean_squared_error"`` and ``"explained_variance"`` (1 - squared error /
-            variance of the labels) read values; ``"agreement"`` (predictions that are those of the intact chain) and
+            variance of the labels) read values; ``"agreement"`` (predictions equal to those of the intact chain) and
             ``"kl_divergence"`` (of the distribution from the intact chain's, in nats) read no labels, but cost one more
             pass of the intact chain for each batch.
         shift_labels: Whether labels [batch, position] are the input's own tokens, so that each position predicts the
             next one.
         store: Folder of finished batches, created if missing. A study that was stopped, or that has more lesions than
-            before, computes only what is missing, and ends with the same frame. The folder may hold several
-            studies, also at once, and may be read-only if nothing is missing. The loader must give the same batches
-            each time. Batches are found whatever the device, the number of threads and `batch_budget` were: these
-            change results by rounding only.
-        executor: Any `concurrent.futures.Executor`, such as Dask's ``client.get_executor()``: batches are spread over
-            its workers. The chain is sent to each worker once.
+            before, computes only what is missing, and ends with the same frame. The folder may hold several studies,
+            also at once, and may be read-only if nothing is missing. The loader must give the same batches each time.
+            Stored batches are used regardless of the device, the number of threads and `batch_budget`, which change
+            results by rounding only.
+        executor: Any `concurrent.futures.Executor`, such as Dask's ``client.get_executor()``: batches are distributed
+            over its workers. The chain is sent to each worker once.
         device: Where to run; ``"auto"`` is where the chain is, or the accelerator if the chain is on the CPU and there
             is one. With an executor each worker chooses for itself.
         precision: ``"bfloat16"``, ``"float16"``, ``"float32"`` or ``"float64"``; None for the chain's own. A lower one
             than the chain's is refused where the model's code computes parts of it in a dtype of its choice, as
             RMSNorm and rotary embeddings do in float32: convert such a model before it is unraveled.
-        channels_last: Whether images are stored with their channels last; many convolutions are faster so.
+        channels_last: Whether images are stored with their channels last, with which many convolutions are faster.
         batch_budget: Most examples that a step may take at a time. Batches that are larger are split; states of
             several lesions that wait for the same step are stacked up to it, which is faster where one batch leaves
             the device idle. None takes the loader's batches as they are. When memory runs out it is halved.
@@ -130,14 +130,15 @@ def lesion_study(
             ``m_influences``, what each example adds to ``m`` to first order, of sum 0: the variance of any linear
             combination of rows is N / (N - 1) times the sum of squares of that of their influences.
         adjust: ``"holm"`` or ``"fdr_bh"`` to add ``m_increase_p`` for each measure m: two-sided p-values of no increase
-            (McNemar's test for rates, else the test that belongs to the interval), adjusted over the lesions so that
-            any false rejection, or the share of false ones, is held.
-        reestimate_batchnorm: Batches of inputs, or of (inputs, labels), to take each lesioned network's BatchNorm
-            statistics from, training images as a rule; a few thousand do. All are held in memory.
+            (McNemar's test for rates, else the test that belongs to the interval), adjusted for the number of lesions:
+            the family-wise error rate or the false discovery rate is controlled.
+        reestimate_batchnorm: Batches of inputs, or of (inputs, labels), usually training images, from which the
+            BatchNorm statistics of each lesioned network are estimated; a few thousand images are enough. All are held
+            in memory.
         stop_when: `resnet_paths.lesions.Precision` to measure each lesion only until the interval of its increase is
-            that narrow: ``Precision(0.01)``. Intervals are wider, at a level that is in the column
-            ``interval_level``, so that they hold with 95 % although the number of examples depends on what was seen
-            (`resnet_paths.lesions.adaptive`). The loader must have a length and its examples a random order;
+            that narrow: ``Precision(0.01)``. Intervals are wider, at a level that is in the column ``interval_level``,
+            so that they hold with 95 % although the number of examples depends on the results
+            (`resnet_paths.lesions.adaptive`). The loader must have a length, and its examples must be in random order;
             ``num_examples`` differs from row to row, and ``intact_m`` and increases are of the same examples.
         progress: Whether to show a bar over batches, with the number of examples so far.
 

@@ -1,7 +1,7 @@
 """Studies that measure each lesion on as many examples as its interval needs.
 
 After some batches, the looks, the interval of each lesion is computed, and lesions whose interval is narrow enough are
-measured no further. An interval that may be reported at any of several looks has to be wider than one of a fixed
+not measured further. An interval that may be reported at any of several looks has to be wider than one of a fixed
 number of examples: the error rate alpha = 0.05 is spent over the looks, as in a group-sequential trial. Intervals are
 repeated confidence intervals (Jennison and Turnbull 1989) with the bounds of Lan and DeMets (1983) for their spending
 function of Pocock's type, ``alpha * log(1 + (e - 1) * t)`` at the share t of the examples.
@@ -34,7 +34,7 @@ _FEWEST_EXAMPLES = 100  # for which the coverage of intervals is known
 
 @dataclass(frozen=True)
 class Precision:
-    """When a lesion of `resnet_paths.lesion_study` is measured no further: once its increase is known well enough.
+    """The precision at which `resnet_paths.lesion_study` stops measuring a lesion.
 
     Attributes:
         half_width: Half the width of the 95 % interval of the increase over the intact chain, such as 0.01 for one

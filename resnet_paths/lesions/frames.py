@@ -1,4 +1,4 @@
-"""What a study's frame tells: which rows are deletions of a number of blocks, and how pairs of them interact."""
+"""Frames of studies: the rows that are deletions of a number of blocks, and interactions of pairs of them."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def deletions_of(argument: str, frame: pd.DataFrame, num_blocks: int, effects: S
 
 
 def pair_interactions(frame: pd.DataFrame) -> pd.DataFrame:
-    """What the deletion of two blocks costs beyond the sum of what each costs alone.
+    """The cost of deleting two blocks less the sum of the costs of deleting each alone.
 
     Args:
         frame: From `lesion_study` with `pair_deletions`: single deletions and pairs. Rows of other lesions are left

@@ -44,21 +44,21 @@ class Lesion:
             ``"replace"`` (their branches by `branch`), ``"repeat"`` (the middle one in the place of each) or
             ``"parallel"`` (run side by side and averaged, `loops` times); empty for a `function`.
         blocks: Positions of the blocks; None where they are not known.
-        name: What people read, such as ``"delete layer2.0"``.
+        name: Name in tables and figures, such as ``"delete layer2.0"``.
         factor: Of ``"scale"``, a finite number.
-        order: Of ``"swap"`` and ``"permute"``: for each place the position of the block that is moved there.
+        order: For ``"swap"`` and ``"permute"``: for each position, the old position of the block that is moved there.
         branch: Of ``"replace"``, the new branch.
-        loops: Of ``"parallel"``, how often.
+        loops: For ``"parallel"``, the number of rounds.
         runs: Runs of blocks that the edit takes as one block each, as `resnet_paths.group_blocks` does, such as
             transformer layers; `blocks` and `order` then hold all blocks of a run.
         seed: Seed that the generator which drew the lesion started from; None if none did.
-        function: From the intact chain to the lesioned one, where the lesion is of no kind above.
-        key: What a store knows a `function` by, beside the network that it makes. Of modules that were not exported a
-            store sees class, attributes, tensors, and outputs for a probe of two examples; choose another key when
-            their code changes in a way that this may not show.
+        function: Function from the intact chain to the lesioned one, for a lesion of no kind above.
+        key: Identifies a `function` in a store, in addition to the network that it makes. Of modules that were not
+            exported a store compares class, attributes, tensors, and outputs for a probe of two examples; choose
+            another key when their code changes in a way that this may not show.
 
     Raises:
-        ResnetPathsError: If the kind is another, or lacks its parameter.
+        ResnetPathsError: If the kind is unknown, or its parameter is missing.
 
     Example:
         >>> Lesion("delete", (3, 7)).num_blocks
@@ -100,25 +100,25 @@ class Lesion:
 
     @property
     def num_blocks(self) -> int | None:
-        """How many blocks it changes; None where that is not known."""
+        """Number of blocks that it changes; None if not known."""
         return None if self.blocks is None else len(self.blocks)
 
     @property
     def kendall_tau(self) -> float:
-        """Kendall's rank correlation of the blocks' order with the intact one: 1 where none moved, NaN if not known."""
+        """Kendall's rank correlation of the order of blocks with the intact one: 1 if none moved, NaN if not known."""
         if self.order is not None and len(self.order) > 1:
             return float(stats.kendalltau(range(len(self.order)), self.order).statistic)
         known = self.function is None and (self.kind != "swap" or self.order is not None)
         return 1.0 if known else math.nan
 
     def edit(self, chain: ResidualChain) -> ResidualChain:
-        """The lesioned chain, which shares every weight with the intact one.
+        """The edited chain, which shares all weights with the intact one.
 
         Args:
             chain: The intact chain.
 
         Returns:
-            A chain.
+            A new chain that shares all weights.
 
         Raises:
             ResnetPathsError: If the chain has no such blocks, or they do not allow such an edit.

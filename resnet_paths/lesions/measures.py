@@ -64,7 +64,7 @@ class Measure:
         reads_intact: Whether it needs the outputs of the intact network.
         is_rate: Whether it is the share of items that are counted, from their number and that of all.
         link: Monotone function of the number that is shown; the interval is taken before it.
-        key: What a store knows the sums by, beside their name; None where it knows nothing.
+        key: Identifies the sums in a store, in addition to their name; None if they cannot be stored.
     """
 
     name: str
@@ -89,9 +89,10 @@ def measure(
             tensor: one value for each example [batch], or for each item of an example [batch, ...], such as tokens or
             pixels; or to a pair of such values and their weights, 0 where a value does not count. Labels are as the
             loader gives them (shifted with ``shift_labels``), or None; items with the label -100 and padding are left
-            out in any case. It has to be a function of a module, not a lambda, where an executor runs other processes.
+            out in any case. For an executor with other processes, it must be a function of a module, not a lambda.
         name: Of the columns; the function's own if None.
-        key: What a store knows it by. Choose another one when the function changes. A study with a store needs it.
+        key: Identifies the function in a store; choose another one when the function changes. Required for a study with
+            a store.
         is_rate: Whether all values are 0 or 1, and weights too and the same for all lesions: then intervals are those
             of rates.
 
@@ -99,7 +100,7 @@ def measure(
         The measure.
 
     Raises:
-        ResnetPathsError: If it is no function of two or three parameters, or has no name that can be a column.
+        ResnetPathsError: If it is not a function of two or three parameters, or has no name that can be a column.
 
     Example:
         >>> import torch
@@ -350,7 +351,7 @@ def _rows(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _class_dim(logits: Any, labels: torch.Tensor | None) -> int:
-    """As in `validate_logits`, without a look at the labels' values."""
+    """As in `validate_logits`, without reading the values of the labels."""
     preferred = (2, 1) if logits.dim() == 3 else (1, logits.dim() - 1)
     if labels is None:
         return preferred[0]

@@ -62,22 +62,22 @@ def sampled_shapley_values(
 ) -> pd.DataFrame:
     """Shapley values of blocks from random orders of them and their reverses, with control variates.
 
-    Orders are drawn in rounds; each round is one `resnet_paths.lesion_study` over the subsets that no round before
-    has evaluated, whose common blocks are computed once. See the head of `resnet_paths.lesions.permutations`.
+    Orders are drawn in rounds; each round is one `resnet_paths.lesion_study` over the subsets that no round before has
+    evaluated, whose common blocks are computed once. `resnet_paths.lesions.permutations` describes both methods.
 
     Args:
         chain: The intact chain, in eval mode.
         loader: Batches as for `resnet_paths.lesion_study`, read once in each round.
         measure: The value, as for `resnet_paths.subset_values`.
-        blocks: Positions or names of the blocks, two at least; all others are kept. All that can be deleted if None.
+        blocks: Positions or names of the blocks, at least two; all others are kept. All that can be deleted if None.
         generator: Source of the random orders.
         relative_error: The error due to the draws at which to stop: the root of the sum of the squares of the standard
             errors, over that of the values.
         num_pairs: Pairs of an order and its reverse, at least 16. None until `relative_error` is reached, 1,000 at
             most, with a warning where these do not suffice.
         scores: One number for each block, in the order of the chain, for the control variates: only ratios of their
-            absolute values matter. Such as a column of `resnet_paths.predicted_effects`. None for the effects of the
-            single deletions, which the first round measures.
+            absolute values matter. They may be a column of `resnet_paths.predicted_effects`. None for the effects of
+            the single deletions, which the first round measures.
         shift_labels: As for `resnet_paths.lesion_study`.
         device: Likewise.
         batch_budget: Likewise.

@@ -64,8 +64,8 @@ def single_deletions(chain: ResidualChain) -> list[Lesion]:
 def pair_deletions(chain: ResidualChain, blocks: Sequence[int | str] | None = None) -> list[Lesion]:
     """The deletion of every pair of blocks, after that of every block alone.
 
-    Whether two blocks depend on each other shows in what is left when both single increases are taken from the pair's:
-    `resnet_paths.pair_interactions` of the study's frame.
+    `resnet_paths.pair_interactions` subtracts both single increases from that of the pair, which shows whether two
+    blocks depend on each other.
 
     Args:
         chain: The intact chain.
@@ -162,7 +162,7 @@ def random_deletions(
 
 
 def random_swaps(chain: ResidualChain, counts: Iterable[int], repeats: int, generator: torch.Generator) -> list[Lesion]:
-    """Pairs of blocks of one stage in each other's place, at random (Veit et al. 2016, section 4.2, figure 5b).
+    """Random swaps of two blocks of one stage (Veit et al. 2016, section 4.2, figure 5b).
 
     Blocks that change the shape stay where they are. Swaps follow one another, so that one may undo another: the
     disorder is measured by Kendall's tau of the order that results.
@@ -240,7 +240,7 @@ def scalings(chain: ResidualChain, factors: Iterable[float]) -> list[Lesion]:
 
     Args:
         chain: The intact chain.
-        factors: Finite numbers; 0 is as deletion where a block has a skip.
+        factors: Finite numbers; 0 has the effect of a deletion if the block has a skip.
 
     Returns:
         One lesion per block and factor, block by block.
@@ -264,7 +264,7 @@ def branch_replacements(chain: ResidualChain, source: ResidualChain, name: str =
 
     Args:
         chain: The intact chain.
-        source: Where the branches come from; as many blocks, with the same shapes.
+        source: The chain from which the branches are taken, with as many blocks of the same shapes.
         name: First word of the lesions' names, such as ``"re-initialise"``.
 
     Returns:
@@ -288,11 +288,11 @@ def branch_replacements(chain: ResidualChain, source: ResidualChain, name: str =
 
 
 def mean_replacements(chain: ResidualChain, inputs: Any) -> list[Lesion]:
-    """Each block's branch in turn replaced by its mean output, so that only what it says of the single example is lost.
+    """Each block's branch in turn replaced by its mean output, so that only its dependence on the example is lost.
 
     Args:
         chain: The intact chain, in eval mode; runs once on `inputs`.
-        inputs: Examples to take the means over, training images as a rule: a tensor [batch, ...], a tuple of
+        inputs: Examples over which the means are taken, usually training images: a tensor [batch, ...], a tuple of
             positional arguments or a mapping of keyword arguments.
 
     Returns:
@@ -327,9 +327,10 @@ def layer_schedules(
 ) -> list[Lesion]:
     """Six ways to run the middle layers (Sun et al. 2024, Layers as Painters, section 3).
 
-    Skip them; run the one in the middle again and again; in reverse order; in random order; side by side on one input,
-    their outputs averaged ("parallel"); and that several times over ("looped parallel"). A layer of a transformer is
-    attention and MLP together, whether the chain has one block for each or one for both (`resnet_paths.group_blocks`).
+    They are skipped; replaced by repetitions of the middle one; run in reverse order; in random order; in parallel on
+    one input with averaged outputs ("parallel"); or in parallel several times ("looped parallel"). A layer of a
+    transformer is attention and MLP together, whether the chain has one block for each or one for both
+    (`resnet_paths.group_blocks`).
 
     Args:
         chain: The intact chain.
@@ -342,7 +343,7 @@ def layer_schedules(
         The six lesions.
 
     Raises:
-        ResnetPathsError: If there are fewer than two such layers or blocks, or they do not stand side by side.
+        ResnetPathsError: If there are fewer than two such layers or blocks, or they are not consecutive.
     """
     require_chain("chain", chain)
     if blocks is None:

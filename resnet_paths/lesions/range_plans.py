@@ -64,7 +64,7 @@ def range_repeats(chain: ResidualChain, lengths: Iterable[int] | None = None) ->
 
 
 def neighbour_swaps(chain: ResidualChain) -> list[Lesion]:
-    """Each block in the place of the next and the reverse.
+    """Swaps of each block with the next one.
 
     Args:
         chain: The intact chain.
@@ -76,7 +76,7 @@ def neighbour_swaps(chain: ResidualChain) -> list[Lesion]:
 
 
 def range_swaps(chain: ResidualChain, length: int) -> list[Lesion]:
-    """Two neighbouring ranges of as many blocks in each other's place.
+    """Swaps of two adjacent ranges with the same number of blocks.
 
     Args:
         chain: The intact chain.
@@ -108,8 +108,8 @@ def ranked_deletions(chain: ResidualChain, ranking: Sequence[int | str]) -> list
 
     Args:
         chain: The intact chain.
-        ranking: Positions or names of blocks, those to be deleted first at the beginning, such as blocks sorted by a
-            score of `resnet_paths.predicted_effects`.
+        ranking: Positions or names of blocks in the order of deletion, such as blocks sorted by a score of
+            `resnet_paths.predicted_effects`.
 
     Returns:
         One lesion per block of the ranking: it and all before it are deleted.

@@ -139,7 +139,7 @@ def shapley_values(values: pd.DataFrame) -> pd.DataFrame:
 
     Both are weighted means of what a block adds, v(S + i) - v(S): the Shapley value over the blocks S before it in a
     uniformly random order, the Banzhaf value over uniformly random S. Shapley values sum to the value of the whole less
-    that of the empty subset. Values that are better when smaller, such as errors, have negative ones for useful blocks.
+    that of the empty subset. If smaller values are better, as for errors, useful blocks have negative Shapley values.
 
     Args:
         values: From `resnet_paths.subset_values`.
@@ -180,11 +180,11 @@ def shapley_interactions(values: pd.DataFrame) -> pd.DataFrame:
 
     Weighted means of v(S + i + j) - v(S + i) - v(S + j) + v(S) over the subsets S of the other blocks: the Shapley
     interaction index weighs each size of S equally, the Banzhaf interaction index each S (Grabisch and Roubens 1999,
-    equations 5 and 6). Of an accuracy or a margin it is positive where blocks need each other, negative where they
-    replace each other; of an error or a loss the reverse.
+    equations 5 and 6). For an accuracy or a margin it is positive if blocks need each other and negative if they
+    replace each other; for an error or a loss, the reverse.
 
     Args:
-        values: From `resnet_paths.subset_values`, of two blocks at least.
+        values: From `resnet_paths.subset_values`, of at least two blocks.
 
     Returns:
         One row per pair: ``first`` and ``second`` (positions), ``first_block`` and ``second_block`` (names),
@@ -192,7 +192,7 @@ def shapley_interactions(values: pd.DataFrame) -> pd.DataFrame:
         `shapley_values`; ``measure``, ``num_examples``.
 
     Raises:
-        ResnetPathsError: If the frame is of another kind, or lacks a subset, or there is one block alone.
+        ResnetPathsError: If the frame is of another kind, or lacks a subset, or has only one block.
     """
     game = _Game(values)
     pairs = [(i, j) for i in range(game.num_blocks) for j in range(i + 1, game.num_blocks)]

@@ -185,8 +185,8 @@ class Trie:
         """Take out of the pool what is run next: one task, or several whose steps are the same."""
         if at_once == 1:
             return [pool.pop()]
-        # The last tasks move on side by side, the one with the fewest steps done first, so that it catches up: as many as
-        # lead to twice the chains that a step may take. All others wait, whatever their number.
+        # The last tasks are run in turn, the least advanced one first, so that it catches up: as many as lead to twice
+        # the chains that a step may take. All others wait, whatever their number.
         room, active = 2 * at_once, list[int]()
         for i in reversed(range(len(pool))):
             room -= (self.members[pool[i][0]] & mask).bit_count()

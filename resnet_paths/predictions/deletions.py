@@ -155,8 +155,8 @@ def deletion_account(
         ``skip_change``, the change of the maps of later skips and of what precedes and follows their additions, 0 if
         the state is a plain sum; and ``repaired_share``, ``repaired_share_by_blocks`` (``later_change`` alone) and
         ``repaired_share_by_head`` (``head_change`` alone), each with the ends ``_low`` and ``_high`` of a 95 % interval
-        over examples (bootstrap percentiles; NaN where the sign of the direct effect is uncertain). ``attrs`` as for
-        `effect_matrix`.
+        over examples (bootstrap percentiles; too narrow with fewer than about 30 examples, NaN where the sign of the
+        direct effect is uncertain). ``attrs`` as for `effect_matrix`.
 
     Raises:
         ResnetPathsError: As `effect_matrix`.

@@ -71,10 +71,10 @@ def direct_effects(
         One row per source: ``source``, ``"stem"``, the name of a block or ``"constants"`` (of the head, and of what the
         skips lead through); ``block_index`` (<NA> for stem and constants); ``direct_effect``, the mean over examples,
         with its standard error ``direct_effect_se``; ``share``, the sum of direct effects over the sum of outputs, with
-        a 95 % interval over examples ``share_low`` to ``share_high`` (bootstrap percentiles); and
-        ``mean_absolute_direct_effect``. ``attrs`` contain ``residual``, the largest difference between the sum of an
-        example's direct effects and its output, ``mean_output``, ``output``, ``linearization``, ``tangent_operations``
-        and ``num_examples``.
+        a 95 % interval over examples ``share_low`` to ``share_high`` (bootstrap percentiles; too narrow with fewer than
+        about 30 examples); and ``mean_absolute_direct_effect``. ``attrs`` contain ``residual``, the largest difference
+        between the sum of an example's direct effects and its output, ``mean_output``, ``output``, ``linearization``,
+        ``tangent_operations`` and ``num_examples``.
 
     Raises:
         ResnetPathsError: As `resnet_paths.prediction_by_path_length`.

@@ -1,10 +1,9 @@
-"""Any trained residual network as a chain of its blocks: `unravel(model, example_inputs)`.
+"""From a trained residual network to the chain of its blocks: `unravel(model, example_inputs)`.
 
 The model is called in one way, tensors in and one tensor out (`core.signature`), and exported to one flat graph
 (`tracing`). Its forks and merges are found there (`merges`), and with them the blocks (`residual`, or `plain` where
-there are no skips), for given values of inputs that all blocks read (`given`). What is between forks and merges
-becomes the parts of blocks (`assembly`). What is not a chain is refused with the name of the node that breaks it: never
-guessed.
+there are no skips), for given values of inputs that all blocks read (`given`). What is between forks and merges becomes
+the parts of blocks (`assembly`). What is not a chain is refused with the name of the node that prevents it.
 """
 
 from __future__ import annotations
@@ -58,37 +57,37 @@ def unravel(
     verify: bool = True,
     cache: str | Path | None = None,
 ) -> ResidualChain:
-    """The chain of residual blocks that a model is (Veit et al. 2016, section 3).
+    """Read a model as a chain of residual blocks (Veit et al. 2016, section 3).
 
     Works for any model whose forward `torch.export` can trace and whose blocks are in series. Nothing is copied: the
     chain shares every parameter and buffer with the model, and works for any batch size. Image sizes and sequence
-    lengths are free where the model's code leaves them free and the export can tell in time; the summary of the chain
-    says which are, and others are refused. What forward hooks of the model return is part of
-    the chain; whatever else they do, such as storing activations, happens only while the model is read. A model without
-    any skips becomes a chain of its modules, with one path. An input that several blocks read, such as an attention
-    mask, is context, which the stem hands to them beside the state.
+    lengths are free where the model's code allows this and the export detects it; the summary of the chain says which
+    are, and others are refused. What forward hooks of the model return is part of the chain; whatever else they do,
+    such as storing activations, happens only while the model is read. A model without any skips becomes a chain of its
+    modules, with one path. An input that several blocks read, such as an attention mask, is context, which the stem
+    hands to them beside the state.
 
     Args:
         model: The network, in eval mode. A `ResidualChain` is returned as it is.
         example_inputs: A tensor, a tuple of positional arguments, or a mapping of keyword arguments, with the batch in
-            dimension 0 of every tensor, of the model's dtype. They are moved to the model's device, if it has one
-            only. The chain is called in the same way, with tensors on that device.
+            dimension 0 of every tensor, of the model's dtype. They are moved to the model's device, if it has only one.
+            The chain is called in the same way, with tensors on that device.
         output: Which of the model's outputs the chain returns, by name or position; None for the only tensor, else
             ``logits``, ``last_hidden_state``, ``out``, or the first.
-        max_depth: How many chains may stand inside one another, as in a U-Net, whose outermost block holds the network
-            inside it: 0 takes every branch as a whole; None, the default, looks into all.
+        max_depth: Maximum depth of chains inside branches, as in a U-Net, whose outermost block contains the network
+            inside it: 0 takes every branch as a whole; None, the default, has no limit.
         blocks: Names of the model's residual modules, such as ``["layer1.0", "layer1.1"]``, for a model that cannot be
             exported as a whole. They run once each, on one tensor, one right after the other, and are exported one by
-            one. What runs before and after them is run as it is; what runs after them may read the input in no other
-            way than through them.
-        skip: Names of modules that are skips, such as ``"layer1.0.proj"``, for additions of values that carry as much:
-            of these neither is known to be the skip otherwise.
+            one. What runs before and after them is run as it is; what runs after them may read the input only through
+            them.
+        skip: Names of modules that are skips, such as ``"layer1.0.proj"``, for additions of two values of which either
+            could be the skip.
         adapters: Whether low-rank adapters (LoRA) are branches of their own. By default each is part of the layer that
             it adapts, so that the model has the blocks of the model without adapters.
         verify: Whether to run the model and the chain on other small batches as well, forward and backward: the chain
-            must return what the model returns on one example alone, must treat each example of a batch alone, and must
-            have the gradient that the model has by its own autograd. Mostly this takes less time than the export.
-            What needs no further run is checked in any case: the output on the example, the sizes for which the
+            must return what the model returns on one example alone, must treat each example of a batch independently,
+            and must have the gradient that autograd computes for the model. This usually takes less time than the
+            export. What needs no further run is always checked: the output on the example, the sizes for which the
             exported code holds, and that every weight layer and every residual addition is where it belongs.
         cache: A folder in which chains are kept as JSON, without the weights, so that the same model is exported once;
             None keeps none. A chain that is kept is used if nothing has changed: the Python code that the model leads

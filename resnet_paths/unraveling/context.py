@@ -1,4 +1,4 @@
-"""What blocks and head read beside the state: which values of the stem are their context."""
+"""What blocks and head read in addition to the state: which values of the stem are their context."""
 
 from __future__ import annotations
 

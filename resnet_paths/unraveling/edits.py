@@ -19,7 +19,7 @@ __all__ = ["delete_block", "delete_blocks"]
 
 
 def delete_block(model: nn.Module, block: int | str, *, example_inputs: Inputs | None = None) -> ResidualChain:
-    """The network without a block's branch, of a chain or a model; see `resnet_paths.core.edits.delete_block`.
+    """The network without the branch of a block; see `resnet_paths.core.edits.delete_block`.
 
     Args:
         model: A chain, or a model together with `example_inputs`.
@@ -27,7 +27,7 @@ def delete_block(model: nn.Module, block: int | str, *, example_inputs: Inputs |
         example_inputs: As for `unravel`; only for a model that is not a chain.
 
     Returns:
-        A chain of the same length.
+        A new chain of the same length that shares all weights.
 
     Raises:
         ResnetPathsError: As `resnet_paths.core.edits.delete_block`, and if `example_inputs` is missing.
@@ -38,7 +38,7 @@ def delete_block(model: nn.Module, block: int | str, *, example_inputs: Inputs |
 def delete_blocks(
     model: nn.Module, blocks: Iterable[int | str], *, example_inputs: Inputs | None = None
 ) -> ResidualChain:
-    """The network without several blocks' branches; see `resnet_paths.core.edits.delete_blocks`.
+    """The network without the branches of several blocks; see `resnet_paths.core.edits.delete_blocks`.
 
     Args:
         model: A chain, or a model together with `example_inputs`.
@@ -46,7 +46,7 @@ def delete_blocks(
         example_inputs: As for `unravel`; only for a model that is not a chain.
 
     Returns:
-        A chain of the same length.
+        A new chain of the same length that shares all weights.
 
     Raises:
         ResnetPathsError: As `delete_block`.

@@ -60,7 +60,7 @@ class _Limited(TorchFunctionMode):
 
 
 def has_free_sizes(inputs: tuple[torch.Tensor, ...]) -> bool:
-    """Whether inputs have sizes beside the batch that could be left free."""
+    """Whether inputs have sizes other than the batch that could be left free."""
     return any(size > 1 for x in inputs for size in x.shape[1:])
 
 
@@ -70,7 +70,7 @@ def export(model: nn.Module, inputs: tuple[torch.Tensor, ...], *, free_sizes: bo
     Args:
         model: The module.
         inputs: Example tensors, the batch in dimension 0.
-        free_sizes: Whether sizes beside the batch are left free, as far as the model's code does.
+        free_sizes: Whether sizes other than the batch are left free, as far as the model's code does.
 
     Returns:
         The program; nothing of the module is copied or changed.

@@ -184,7 +184,7 @@ def trace(model: nn.Module, inputs: tuple[torch.Tensor, ...], *, free_sizes: boo
     Args:
         model: The module, in eval mode as far as the mode matters.
         inputs: Example tensors, the batch in dimension 0.
-        free_sizes: Whether sizes beside the batch are left free, as far as the model's code does.
+        free_sizes: Whether sizes other than the batch are left free, as far as the model's code does.
 
     Returns:
         Its graph; nothing of the module is copied or changed.

@@ -107,7 +107,7 @@ def _wait_for(port, process, log, seconds=90):
 def browser():
     playwright = pytest.importorskip("playwright.sync_api", reason="needs the Python package playwright")
     with playwright.sync_playwright() as driver:
-        # Without a sandbox: it cannot be set up as root or in most containers. Only our own server is looked at.
+        # Without a sandbox: it cannot be set up as root or in most containers. Only our own server is visited.
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
         browser.close()

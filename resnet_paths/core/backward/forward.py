@@ -58,7 +58,7 @@ def states_from(state: torch.Tensor, chain: ResidualChain, context: Mapping[str,
     Args:
         state: What the first block reads.
         chain: The chain.
-        context: What the blocks read beside the states.
+        context: What the blocks read in addition to the states.
 
     Returns:
         The states.
@@ -172,7 +172,7 @@ class ForwardPass:
     Attributes:
         num_examples: Number of examples.
         states: The output of the stem, then that of each block.
-        context: What blocks and head read beside that, with a row for each example where it carries a gradient.
+        context: What blocks and head read in addition to that, with a row for each example where it carries a gradient.
         first_states: Names of the context that is the output of the stem itself.
     """
 

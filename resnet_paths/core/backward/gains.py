@@ -28,7 +28,7 @@ def gains(
     Args:
         chain: The chain.
         states: From `resnet_paths.core.backward.forward`.
-        context: What the blocks read beside the states; gradients through it are left out.
+        context: What the blocks read in addition to the states; gradients through it are left out.
         whole: Gradient at the last block's output, in one row.
         down_to: The block at whose input to stop.
 

@@ -45,7 +45,7 @@ _PullAll = Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, ...]]
 
 @dataclass(frozen=True)
 class Context:
-    """What blocks and head read beside the state, at a point.
+    """What blocks and head read in addition to the state, at a point.
 
     Attributes:
         values: Tensors by name.
@@ -87,7 +87,7 @@ def with_constant(
         name: Name of the entry of the context that stands for the constant.
         output: What the part returns at the point.
         state: What it reads there.
-        context: What it may read beside that.
+        context: What it may read in addition to that.
 
     Returns:
         A pullback with one more entry of the context, of cotangents [K, batch] in float64; the same one of an
@@ -144,7 +144,7 @@ def linearize(
     Args:
         module: A part in eval mode.
         state: What it reads; where to linearize.
-        context: What it may read beside that.
+        context: What it may read in addition to that.
         operation: What linearizes an operation of an exported graph.
 
     Returns:

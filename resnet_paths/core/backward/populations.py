@@ -107,7 +107,7 @@ def pull_population(
     Args:
         chain: The chain.
         states: From `resnet_paths.core.backward.forward`, or the states inside a nested chain.
-        context: What the blocks read beside the states.
+        context: What the blocks read in addition to the states.
         above: The population at the last block's output.
         gains: From `resnet_paths.core.backward.gains`, of the blocks from `down_to` on.
         below: What is expected of the blocks below block `down_to`.

@@ -130,7 +130,7 @@ def pull_back(
     Args:
         chain: The chain.
         states: From `resnet_paths.core.backward.forward`.
-        context: What the blocks read beside the states.
+        context: What the blocks read in addition to the states.
         above: Cotangents at the output of block ``up_from - 1``.
         rules: What to keep apart.
         down_to: The block at whose input to stop.
@@ -261,7 +261,7 @@ def pull_paths(
     Args:
         chain: The chain.
         states: From `resnet_paths.core.backward.forward`, or the states inside a nested chain.
-        context: What the blocks read beside the states.
+        context: What the blocks read in addition to the states.
         above: Cotangents at the last block's output, one row per path; their memory is used up.
         paths: A path a row, through the blocks from `down_to` on.
         down_to: The block at whose input to stop.
@@ -305,7 +305,7 @@ def parts_through_blocks(
     Args:
         chain: The chain.
         states: From `resnet_paths.core.backward.forward`.
-        context: What the blocks read beside the states.
+        context: What the blocks read in addition to the states.
         whole: Gradient at the last block's output, in one row.
         down_to: The block at whose input to stop.
 

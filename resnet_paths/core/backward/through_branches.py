@@ -87,7 +87,7 @@ def products_through_branches(
     Args:
         chain: The chain.
         states: From `resnet_paths.core.backward.forward`.
-        context: What the blocks read beside the states.
+        context: What the blocks read in addition to the states.
         above: The whole gradient at the output of each block from `down_to` on, in one row.
         direction: At the input of block `down_to`, in one row.
         pairs: Whether to give the parts through the branches of two blocks as well.
