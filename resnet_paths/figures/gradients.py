@@ -145,6 +145,7 @@ def plot_effective_window(
             fontsize="small",
             color=INK,
         )
+    ax.set_ylim(top=1.15 * ax.get_ylim()[1])  # room for the text, above all bars
     ax.annotate(
         f"{window.share:.0%} at {window.shortest} to {window.longest}",
         (0.98, 0.96),
@@ -189,7 +190,9 @@ def plot_coherence(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
         label="measured",
     )
     ax.set(yscale="log", xlabel="path length (blocks)", ylabel="coherence (1: orthogonal)")
-    ax.set_ylim(0.5, 4 * frame["coherence"].max())
+    # The maximum is shown unless it is far above what is measured.
+    highest = frame["coherence"].max()
+    ax.set_ylim(0.5, 1.5 * most.max() if most.max() <= 10 * highest else 4 * highest)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     legend_above(ax, ax.get_legend_handles_labels()[0])
     return ax
@@ -232,7 +235,7 @@ def plot_block_independence(independence: BlockIndependence, ax: Axes | None = N
             )
     held = laws.loc[laws[["gradient_share", "independent"]].abs().max(axis=1) > 1e-3, "path_length"]
     if len(held):
-        ax.set_xlim(held.min() - 1, held.max() + 1)
+        ax.set_xlim(held.min() - 1.5, held.max() + 1.5)
     ax.set(xlabel="path length (blocks)", ylabel="gradient share (%)")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     legend_above(ax, ax.get_legend_handles_labels()[0])
