@@ -25,6 +25,7 @@ __all__ = [
     "label_and_scale",
     "legend_above",
     "mark_stages",
+    "unit_of",
     "whole_numbers_from_zero",
 ]
 
@@ -32,18 +33,25 @@ MARKERS = "osD^vP"
 INK, MUTED = "0.2", "0.75"
 
 _LABELS = {
-    "angular_distance": "angular distance",
+    "angular_distance": "angular distance (fraction of 180°)",
     "cross_entropy": "cross-entropy (nats)",
     "cross_entropy_increase": "cross-entropy increase (nats)",
     "error_rate": "error (%)",
     "error_rate_increase": "error increase (points)",
     "kl_divergence": "KL divergence (nats)",
+    "log_probability": "log-probability (nats)",
+    "margin": "margin (logits)",
 }
 
 
 def label_and_scale(value: str) -> tuple[str, int]:
-    """The axis label of a column of a study, and what its numbers are multiplied by: rates are shown in percent."""
+    """The axis label of a measure or an output, and what its numbers are multiplied by: rates are shown in percent."""
     return _LABELS.get(value, value.replace("_", " ")), 100 if value in ("error_rate", "error_rate_increase") else 1
+
+
+def unit_of(label: str) -> str:
+    """The unit in parentheses at the end of a label; an empty string if there is none."""
+    return label.removesuffix(")").rpartition(" (")[2] if label.endswith(")") else ""
 
 
 def checked(
@@ -201,6 +209,8 @@ def draw_map(
     sequential: str | None = None,
     *,
     robust: bool = False,
+    vmin: float | None = None,
+    vmax: float | None = None,
 ) -> None:
     """Draw a heat map with a colour bar; cells without a value are grey.
 
@@ -214,6 +224,8 @@ def draw_map(
         robust: Whether colours end at the 2nd and the 98th percentile where values are farther beyond them than half of
             what is between them, so that few extreme values leave the others distinct; an arrow on the colour bar then
             shows that there are values beyond.
+        vmin: Value of the first colour; that of the map if None.
+        vmax: Likewise of the last colour.
     """
     least, most = float(np.nanmin(values)), float(np.nanmax(values))
     low, high = least, most
@@ -225,6 +237,7 @@ def draw_map(
     if sequential is None:
         high = max(abs(low), abs(high)) or 1.0
         low = -high
+    low, high = (low if vmin is None else vmin, high if vmax is None else vmax)
     beyond = {(True, True): "both", (True, False): "min", (False, True): "max", (False, False): "neither"}
     across, up = (np.append(np.asarray(at, dtype=float), float(at[-1]) + 1) - 0.5 for at in (x, y))
     mesh = ax.pcolormesh(across, up, values, cmap=sequential or "RdBu_r", vmin=low, vmax=high, rasterized=True)

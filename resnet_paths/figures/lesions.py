@@ -40,7 +40,7 @@ __all__ = [
 
 _SCORES = {
     "block_influence": "block influence (1 - cosine)",
-    "angular_distance": "angular distance (fraction of 180 degrees)",
+    "angular_distance": "angular distance (fraction of 180°)",
     "relative_branch_norm": "norm of branch / norm of skip",
 }
 _EFFECTS = {"error_rate_increase": "error increase (points)", "cross_entropy": "cross-entropy (nats)"}
@@ -173,6 +173,7 @@ def plot_reorderings(frame: pd.DataFrame, ax: Axes | None = None, published: pd.
     ax = _plot_quartiles(frame, "kendall_tau", ax, published, "kendall_tau_bin", bin_width=_TAU_BIN)
     ax.set(xlabel="Kendall's tau of the order of blocks", ylabel="test error (%)", ylim=(0, None))
     ax.xaxis.set_inverted(True)
+    ax.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))  # labels of three digits would overlap
     return ax
 
 
@@ -374,7 +375,7 @@ def _score_label(score: str) -> str:
     """The label of an axis for a column of `resnet_paths.predicted_effects`."""
     measure = score.removeprefix("first_order_").removesuffix("_increase")
     if score == f"first_order_{measure}_increase":
-        return f"increase of {measure.replace('_', ' ')} to first order"
+        return f"first-order increase of the {label_and_scale(measure)[0]}"
     if score not in _SCORES:
         known = ", ".join(map(repr, (*_SCORES, "first_order_cross_entropy_increase")))
         raise ResnetPathsError("score", score, f"one of {known}")

@@ -13,8 +13,19 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from resnet_paths._utils.arguments import require_float
 from resnet_paths._utils.errors import ResnetPathsError
-from resnet_paths.figures.layout import INK, MARKERS, checked, draw_map, groups_of, legend_above, mark_stages
+from resnet_paths.figures.layout import (
+    INK,
+    MARKERS,
+    checked,
+    draw_map,
+    groups_of,
+    label_and_scale,
+    legend_above,
+    mark_stages,
+    unit_of,
+)
 
 __all__ = [
     "plot_deletion_account",
@@ -26,6 +37,11 @@ __all__ = [
     "plot_waterfall",
 ]
 
+_SPLIT_LABELS = {
+    "share": "prediction",
+    "contribution": "contribution",
+    "mean_absolute_contribution": "mean absolute\ncontribution",
+}
 _MOST_NAMES = 14  # rows that can be labelled by name
 _LENS_LABELS = {
     "kl_divergence": "KL divergence from the output (nats)",
@@ -53,33 +69,46 @@ _ACCOUNT_TERMS = {"later_change": "later blocks", "head_change": "head", "skip_c
 
 
 def plot_prediction_by_path_length(
-    frame: pd.DataFrame, ax: Axes | None = None, gradient: pd.DataFrame | None = None
+    frame: pd.DataFrame, ax: Axes | None = None, gradient: pd.DataFrame | None = None, value: str = "share"
 ) -> Axes:
     """The share of each path length in the output, with its 95 % interval; below it that of the gradient.
+
+    If the output is near 0, shares are large and of both signs: ``"mean_absolute_contribution"`` is easier to read.
 
     Args:
         frame: From `resnet_paths.prediction_by_path_length`, without rows by source.
         ax: The axes to draw into; the current axes if None.
         gradient: From `resnet_paths.gradient_by_path_length`: its ``gradient_share``, with 1.96 standard errors,
             is drawn into new axes below, which share the place of `ax` in its figure. None to leave it out.
+        value: ``"share"`` in percent; ``"contribution"``, the mean over examples, in the unit of the output and with
+            1.96 standard errors; or ``"mean_absolute_contribution"``, in that unit and without an interval.
 
     Returns:
         The axes of the prediction.
 
     Raises:
-        ResnetPathsError: If columns are missing, all values are NaN, a length occurs twice, or `ax` has no
-            place in a grid that could be divided.
+        ResnetPathsError: If `value` is unknown, columns are missing, all values are NaN, a length occurs twice, or `ax`
+            has no place in a grid that could be divided.
     """
-    frame = checked("frame", frame, "share", ["path_length"], ["share_low", "share_high"])
+    if value not in _SPLIT_LABELS:
+        raise ResnetPathsError("value", value, f"one of {', '.join(map(repr, _SPLIT_LABELS))}")
+    bounds = {"share": ["share_low", "share_high"], "contribution": ["contribution_se"]}.get(value, [])
+    frame = checked("frame", frame, value, ["path_length"], bounds)
     if gradient is not None:
         gradient = checked("gradient", gradient, "gradient_share", ["path_length"], ["gradient_share_se"])
     ax = plt.gca() if ax is None else ax
-    _draw_shares(ax, frame["path_length"], frame["share"], frame[["share_low", "share_high"]].to_numpy().T, 0)
-    ax.set(xlabel="path length (blocks)", ylabel="prediction (%)")
+    heights, interval, unit = frame[value], None, unit_of(_output_of(frame))
+    if value == "share":
+        heights, interval, unit = 100 * heights, 100 * frame[bounds].to_numpy().T, "%"
+    elif bounds:
+        error = 1.96 * frame[bounds[0]]
+        interval = np.stack([heights - error, heights + error])
+    _draw_bars(ax, frame["path_length"], heights, 0, interval)
+    ax.set(xlabel="path length (blocks)", ylabel=_SPLIT_LABELS[value] + _in_parentheses(unit))
     if gradient is not None:
         below = _beside(ax, "gradient", rows=2, sharex=ax)
-        share, error = gradient["gradient_share"], 1.96 * gradient["gradient_share_se"]
-        _draw_shares(below, gradient["path_length"], share, np.stack([share - error, share + error]), 1)
+        share, error = 100 * gradient["gradient_share"], 196 * gradient["gradient_share_se"]
+        _draw_bars(below, gradient["path_length"], share, 1, np.stack([share - error, share + error]))
         below.set(xlabel="path length (blocks)", ylabel="gradient (%)")
         ax.set_xlabel("")
         ax.tick_params(labelbottom=False)
@@ -196,33 +225,42 @@ def plot_iterative_inference(frame: pd.DataFrame, ax: Axes | None = None, value:
     return ax
 
 
-def plot_effect_matrix(frame: pd.DataFrame, ax: Axes | None = None, value: str = "relative_change") -> Axes:
+def plot_effect_matrix(
+    frame: pd.DataFrame, ax: Axes | None = None, value: str = "relative_change", vmax: float | None = None
+) -> Axes:
     """Heat map of the change of each later block when a block is deleted (Csordás et al. 2025).
 
     Args:
         frame: From `resnet_paths.effect_matrix`, for deletions of single blocks.
         ax: The axes to draw into; the current axes if None.
         value: ``"relative_change"``, ``"max_relative_change"`` or ``"direct_effect_change"``.
+        vmax: End of the colour bar, in the column's unit, for equal colours in several figures; the largest value if
+            None.
 
     Returns:
-        The axes, with a colour bar that is centred at 0.
+        The axes, with a colour bar that begins at 0; that of ``"direct_effect_change"`` is centred at 0.
 
     Raises:
-        ResnetPathsError: If `value` is unknown, columns are missing, all values are NaN, or a pair of blocks occurs
-            twice.
+        ResnetPathsError: If `value` is unknown, `vmax` is not above 0, columns are missing, all values are NaN, or a
+            pair of blocks occurs twice.
     """
     if value not in _EFFECT_LABELS:
         raise ResnetPathsError("value", value, f"one of {', '.join(map(repr, _EFFECT_LABELS))}")
+    allowed = "a finite number above 0, or None"
+    if vmax is not None and not require_float("vmax", vmax, allowed) > 0:
+        raise ResnetPathsError("vmax", vmax, allowed)
     frame = checked("frame", frame, value, ["deleted_index", "block_index"])
     ax = plt.gca() if ax is None else ax
     blocks = np.arange(frame["deleted_index"].min(), frame["block_index"].max() + 1)
     table = frame.pivot_table(index="deleted_index", columns="block_index", values=value)
     table = table.reindex(index=blocks, columns=blocks).astype(float)
-    scale = 1 if value == "direct_effect_change" else 100
     label = _EFFECT_LABELS[value]
-    if value == "direct_effect_change" and "output" in frame.attrs:
-        label += f" ({frame.attrs['output']})"
-    draw_map(ax, blocks, blocks, scale * table.to_numpy(), label)
+    if value == "direct_effect_change":
+        label += _in_parentheses(unit_of(_output_of(frame)))
+        draw_map(ax, blocks, blocks, table.to_numpy(), label, vmin=None if vmax is None else -vmax, vmax=vmax)
+    else:  # a norm, which is never negative
+        most = None if vmax is None else 100 * vmax
+        draw_map(ax, blocks, blocks, 100 * table.to_numpy(), label, "viridis", vmin=0, vmax=most)
     ax.set(xlabel="later block (index from 0)", ylabel="deleted block", facecolor="none")
     ax.yaxis.set_inverted(True)
     return ax
@@ -259,8 +297,7 @@ def plot_deletion_account(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.use_sticky_edges = False  # bars would end at the frame, and dots be cut off
     ax.axhline(0, color=INK, linewidth=0.5)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    output = f" of the {frame.attrs['output']}" if "output" in frame.attrs else ""
-    ax.set(xlabel="deleted block", ylabel=f"change{output}")
+    ax.set(xlabel="deleted block", ylabel=f"change of the {_output_of(frame)}")
     legend_above(ax, ax.get_legend_handles_labels()[0])
     return ax
 
@@ -310,7 +347,9 @@ def plot_waterfall(
     ax.axvline(0, color=INK, linewidth=0.5)
     output = str(frame.attrs.get("output", "output")).replace("_", " ")
     ax.set_yticks([*rows, len(rows)], [*names, output])
-    ax.set(xlabel=f"contribution to the {output}", ylabel="path length (blocks)" if key == "path_length" else "")
+    ax.set(
+        xlabel=f"contribution to the {_output_of(frame)}", ylabel="path length (blocks)" if key == "path_length" else ""
+    )
     ax.yaxis.set_inverted(True)
     low, high = min(0, starts.min(), ends.min()), max(0, starts.max(), ends.max())
     room = (high - low) or 1.0
@@ -353,8 +392,19 @@ def _beside(ax: Axes, argument: str, rows: int = 1, columns: Sequence[int] = (1,
     return made
 
 
-def _draw_shares(ax: Axes, lengths: pd.Series, shares: pd.Series, interval: np.ndarray, colour: int) -> None:
-    distance = 100 * np.abs(interval - shares.to_numpy())
-    ax.bar(lengths, 100 * shares, width=0.8, color=f"C{colour}", yerr=distance, error_kw={"elinewidth": 0.5})
+def _output_of(frame: pd.DataFrame) -> str:
+    """The output that a frame is about, with its unit."""
+    return label_and_scale(str(frame.attrs.get("output", "output")))[0]
+
+
+def _in_parentheses(text: str) -> str:
+    return f" ({text})" if text else ""
+
+
+def _draw_bars(
+    ax: Axes, lengths: pd.Series, values: pd.Series, colour: int, interval: np.ndarray | None = None
+) -> None:
+    distance = None if interval is None else np.abs(interval - values.to_numpy())
+    ax.bar(lengths, values, width=0.8, color=f"C{colour}", yerr=distance, error_kw={"elinewidth": 0.5})
     ax.axhline(0, color=INK, linewidth=0.5)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))

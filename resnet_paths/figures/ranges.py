@@ -48,7 +48,7 @@ def plot_range_deletions(frame: pd.DataFrame, ax: Axes | None = None, value: str
         marker="o",
         markersize=2.5,
         path_effects=_OUTLINE,
-        label="lowest for each number of blocks",
+        label="lowest of each row",
     )
     ax.set(xlabel="first deleted block (index from 0)", ylabel="number of deleted blocks")
     legend_above(ax, handles)

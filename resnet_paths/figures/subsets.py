@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import cycle
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -12,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.figures.layout import (
+    INK,
     MARKERS,
     MUTED,
     checked,
@@ -19,12 +21,14 @@ from resnet_paths.figures.layout import (
     groups_of,
     label_and_scale,
     legend_above,
+    unit_of,
     whole_numbers_from_zero,
 )
 
 __all__ = ["plot_interaction_spectrum", "plot_shapley_interactions", "plot_shapley_values"]
 
 _VALUES = {"shapley": "Shapley value", "banzhaf": "Banzhaf value"}
+_OPEN: dict[str, Any] = {"markersize": 3.5, "markerfacecolor": "none", "markeredgewidth": 0.6}
 
 
 def plot_shapley_values(frame: pd.DataFrame, ax: Axes | None = None, sampled: pd.DataFrame | None = None) -> Axes:
@@ -66,7 +70,7 @@ def plot_shapley_values(frame: pd.DataFrame, ax: Axes | None = None, sampled: pd
             label=name,
         )
     ax.axhline(0, color=MUTED, linewidth=0.7, zorder=0)
-    ax.set(xlabel="block (index from 0)", ylabel=label)
+    ax.set(xlabel="block (index from 0)", ylabel=f"contribution to the {label}")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     legend_above(ax, ax.get_legend_handles_labels()[0])
     return ax
@@ -95,7 +99,7 @@ def plot_shapley_interactions(frame: pd.DataFrame, ax: Axes | None = None, value
     blocks = np.arange(frame["first"].min(), frame["second"].max() + 1)
     both = pd.concat([frame, frame.rename(columns={"first": "second", "second": "first"})])
     table = both.pivot_table(index="first", columns="second", values=value).reindex(blocks, columns=blocks)
-    label = "interaction (points of error)" if scale == 100 else f"interaction ({label})"
+    label = "interaction (points of error)" if scale == 100 else f"interaction ({unit_of(label) or label})"
     draw_map(ax, blocks, blocks, scale * table.to_numpy(np.float64), label)
     ax.set(xlabel="block (index from 0)", ylabel="block (index from 0)", aspect="equal")
     return ax
@@ -110,7 +114,7 @@ def plot_interaction_spectrum(frame: pd.DataFrame, ax: Axes | None = None) -> Ax
         ax: The axes to draw into; the current axes if None.
 
     Returns:
-        The axes. Open marks are the shares that the choice of examples alone is expected to add.
+        The axes, with a legend. Open marks are the shares that the choice of examples alone is expected to add.
 
     Raises:
         ResnetPathsError: If columns are missing, all values are NaN, or an order occurs twice.
@@ -135,12 +139,11 @@ def plot_interaction_spectrum(frame: pd.DataFrame, ax: Axes | None = None) -> Ax
             color=f"C{number}",
             label=group,
         )
-        noise = 100 * rows["noise_share"]
-        ax.plot(at, noise, f"C{number}{marker}", markersize=3.5, markerfacecolor="none", markeredgewidth=0.6)
+        ax.plot(at, 100 * rows["noise_share"], f"C{number}{marker}", **_OPEN)
+    ax.plot([], [], color=INK, marker="o", linestyle="none", label="added by the choice of examples", **_OPEN)
     whole_numbers_from_zero(ax)
     ax.set(xlabel="order (number of blocks that interact)", ylabel="share of the variance (%)")
-    if by:
-        legend_above(ax, ax.get_legend_handles_labels()[0])
+    legend_above(ax, ax.get_legend_handles_labels()[0])
     return ax
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import matplotlib as mpl
@@ -18,6 +19,7 @@ from matplotlib.colors import to_rgb
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.figures import (
     paper_style,
+    plot_reorderings,
     plot_scalings,
     plot_score_correlations,
     plot_single_deletions,
@@ -154,6 +156,25 @@ def test_scalings_are_drawn_in_percent_with_intervals() -> None:
         plot_scalings(frame.drop(columns="factor"))
 
 
+def test_labels_of_a_correlation_do_not_overlap() -> None:
+    ax = plot_reorderings(pd.DataFrame({"kendall_tau": [1.0, 0.9, 0.8], "error_rate": 0.1}))
+    ax.figure.draw_without_rendering()
+    low, high = sorted(ax.get_xlim())
+    extents = [
+        label.get_window_extent()
+        for tick, label in zip(ax.get_xticks(), ax.get_xticklabels(), strict=True)
+        if low <= tick <= high
+    ]
+    assert len(extents) > 3
+    gaps = [abs(one.x0 + one.x1 - two.x0 - two.x1) / 2 - one.width for one, two in itertools.pairwise(extents)]
+    assert min(gaps) > 5  # pixels
+
+
+def test_a_measure_has_its_unit() -> None:
+    frame = deletions().assign(margin=2.0, margin_low=1.0, margin_high=3.0, intact_margin=4.0)
+    assert plot_single_deletions(frame, value="margin").get_ylabel() == "margin (logits)"
+
+
 def correlations() -> pd.DataFrame:
     rows = [
         (network, score, effect, r, r - 0.2, r + 0.1)
@@ -169,7 +190,7 @@ def test_correlations_are_drawn_by_network_and_score() -> None:
     frame.loc[frame.effect == "error_rate_increase", "spearman"] += 0.05
     ax = plot_score_correlations(frame)
     assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b"]
-    assert legend_texts(ax) == ["block influence (1 - cosine)", "increase of margin to first order"]
+    assert legend_texts(ax) == ["block influence (1 - cosine)", "first-order increase of the margin (logits)"]
     for container, offset in zip(ax.containers, (-0.175, 0.175), strict=True):
         np.testing.assert_allclose(container[0].get_xydata(), [[0.5, offset], [-0.25, 1 + offset]])
         ends = np.array(container[2][0].get_segments())[:, :, 0]

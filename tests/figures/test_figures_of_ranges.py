@@ -61,6 +61,7 @@ def test_deletions_are_cells_and_the_lowest_of_each_number_is_joined(frames: dic
         assert line.get_xdata().tolist() == lowest
         assert ax.collections[0].cmap.name == "viridis"
         assert ax.get_xlabel() == "first deleted block (index from 0)"
+        assert [text.get_text() for text in ax.get_legend().get_texts()] == ["lowest of each row"]
 
 
 def test_repeats_are_cells_and_increases_diverge_from_zero(frames: dict[str, pd.DataFrame]) -> None:

@@ -89,7 +89,7 @@ def points(container: object) -> np.ndarray:
 
 
 def test_shapley_and_banzhaf_values_of_plain_pytorch_are_drawn(frames: dict[str, pd.DataFrame]) -> None:
-    for measure, scale, label in (("error_rate", 100, "error (points)"), ("margin", 1, "margin")):
+    for measure, scale, label in (("error_rate", 100, "error (points)"), ("margin", 1, "margin (logits)")):
         plain = frames["plain"].loc[measure]
         exact = rp.shapley_values(frames[measure])
         ax = plot_shapley_values(exact, plt.figure().gca())
@@ -98,7 +98,7 @@ def test_shapley_and_banzhaf_values_of_plain_pytorch_are_drawn(frames: dict[str,
         bits = np.array(list(itertools.product([0, 1], repeat=N)))
         both = [plain[bits[:, i] == 1].mean() - plain[bits[:, i] == 0].mean() for i in range(N)]
         assert np.allclose(points(banzhaf), scale * np.array(both), atol=1e-10)
-        assert ax.get_ylabel() == label
+        assert ax.get_ylabel() == f"contribution to the {label}"
         (bars,) = shapley[2]
         ends = np.array([segment[:, 1] for segment in bars.get_segments()])
         assert np.allclose(ends, scale * exact[["shapley_low", "shapley_high"]].to_numpy())
@@ -128,6 +128,7 @@ def test_interactions_of_plain_pytorch_are_cells(frames: dict[str, pd.DataFrame]
         signs = (2 * bits[:, i] - 1) * (2 * bits[:, j] - 1)
         assert drawn[i, j] == drawn[j, i] == pytest.approx((signs * plain).sum() / 2 ** (N - 2))
     assert drawn.count() == N * (N - 1)
+    assert mesh.colorbar.ax.get_ylabel() == "interaction (logits)"
     with pytest.raises(rp.ResnetPathsError, match=r"value: got 'margin'; allowed: 'shapley_interaction' or"):
         plot_shapley_interactions(frame, value="margin")
 
@@ -146,6 +147,10 @@ def test_the_spectrum_of_plain_pytorch_is_drawn_for_each_measure(frames: dict[st
             for k in range(1, N + 1)
         ]
         assert np.allclose(points(container), 100 * np.array(shares), atol=1e-9)
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["margin", "error_rate"]
+    names = ["added by the choice of examples", "margin", "error_rate"]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == names
+    assert ax.get_legend().legend_handles[0].get_markerfacecolor() == "none"
+    alone = plot_interaction_spectrum(spectra[0].drop(columns="measure"), plt.figure().gca())
+    assert [text.get_text() for text in alone.get_legend().get_texts()] == names[:1]
     with pytest.raises(rp.ResnetPathsError, match="repeated rows"):
         plot_interaction_spectrum(pd.concat(spectra).drop(columns="measure"))

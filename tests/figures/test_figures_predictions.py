@@ -31,6 +31,28 @@ def test_shares_and_intervals():
     plt.close(fig)
 
 
+def test_contributions_are_in_the_unit_of_the_output():
+    frame = pd.DataFrame({
+        "path_length": [0, 1],
+        "contribution": [-30.0, 31.0],
+        "contribution_se": [1.0, 2.0],
+        "mean_absolute_contribution": [35.0, 33.0],
+    })
+    frame.attrs["output"] = "log_probability"
+    fig, axes = plt.subplots(1, 2)
+    rp.figures.plot_prediction_by_path_length(frame, axes[0], value="contribution")
+    assert [bar.get_height() for bar in axes[0].patches] == [-30, 31]
+    (segments,) = [collection.get_segments() for collection in axes[0].collections]
+    np.testing.assert_allclose([np.diff(segment[:, 1])[0] for segment in segments], [2 * 1.96, 4 * 1.96])
+    rp.figures.plot_prediction_by_path_length(frame, axes[1], value="mean_absolute_contribution")
+    assert [bar.get_height() for bar in axes[1].patches] == [35, 33]
+    assert not axes[1].collections  # no interval
+    assert [ax.get_ylabel() for ax in axes] == ["contribution (nats)", "mean absolute\ncontribution (nats)"]
+    with pytest.raises(rp.ResnetPathsError, match=r"value: got 'gradient'; allowed: one of 'share', 'contribution'"):
+        rp.figures.plot_prediction_by_path_length(frame, axes[0], value="gradient")
+    plt.close(fig)
+
+
 def test_frames_by_source_are_refused():
     twice = pd.concat([PREDICTION, PREDICTION])
     with pytest.raises(rp.ResnetPathsError, match="path_length"):
@@ -130,7 +152,7 @@ def test_iterative_inference_shows_values_and_intervals():
     plt.close(fig)
 
 
-def test_effect_matrix_is_triangular_and_centred():
+def test_effect_matrix_is_triangular_and_begins_at_0():
     frame = pd.DataFrame({
         "deleted_index": pd.array([0, 0, 1], dtype="Int64"),
         "block_index": [1, 2, 2],
@@ -140,12 +162,37 @@ def test_effect_matrix_is_triangular_and_centred():
     fig, axes = plt.subplots(1, 2)
     values, limits = mesh_of(rp.figures.plot_effect_matrix(frame, axes[0]))
     np.testing.assert_allclose(values, [[np.nan, 50, 20], [np.nan, np.nan, 150], [np.nan] * 3])
-    assert limits == (-150, 150)
+    assert limits == (0, 150)
+    assert axes[0].collections[0].cmap.name == "viridis"
+    frame.attrs["output"] = "margin"
     values, limits = mesh_of(rp.figures.plot_effect_matrix(frame, axes[1], "direct_effect_change"))
     assert (values[0, 1], limits) == (-3, (-3, 3))
+    assert axes[1].collections[0].cmap.name == "RdBu_r"
+    assert fig.axes[-1].get_ylabel() == "change of the direct effect (logits)"
     several = frame.assign(deleted_index=pd.array([None] * 3, dtype="Int64"))
     with pytest.raises(rp.ResnetPathsError, match="deleted_index"):
         rp.figures.plot_effect_matrix(several, axes[0])
+    plt.close(fig)
+
+
+def test_effect_matrices_may_share_their_colours():
+    frame = pd.DataFrame({
+        "deleted_index": [0],
+        "block_index": [1],
+        "relative_change": 0.5,
+        "direct_effect_change": 2.0,
+    })
+    fig, axes = plt.subplots(1, 3)
+    for ax, value, vmax, expected, beyond in (
+        (axes[0], "relative_change", 1.75, (0, 175), "neither"),
+        (axes[1], "relative_change", 0.25, (0, 25), "max"),
+        (axes[2], "direct_effect_change", 3, (-3, 3), "neither"),
+    ):
+        _, limits = mesh_of(rp.figures.plot_effect_matrix(frame, ax, value, vmax=vmax))
+        assert limits == expected
+        assert ax.collections[0].colorbar.extend == beyond
+    with pytest.raises(rp.ResnetPathsError, match="vmax: got 0; allowed: a finite number above 0, or None"):
+        rp.figures.plot_effect_matrix(frame, axes[0], vmax=0)
     plt.close(fig)
 
 
@@ -159,6 +206,7 @@ def test_waterfall_ends_at_the_output():
     np.testing.assert_allclose(bars, [(0, 1), (1, -2), (-1, 4), (3, -0.1), (0, 2.9)], atol=1e-12)
     names = [label.get_text() for label in ax.get_yticklabels()]
     assert names == ["stem", "b", "c", "2 others", "margin"]
+    assert ax.get_xlabel() == "contribution to the margin (logits)"
     shown = fig.axes[1].images[0].get_array()
     np.testing.assert_allclose(np.squeeze(shown), image[0] / 11)
     assert fig.axes[1].get_position().x1 <= ax.get_position().x0
@@ -194,6 +242,7 @@ def test_terms_of_a_deletion_are_stacked_by_sign():
     })
     fig, ax = plt.subplots()
     rp.figures.plot_deletion_account(frame, ax)
+    assert ax.get_ylabel() == "change of the output"
     for block, row in frame.iterrows():
         bars = [bar for bar in ax.patches if round(bar.get_x() + bar.get_width() / 2) == block and bar.get_height()]
         heights = [bar.get_height() for bar in bars]
@@ -207,4 +256,6 @@ def test_terms_of_a_deletion_are_stacked_by_sign():
     np.testing.assert_allclose(ax.lines[0].get_xydata(), [[0, -1], [1, 0.5]])
     labels = [text.get_text() for text in ax.get_legend().get_texts()]
     assert set(labels) == {"direct effect, removed", "later blocks", "head", "total effect"}  # no term that is always 0
+    frame.attrs["output"] = "margin"
+    assert rp.figures.plot_deletion_account(frame, ax).get_ylabel() == "change of the margin (logits)"
     plt.close(fig)
