@@ -216,7 +216,7 @@ def draw_map(
 
     Args:
         ax: The axes.
-        x: Neighbouring whole numbers along the horizontal axis.
+        x: Whole numbers along the horizontal axis, in increasing order; those left out get grey cells.
         y: Likewise along the vertical axis.
         values: Array [y, x], NaN where there is no value.
         label: Of the colour bar.
@@ -238,13 +238,22 @@ def draw_map(
         high = max(abs(low), abs(high)) or 1.0
         low = -high
     low, high = (low if vmin is None else vmin, high if vmax is None else vmax)
+    x, y, values = _with_every_number(np.asarray(x), np.asarray(y), values)
     beyond = {(True, True): "both", (True, False): "min", (False, True): "max", (False, False): "neither"}
-    across, up = (np.append(np.asarray(at, dtype=float), float(at[-1]) + 1) - 0.5 for at in (x, y))
+    across, up = (np.append(at, at[-1] + 1) - 0.5 for at in (x, y))
     mesh = ax.pcolormesh(across, up, values, cmap=sequential or "RdBu_r", vmin=low, vmax=high, rasterized=True)
     ax.figure.colorbar(mesh, ax=ax, label=label, pad=0.02, extend=beyond[least < low, most > high])
     ax.set_facecolor("0.9")
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+
+
+def _with_every_number(x: np.ndarray, y: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The same map with NaN at the numbers that are left out, whose places neighbouring cells would cover."""
+    across, up = (np.arange(at[0], at[-1] + 1) for at in (x, y))
+    whole = np.full((len(up), len(across)), np.nan)
+    whole[np.ix_(y - y[0], x - x[0])] = values
+    return across, up, whole
 
 
 def draw_sum(ax: Axes, at: tuple[float, float], on: bool, muted: bool, points: float, sign: str = "+") -> None:

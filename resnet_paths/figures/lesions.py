@@ -19,6 +19,7 @@ from resnet_paths.figures.layout import (
     INK,
     MARKERS,
     checked,
+    draw_map,
     groups_of,
     label_and_scale,
     legend_above,
@@ -234,13 +235,8 @@ def plot_pair_interactions(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     table = 100 * both.pivot_table(index="first", columns="second", values="interaction").reindex(
         blocks, columns=blocks
     )
-    most = float(np.nanmax(np.abs(table.to_numpy()))) or 1.0
-    edges = np.append(blocks, blocks[-1] + 1) - 0.5
-    mesh = ax.pcolormesh(edges, edges, table, cmap="RdBu_r", vmin=-most, vmax=most, rasterized=True)
-    ax.figure.colorbar(mesh, ax=ax, label="interaction (points of error)", pad=0.02)
+    draw_map(ax, blocks, blocks, table.to_numpy(), "interaction (points of error)")
     ax.set(xlabel="deleted block", ylabel="deleted block", aspect="equal")
-    for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     return ax
 
 

@@ -128,16 +128,17 @@ def plot_prediction_by_source(frame: pd.DataFrame, ax: Axes | None = None) -> Ax
     Raises:
         ResnetPathsError: If columns are missing, all values are NaN, or a source and length occur twice.
     """
-    frame = checked("frame", frame, "share", ["source", "path_length"])
+    frame = checked("frame", frame, "share", ["source", "path_length"], ["block_index"])
     ax = plt.gca() if ax is None else ax
-    names = list(dict.fromkeys(frame["source"]))
+    numbers = frame.groupby("source", sort=False)["block_index"].first()
+    names = list(numbers.index)
     table = frame.pivot_table(index="source", columns="path_length", values="share").reindex(names)
     draw_map(ax, table.columns, np.arange(len(names)), 100 * table.to_numpy(), "share of the prediction (%)")
     ax.set(xlabel="path length from the source (blocks)", ylabel="source")
     ax.yaxis.set_inverted(True)
     shown = names
     if len(names) > _MOST_NAMES:  # numbers of blocks, as in the other figures
-        shown = ["stem", *(str(i) if i and i % 10 == 0 else "" for i in range(len(names) - 2)), "head"]
+        shown = [name if pd.isna(i) else str(int(i)) if i and i % 10 == 0 else "" for name, i in numbers.items()]
     ax.set_yticks([i for i, name in enumerate(shown) if name], [name for name in shown if name])
     return ax
 

@@ -84,7 +84,7 @@ def _ranges(frame: pd.DataFrame, value: str, kind: str) -> pd.DataFrame:
         shown = list(frame.columns) if isinstance(frame, pd.DataFrame) else type(frame).__name__
         raise ResnetPathsError("frame", shown, "a frame of lesion_study, with the column blocks")
     rows = frame[frame["kind"] == kind] if "kind" in frame else frame
-    rows = rows[[isinstance(b, tuple) and b == tuple(range(b[0], b[-1] + 1)) for b in rows["blocks"]]]
+    rows = rows[[isinstance(b, tuple) and len(b) > 0 and b == tuple(range(b[0], b[-1] + 1)) for b in rows["blocks"]]]
     if not len(rows):
         plan = "range_deletions" if kind == "delete" else "range_repeats"
         raise ResnetPathsError("frame", f"no row of kind {kind!r}", f"a study of {plan}(chain)")
@@ -94,7 +94,7 @@ def _ranges(frame: pd.DataFrame, value: str, kind: str) -> pd.DataFrame:
     rows = rows.assign(first=[b[0] for b in rows["blocks"]], last=[b[-1] for b in rows["blocks"]])
     if value in rows:  # the same lesion twice in a plan, such as that of one block and of a range of one block
         rows = rows.drop_duplicates(["first", "last", value])
-    return checked("frame", rows, value, ["first", "last"], ["num_blocks"])
+    return checked("frame", rows, value, ["first", "last"], ["num_blocks"]).reset_index(drop=True)
 
 
 def _table(rows: pd.DataFrame, up: str, across: str, value: str) -> pd.DataFrame:

@@ -69,6 +69,7 @@ def mesh_of(ax):
 def test_sources_and_lengths():
     frame = pd.DataFrame({
         "source": ["stem", "stem", "block0", "block0", "head"],
+        "block_index": pd.array([None, None, 0, 0, None], dtype="Int64"),
         "path_length": [0, 1, 0, 1, 0],
         "share": [0.5, -0.8, 0.1, 0.9, 0.3],
     })
@@ -84,7 +85,8 @@ def test_sources_and_lengths():
 
 def test_many_sources_are_numbered():
     names = ["stem", *(f"layer{i}" for i in range(25)), "head"]
-    frame = pd.DataFrame({"source": names, "path_length": 0, "share": 1 / 27})
+    numbers = pd.array([None, *range(25), None], dtype="Int64")
+    frame = pd.DataFrame({"source": names, "block_index": numbers, "path_length": 0, "share": 1 / 27})
     fig, ax = plt.subplots()
     rp.figures.plot_prediction_by_source(frame, ax)
     ticks = dict(zip(ax.get_yticks(), (label.get_text() for label in ax.get_yticklabels()), strict=True))
