@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import numpy as np
 
-from resnet_paths.reproduce.findings import Finding
+from resnet_paths.reproduce.findings import UNDECIDED, Finding
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -153,7 +153,7 @@ def _of_finding(text: str, finding: Finding) -> Claim:
     low, high = finding.ends
     comparisons: list[list[Any]] = []
     if finding.expected == "differs":
-        comparisons = [[finding.verdict, "in", ["differs", "too small to tell"]]]
+        comparisons = [[finding.verdict, "in", ["differs", *UNDECIDED]]]
     elif finding.expected and math.isfinite(low + high):
         if math.isfinite(finding.at_most):
             comparisons.append([low, "<=", finding.at_most])

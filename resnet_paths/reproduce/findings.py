@@ -19,7 +19,19 @@ from scipy import stats
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths._utils.statistics import rate_interval
 
-__all__ = ["Finding", "as_expected", "findings_frame", "interval_text", "measured_text", "number_text", "on_dataset"]
+__all__ = [
+    "UNDECIDED",
+    "Finding",
+    "as_expected",
+    "findings_frame",
+    "interval_text",
+    "measured_text",
+    "number_text",
+    "on_dataset",
+]
+
+UNDECIDED = ("too small to tell", "no interval")
+"""Verdicts of a sample that does not decide about a prediction."""
 
 _EXPECTATIONS = ("agrees", "differs", "")
 _TITLES = {"fashion-mnist": "Fashion-MNIST", "cifar-10": "CIFAR-10"}
@@ -189,11 +201,14 @@ class Finding:
     def verdict(self) -> str:
         """``"agrees"`` if the interval is inside the predicted range, ``"differs"`` if it is outside.
 
-        ``"too small to tell"`` if it is partly inside or not known, empty without a prediction.
+        ``"too small to tell"`` if it is partly inside, ``"no interval"`` if it is not known; empty without a
+        prediction.
         """
         if self.at_least == -math.inf and self.at_most == math.inf:
             return ""
         low, high = self.ends
+        if math.isnan(low + high):
+            return "no interval"
         if self.at_least <= low and high <= self.at_most:
             return "agrees"
         return "differs" if high < self.at_least or low > self.at_most else "too small to tell"
@@ -201,7 +216,7 @@ class Finding:
     @property
     def as_expected(self) -> bool:
         """Whether the interval does not exclude what was expected."""
-        return not self.expected or self.verdict in ("", self.expected, "too small to tell")
+        return not self.expected or self.verdict in ("", self.expected, *UNDECIDED)
 
     @property
     def prediction(self) -> str:

@@ -78,7 +78,7 @@ def test_the_interval_over_rows_and_columns_has_the_variance_of_both():
         ((1, 2), {"at_most": 0.5}, "differs", "at most 0.5 points"),
         ((1, 2), {"at_least": 1, "at_most": 2}, "agrees", "1 to 2 points"),
         ((1, 2), {"at_least": 2.5}, "differs", "at least 2.5 points"),
-        (NAN, {"at_least": 2.5}, "too small to tell", "at least 2.5 points"),
+        (NAN, {"at_least": 2.5}, "no interval", "at least 2.5 points"),
         ((1, 2), {}, "", ""),
         (None, {"at_least": 1.5, "at_most": 1.5}, "agrees", "1.5 points"),
     ],
@@ -161,12 +161,12 @@ def test_tables_are_made_of_executed_notebooks(tmp_path):
     assert some[3:] == ["| a number of blocks | 1 | - | 12 | exact | none |  |", "<!-- end of findings -->"]
     frame = read_findings(data / "findings.csv")
     assert frame.quantity.tolist() == [finding.quantity for finding in FINDINGS]
-    assert frame.verdict.tolist() == ["agrees", "", "too small to tell"]
+    assert frame.verdict.tolist() == ["agrees", "", "no interval"]
     page = (pages / "tables" / "findings.md").read_text()
     row = "a median | n\\|1 | 1 | 2,000 images | Fashion-MNIST | 0.5 % | 0.25 to 1, blocks | at most 2 %"
     assert row in page
     assert "an interval above 2 | agrees | quick |" in page
-    assert "| Someone 2016, figure 1 | a window | at least 5 blocks | 9 blocks (not known) | **too small to" in page
+    assert "| Someone 2016, figure 1 | a window | at least 5 blocks | 9 blocks (not known) | **no interval" in page
     assert "; Fashion-MNIST; 1 seed; 6 windows | seeds |" in page
     assert "| a window |  | 1 | 6 windows | Fashion-MNIST | 9 blocks |" in page
     cell = "a median 0.5 % (0.25 to 1, blocks); [all](tables/findings.md) (quick profile)."
