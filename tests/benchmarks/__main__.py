@@ -2,7 +2,7 @@
 
 Makes an environment for the other libraries (``.venv-benchmarks``), runs every part, prints ratios with their spread
 over interleaved repeats, and writes ``data/benchmarks.csv`` and ``figures/benchmarks`` (PDF, SVG, PNG). Parts that were
-not asked for keep their rows. About fifty minutes on two cores that do nothing else.
+not asked for keep their rows. About an hour on two cores that do nothing else.
 """
 
 from __future__ import annotations
