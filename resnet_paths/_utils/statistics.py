@@ -38,8 +38,10 @@ from scipy import special, stats
 __all__ = [
     "Estimate",
     "adjusted_p_values",
+    "binary_exponents",
     "mean_over_examples",
     "mean_over_items",
+    "mean_rate_interval",
     "paired_rate_interval",
     "rate_interval",
     "studentised_interval",
@@ -61,13 +63,16 @@ class Estimate(NamedTuple):
 def mean_over_examples(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and its standard error over the last dimension, ignoring NaN.
 
+    NaN is for what an example does not have, such as the direction of a vector of zeros. An infinite value is a value,
+    too large for a float: the mean is then infinite as well, or NaN where both signs occur, and its error NaN.
+
     Args:
         values: Array [..., measurement].
 
     Returns:
         Mean and standard error [...]; the error of a single value is NaN.
     """
-    known = np.isfinite(values)
+    known = ~np.isnan(values)
     return mean_over_items(np.where(known, values, 0), known)
 
 
@@ -81,21 +86,43 @@ def mean_over_items(sums: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np
         sizes: Number of items of each example, likewise; examples of none are left out.
 
     Returns:
-        Mean and standard error [...]; the error of a single example is NaN.
+        Mean and standard error [...]; the error of a single example is NaN, and that of an infinite mean.
     """
-    num = (sizes > 0).sum(-1)
-    with np.errstate(invalid="ignore", divide="ignore"):
+    sums, num = np.asarray(sums, dtype=np.float64), (sizes > 0).sum(-1)
+    exponents = binary_exponents(sums)
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         total = sizes.sum(-1)
+        sums = np.ldexp(sums, -exponents[..., None])
         mean = sums.sum(-1) / total
         influences = np.where(sizes > 0, sums - mean[..., None] * sizes, 0) / total[..., None]
-        return mean, np.sqrt((influences**2).sum(-1) * num / (num - 1))
+        error = np.sqrt((influences**2).sum(-1) * np.where(num > 1, num / (num - 1), np.nan))
+        return np.ldexp(mean, exponents), np.ldexp(error, exponents)
+
+
+def binary_exponents(values: np.ndarray) -> np.ndarray:
+    """Of the power of 2 just above the largest finite magnitude in the last dimension.
+
+    Divided by it, which rounds nothing, numbers have a sum and squares within the range of floats.
+
+    Args:
+        values: Array [..., number].
+
+    Returns:
+        Integers [...].
+
+    Example:
+        >>> binary_exponents(np.array([[3.0, -1e-300], [1e200, np.inf]])).tolist()
+        [2, 665]
+    """
+    exponents: np.ndarray = np.frexp(np.max(np.abs(values), axis=-1, initial=0, where=np.isfinite(values)))[1]
+    return exponents
 
 
 def rate_interval(counts: np.ndarray, sizes: np.ndarray, level: float = 0.95) -> Estimate:
     """Wilson's score interval of a rate; of clusters with the effective sample size (Korn and Graubard 1998).
 
     The effective size is the size of a simple random sample whose rate has the variance that is seen between clusters,
-    and at most the number of items. Where the rate is 0 or 1 no variance is seen, and each cluster counts as one item.
+    and at most the number of items. Where all clusters have one rate no variance is seen, and each counts as one item.
     With one item per cluster it is Wilson's interval of a binomial rate.
 
     Args:
@@ -117,6 +144,25 @@ def rate_interval(counts: np.ndarray, sizes: np.ndarray, level: float = 0.95) ->
     half = z * np.sqrt(rate * (1 - rate) / size + z**2 / (4 * size**2)) / (1 + z**2 / size)
     low = 0.0 if rate == 0 else centre - half
     return Estimate(float(low), float(1.0 if rate == 1 else centre + half), np.nan)
+
+
+def mean_rate_interval(rates: np.ndarray, sizes: np.ndarray, level: float = 0.95) -> Estimate:
+    """Interval of the mean over clusters of their rates, in which clusters of any size have the same weight.
+
+    It is that of `rate_interval` for clusters of one size, the harmonic mean of their sizes: with independent items the
+    mean of the rates has the same variance.
+
+    Args:
+        rates: The share of the items of each cluster that is counted; clusters with NaN are left out.
+        sizes: Items of each cluster.
+        level: Confidence level.
+
+    Returns:
+        The interval; NaN without clusters.
+    """
+    known = ~np.isnan(rates)
+    size = stats.hmean(sizes[known]) if known.any() else 0.0
+    return rate_interval(rates[known] * size, np.full(int(known.sum()), size), level)
 
 
 def paired_rate_interval(changes: np.ndarray, sizes: np.ndarray, level: float = 0.95) -> Estimate:
@@ -221,7 +267,8 @@ def _effective_size(variance_of_item: float, deviations: _Array, sizes: _Array) 
     """Items of a simple random sample in which the rate would vary as it does between clusters."""
     total, num = float(sizes.sum()), len(sizes)
     between = float(np.sum(deviations**2)) / total**2
-    if not between > 0 or not variance_of_item > 0:
+    rounding = (4 * np.finfo(float).eps) ** 2  # in which clusters of one rate differ
+    if not between > rounding or not variance_of_item > 0:
         return float(num)
     size = variance_of_item / between
     if num > 1 and total > num:  # few clusters say less of their variance than as many items would

@@ -168,7 +168,8 @@ def plot_lens(frame: pd.DataFrame, ax: Axes | None = None, value: str = "kl_dive
     if (lengths == lengths[0]).all():
         y = scale * frame[value].to_numpy()
         if value == "agreement":
-            error = np.abs(scale * frame[bounds].to_numpy().T - y)
+            low, high = scale * frame[bounds].to_numpy().T
+            error = np.stack([y - low, high - y])
         else:
             error = np.stack([1.96 * frame[bounds[0]].to_numpy()] * 2)
         ax.errorbar(frame["depth"], y, yerr=error, marker="o", color="C0", elinewidth=0.8)
@@ -207,7 +208,11 @@ def plot_iterative_inference(frame: pd.DataFrame, ax: Axes | None = None, value:
     ax = plt.gca() if ax is None else ax
     for place, (network, rows) in enumerate(groups_of(frame, by, "block_index")):
         y = (100 if is_rate else 1) * rows[value].to_numpy()
-        errors = np.abs(100 * rows[bounds].to_numpy().T - y) if is_rate else 1.96 * rows[bounds[0]].to_numpy()
+        if is_rate:
+            low, high = 100 * rows[bounds].to_numpy().T
+            errors = np.stack([y - low, high - y])
+        else:
+            errors = 1.96 * rows[bounds[0]].to_numpy()
         marker = MARKERS[place % len(MARKERS)]
         style: dict[str, Any] = {"markersize": 2.5, "linewidth": 0.8, "elinewidth": 0.5}
         ax.errorbar(rows["block_index"], y, yerr=errors, marker=marker, color=f"C{place}", label=network, **style)

@@ -160,7 +160,8 @@ def gradient_by_path_length(
 
     Returns:
         One row per path length, with ``path_length``, ``num_paths`` (an exact int), ``underflowed`` (whether a norm
-        that is not 0 was too small for a float64) and the columns of the method:
+        that is not 0, or with signs its square, was too small for a float64) and the columns of the method (what is too
+        large for a float64 is infinite, and so are means over it):
 
         - ``"exact"``: ``summed_path_gradient_norm`` and ``gradient_share``;
         - ``"energy"`` with ``paths="signs"``: these, ``rms_path_gradient_norm`` and ``coherence``;

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from resnet_paths._utils.statistics import mean_over_examples
 from resnet_paths.core.paths import Path, enumerate_paths
 from resnet_paths.core.sampling import sample_paths
 from resnet_paths.gradients.importance import WeightedNorms, mean_of
@@ -96,22 +97,23 @@ def measure_exactly(point: Point, lengths: Sequence[int], signs: Draws | None = 
 
         drawn = point.norms(point.by_length(lengths[-1], now, draw_signs))[0][rows] ** 2
         energies = np.concatenate([energies, drawn], 1)
-        measured.energies = energies.mean(1)
-        measured.energy_variances = energies.var(1, ddof=1) / energies.shape[1] if energies.shape[1] > 1 else None
+        measured.energies, errors = mean_over_examples(energies.swapaxes(1, 2))
+        measured.energy_errors = errors if energies.shape[1] > 1 else None
         if signs.number is None and energies.shape[1] > SIGNS_AT_ONCE and _is_settled(measured, signs.relative_error):
             break
     measured.num_draws = energies.shape[1]
-    measured.underflowed |= ((energies.mean(1) == 0) & (norms[rows, 0] > 0)).any(1)
+    # Below the normal numbers a float has fewer digits.
+    measured.underflowed |= ((energies.mean(1) < np.finfo(float).tiny) & (norms[rows, 0] > 0)).any(1)
     return measured
 
 
 def _is_settled(measured: Measurements, relative_error: float) -> bool:
     """Whether the roots of the energies are known well enough, at all lengths that hold a thousandth of the energy."""
     assert measured.energies is not None
-    assert measured.energy_variances is not None
-    total, variance = measured.energies.sum(1), measured.energy_variances.sum(1)
+    assert measured.energy_errors is not None
+    total, error = measured.energies.sum(1), np.hypot.reduce(measured.energy_errors, 1)
     counted = total >= total.sum() * _WORTH
-    return bool((np.sqrt(variance[counted]) <= 2 * relative_error * total[counted]).all())
+    return bool((error[counted] <= 2 * relative_error * total[counted]).all())
 
 
 def measure_uniform(place: Place, points: Points, lengths: Sequence[int], draws: Draws) -> Measurements:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from resnet_paths._utils.statistics import mean_over_examples
+from resnet_paths._utils.statistics import binary_exponents, mean_over_examples
 from resnet_paths.gradients.importance import Mean, PathDraws, WeightedNorms, mean_of
 
 __all__ = ["Measurements"]
@@ -25,7 +25,7 @@ class Measurements:
         shares: Their shares of the whole gradient, [length, measurement].
         whole: Norms of the whole gradient, [measurement].
         energies: Estimates of the sum over paths of squared norms, [length, measurement].
-        energy_variances: Their variances due to the draws of signs, [length, measurement].
+        energy_errors: Their standard errors due to the draws of signs, [length, measurement].
         by_draw: Norms of single paths, for each batch an array [length, draw, measurement].
         weighted: What weighted paths gave, for each batch a list over lengths.
         num_draws: Draws of signs or paths; the most of any length.
@@ -38,7 +38,7 @@ class Measurements:
     shares: np.ndarray | None = None
     whole: np.ndarray | None = None
     energies: np.ndarray | None = None
-    energy_variances: np.ndarray | None = None
+    energy_errors: np.ndarray | None = None
     by_draw: list[np.ndarray] | None = None
     weighted: list[list[PathDraws]] | None = None
     num_draws: int = 0
@@ -52,7 +52,7 @@ class Measurements:
             arrays = [getattr(r, name) for r in parts]
             return None if arrays[0] is None else np.concatenate(arrays, -1)
 
-        names = ("norms", "shares", "whole", "energies", "energy_variances")
+        names = ("norms", "shares", "whole", "energies", "energy_errors")
         by_draw = [array for r in parts for array in r.by_draw or []]
         weighted = [lengths for r in parts for lengths in r.weighted or []]
         return cls(
@@ -92,9 +92,9 @@ class Measurements:
             with np.errstate(invalid="ignore", divide="ignore"):
                 weights = (self.whole / self.whole.max()) ** 2
                 one.shares = np.nansum(self.shares * weights, 1, keepdims=True) / weights.sum()
-        if self.energies is not None and self.energy_variances is not None:
+        if self.energies is not None and self.energy_errors is not None:
             one.energies = self.energies.sum(1, keepdims=True) / n**2
-            one.energy_variances = self.energy_variances.sum(1, keepdims=True) / n**4
+            one.energy_errors = _norm(self.energy_errors) / n**2
         return one
 
     @property
@@ -123,10 +123,10 @@ class Measurements:
 
     def _energy_columns(self, counts: Sequence[int]) -> dict[str, np.ndarray]:
         assert self.energies is not None
-        assert self.energy_variances is not None
+        assert self.energy_errors is not None
         assert self.norms is not None
         num = self.energies.shape[1]
-        energy, se = self.energies.mean(1), np.sqrt(self.energy_variances.sum(1)) / num
+        energy, se = self.energies.mean(1), _norm(self.energy_errors)[:, 0] / num
         examples_se = mean_over_examples(self.energies)[1]
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
             # Errors of a root and of a ratio, to first order.
@@ -135,11 +135,11 @@ class Measurements:
             residual_se = mean_over_examples(self.norms**2 - coherence[:, None] ** 2 * self.energies)[1]
             return {
                 "rms_path_gradient_norm": rms,
-                "rms_path_gradient_norm_se": rms * se / (2 * energy),
-                "rms_path_gradient_norm_examples_se": rms * examples_se / (2 * energy),
+                "rms_path_gradient_norm_se": rms * (se / energy / 2),
+                "rms_path_gradient_norm_examples_se": rms * (examples_se / energy / 2),
                 "coherence": coherence,
-                "coherence_se": coherence * se / (2 * energy),
-                "coherence_examples_se": residual_se / (2 * coherence * energy),
+                "coherence_se": coherence * (se / energy / 2),
+                "coherence_examples_se": residual_se / energy / (2 * coherence),
             }
 
     def _weighted_columns(self, counts: Sequence[int]) -> dict[str, np.ndarray]:
@@ -162,8 +162,10 @@ class Measurements:
 
     def _sampled_columns(self, counts: Sequence[int], average: str) -> dict[str, np.ndarray]:
         assert self.by_draw is not None
-        with np.errstate(divide="ignore", invalid="ignore"):
-            values = [np.log(array) if average == "log-mean" else array for array in self.by_draw]
+        exponents = np.max([binary_exponents(array.reshape(len(array), -1)) for array in self.by_draw], 0)
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            values = [np.ldexp(array, -exponents[:, None, None]) for array in self.by_draw]
+            values = [np.log(array) if average == "log-mean" else array for array in values]
             num = sum(array.shape[2] for array in values)
             mean = sum(array.sum((1, 2)) / array.shape[1] for array in values) / num
             # Examples of a batch share their paths: the draws of a batch are independent, its examples are not.
@@ -175,6 +177,7 @@ class Measurements:
             if average == "log-mean":
                 mean = np.exp(mean)
                 se, both = mean * se, mean * both
+            mean, se, both = (np.ldexp(column, exponents) for column in (mean, se, both))
         columns = {"mean_path_gradient_norm": (mean, se, both)}
         columns["total_gradient_magnitude"] = tuple(  # type: ignore[assignment]
             np.array([_times(x, count) for x, count in zip(column, counts, strict=True)]) for column in (mean, se, both)
@@ -187,18 +190,19 @@ class Measurements:
 
 
 def _norm(values: np.ndarray) -> np.ndarray:
-    """Root of the sum of squares over the last dimension, which stays; squares of small numbers do not vanish."""
-    largest = np.maximum(values.max(-1, keepdims=True), np.finfo(float).tiny)
-    root: np.ndarray = largest * np.sqrt(((values / largest) ** 2).sum(-1, keepdims=True))
-    return root
+    """Root of the sum of squares over the last dimension, which stays; no square leaves the range of floats."""
+    exponents = binary_exponents(values)[..., None]
+    root = np.sqrt((np.ldexp(values, -exponents) ** 2).sum(-1, keepdims=True))
+    with np.errstate(over="ignore"):
+        norms: np.ndarray = np.ldexp(root, exponents)
+    return norms
 
 
 def _times(value: float, count: int) -> float:
-    """``value * count`` for a count of any size."""
-    if not value or not math.isfinite(value):
-        return float(value)
-    exponent = math.log(abs(value)) + math.log(count)
-    return float(value) * count if count < 2**1000 else math.copysign(math.exp(min(exponent, 709.7)), value)
+    """``value * count`` for a count of any size; infinite beyond the range of floats."""
+    shift = max(count.bit_length() - 64, 0)  # the first 64 bits of the count are more than a float holds
+    with np.errstate(over="ignore"):
+        return float(np.ldexp(np.float64(value) * (count >> shift), shift))
 
 
 def _over(root: float, count: int) -> float:

@@ -368,7 +368,8 @@ class Point(ForwardPass):
         for k, row in enumerate(stack.values):  # row by row: a float64 copy of all would be twice the stack
             squares[k] = wide(row.flatten(2)).square().sum(2) if row.dim() > 2 else wide(row).square()
         mantissas = squares.sqrt().cpu().numpy()
-        norms = np.ldexp(mantissas, stack.exponents.cpu().numpy())
+        with np.errstate(over="ignore"):
+            norms = np.ldexp(mantissas, stack.exponents.cpu().numpy())
         return norms, (mantissas > 0) & (norms == 0)
 
     @torch.no_grad()

@@ -85,10 +85,12 @@ def effect_matrix(
 
     Returns:
         One row per deletion and later block: ``deleted`` and ``deleted_index``, name and position of the deleted block
-        (<NA> for several); ``block``, ``block_index``; ``relative_change``, the mean over examples and tokens, with
-        standard error over examples ``relative_change_se``; ``max_relative_change`` over examples and tokens;
-        ``direct_effect`` of the intact block and ``direct_effect_change``, means over examples, with standard errors.
-        ``attrs`` contain ``output``, ``linearization``, ``tangent_operations``, ``mean_output`` and ``num_examples``.
+        (<NA> for several); ``block``, ``block_index``; ``relative_change``, the mean over examples of that over their
+        tokens, with standard error over examples ``relative_change_se``; ``max_relative_change`` over examples and
+        tokens. Both are infinite where a branch whose output was 0 changes, and leave out outputs that are 0 before and
+        after. ``direct_effect`` of the intact block and ``direct_effect_change``, means over examples, with standard
+        errors. ``attrs`` contain ``output``, ``linearization``, ``tangent_operations``, ``mean_output`` and
+        ``num_examples``.
 
     Raises:
         ResnetPathsError: If the chain is in training mode, a lesion is not a deletion, an option is unknown, or an
@@ -112,7 +114,7 @@ def effect_matrix(
     frame = frame.astype({"deleted_index": "Int64", "block_index": "int64"})
     for name, values in zip(_OF_BLOCK, np.concatenate(found, 1), strict=True):
         if name.startswith("max_"):
-            frame[name] = values.max(1)
+            frame[name] = np.fmax.reduce(values, 1)  # of those that are known
         else:
             frame[name], frame[f"{name}_se"] = mean_over_examples(values)
     frame.attrs |= attributes
@@ -307,4 +309,6 @@ def _relative(change: torch.Tensor, intact: torch.Tensor) -> tuple[torch.Tensor,
     tokens = change.shape[1] if change.dim() == 3 else 1
     ratio = wide(change).reshape(len(change), tokens, -1).norm(dim=2)
     ratio /= wide(intact).reshape(len(intact), tokens, -1).norm(dim=2)
-    return ratio.mean(1), ratio.amax(1)
+    # Where both are 0 there is no ratio.
+    largest = torch.where(ratio.isnan(), -torch.inf, ratio).amax(1)
+    return ratio.nanmean(1), torch.where(largest < 0, torch.nan, largest)

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from resnet_paths._utils.arguments import require_function, require_int
 from resnet_paths._utils.devices import wide
 from resnet_paths._utils.errors import ResnetPathsError
-from resnet_paths._utils.statistics import mean_over_examples, rate_interval
+from resnet_paths._utils.statistics import mean_over_examples, mean_rate_interval
 from resnet_paths.core.backward.cotangents import Cotangents
 from resnet_paths.core.backward.forward import ForwardPass, prepared, split_to_fit
 from resnet_paths.core.backward.linearize import Context
@@ -36,7 +36,7 @@ from resnet_paths.core.edits import deletable, delete_blocks
 from resnet_paths.core.inputs import InputsOrLoader, batches_with_bar
 from resnet_paths.core.modes import require_eval_mode
 from resnet_paths.core.parts import call_part
-from resnet_paths.predictions.outputs import Logits, class_logits
+from resnet_paths.predictions.outputs import Logits, class_logits, predicted_classes, require_predictions
 
 __all__ = ["iterative_inference"]
 
@@ -92,12 +92,14 @@ def iterative_inference(
         exit; ``update_ratio``, the norm of the update over that of the state; ``state_angle``, the angle between state
         and updated state in degrees; ``update_angle``, the angle between the updates of the preceding block and of this
         one in degrees (NaN if their shapes differ). These are means over examples, ``..._se`` their standard errors;
-        rates have a 95 % interval ``..._low`` to ``..._high``. What has no early exit is NaN. ``attrs`` contain
-        ``num_examples``.
+        rates have a 95 % interval ``..._low`` to ``..._high``. An example with several positions counts with its mean
+        over them, however many it has. What has no early exit is NaN. Logits that are not finite predict no class: they
+        count as wrong, and a cross-entropy that is NaN is left out of the mean. ``attrs`` contain ``num_examples``.
 
     Raises:
         ResnetPathsError: If the chain is in training mode, there are no logits of two or more classes, the targets are
-            no class indices of the logits, or an activation is not finite (the message states the first block).
+            no class indices of the logits, or an activation or a logit of the network is not finite (the message
+            states the first block); minus infinity masks a class.
 
     Example:
         >>> from resnet_paths.core.chain import Block
@@ -137,8 +139,7 @@ def iterative_inference(
         frame[name], frame[f"{name}_se"] = mean_over_examples(columns[name])
     for name in _RATES:
         frame[name] = mean_over_examples(columns[name])[0]
-        sizes = np.where(np.isnan(columns[name]), 0, columns["num_positions"])
-        bounds = [rate_interval(*row) for row in zip(np.nan_to_num(columns[name]) * sizes, sizes, strict=True)]
+        bounds = [mean_rate_interval(*row) for row in zip(columns[name], columns["num_positions"], strict=True)]
         frame[f"{name}_low"], frame[f"{name}_high"] = ([bound[i] for bound in bounds] for i in (0, 1))
     frame.attrs["num_examples"] = columns["num_positions"].shape[1]
     return frame
@@ -150,7 +151,7 @@ class _Exit:
 
     Attributes:
         loss: Loss of each example, [batch].
-        predicted: Predicted class, [batch, position].
+        predicted: Predicted class, [batch, position]; -1 where the logits are not finite.
         gradient: Gradient of the loss with respect to ``z``, [batch, number].
     """
 
@@ -183,7 +184,8 @@ class _Measurement:
         self.not_identities = [index for index, skip in enumerate(skips) if skip is None or not _is_identity(skip)]
         with torch.no_grad():
             intact = self._read(call_part(chain.head, point.states[-1].clone(), point.context.values))
-        self.targets = intact.argmax(2) if targets is None else _class_indices(targets, intact)
+        predicted = require_predictions(intact)
+        self.targets = predicted if targets is None else _class_indices(targets, intact)
 
     def columns(self) -> dict[str, np.ndarray]:
         """The columns of the frame for each example, [block, example], and its number of positions."""
@@ -236,7 +238,7 @@ class _Measurement:
             logits = self._read(call_part(self.chain.head, last, context))
             loss = self._loss(logits)
             (gradient,) = torch.autograd.grad(loss.sum(), leaf)
-        return _Exit(loss.detach(), logits.detach().argmax(2).double(), _vectors(gradient))
+        return _Exit(loss.detach(), predicted_classes(logits.detach()).double(), _vectors(gradient))
 
     def _gradients(self) -> list[torch.Tensor]:
         """The gradient of the network's loss with respect to the input of each block, each up to a factor."""

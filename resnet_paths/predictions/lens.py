@@ -21,10 +21,9 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from resnet_paths._utils.arguments import require_int
-from resnet_paths._utils.statistics import mean_over_examples, rate_interval
+from resnet_paths._utils.statistics import mean_over_examples, mean_rate_interval
 from resnet_paths.core.backward.forward import ForwardPass, prepared, split_to_fit
 from resnet_paths.core.backward.linearize import Context, Pullback, unchanged
 from resnet_paths.core.backward.recursion import Linearizer
@@ -35,7 +34,7 @@ from resnet_paths.core.modes import require_eval_mode
 from resnet_paths.core.parts import call_part
 from resnet_paths.core.paths import path_polynomial
 from resnet_paths.predictions.detached import linearizer_of
-from resnet_paths.predictions.outputs import Logits, class_logits
+from resnet_paths.predictions.outputs import Logits, class_logits, predicted_classes, require_predictions
 
 __all__ = ["lens"]
 
@@ -81,12 +80,16 @@ def lens(
         length or shorter, an exact int; ``kl_divergence``, the Kullback-Leibler divergence of the lens from the output
         of the chain in nats; ``agreement``, the share of predictions that equal those of the chain, with a 95 %
         interval ``agreement_low`` to ``agreement_high``; ``prediction_rank``, the rank of the chain's prediction in
-        the lens, counted from 1. These are means over examples, ``kl_divergence_se`` and ``prediction_rank_se`` their
-        standard errors. ``attrs`` contain ``linearization``, ``tangent_operations`` and ``num_examples``.
+        the lens, counted from 1. These are means over examples, of which each counts with its mean over positions,
+        however many it has; ``kl_divergence_se`` and ``prediction_rank_se`` are their standard errors. Where logits of
+        the lens are not finite, it agrees with no prediction, the rank is the last one, and a divergence that is NaN is
+        left out.
+        ``attrs`` contain ``linearization``, ``tangent_operations`` and ``num_examples``.
 
     Raises:
         ResnetPathsError: If the chain is in training mode, an option is unknown, there are no logits of two or more
-            classes, or an activation is not finite (the message states the first block).
+            classes, or an activation or a logit of the network is not finite (the message states the first block);
+            minus infinity masks a class.
 
     Example:
         >>> from resnet_paths.core.chain import Block
@@ -124,8 +127,8 @@ def lens(
         "num_paths": pd.Series([sum(counts[start][: k + 1]) for start, k in keys], dtype=object),
     })
     frame["kl_divergence"], frame["kl_divergence_se"] = mean_over_examples(divergence)
-    frame["agreement"] = agreement.mean(1)
-    bounds = [rate_interval(*row) for row in zip(agreement * num_positions, num_positions, strict=True)]
+    frame["agreement"], _ = mean_over_examples(agreement)
+    bounds = [mean_rate_interval(*row) for row in zip(agreement, num_positions, strict=True)]
     frame["agreement_low"], frame["agreement_high"] = ([bound[i] for bound in bounds] for i in (0, 1))
     frame["prediction_rank"], frame["prediction_rank_se"] = mean_over_examples(rank)
     frame.attrs |= {
@@ -255,9 +258,13 @@ def _measured(
 
 def _compared(logits: torch.Tensor, intact: torch.Tensor) -> np.ndarray:
     """KL divergence, agreement, rank and number of positions, [4, batch]."""
-    predicted = intact.argmax(2, keepdim=True)
-    divergence = F.kl_div(logits.log_softmax(2), intact.log_softmax(2), reduction="none", log_target=True).sum(2)
-    agreement = (logits.argmax(2, keepdim=True) == predicted)[..., 0].double()
-    rank = 1 + (logits > logits.gather(2, predicted)).sum(2).double()
+    predicted, found = require_predictions(intact), predicted_classes(logits)
+    of_intact = intact.log_softmax(2)
+    share = of_intact.exp()
+    # Classes of probability 0, such as those that a network masks, add nothing.
+    divergence = torch.where(share == 0, 0.0, share * (of_intact - logits.log_softmax(2))).sum(2)
+    agreement = (found == predicted).double()
+    rank = 1 + (logits > logits.gather(2, predicted[..., None])).sum(2)
+    rank = torch.where(found < 0, logits.shape[2], rank).double()
     means = [values.mean(1) for values in (divergence, agreement, rank)]
     return torch.stack([*means, torch.full_like(means[0], intact.shape[1])]).cpu().numpy()

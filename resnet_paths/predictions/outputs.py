@@ -11,7 +11,17 @@ from resnet_paths._utils.arguments import require_function
 from resnet_paths._utils.devices import wide
 from resnet_paths._utils.errors import ResnetPathsError, nearest_names
 
-__all__ = ["OUTPUTS", "Logits", "Output", "class_logits", "name_of", "output_at", "output_function"]
+__all__ = [
+    "OUTPUTS",
+    "Logits",
+    "Output",
+    "class_logits",
+    "name_of",
+    "output_at",
+    "output_function",
+    "predicted_classes",
+    "require_predictions",
+]
 
 OUTPUTS = ("margin", "logit", "log_probability")
 """Names of outputs."""
@@ -88,6 +98,41 @@ def class_logits(logits: object, size: int) -> torch.Tensor:
             "Pass logits=lambda outputs: ... where the network returns something else.",
         )
     return wide(logits.reshape(size, -1, logits.shape[-1]))
+
+
+def predicted_classes(logits: torch.Tensor) -> torch.Tensor:
+    """The class with the largest logit.
+
+    Args:
+        logits: From `class_logits`; minus infinity for classes that a network masks.
+
+    Returns:
+        Class indices [batch, position]; -1, which is no class, where the largest logit is NaN or infinite.
+    """
+    return torch.where(torch.isfinite(logits.amax(2)), logits.argmax(2), -1)
+
+
+def require_predictions(logits: torch.Tensor) -> torch.Tensor:
+    """The classes that a whole network predicts.
+
+    Args:
+        logits: As for `predicted_classes`.
+
+    Returns:
+        Likewise.
+
+    Raises:
+        ResnetPathsError: If there is no class.
+    """
+    predicted = predicted_classes(logits)
+    if bool((predicted < 0).any()):
+        raise ResnetPathsError(
+            "inputs",
+            "NaN or infinity in the logits of the network",
+            "inputs whose logits are finite, or minus infinity for classes that are masked",
+            "In half precision, large activations overflow: try float32.",
+        )
+    return predicted
 
 
 def name_of(output: Output) -> str:

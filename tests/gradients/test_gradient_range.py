@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fractions
 import math
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import nn
 
 import resnet_paths as rp
 from resnet_paths.core.chain import Block, ResidualChain
+from resnet_paths.gradients.measurements import _times
 from tests.gradients.gradient_reference import (
     assert_close,
     batch,
@@ -121,3 +123,66 @@ def test_no_part_of_a_block_loses_small_gradients(kind):
     assert double.summed_path_gradient_norm[0] < 1e-80
     for name in ("summed_path_gradient_norm", "gradient_share"):
         np.testing.assert_allclose(single[name], double[name], rtol=1e-3)
+
+
+def chain_of_one_number(slope, num_blocks=2):
+    """Path gradients are powers of the slope: its branches are `slope` times a state of one number."""
+    layers = [nn.Linear(1, 1, bias=False).double() for _ in range(num_blocks)]
+    for layer in layers:
+        nn.init.constant_(layer.weight, slope)
+    blocks = [Block(layer, nn.Identity(), name=f"{i}") for i, layer in enumerate(layers)]
+    return ResidualChain(nn.Identity(), blocks, nn.Identity()).eval()
+
+
+def gradients_of_one_number(factors, slope, **options):
+    """Where the gradient of example i is ``factors[i]`` times that of the chain."""
+    losses = torch.tensor(factors).double()
+    inputs = torch.zeros(len(factors), 1).double()
+    return gradients_of(chain_of_one_number(slope), inputs, loss=lambda y, _: y[:, 0] * losses, **options)
+
+
+def test_an_example_beyond_the_range_is_not_left_out():
+    frame = gradients_of_one_number([1.0, 1e10], 1e150)
+    assert frame.summed_path_gradient_norm.tolist() == pytest.approx([(1 + 1e10) / 2, (1 + 1e10) * 1e150, np.inf])
+    assert np.isnan(frame.summed_path_gradient_norm_se[2])
+    # Shares are ratios, which a float can hold.
+    assert frame.gradient_share.tolist() == pytest.approx([0, 2e-150, 1], abs=1e-12)
+    by_depth = rp.gradient_by_depth(
+        chain_of_one_number(1e160), torch.zeros(2, 1).double(), loss=lambda y, _: y[:, 0], progress=False
+    )
+    assert by_depth.gradient_norm.tolist() == pytest.approx([np.inf, 1e160, 1.0])
+
+
+@pytest.mark.parametrize("value", [1.0, 0.7, 1e-300, 5e-324, 1e300, 0.0])
+def test_a_total_is_the_product_of_mean_and_count(value):
+    """Against fractions; infinite beyond the range of floats."""
+    for count in (3, math.comb(54, 27), math.comb(1025, 512), 2**1023, 2**1024, math.comb(3000, 900)):
+        exact = fractions.Fraction(value) * count
+        held = exact <= fractions.Fraction(np.finfo(float).max)
+        assert _times(value, count) == pytest.approx(float(exact) if held else math.inf, rel=1e-15)
+    assert _times(math.inf, 7) == math.inf
+    assert math.isnan(_times(math.nan, 7))
+
+
+@pytest.mark.parametrize("paths", ["weighted", "uniform", "signs"])
+@pytest.mark.parametrize("slope", [1e-60, 1e-90, 1.0, 1e70])
+def test_errors_are_those_of_numbers_of_ordinary_size(paths, slope):
+    """Numbers of paths of length 2 are slope^2 times what they are for a slope of 1."""
+    method = "energy" if paths == "signs" else "sampled"
+    options = {"method": method, "paths": paths, "num_draws": 6, "max_length": 2}
+    frame, ordinary = (gradients_of_one_number([1.0, 2.0, 5.0], each, **options) for each in (slope, 1.0))
+    size = slope**2
+    names = [name for name in ordinary.columns if "norm" in name or "magnitude" in name]
+    assert any(name.endswith("examples_se") for name in names)
+    for name in names:
+        if paths == "signs" and name.startswith("rms") and size < 1e-154:  # the square is too small
+            assert frame.underflowed[2]
+        else:
+            np.testing.assert_allclose(frame[name][2] / size, ordinary[name][2], rtol=1e-6, atol=1e-9, err_msg=name)
+
+
+def test_squares_of_few_digits_are_told():
+    """The mean of squares of about 1e-322 has two digits: the coherence with signs is off by as much."""
+    frame = gradients_of_one_number([1.0, 1.3], 1e-161, method="energy", paths="signs", num_draws=50)
+    assert frame.underflowed.tolist() == [False, True, True]
+    assert frame.coherence[0] == pytest.approx(1)

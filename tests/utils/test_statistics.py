@@ -8,6 +8,9 @@ from scipy import optimize, stats
 
 from resnet_paths._utils.statistics import (
     adjusted_p_values,
+    mean_over_examples,
+    mean_over_items,
+    mean_rate_interval,
     paired_rate_interval,
     rate_interval,
     studentised_interval,
@@ -58,6 +61,80 @@ def test_empty_clusters_say_nothing():
     assert rate_interval(counts, sizes) == rate_interval(counts[sizes > 0], sizes[sizes > 0])
     assert all(np.isnan(rate_interval(counts * 0, sizes * 0)))
     assert all(np.isnan(paired_rate_interval(counts * 0, sizes * 0)))
+
+
+def test_the_interval_of_a_mean_of_rates_holds_it():
+    """A large example counts no more than the others; of equal sizes it is the interval of the rate."""
+    rates, sizes = np.array([0.1, 1.0, 1.0, 1.0, np.nan, 0.9]), np.array([500, 1, 1, 1, 7, 2])
+    low, high, _ = mean_rate_interval(rates, sizes)
+    assert low < np.nanmean(rates) < high
+    pooled = rate_interval(np.nan_to_num(rates) * sizes, np.where(np.isnan(rates), 0, sizes))
+    assert not pooled.low < np.nanmean(rates) < pooled.high
+    counts = np.array([3, 0, 4, 1])
+    assert mean_rate_interval(counts / 4, np.full(4, 4)) == rate_interval(counts, np.full(4, 4))
+    assert np.isnan(mean_rate_interval(np.full(2, np.nan), np.ones(2))).all()
+
+
+def test_the_size_of_independent_clusters_is_that_of_the_variance():
+    """With independent items the mean of the rates has the variance p (1 - p) / N^2 times the sum of 1 / size."""
+    generator = np.random.default_rng(0)
+    sizes = np.tile([1, 4, 20], 200)
+    widths, means = [], []
+    for _ in range(300):
+        rates = generator.binomial(sizes, 0.3) / sizes
+        low, high, _ = mean_rate_interval(rates, sizes)
+        widths.append(high - low)
+        means.append(rates.mean())
+    error = np.sqrt(0.21 * (1 / sizes).sum()) / len(sizes)
+    assert np.std(means) == pytest.approx(error, rel=0.15)
+    assert np.mean(widths) == pytest.approx(2 * 1.96 * error, rel=0.05)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.3, 1 / 3, 0.7])
+def test_clusters_of_one_rate_count_as_one_item_each(rate):
+    """Whatever the rounding of their sum."""
+    for num in range(1, 30):
+        sizes = np.full(num, 10.0)
+        z2 = stats.norm.ppf(0.975) ** 2
+        centre = (rate + z2 / (2 * num)) / (1 + z2 / num)
+        half = np.sqrt(z2 * (rate * (1 - rate) / num + z2 / (4 * num**2))) / (1 + z2 / num)
+        assert rate_interval(rate * sizes, sizes)[:2] == pytest.approx((centre - half, centre + half), abs=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1e-320, 2e-180, 1.0, 5e200, 5e307])
+def test_means_and_errors_of_numbers_of_any_size(scale):
+    values = np.array([[1.0, 3.0, np.nan, 2.5], [2.0, 2.0, 2.0, 2.0]])
+    mean, error = mean_over_examples(values * scale)
+    known = values[0, [0, 1, 3]]
+    rounding = 1e-3 if scale == 1e-320 else 1e-12
+    assert mean / scale == pytest.approx([known.mean(), 2.0], rel=rounding)
+    assert error / scale == pytest.approx([known.std(ddof=1) / 3**0.5, 0.0], rel=rounding)
+
+
+def test_infinite_values_are_no_missing_ones():
+    mean, error = mean_over_examples(np.array([[1.0, np.inf], [np.nan, -np.inf], [np.inf, -np.inf], [np.nan, np.nan]]))
+    np.testing.assert_array_equal(mean, [np.inf, -np.inf, np.nan, np.nan])
+    assert np.isnan(error).all()
+
+
+def test_a_single_example_has_no_error_whatever_its_items():
+    for total in np.linspace(0.1, 0.9, 40):
+        mean, error = mean_over_items(np.array([total, 0.0]), np.array([7, 0]))
+        assert mean == pytest.approx(total / 7)
+        assert np.isnan(error)
+
+
+def test_the_error_of_items_is_that_of_a_ratio():
+    """Against the jackknife, which it equals to first order."""
+    generator = np.random.default_rng(0)
+    sizes = generator.integers(0, 9, 400)
+    sums = generator.normal(2, 1, 400) * sizes
+    mean, error = mean_over_items(sums * 1e-200, sizes)
+    used = sizes > 0
+    left_out = (sums.sum() - sums[used]) / (sizes.sum() - sizes[used])
+    jackknife = np.sqrt((used.sum() - 1) * np.var(left_out))
+    assert mean * 1e200 == pytest.approx(sums.sum() / sizes.sum())
+    assert error * 1e200 == pytest.approx(jackknife, rel=0.02)
 
 
 def test_a_symmetric_sample_has_students_interval():
