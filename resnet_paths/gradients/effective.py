@@ -31,7 +31,8 @@ class EffectiveWindow:
         longest: Last length of the window.
         share: Share of the column's sum in the window; at least the one required.
         peak: The length where the column is largest.
-        fraction_of_paths: Number of paths with a length in the window over the number of all paths.
+        fraction_of_paths: Number of paths with a length in the window over the number of all paths; NaN where the frame
+            does not tell how many there are.
     """
 
     quantity: str
@@ -48,7 +49,9 @@ def effective_window(frame: pd.DataFrame, quantity: str, share: float = 0.95) ->
     The paper's own window is `PAPER_WINDOW`, for ``total_gradient_magnitude`` (Veit et al. 2016, figure 6c).
 
     Args:
-        frame: From `resnet_paths.gradient_by_path_length` or `resnet_paths.path_histogram`.
+        frame: From `resnet_paths.gradient_by_path_length` or `resnet_paths.path_histogram`, a row for each path length.
+            The number of all paths is in the ``attrs`` of the former, which a CSV file does not keep, and follows from
+            ``fraction`` of the latter.
         quantity: A column; it may hold negative numbers, as ``gradient_share`` does.
         share: Of the column's sum, in (0, 1].
 
@@ -56,8 +59,8 @@ def effective_window(frame: pd.DataFrame, quantity: str, share: float = 0.95) ->
         The window.
 
     Raises:
-        ResnetPathsError: If there is no such column, it holds NaN or does not add up to a positive number, or `share`
-            is out of range.
+        ResnetPathsError: If there is no such column, it holds NaN or does not add up to a positive number, a path
+            length occurs twice, or `share` is out of range.
 
     Example:
         >>> from resnet_paths import path_histogram
@@ -65,7 +68,8 @@ def effective_window(frame: pd.DataFrame, quantity: str, share: float = 0.95) ->
         >>> window.shortest, window.longest, window.peak
         (20, 34, 27)
     """
-    values = _column(frame, quantity)
+    frame = _by_length(frame, quantity, "num_paths")
+    values = frame[quantity].to_numpy(dtype=float)
     allowed = "a number above 0 and at most 1"
     if not 0 < require_float("share", share, allowed) <= 1:
         raise ResnetPathsError("share", share, allowed)
@@ -83,16 +87,18 @@ def effective_window(frame: pd.DataFrame, quantity: str, share: float = 0.95) ->
     else:
         raise ResnetPathsError("share", share, f"at most {sums.max():.6g}, which is all that the lengths hold")
     lengths = frame["path_length"].to_numpy()
-    paths = [int(count) for count in frame["num_paths"]]
-    in_window = sum(paths[first : first + width])
-    # Frames that end at max_length do not show all paths; they say how many there are.
+    inside = frame.iloc[first : first + width]
+    if "total_num_paths" in frame.attrs:
+        fraction = sum(map(int, inside["num_paths"])) / int(frame.attrs["total_num_paths"])
+    else:  # the rows may end at max_length: they are no total
+        fraction = float(inside["fraction"].sum()) if "fraction" in frame else math.nan
     return EffectiveWindow(
         quantity,
         int(lengths[first]),
         int(lengths[first + width - 1]),
         float(held.max()),
         int(lengths[int(np.argmax(values))]),
-        in_window / int(frame.attrs.get("total_num_paths", sum(paths))),
+        fraction,
     )
 
 
@@ -131,22 +137,23 @@ def fit_decay(
 
     Args:
         frame: From `resnet_paths.gradient_by_path_length`.
-        quantity: A column of norms of single paths; its standard errors weigh the points where the frame has them.
+        quantity: A column of norms of single paths; its standard errors weigh the points where the frame has them, and
+            points without one among them are left out.
         lengths: First and last length of the fit; None for all. Norms of 0 are left out.
 
     Returns:
         The decay.
 
     Raises:
-        ResnetPathsError: If there is no such column or fewer than four points.
+        ResnetPathsError: If there is no such column, a path length occurs twice, or there are fewer than four points.
 
     Example:
         >>> frame = pd.DataFrame({"path_length": range(10), "num_paths": 1, "norm": [3 * 0.25**k for k in range(10)]})
         >>> round(fit_decay(frame, "norm").rate, 6)
         0.25
     """
-    values = _column(frame, quantity)
-    k = frame["path_length"].to_numpy()
+    frame = _by_length(frame, quantity)
+    values, k = frame[quantity].to_numpy(dtype=float), frame["path_length"].to_numpy()
     if lengths is None:
         first, last = int(k[0]), int(k[-1])
     else:
@@ -156,14 +163,17 @@ def fit_decay(
             raise ResnetPathsError("lengths", lengths, allowed)
         first, last = pair
     chosen = (k >= first) & (k <= last) & (values > 0) & np.isfinite(values)
+    errors = frame[f"{quantity}_se"].to_numpy(dtype=float) if f"{quantity}_se" in frame else np.zeros(len(k))
+    is_weighted = bool((errors[chosen] > 0).any())
+    if is_weighted:
+        chosen &= ~np.isnan(errors)
     if chosen.sum() < 4:
         raise ResnetPathsError("lengths", lengths, f"a range with at least four norms above 0; it has {chosen.sum()}")
     weights = None
-    if f"{quantity}_se" in frame:
-        relative = frame[f"{quantity}_se"].to_numpy()[chosen] / values[chosen]
-        if (relative > 0).any():
-            # A length with a single path is known exactly: it must not outweigh all others.
-            weights = 1 / np.maximum(relative, np.median(relative[relative > 0]) / 10)
+    if is_weighted:
+        relative = errors[chosen] / values[chosen]
+        # A length with a single path is known exactly: it must not outweigh all others.
+        weights = 1 / np.maximum(relative, np.median(relative[relative > 0]) / 10)
     (slope, _), covariance = np.polyfit(k[chosen], np.log(values[chosen]), 1, w=weights, cov=True)
     rate = math.exp(slope)
     longest = int(frame.attrs.get("longest_path", k[-1]))
@@ -185,19 +195,18 @@ def decay_factors(frame: pd.DataFrame, quantity: str = "mean_path_gradient_norm"
         NaN where the frame has no errors, or a norm is 0.
 
     Raises:
-        ResnetPathsError: If there is no such column.
+        ResnetPathsError: If there is no such column, or a path length occurs twice.
 
     Example:
         >>> frame = pd.DataFrame({"path_length": [3, 4, 5], "norm": [8.0, 4.0, 1.0], "norm_se": [0.0, 0.4, 0.0]})
         >>> decay_factors(frame, "norm").round(3).values.tolist()
         [[4.0, 0.5, 0.05, 0.411, 0.608], [5.0, 0.25, 0.025, 0.206, 0.304]]
     """
-    values = _column(frame, quantity)
-    order = np.argsort(frame["path_length"].to_numpy())
-    k, values = frame["path_length"].to_numpy()[order], values[order]
+    frame = _by_length(frame, quantity)
+    values, k = frame[quantity].to_numpy(dtype=float), frame["path_length"].to_numpy()
     errors = np.full(len(k), np.nan)
     if f"{quantity}_se" in frame:
-        errors = frame[f"{quantity}_se"].to_numpy(dtype=float)[order]
+        errors = frame[f"{quantity}_se"].to_numpy(dtype=float)
     with np.errstate(invalid="ignore", divide="ignore"):
         factors = values[1:] / values[:-1]
         relative = np.hypot(errors[1:] / values[1:], errors[:-1] / values[:-1])
@@ -213,11 +222,20 @@ def decay_factors(frame: pd.DataFrame, quantity: str = "mean_path_gradient_norm"
     return neighbours
 
 
-def _column(frame: pd.DataFrame, quantity: str) -> np.ndarray:
-    require_frame("frame", frame, ["path_length"])
+def _by_length(frame: pd.DataFrame, quantity: str, *others: str) -> pd.DataFrame:
+    """The frame from the shortest path length to the longest; refused if it does not have one row for each."""
+    require_frame("frame", frame, ["path_length", *others])
     if not isinstance(quantity, str) or quantity not in frame:
         raise ResnetPathsError("quantity", quantity, f"a column of the frame, nearest {_nearest(quantity, frame)}")
-    return frame[quantity].to_numpy(dtype=float)
+    twice = sorted(set(frame["path_length"][frame["path_length"].duplicated()]))
+    if twice:
+        raise ResnetPathsError(
+            "frame",
+            f"several rows of path length {twice[0]}",
+            "one row for each path length",
+            "Take one network, or one source, at a time.",
+        )
+    return frame.sort_values("path_length")
 
 
 def _nearest(quantity: str, frame: pd.DataFrame) -> str:

@@ -15,13 +15,15 @@ from hypothesis import strategies as st
 
 import resnet_paths as rp
 from resnet_paths import figures
-from resnet_paths.gradients import PAPER_WINDOW, GeometricDecay, fit_decay
+from resnet_paths.gradients import PAPER_WINDOW, GeometricDecay, decay_factors, fit_decay
 
 
 def frame_of(values, **columns):
     n = len(values) - 1
     counts = pd.Series([math.comb(n, k) for k in range(n + 1)], dtype=object)
-    return pd.DataFrame({"path_length": range(n + 1), "num_paths": counts, "value": values, **columns})
+    frame = pd.DataFrame({"path_length": range(n + 1), "num_paths": counts, "value": values, **columns})
+    frame.attrs["total_num_paths"] = 2**n
+    return frame
 
 
 @settings(max_examples=100, deadline=None)
@@ -67,6 +69,38 @@ def test_a_known_rate_is_found_within_its_error(weighted):
     assert abs(np.mean(errors)) < 0.3
 
 
+def test_rows_of_any_order_are_one_window():
+    frame = frame_of([1.0, 8.0, 2.0, 9.0, 3.0, 0.5])
+    for rows in ([5, 4, 3, 2, 1, 0], [3, 0, 5, 1, 4, 2]):
+        shuffled = frame.iloc[rows]
+        assert rp.effective_window(shuffled, "value", 0.7) == rp.effective_window(frame, "value", 0.7)
+        norms = frame_of([0.5**k for k in range(6)]).iloc[rows]
+        assert fit_decay(norms, "value").rate == pytest.approx(0.5)
+        assert fit_decay(norms, "value").longest_path == 5
+
+
+def test_the_fraction_of_paths_is_that_of_all_paths_or_unknown(tmp_path):
+    """A file keeps no attributes: rows up to max_length do not tell how many paths there are."""
+    frame = frame_of([1.0, 8.0, 2.0, 0.1, 0, 0])[:4]
+    assert rp.effective_window(frame, "value").fraction_of_paths == pytest.approx((1 + 5 + 10) / 32)
+    frame.to_csv(tmp_path / "frame.csv", index=False)
+    assert math.isnan(rp.effective_window(pd.read_csv(tmp_path / "frame.csv"), "value").fraction_of_paths)
+    histogram = rp.path_histogram(80)  # counts that no integer of a file's reader holds
+    histogram.to_csv(tmp_path / "histogram.csv", index=False)
+    for one in (histogram, pd.read_csv(tmp_path / "histogram.csv")):
+        window = rp.effective_window(one, "fraction")
+        counts = sum(math.comb(80, k) for k in range(window.shortest, window.longest + 1))
+        assert window.fraction_of_paths == pytest.approx(counts / 2**80)
+
+
+def test_points_without_an_error_are_left_out_of_a_weighted_fit():
+    norms = np.array([7.0, *(0.5**k for k in range(1, 8))])
+    errors = np.array([np.nan, *(0.1 * norms[1:])])
+    assert fit_decay(frame_of(norms, value_se=errors), "value").rate == pytest.approx(0.5)
+    line = np.polyfit(range(8), np.log(norms), 1)[0]  # where no point has one, none is weighed
+    assert fit_decay(frame_of(norms, value_se=np.nan), "value").rate == pytest.approx(math.exp(line))
+
+
 def test_lengths_and_zeros():
     norms = [0.0, *(0.5**k for k in range(1, 8)), 1e9, 1e9]
     assert fit_decay(frame_of(norms), "value", lengths=(0, 7)).rate == pytest.approx(0.5)
@@ -79,6 +113,15 @@ def test_lengths_and_zeros():
         (lambda: rp.effective_window(frame_of([1, 2]), "value", 0), r"share: got 0"),
         (lambda: rp.effective_window(frame_of([1, -2]), "value"), r"quantity: .* positive sum"),
         (lambda: rp.effective_window(frame_of([1, math.nan]), "value"), r"quantity: .* finite"),
+        (lambda: rp.effective_window(frame_of([1, 2]).drop(columns="num_paths"), "value"), r"columns .*num_paths"),
+        *(
+            (lambda call=call: call(pd.concat([frame_of([1, 2])] * 2), "value"), r"several rows of path length 0")
+            for call in (rp.effective_window, fit_decay, decay_factors)
+        ),
+        (
+            lambda: fit_decay(frame_of([1, 0.5, 0.25, 0.1], value_se=[math.nan, 0.1, 0.1, 0.1]), "value"),
+            r"at least four norms above 0; it has 3",
+        ),
         (lambda: fit_decay(frame_of([1, 0.5, 0.25, 0]), "value"), r"at least four norms above 0; it has 3"),
     ],
 )
