@@ -396,7 +396,8 @@ def _side_by_side(stacks: Sequence[Stack]) -> Stack:
     """Cotangents of several tensors, with exponents in common, as those of one that holds them all."""
     if len(stacks) == 1:
         return stacks[0]
-    return replace(stacks[0], values=torch.cat([stack.values.flatten(3) for stack in stacks], 3))
+    # One number of each example, such as the time of a diffusion model, has no dimension to flatten.
+    return replace(stacks[0], values=torch.cat([stack.values.unsqueeze(-1).flatten(3) for stack in stacks], 3))
 
 
 def num_block_vjps(choices: Choices, longest: int) -> int:

@@ -143,12 +143,10 @@ def prediction_by_path_length(
 
 def _source_columns(chain: ResidualChain, rows: Sequence[tuple[Source, int]], parts: bool) -> pd.DataFrame:
     blocks = list(chain)
-    polynomials: dict[int | None, list[int]] = {None: [1]}
-    polynomials |= {index: path_polynomial(chain.with_blocks(blocks[index:])) for index in range(len(blocks))}
-    whole = path_polynomial(chain)
+    polynomials = [path_polynomial(chain.with_blocks(blocks[index:])) for index in range(len(blocks) + 1)]
 
     def count(source: Source, length: int) -> int:
-        polynomial = whole if source.name == "stem" else polynomials[source.block_index]
+        polynomial = polynomials[source.num_blocks_before(len(blocks))]
         return polynomial[length] if length < len(polynomial) else 0
 
     columns: dict[str, object] = {

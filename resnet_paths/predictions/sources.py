@@ -52,6 +52,19 @@ class Source:
         """Whether it is a part, a block or all of them."""
         return self.block_index is not None or self.part is not None
 
+    def num_blocks_before(self, num_blocks: int) -> int:
+        """How many of the blocks of a chain: none before the stem, all before the head.
+
+        Args:
+            num_blocks: Number of the chain's blocks.
+
+        Returns:
+            Number of blocks.
+        """
+        if self.block_index is not None:
+            return self.block_index
+        return 0 if self.name == "stem" else num_blocks
+
     @property
     def key(self) -> str:
         """The name of its entry in the context; no such entry of a chain's own has a space in it."""

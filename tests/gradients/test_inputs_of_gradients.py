@@ -6,12 +6,14 @@ import functools
 from collections import UserDict
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
 
 import resnet_paths as rp
-from resnet_paths.core.chain import ResidualChain
+from resnet_paths import gradients
+from resnet_paths.core.chain import Block, ResidualChain
 from resnet_paths.core.costs import forward_cost
 from tests.unraveling.test_carried import TARGETS, build, masked_bert
 
@@ -236,3 +238,62 @@ def test_costs_of_modules_that_take_several_inputs():
         assert cost.num_multiply_adds == 5 * 4 + 3 * 4 * 4 + 4 * 3
     with pytest.raises(rp.ResnetPathsError, match="inputs: got 'int'; allowed: a tensor, a tuple"):
         forward_cost(nn.Linear(5, 4), 3)
+
+
+class Timed(nn.Module):
+    """A stem of states and of one number for each example, as of the time of a diffusion model."""
+
+    def __init__(self):
+        super().__init__()
+        self.inp, self.time = nn.Linear(5, 4), nn.Linear(1, 4)
+
+    def forward(self, x, t):
+        return torch.tanh(self.inp(x)) + torch.tanh(self.time(t[:, None]))
+
+
+def timed_chains():
+    """A chain of (x, t), and the same of one tensor."""
+    stem, blocks = build(Timed), [nn.Linear(4, 4).double() for _ in range(3)]
+    blocks = [Block(branch, nn.Identity(), name=f"b{i}") for i, branch in enumerate(blocks)]
+    one = type("One", (nn.Module,), {"forward": lambda self, both: self.stem(both[:, :5], both[:, 5])})()
+    one.stem = stem
+    head = nn.Linear(4, 3).double()
+    return (ResidualChain(part, blocks, head).eval() for part in (stem, one))
+
+
+@pytest.mark.parametrize(
+    "instrument",
+    [
+        exact,
+        functools.partial(exact, method="energy", paths="signs", num_draws=4),
+        functools.partial(exact, method="energy"),
+        functools.partial(exact, method="sampled"),
+        functools.partial(exact, method="sampled", paths="uniform"),
+        rp.gradient_through_block,
+        functools.partial(rp.gradient_through_block, norms=True),
+        rp.gradient_by_stage_lengths,
+        rp.path_length_moments,
+        gradients.pair_covariances,
+        gradients.branch_probabilities,
+    ],
+)
+def test_one_number_of_each_example_may_be_an_input(instrument):
+    of_two, of_one = timed_chains()
+    x, t = torch.randn(4, 5).double(), torch.rand(4).double()
+    both = torch.cat([x, t[:, None]], 1)
+    found, expected = instrument(of_two, (x, t), TARGETS), instrument(of_one, both, TARGETS)
+    if isinstance(expected, pd.DataFrame):
+        assert_equal(found, expected)
+    else:
+        assert found.mean == pytest.approx(expected.mean)
+
+
+def test_the_gradient_of_one_number_is_that_of_autograd():
+    """Of a chain that has a single path."""
+    chain = next(timed_chains())
+    chain = rp.delete_blocks(chain, range(3))
+    x, t = (torch.randn(4, 5).double().requires_grad_(), torch.rand(4).double().requires_grad_())
+    nn.functional.cross_entropy(chain(x, t), TARGETS, reduction="sum").backward()
+    norms = torch.cat([x.grad, t.grad[:, None]], 1).norm(dim=1)
+    frame = exact(chain, (x.detach(), t.detach()), TARGETS)
+    assert frame.summed_path_gradient_norm[0] == pytest.approx(norms.mean().item(), rel=1e-12)

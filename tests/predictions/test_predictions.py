@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -189,3 +190,18 @@ def test_states_are_concatenated():
             width += 2
         chain = ResidualChain(nn.Linear(5, 3), blocks, nn.Linear(width, 3)).double().eval()
     assert_all_equal(chain, batch()[0])
+
+
+def test_blocks_may_have_the_names_of_stem_and_head():
+    chain, inputs = build((Recipe(3, "identity"),) * 3, 4), batch()[0]
+    names = ["head", "constants", "stem"]
+    renamed = chain.with_blocks([block.replace(name=name) for block, name in zip(chain, names, strict=True)])
+    for by_source in (True, "parts"):
+        frame, expected = (rp.prediction_by_path_length(each, inputs, by_source=by_source) for each in (renamed, chain))
+        pd.testing.assert_frame_equal(frame.drop(columns="source"), expected.drop(columns="source"))
+    blocks = frame[frame.block_index.notna()]
+    for index, rows in blocks[blocks.part == "branch"].groupby("block_index"):
+        # From the input of the block: C(n, k) of n blocks.
+        assert dict(zip(rows.path_length, rows.num_paths, strict=True)) == {
+            k: math.comb(3 - index, k) for k in range(4 - index)
+        }
