@@ -90,6 +90,9 @@ def _of_batch(chain: ResidualChain, inputs: Inputs, tokens: Tokens) -> np.ndarra
     for index, block in enumerate(chain):
         skip, branch = cache.skip[index], cache.branch[index]
         total = skip if branch is None else branch if skip is None else skip + branch
+        assert total is not None  # held by Block
+        # The addition may broadcast one of them.
+        skip, branch = (None if part is None else part.expand(total.shape) for part in (skip, branch))
         if kept is None or block.skip is None:
             kept = None
         else:

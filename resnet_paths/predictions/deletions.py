@@ -301,6 +301,7 @@ def _run_block(block: Block, state: torch.Tensor, context: Context) -> tuple[tor
     branch = None if block.branch is None else call_part(block.branch, shared.clone(), context.values)
     total = branch if skip is None else skip if branch is None else skip + branch
     assert total is not None  # held by Block
+    branch = None if branch is None else branch.expand(total.shape)
     return call_part(block.post, total.clone(), context.values), branch
 
 

@@ -22,7 +22,7 @@ import torch
 
 from resnet_paths._utils.arguments import require_generator, require_int
 from resnet_paths.core.backward.forward import ForwardPass, prepared, split_to_fit
-from resnet_paths.core.backward.linearize import Context, Pullback, inner_products, unchanged
+from resnet_paths.core.backward.linearize import Context, Pullback, broadcast, inner_products, unchanged
 from resnet_paths.core.backward.recursion import Linearizer
 from resnet_paths.core.chain import ResidualChain, require_chain
 from resnet_paths.core.inputs import InputsOrLoader, batches_with_bar
@@ -181,12 +181,12 @@ class SkipPath:
             weight, constant = _pulled(post, weight, result, total)
             constants = constants + constant
             effects.append(torch.zeros_like(outputs) if branch is None else inner_products(weight[None], branch)[0])
-            added.append(branch)
+            added.append(None if branch is None else branch.expand(total.shape))
             weights.append(weight)
             if skip is None or skipped is None:
                 weight = torch.zeros_like(state)
                 continue
-            weight, constant = _pulled(skip, weight, skipped, shared)
+            weight, constant = _pulled(broadcast(skip, skipped, total), weight, skipped, shared)
             constants = constants + constant
             weight, constant = _pulled(pre, weight, shared, state)
             constants = constants + constant

@@ -25,7 +25,7 @@ from torch import nn
 from resnet_paths._utils.arguments import require_int
 from resnet_paths._utils.statistics import mean_over_examples, mean_rate_interval
 from resnet_paths.core.backward.forward import ForwardPass, prepared, split_to_fit
-from resnet_paths.core.backward.linearize import Context, Pullback, unchanged
+from resnet_paths.core.backward.linearize import Context, Pullback, expanded, unchanged
 from resnet_paths.core.backward.recursion import Linearizer
 from resnet_paths.core.backward.tangents import DIFFERENTIABLE_PULLBACKS, pushed
 from resnet_paths.core.chain import Block, ResidualChain, require_chain
@@ -164,6 +164,10 @@ class _Tangents:
         chosen = [row for row, (_, k) in enumerate(self.keys) if k <= longest]
         return self if len(chosen) == len(self.keys) else _Tangents([self.keys[i] for i in chosen], self.rows[chosen])
 
+    def expanded(self, total: torch.Tensor) -> _Tangents:
+        """The same rows in the shape of a sum, whose addition may broadcast them."""
+        return _Tangents(self.keys, expanded(self.rows, total))
+
     def longer(self) -> _Tangents:
         """The same rows for paths with one more branch."""
         return _Tangents([(start, k + 1) for start, k in self.keys], self.rows)
@@ -214,7 +218,7 @@ class _Push:
                 output, found = self.through_part(branch, state, shorter)
             arrived.append((output, found.up_to(self.longest - 1).longer()))
         total = functools.reduce(torch.add, (output for output, _ in arrived))
-        return self.through_part(block.post, total, _summed([found for _, found in arrived]))
+        return self.through_part(block.post, total, _summed([found.expanded(total) for _, found in arrived]))
 
     def through_chain(
         self, chain: ResidualChain, state: torch.Tensor, tangents: _Tangents

@@ -20,7 +20,7 @@ from torch import nn
 from torch.fx import Node
 
 from resnet_paths._utils.devices import wide
-from resnet_paths.core.backward.operations import WITHOUT_VMAP_WARNINGS, Step, linearize_operation
+from resnet_paths.core.backward.operations import WITHOUT_VMAP_WARNINGS, Step, linearize_operation, sum_to_shape
 from resnet_paths.core.input_sizes import CheckedInputs
 from resnet_paths.core.parts import LinearCombination, Placed, context_read_by
 from resnet_paths.core.segments import Segment
@@ -28,6 +28,8 @@ from resnet_paths.core.segments import Segment
 __all__ = [
     "Context",
     "Pullback",
+    "broadcast",
+    "expanded",
     "finite",
     "inner_products",
     "linearize",
@@ -112,11 +114,12 @@ def inner_products(stack: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
     Args:
         stack: Cotangents [K, batch, ...].
-        values: [batch, ...].
+        values: [batch, ...], or what an addition broadcasts to that.
 
     Returns:
         [K, batch].
     """
+    values = values.expand(stack.shape[1:])
     if values.dim() == 4 and stack[0].is_contiguous(memory_format=torch.channels_last):
         stack, values = stack.movedim(2, 4), values.movedim(1, 3)  # in the order of their memory: no copies
     dtype = torch.promote_types(stack.dtype, torch.float32)
@@ -131,6 +134,37 @@ def finite(values: torch.Tensor) -> torch.Tensor:
 
 unchanged = Pullback(lambda cotangents: (cotangents,))
 """The transposed Jacobian of the identity."""
+
+
+def broadcast(pullback: Pullback, output: torch.Tensor, total: torch.Tensor) -> Pullback:
+    """The transposed Jacobian of a part whose output an addition broadcasts.
+
+    Args:
+        pullback: That of the part alone.
+        output: What the part returns.
+        total: The sum.
+
+    Returns:
+        A pullback of cotangents of the sum; the same one where nothing is broadcast, and where the part has no row for
+        each example: it is then a constant.
+    """
+    if output.shape == total.shape or output.shape[:1] != total.shape[:1] or output.dim() != total.dim():
+        return pullback
+    return Pullback(lambda stack: pullback.of_all(sum_to_shape(stack, output.shape)), pullback.context)
+
+
+def expanded(tangents: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    """The tangents of what an addition broadcasts, in the shape of the sum.
+
+    Args:
+        tangents: Those of the output of a part, [K, *output.shape].
+        total: The sum.
+
+    Returns:
+        [K, *total.shape].
+    """
+    missing = total.dim() + 1 - tangents.dim()
+    return tangents.reshape(len(tangents), *[1] * missing, *tangents.shape[1:]).expand(-1, *total.shape)
 
 
 def linearize(

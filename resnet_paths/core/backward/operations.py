@@ -111,7 +111,7 @@ def _linearize_pointwise(
                 pieces.append(torch.zeros(len(cotangents), *x.shape, dtype=x.dtype, device=x.device))
                 continue
             piece = cotangents if factor is _ONE else cotangents * factor
-            pieces.append(_sum_to_shape(piece, x.shape).to(x.dtype))
+            pieces.append(sum_to_shape(piece, x.shape).to(x.dtype))
         return pieces
 
     return value, Step(operands, pullback)
@@ -120,8 +120,16 @@ def _linearize_pointwise(
 _ONE = torch.ones(())
 
 
-def _sum_to_shape(stack: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """Undo the broadcasting of an operand of `shape`, in each entry of the stack."""
+def sum_to_shape(stack: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Undo the broadcasting of an operand, in each entry of a stack of cotangents.
+
+    Args:
+        stack: Cotangents of what it was broadcast to, [K, ...].
+        shape: Shape of the operand.
+
+    Returns:
+        Cotangents of the operand, [K, *shape].
+    """
     extra = stack.dim() - 1 - len(shape)
     if extra:
         stack = stack.sum(tuple(range(1, 1 + extra)))

@@ -17,6 +17,7 @@ reaches it.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, cast
@@ -28,7 +29,7 @@ from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths._utils.threads import requiring_gradients
 from resnet_paths.core.backward.cotangents import Cotangents, Stack, combined, joined, placed, with_more
 from resnet_paths.core.backward.forward import states_from
-from resnet_paths.core.backward.linearize import Context, Pullback, linearize, unchanged, vjp_of_each
+from resnet_paths.core.backward.linearize import Context, Pullback, broadcast, linearize, unchanged, vjp_of_each
 from resnet_paths.core.chain import Block, ResidualChain
 from resnet_paths.core.parts import call_part, context_read_by
 from resnet_paths.core.paths import Path, branch_number
@@ -202,17 +203,24 @@ class LinearBlock:
     ) -> LinearBlock:
         """The block at its input `state`; `of_part` gives what linearizes a part, by the name of the part."""
         shared, pre = of_part("pre")(block.pre, state, context)
-        total, skip = (None, None) if block.skip is None else of_part("skip")(block.skip, shared, context)
-        branches: list[Pullback | NestedChain] = []
+        skipped, skip = (None, None) if block.skip is None else of_part("skip")(block.skip, shared, context)
+        found: list[tuple[torch.Tensor, Pullback | NestedChain]] = []
         for branch in block.branches:
             if isinstance(branch, ResidualChain) and len(branch):
                 nested = NestedChain.at(branch, shared, context, of_part("branch"))
-                output, pulls = nested.output, cast("Pullback | NestedChain", nested)
+                found.append((nested.output, nested))
             else:
-                output, pulls = of_part("branch")(branch, shared, context)
-            total = output if total is None else total + output
-            branches.append(pulls)
-        assert total is not None  # held by Block
+                found.append(of_part("branch")(branch, shared, context))
+        outputs = [output for output, _ in found]
+        total = functools.reduce(operator.add, outputs if skipped is None else [skipped, *outputs])
+        if skip is not None and skipped is not None:
+            skip = broadcast(skip, skipped, total)
+        branches = [
+            replace(pulls, head=broadcast(pulls.head, output, total))
+            if isinstance(pulls, NestedChain)
+            else broadcast(pulls, output, total)
+            for output, pulls in found
+        ]
         return cls(pre, skip, branches, of_part("post")(block.post, total, context)[1])
 
 

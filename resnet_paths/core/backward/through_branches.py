@@ -19,7 +19,7 @@ from torch import nn
 
 from resnet_paths._utils.devices import wide
 from resnet_paths.core.backward.cotangents import Cotangents, Stack
-from resnet_paths.core.backward.linearize import Context, Pullback, linearize
+from resnet_paths.core.backward.linearize import Context, Pullback, expanded, linearize
 from resnet_paths.core.backward.tangents import DIFFERENTIABLE_PULLBACKS, pushed
 from resnet_paths.core.chain import Block, ResidualChain
 
@@ -135,11 +135,11 @@ class _PushedBlock:
         found = [_pushed(part, shared, context, tangent, direction.context) for part in parts]
         total = functools.reduce(operator.add, [value for value, _ in found])
         output, post = linearize(block.post, total, context)
-        # A part may return fewer dimensions, which the addition broadcasts.
         nothing = torch.zeros_like(total)[None]
         has_skip = block.skip is not None
-        of_branches = functools.reduce(operator.add, [t for _, t in found[has_skip:]], nothing)
-        summed = of_branches + found[0][1] if has_skip else of_branches
+        of_parts = [expanded(tangents, total) for _, tangents in found]
+        of_branches = functools.reduce(operator.add, of_parts[has_skip:], nothing)
+        summed = of_branches + of_parts[0] if has_skip else of_branches
         after = direction
         if adds_row:
             summed, after = torch.cat([summed, of_branches[:1].expand_as(summed[:1])]), direction.with_row(not has_skip)
