@@ -7,7 +7,6 @@ effect of a deletion.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
@@ -99,33 +98,28 @@ def _of_batch(chain: ResidualChain, inputs: Inputs, tokens: Tokens) -> np.ndarra
             kept = call_part(block.replace(branch=None), kept.clone(), cache.context)
         after = cache.state[index + 1]
         assert after is not None  # every block has an output
-        parts = (cache.state[index], skip, branch, total, after, kept)
-        (x, one, other, whole, y, left), counts = _vectors(parts, dim, positions)
-        missing = torch.full(counts.shape, math.nan, dtype=torch.float64, device=counts.device)
-        norms = [missing if part is None else part.norm(dim=-1) for part in (x, one, other, whole)]
-        cosine = missing if one is None or other is None else _cosine(one, other)
-        share = missing if left is None or y is None else (left * y).sum(-1) / (y * y).sum(-1)
-        each = torch.stack([*norms, cosine, share])
-        known = counts & torch.isfinite(each)
+        x, one, other, whole, y, left = (
+            None if part is None else vectors_of(wide(part), dim, positions)
+            for part in (cache.state[index], skip, branch, total, after, kept)
+        )
+        assert whole is not None
+        missing = torch.full_like(whole[0][..., 0], math.nan), whole[1]
+        columns = [missing if part is None else (part[0].norm(dim=-1), part[1]) for part in (x, one, other, whole)]
+        columns.append(missing if one is None or other is None else (_cosine(one[0], other[0]), whole[1]))
+        columns.append(missing if left is None or y is None else (_share(left[0], y[0]), y[1]))
+        each, counts = (torch.stack(pieces) for pieces in zip(*columns, strict=True))
+        known = counts & ~each.isnan()
         rows.append(torch.stack([torch.where(known, each, 0).sum(-1), known.sum(-1).to(each)], 1).cpu().numpy())
-    return np.stack(rows)
-
-
-def _vectors(
-    states: Iterable[torch.Tensor | None], dim: int | None, positions: torch.Tensor | None
-) -> tuple[list[torch.Tensor | None], torch.Tensor]:
-    """States in float64, [example, vector, number], None of none; and which vectors of the last of them count."""
-    found: list[torch.Tensor | None] = []
-    for state in states:
-        if state is None:
-            found.append(None)
-        else:
-            vectors, counts = vectors_of(wide(state), dim, positions)
-            found.append(vectors)
-    return found, counts
+    return np.reshape(rows, (len(chain), len(_COLUMNS), 2, len(states[0])))
 
 
 def _cosine(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """NaN where one of them is 0: it has no direction."""
     cosine: torch.Tensor = (one * other).sum(-1) / (one.norm(dim=-1) * other.norm(dim=-1))
     return cosine
+
+
+def _share(kept: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """NaN where the output is 0."""
+    share: torch.Tensor = (kept * output).sum(-1) / (output * output).sum(-1)
+    return share

@@ -20,11 +20,10 @@ from scipy import optimize
 from resnet_paths._utils.arguments import require_float, require_frame, require_int, require_list
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths._utils.statistics import mean_over_examples
-from resnet_paths.core.backward.gains import Gains
 from resnet_paths.core.chain import ResidualChain
 from resnet_paths.core.inputs import InputsOrLoader, batches_with_bar
 from resnet_paths.gradients.losses import Loss
-from resnet_paths.gradients.points import Place
+from resnet_paths.gradients.points import Place, Point
 
 __all__ = [
     "BlockIndependence",
@@ -194,7 +193,7 @@ def branch_probabilities(
     memory_budget = require_int("memory_budget", memory_budget, 1)
     power = require_float("power", power, "a number above 0", math.ulp(0.0))
     found = [
-        _probabilities(point.gains(), place, power)
+        _probabilities(point, power)
         for batch_inputs, batch_targets in batches_with_bar("branches", inputs, targets, progress)
         for point in place.points(batch_inputs, batch_targets, loss, memory_budget, 1)
     ]
@@ -209,14 +208,14 @@ def branch_probabilities(
     })
 
 
-def _probabilities(gains: Gains, place: Place, power: float) -> np.ndarray:
+def _probabilities(point: Point, power: float) -> np.ndarray:
     """[block, batch]."""
     rows = []
-    for block, offered in zip(list(place.chain)[place.down_to :], gains, strict=True):
+    for block, offered in zip(point.place.above, point.gains(), strict=True):
         logs = power * np.stack([norms.numpy() for norms, _ in offered])
         weights = np.exp(logs - logs.max(0))
         rows.append(weights[block.skip is not None :].sum(0) / weights.sum(0))
-    return np.array(rows).reshape(len(gains), -1)
+    return np.array(rows).reshape(len(rows), point.num_examples)
 
 
 @torch.inference_mode(False)

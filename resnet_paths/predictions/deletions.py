@@ -112,7 +112,7 @@ def effect_matrix(
     ]
     frame = pd.DataFrame(rows, columns=["deleted", "deleted_index", "block", "block_index"])
     frame = frame.astype({"deleted_index": "Int64", "block_index": "int64"})
-    for name, values in zip(_OF_BLOCK, np.concatenate(found, 1), strict=True):
+    for name, values in zip(_OF_BLOCK, found, strict=True):
         if name.startswith("max_"):
             frame[name] = np.fmax.reduce(values, 1)  # of those that are known
         else:
@@ -177,7 +177,7 @@ def deletion_account(
     frame = pd.DataFrame(
         [deletion.columns(chain) for deletion in deletions], columns=["deleted", "deleted_index"]
     ).astype({"deleted_index": "Int64"})
-    terms = dict(zip(_TERMS, np.stack(found, 1), strict=True))
+    terms = dict(zip(_TERMS, found, strict=True))
     for name, values in terms.items():
         frame[name], frame[f"{name}_se"] = mean_over_examples(values)
     direct = terms["direct_effect"]
@@ -220,8 +220,8 @@ def _run(
     linearization: str,
     memory_budget: int,
     progress: bool,
-) -> tuple[list[_Blocks], list[np.ndarray], list[np.ndarray], dict[str, object]]:
-    """Deletions; for each the terms [term, example] and those of later blocks [column, block, example]; attributes."""
+) -> tuple[list[_Blocks], np.ndarray, np.ndarray, dict[str, object]]:
+    """Deletions; terms [term, deletion, example]; columns [column, deletion and later block, example]; attributes."""
     require_chain("chain", chain)
     require_eval_mode("chain", chain)
     linearizer, tangents = linearizer_of(linearization)
@@ -246,9 +246,15 @@ def _run(
         "mean_output": float(np.concatenate(outputs).mean()),
         "num_examples": sum(map(len, outputs)),
     }
-    terms = [np.concatenate([one for one, _ in pieces], 1) for pieces in found]
+    num_examples = sum(map(len, outputs))
+    terms = [np.concatenate([one for one, _ in pieces], 1)[:, None] for pieces in found]
     of_blocks = [np.concatenate([one for _, one in pieces], 2) for pieces in found]
-    return deletions, terms, of_blocks, attributes
+    return (
+        deletions,
+        np.concatenate([np.empty((len(_TERMS), 0, num_examples)), *terms], 1),
+        np.concatenate([np.empty((len(_OF_BLOCK), 0, num_examples)), *of_blocks], 1),
+        attributes,
+    )
 
 
 def _checked(chain: ResidualChain, lesions: Iterable[Deletion] | None) -> list[_Blocks]:

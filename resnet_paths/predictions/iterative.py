@@ -139,8 +139,8 @@ def iterative_inference(
         frame[name], frame[f"{name}_se"] = mean_over_examples(columns[name])
     for name in _RATES:
         frame[name] = mean_over_examples(columns[name])[0]
-        bounds = [mean_rate_interval(*row) for row in zip(columns[name], columns["num_positions"], strict=True)]
-        frame[f"{name}_low"], frame[f"{name}_high"] = ([bound[i] for bound in bounds] for i in (0, 1))
+        bounds = [mean_rate_interval(*row)[:2] for row in zip(columns[name], columns["num_positions"], strict=True)]
+        frame[[f"{name}_low", f"{name}_high"]] = np.reshape(bounds, (-1, 2))
     frame.attrs["num_examples"] = columns["num_positions"].shape[1]
     return frame
 
@@ -205,10 +205,11 @@ class _Measurement:
             "early_exit_gradient_cosine": [_cosine(g, u) for g, u in zip(slopes, updates, strict=True)],
             "update_ratio": [update.norm(dim=1) / state.norm(dim=1) for state, update in pairs],
             "state_angle": [_angle(state, state + update) for state, update in pairs],
-            "update_angle": [_angle(before, u) for before, u in zip([none, *updates[:-1]], updates, strict=True)],
+            "update_angle": [_angle(before, u) for before, u in zip([none, *updates], updates, strict=False)],
             **self._rates([found.predicted for found in exits[1:]]),
         }
-        arrays = {name: torch.stack([*rows]).cpu().numpy() for name, rows in columns.items()}
+        # Concatenated and not stacked: a chain may have no blocks.
+        arrays = {n: torch.cat([losses[:0], *(row[None] for row in rows)]).cpu().numpy() for n, rows in columns.items()}
         return {**arrays, "num_positions": np.full(losses[1:].shape, self.targets.shape[1])}
 
     @torch.no_grad()
