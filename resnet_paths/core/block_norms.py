@@ -16,7 +16,15 @@ from resnet_paths._utils.devices import wide
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths._utils.statistics import mean_over_items
 from resnet_paths.core.chain import ResidualChain, require_chain
-from resnet_paths.core.inputs import Inputs, InputsOrLoader, batches_of, each_tensor, num_examples, require_movable
+from resnet_paths.core.inputs import (
+    Inputs,
+    InputsOrLoader,
+    batches_of,
+    each_tensor,
+    num_examples,
+    refusing_other_dtypes,
+    require_movable,
+)
 from resnet_paths.core.modes import require_eval_mode
 from resnet_paths.core.parts import call_part
 from resnet_paths.core.placement import device_of
@@ -81,7 +89,8 @@ def block_norms(chain: ResidualChain, inputs: InputsOrLoader, *, tokens: Tokens 
 def _of_batch(chain: ResidualChain, inputs: Inputs, tokens: Tokens) -> np.ndarray:
     """[block, column, sum over the vectors of an example and their number, example] in float64."""
     args, kwargs = arguments_of(each_tensor(torch.clone, inputs))
-    _, cache = chain.run_with_cache(*args, **kwargs)
+    with refusing_other_dtypes(chain, inputs, "chain"):
+        _, cache = chain.run_with_cache(*args, **kwargs)
     kept = cache.state[0]
     states = [state for state in cache.state if state is not None]  # every block has one
     dim, positions = None if tokens is None else -1, counted_positions(inputs, tokens, states)

@@ -24,7 +24,7 @@ from torch import nn
 from resnet_paths._utils.arguments import is_boolean, require_int, require_list, require_module
 from resnet_paths._utils.errors import ResnetPathsError, nearest_names
 from resnet_paths.core.cache import ByBlock, Cache
-from resnet_paths.core.inputs import refusing_other_dtypes
+from resnet_paths.core.inputs import refusing_other_inputs
 from resnet_paths.core.parts import BlockFields, LinearCombination, Parallel, Placed, added, call_part, context_read_by
 from resnet_paths.core.paths import Choice, InBranch, num_paths
 from resnet_paths.core.polynomials import shown_count
@@ -277,7 +277,7 @@ class ResidualChain(nn.Module):
             Output of the stem, and the context by name; an empty dictionary where there is none.
         """
         self.source.check()
-        with refusing_other_dtypes(self.stem, (inputs, keywords)):
+        with refusing_other_inputs(self.stem, inputs, keywords):
             if self.reads_context:
                 return call_part(self.stem, inputs[0], keywords), keywords
             if not self.context_names:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from resnet_paths._utils.errors import ResnetPathsError
+from resnet_paths.core.inputs import LABELS_ARE_APART
 from resnet_paths.core.signature import Signature
 
 __all__ = ["CheckedInputs", "InputSizes"]
@@ -67,7 +68,9 @@ class InputSizes:
                 "inputs",
                 [["batch", *shape[1:]] for shape in shapes],
                 f"{[['batch', *map(_plain, shape[1:])] for shape in self.shapes]}: numbers are fixed, names are free",
-                "Unravel the model again with an example of this shape.",
+                LABELS_ARE_APART
+                if len(shapes) > len(self.shapes)
+                else "Unravel the model again with an example of this shape.",
             )
         unmet = self._unmet(values)
         if unmet is not None:

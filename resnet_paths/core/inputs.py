@@ -7,6 +7,7 @@ batch is a pair (inputs, labels), or one mapping that holds the labels too, as t
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
@@ -19,6 +20,7 @@ from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.core.signature import Inputs
 
 __all__ = [
+    "LABELS_ARE_APART",
     "Inputs",
     "InputsOrLoader",
     "batches_of",
@@ -29,6 +31,7 @@ __all__ = [
     "is_one_batch",
     "num_examples",
     "refusing_other_dtypes",
+    "refusing_other_inputs",
     "require_loader",
     "require_movable",
     "split",
@@ -38,6 +41,9 @@ __all__ = [
 
 InputsOrLoader: TypeAlias = Inputs | Iterable[object]
 """The inputs of one batch, or batches of (inputs, targets) or of mappings."""
+
+LABELS_ARE_APART = "Labels are no input: pass them as targets, or a loader of pairs such as [(inputs, labels)]."
+"""What to do where a caller may have passed (inputs, labels) as the inputs."""
 
 T = TypeVar("T")
 
@@ -235,35 +241,71 @@ def checked_inputs(inputs: object) -> Inputs:
 
 
 @contextlib.contextmanager
-def refusing_other_dtypes(stem: nn.Module, inputs: object) -> Iterator[None]:
-    """Context of a call of a stem, where an error that is due to the dtype of the inputs says so.
+def refusing_other_dtypes(part: nn.Module, inputs: object, name: str = "stem") -> Iterator[None]:
+    """Context of a call of a stem or a block, where an error that is due to the dtype of the inputs says so.
 
-    Nothing is refused that the stem takes: it may convert its inputs itself.
+    Nothing is refused that the part takes: it may convert its inputs itself.
 
     Args:
-        stem: The module.
+        part: The module.
         inputs: Its arguments, in any nesting.
+        name: What it is, for the message.
 
     Yields:
         Nothing.
 
     Raises:
-        ResnetPathsError: If torch refuses a dtype, and no input has one of the stem's weights.
-        RuntimeError: Any other error of the stem, as it was.
+        ResnetPathsError: If torch refuses a dtype, and no input has one of the part's weights.
+        RuntimeError: Any other error of the part, as it was.
     """
     try:
         yield
     except RuntimeError as error:
         given = {leaf.dtype for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor)}
-        own = {weight.dtype for weight in stem.parameters()}
+        own = {weight.dtype for weight in part.parameters()}
         if "type" not in str(error) or not own or given & own:
             raise
         raise ResnetPathsError(
             "inputs",
             ", ".join(sorted(map(str, given))),
-            f"inputs of a dtype that the stem takes, whose weights are {', '.join(sorted(map(str, own)))}",
+            f"inputs of a dtype that the {name} takes, whose weights are {', '.join(sorted(map(str, own)))}",
             f"Convert the inputs or the chain. torch answered: {error}",
         ) from error
+
+
+@contextlib.contextmanager
+def refusing_other_inputs(stem: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> Iterator[None]:
+    """Context of a call of a stem, where an error that is due to the dtype or the number of the inputs says so.
+
+    Args:
+        stem: The module.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ResnetPathsError: As `refusing_other_dtypes`, and if the arguments are not those of the stem.
+        TypeError: Any other error of the stem, as it was.
+    """
+    try:
+        with refusing_other_dtypes(stem, (args, kwargs)):
+            yield
+    except TypeError as error:
+        expected = inspect.signature(stem.forward)
+        try:
+            expected.bind(*args, **kwargs)
+        except TypeError as mismatch:
+            given = [_shown(value) for value in args] + [f"{name}={_shown(value)}" for name, value in kwargs.items()]
+            allowed = f"the arguments of the stem, {', '.join(map(str, expected.parameters.values()))}"
+            advice = f"Its call: {mismatch}. {LABELS_ARE_APART}"
+            raise ResnetPathsError("inputs", f"({', '.join(given)})", allowed, advice) from error
+        raise
+
+
+def _shown(value: object) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
 
 
 def _require_dense(argument: str, value: object) -> None:

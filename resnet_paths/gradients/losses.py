@@ -27,7 +27,7 @@ def cross_entropy(logits: object, targets: object) -> torch.Tensor:
 
     Args:
         logits: What the network returns, [batch, class].
-        targets: Class indices [batch], or class probabilities [batch, class].
+        targets: Class indices [batch] of any integer dtype or bool, or class probabilities [batch, class].
 
     Returns:
         Losses [batch].
@@ -45,8 +45,9 @@ def cross_entropy(logits: object, targets: object) -> torch.Tensor:
         )
     if isinstance(logits, torch.Tensor) and logits.dim() > 1:
         _check(logits, targets)
+    is_real = targets.is_floating_point() or targets.is_complex()
     try:
-        return F.cross_entropy(logits, targets, reduction="none")  # type: ignore[arg-type]
+        return F.cross_entropy(logits, targets if is_real else targets.long(), reduction="none")  # type: ignore[arg-type]
     except (RuntimeError, IndexError, ValueError, TypeError) as error:
         raise ResnetPathsError(
             "targets",
@@ -103,7 +104,7 @@ def _check(logits: torch.Tensor, targets: torch.Tensor) -> None:
                 "class indices [batch], integers, or class probabilities, which are not negative and sum to 1",
                 _SQUARED_ERROR,
             )
-    elif targets.dtype == torch.int64 and len(targets):
+    elif not targets.is_complex() and targets.numel():
         lowest, highest = int(targets.min()), int(targets.max())
         if lowest < 0 or highest >= num_classes:
             raise ResnetPathsError(

@@ -34,7 +34,7 @@ from resnet_paths.core.backward.recursion import (
 from resnet_paths.core.backward.tangents import DIFFERENTIABLE_PULLBACKS, pushed_all
 from resnet_paths.core.backward.through_branches import Tangents, products_through_branches
 from resnet_paths.core.chain import ResidualChain, require_chain
-from resnet_paths.core.inputs import Inputs, each_tensor, num_examples, split
+from resnet_paths.core.inputs import LABELS_ARE_APART, Inputs, each_tensor, num_examples, split
 from resnet_paths.core.modes import require_eval_mode
 from resnet_paths.core.paths import Choices, Path
 from resnet_paths.core.signature import Signature, arguments_of
@@ -146,16 +146,19 @@ class Place:
 
 def _refuse_without_gradient(inputs: Inputs) -> None:
     """Refuse inputs that are no floating numbers, or that are not each example's own."""
-    for tensor in Signature.of(*arguments_of(inputs))[1]:
+    _, tensors = Signature.of(*arguments_of(inputs))
+    for tensor in tensors:
         why = "" if tensor.is_floating_point() else f"inputs of {tensor.dtype} have no gradient"
         if not tensor.dim() or len(tensor) != num_examples(inputs):
             why = why or "an input that all examples share has no gradient of its own for each of them"
         if why:
+            may_be_labels = len(tensors) > 1 and tensor.dim() == 1
             raise ResnetPathsError(
                 "with_respect_to",
                 "'input'",
                 f"another place: {why}",
-                "Take with_respect_to='stem', which is the output of the embedding.",
+                "Take with_respect_to='stem', which is the output of the embedding."
+                + (f" {LABELS_ARE_APART}" if may_be_labels else ""),
             )
 
 

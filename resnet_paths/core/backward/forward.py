@@ -15,7 +15,7 @@ from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths._utils.threads import refuse_fork_after_autograd
 from resnet_paths.core.backward.linearize import Context
 from resnet_paths.core.chain import ResidualChain
-from resnet_paths.core.inputs import Inputs, each_tensor, num_examples, require_movable, split
+from resnet_paths.core.inputs import Inputs, each_tensor, num_examples, refusing_other_dtypes, require_movable, split
 from resnet_paths.core.parts import call_part
 from resnet_paths.core.placement import device_of
 from resnet_paths.core.signature import Signature, arguments_of
@@ -69,7 +69,8 @@ def states_from(state: torch.Tensor, chain: ResidualChain, context: Mapping[str,
     states = [state]
     for index, block in enumerate(chain):
         own = states[-1] if chain.eval_only else states[-1].clone()
-        states.append(call_part(block, own, context))
+        with refusing_other_dtypes(block, own, "chain"):
+            states.append(call_part(block, own, context))
         _check_finite(f"block {block.name or index!r}", states[-1])
     return states
 
