@@ -43,7 +43,8 @@ class JacobianSVD:
         values: Singular values in decreasing order, [example, rank] for each block.
         left: Left singular vectors, in the space of the output of the branch, [example, number, rank] for each block.
         right: Right singular vectors, in the space of the input of the block.
-        residuals: Norm of ``J^T u - s v`` over the largest singular value, [example, rank] for each block.
+        residuals: Norm of ``J^T u - s v`` over the largest singular value, [example, rank] for each block; of
+            ``J v - s u`` where the output of the branch is smaller than the input. The other one is 0.
     """
 
     blocks: tuple[str, ...]
@@ -126,8 +127,8 @@ def jacobian_svd(
         chain: The chain, in eval mode.
         inputs: A batch or a loader, as for `resnet_paths.gradient_by_path_length`. Labels are not used.
         rank: Number of singular values of each block; all of a smaller Jacobian.
-        tolerance: The iteration stops when ``J^T u - s v`` has at most this norm, over the largest singular value, for
-            all examples of a batch.
+        tolerance: The iteration stops when ``J^T u - s v`` (``J v - s u`` where the output of the branch is smaller
+            than the input) has at most this norm, over the largest singular value, for all examples of a batch.
         max_iterations: Maximum number of iterations, each of `rank` products with the Jacobian and with its transpose.
         generator: Source of the first vectors, on the CPU; None for a new one, seeded with 0.
         memory_budget: Maximum number of bytes for vectors and activations; batches are split to fit.
@@ -262,11 +263,16 @@ def _of_branch(
         cotangents = cotangents if pre is unchanged else pre(cotangents)
         return cotangents.flatten(2).movedim(0, 2)
 
-    size = len(state)
     num_in, num_out = state[0].numel(), output[0].numel()
-    rank = min(rank, num_in, num_out)
-    start = torch.randn(num_in, rank, generator=generator, dtype=torch.float64).to(state)
-    return _leading_triplets(push, pull, start.expand(size, num_in, rank), num_out, rank, tolerance, max_iterations)
+    least = min(num_in, num_out)
+    rank = min(rank, least)
+    start = torch.randn(least, rank, generator=generator, dtype=torch.float64).to(state)
+    start = start.expand(len(state), least, rank)
+    if num_out >= num_in:
+        return _leading_triplets(push, pull, start, num_out, rank, tolerance, max_iterations)
+    # The iteration starts in the smaller space: where it has filled that, nothing is left out.
+    values, right, left, residuals = _leading_triplets(pull, push, start, num_in, rank, tolerance, max_iterations)
+    return values, left, right, residuals
 
 
 def _leading_triplets(
@@ -274,7 +280,7 @@ def _leading_triplets(
 ) -> tuple[torch.Tensor, ...]:
     """Singular values, left and right vectors and residuals, by block Golub-Kahan iteration."""
     # J right = left R with orthonormal bases and a small triangular R, whose singular values tend to those of J.
-    most = min(start.shape[1], num_out)
+    most = start.shape[1]  # J has at least as many rows
     nothing = start.new_empty(len(start), num_out, 0)
     right, left, back = start[..., :0], nothing, start[..., :0]
     small, new = start.new_zeros(len(start), 0, 0), torch.linalg.qr(start)[0]

@@ -59,7 +59,10 @@ def test_residuals_bound_the_errors_of_an_early_stop():
         bound = svd.residuals[index] * svd.values[index][:, :1]
         nearest = (svd.values[index][:, :, None] - exact[:, None]).abs().amin(2)
         assert (nearest <= bound + 1e-12).all()
-        residual = (jacobian.mT @ svd.left[index] - svd.right[index] * svd.values[index][:, None]).norm(dim=1)
+        num_out, num_in = jacobian.shape[1:]
+        pulled = jacobian.mT @ svd.left[index] - svd.right[index] * svd.values[index][:, None]
+        pushed = jacobian @ svd.right[index] - svd.left[index] * svd.values[index][:, None]
+        residual = (pulled if num_out >= num_in else pushed).norm(dim=1)
         torch.testing.assert_close(bound, residual)
     frame = svd.to_frame()
     assert frame.residual.max() > 1e-3
@@ -80,6 +83,22 @@ def test_jacobians_of_low_rank():
     assert not svd.values[1].any()
     frame = svd.to_frame()
     assert frame.relative_singular_value.isna().tolist() == [False] * 3 + [True] * 3
+
+
+@pytest.mark.parametrize(("num_in", "num_out"), [(9, 1), (9, 2), (12, 5), (2, 9), (5, 5)])
+@pytest.mark.parametrize("rank", [1, 3])
+def test_branches_of_few_outputs_or_inputs(num_in, num_out, rank):
+    """The space of the smaller side is filled after a few iterations; a random start in the larger one is no answer."""
+    with seeded(5):
+        stem, branch, skip = nn.Linear(3, num_in), nn.Linear(num_in, num_out), nn.Linear(num_in, num_out)
+        block = Block(nn.Sequential(branch, nn.Tanh()), skip, name="block")
+        chain = ResidualChain(stem, [block], nn.Linear(num_out, 2)).double().eval()
+        inputs = torch.randn(4, 3).double()
+    svd = rp.jacobian_svd(chain, inputs, rank=rank, tolerance=1e-10, max_iterations=100)
+    (jacobian,) = dense(chain, inputs)
+    least = min(rank, num_in, num_out)
+    torch.testing.assert_close(svd.values[0], torch.linalg.svdvals(jacobian)[:, :least], rtol=1e-9, atol=1e-12)
+    assert (svd.residuals[0] <= 1e-10).all()
 
 
 def test_alignment_equals_the_formula():

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 import resnet_paths as rp
 from resnet_paths.core.chain import Block, ResidualChain
 from resnet_paths.core.parts import Placed
+from resnet_paths.predictions.shares import checked_residual
 from tests.gradients.gradient_reference import Recipe, batch, build, recipes, seeded
 from tests.predictions.enumeration import assert_all_equal, enumerated, margin
 
@@ -205,3 +206,16 @@ def test_blocks_may_have_the_names_of_stem_and_head():
         assert dict(zip(rows.path_length, rows.num_paths, strict=True)) == {
             k: math.comb(3 - index, k) for k in range(4 - index)
         }
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_wrong_account_is_refused_in_any_precision(dtype):
+    """What is missing is a third of the output; rounding in half precision is about a hundredth."""
+    blocks = [Block(nn.Linear(8, 8), nn.Identity(), name=f"block{i}") for i in range(54)]
+    chain = ResidualChain(nn.Identity(), blocks, nn.Linear(8, 3)).to(dtype).eval()
+    values = np.array([[1.0, -4.0], [2.0, -2.0]])
+    assert checked_residual(chain, values.sum(0) * (1 + 1e-3 * (dtype != torch.float32)), values) <= 1e-2
+    with pytest.raises(rp.ResnetPathsError, match=r"differ from the output of example 1 by 2'.* rounding explains"):
+        checked_residual(chain, np.array([3.0, -4.0]), values)
+    inputs = torch.randn(16, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert rp.prediction_by_path_length(chain, inputs, max_length=None).attrs["residual"] >= 0
