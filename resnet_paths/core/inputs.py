@@ -256,7 +256,7 @@ def refusing_other_dtypes(part: nn.Module, inputs: object, name: str = "stem") -
 
     Raises:
         ResnetPathsError: If torch refuses a dtype, and no input has one of the part's weights.
-        RuntimeError: Any other error of the part, as it was.
+        RuntimeError: Every other error of the part, as it was.
     """
     try:
         yield
@@ -287,7 +287,7 @@ def refusing_other_inputs(stem: nn.Module, args: Sequence[object], kwargs: Mappi
 
     Raises:
         ResnetPathsError: As `refusing_other_dtypes`, and if the arguments are not those of the stem.
-        TypeError: Any other error of the stem, as it was.
+        TypeError: Every other error of the stem, as it was.
     """
     try:
         with refusing_other_dtypes(stem, (args, kwargs)):
