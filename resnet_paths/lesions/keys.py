@@ -2,7 +2,8 @@
 
 A key is the hash of the steps of the network. Of an exported part all operations and weights are hashed. What a module
 that was not exported computes is not known from its class and weights: there the key also holds what the network
-returns for a probe, so that results of other code, or of another global setting, are not taken for its own.
+returns for a probe, so that results of other code, or of another global setting, are not taken for its own. Where a
+measure reads the outputs of the intact network, the key of that belongs to each key.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from resnet_paths.core.inputs import Inputs, each_tensor, num_examples
 from resnet_paths.lesions.runner import Runner
 from resnet_paths.lesions.trie import chain_key
 
-__all__ = ["computes_what_it_says", "network_key", "probe_of", "with_probe"]
+__all__ = ["completed_keys", "computes_what_it_says", "network_key", "probe_of"]
 
 _PROBE_EXAMPLES = 2
 # Where modules are defined that compute nothing but what their parts and plain attributes say. The wrappers around a
@@ -71,19 +72,21 @@ def probe_of(inputs: Inputs) -> Inputs:
     return each_tensor(probe, inputs)
 
 
-def with_probe(keys: Sequence[str], runner: Runner, undetermined: Sequence[int], inputs: Inputs) -> list[str]:
-    """Keys of networks, completed by what they return for a probe.
+def completed_keys(keys: Sequence[str], runner: Runner, undetermined: Sequence[int], inputs: Inputs) -> list[str]:
+    """Keys of networks, completed by what else the results of a study depend on.
 
     Args:
-        keys: From `network_key`, one per chain of the runner.
+        keys: From `network_key`, one per chain of the runner, the intact one first.
         runner: Runs the chains.
         undetermined: Indices of the chains whose key does not say all that they compute.
         inputs: A batch.
 
     Returns:
-        The keys.
+        The keys, with what undetermined networks return for a probe, and with the key of the intact network where a
+        measure reads its outputs.
     """
-    if not undetermined:
-        return list(keys)
-    outputs = runner.output_keys(probe_of(inputs), undetermined)
-    return [fingerprint(key, outputs[i]) if i in outputs else key for i, key in enumerate(keys)]
+    outputs = runner.output_keys(probe_of(inputs), undetermined) if undetermined else {}
+    completed = [fingerprint(key, outputs[i]) if i in outputs else key for i, key in enumerate(keys)]
+    if any(measure.reads_intact for measure in runner.measures):
+        completed = [fingerprint(key, completed[0]) for key in completed]
+    return completed

@@ -16,7 +16,7 @@ import torch
 
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.core.inputs import Inputs, each_tensor, num_examples, unpack, unpack_optional
-from resnet_paths.lesions.keys import with_probe
+from resnet_paths.lesions.keys import completed_keys
 from resnet_paths.lesions.results import Sums, joined, rows_of
 from resnet_paths.lesions.runner import Runner, num_workers, run_batch, shared_with_workers
 from resnet_paths.lesions.store import Store
@@ -99,7 +99,7 @@ def _jobs(
             yield (inputs, labels, indices), _finisher(number, labels)
             continue
         if not number:
-            keys = with_probe(keys, runner, undetermined, inputs)
+            keys = completed_keys(keys, runner, undetermined, inputs)
         batch = Store.batch_key(inputs, labels)
         known = store.read(batch, [keys[i] for i in indices], num_examples(inputs))
         # Lesions that come to the same network are computed once.

@@ -4,12 +4,13 @@
     STORE/CONTEXT/BATCH-LESIONS.safetensors what some lesions did on one batch
 
 CONTEXT is a fingerprint of measures, precision, layout, BatchNorm treatment and code version; BATCH one of the images
-and labels; each lesion in a part has a fingerprint of the whole lesioned network (`resnet_paths.lesions.keys`). So
-results of other models or data sets may be in the same folder and are never mixed in. A part holds all three in full,
-and a checksum: one that was changed, or is stored under the name of another, is computed again. Parts are written under
-a temporary name and renamed; two studies at once write the same rows to the same names. What a killed study was writing
-remains under its temporary name, which no study takes for a part; a study that begins an hour later removes it. A
-study that finds all its results writes nothing, so that a store may be on a read-only file system.
+and labels; each lesion in a part has a fingerprint of the whole lesioned network, and of the intact one where a measure
+reads its outputs (`resnet_paths.lesions.keys`). So results of other models or data sets may be in the same folder and
+are never mixed in. A part holds all of these in full, and a checksum: one that was changed, or is stored under the name
+of another, is computed again. Parts are written under a temporary name and renamed; two studies at once write the same
+rows to the same names. What a killed study was writing remains under its temporary name, which no study takes for a
+part; a study that begins an hour later removes it. A study that finds all its results writes nothing, so that a store
+may be on a read-only file system.
 """
 
 from __future__ import annotations

@@ -171,3 +171,50 @@ def test_a_changed_model_is_computed_again(way, tmp_path):
     assert counts(frame) == (3, 0)
     pd.testing.assert_frame_equal(frame, study())
     assert frame.cross_entropy.tolist() != first.cross_entropy.tolist()
+
+
+def to_the_intact_outputs(outputs, labels, intact_outputs):
+    return (outputs - intact_outputs).square().sum(1)
+
+
+OF_INTACT = ("agreement", "kl_divergence", rp.measure(to_the_intact_outputs, key="1"))
+
+
+def by_hand(intact, lesioned, loader):
+    with torch.inference_mode():
+        q, p = (torch.cat([network(x) for x, _ in loader]) for network in (intact, lesioned))
+    return [
+        (q.argmax(1) == p.argmax(1)).double().mean().item(),
+        (q.softmax(1) * (q.log_softmax(1) - p.log_softmax(1))).sum(1).mean().item(),
+        (p - q).square().sum(1).mean().item(),
+    ]
+
+
+@pytest.mark.parametrize("measure", range(3))
+@pytest.mark.parametrize("exported", [False, True])
+def test_measures_that_read_the_intact_network_are_of_the_intact_network_of_the_study(measure, exported, tmp_path):
+    """Without its first block a network is the same before and after that block is trained, or deleted."""
+    chain, loader = made(lambda m, x: torch.tanh(x)), labelled(20)
+    if exported:
+        chain = rp.unravel(chain, torch.randn(2, 5, dtype=torch.float64))
+    without = rp.delete_block(chain, 0)
+
+    def study(intact, lesion):
+        frame = rp.lesion_study(
+            intact, loader, [lesion], measures=[OF_INTACT[measure]], store=tmp_path, device="cpu", progress=False
+        )
+        value = frame[getattr(OF_INTACT[measure], "name", OF_INTACT[measure])].item()
+        return counts(frame), value, by_hand(intact, without, loader)[measure]
+
+    first, again = (study(chain, rp.Lesion("delete", (0,))) for _ in range(2))
+    assert (first[0], again[0]) == ((3, 0), (0, 3))
+    found, value, expected = study(without, rp.Lesion("delete", (0,)))
+    assert value == pytest.approx(expected, abs=1e-12) == (1.0, 0.0, 0.0)[measure]
+    assert found == (3, 0)
+    with torch.no_grad():
+        for parameter in chain[0].branch.parameters():
+            parameter.mul_(-4)
+    found, value, expected = study(chain, rp.Lesion("delete", (0,)))
+    assert value == pytest.approx(expected, abs=1e-12)
+    assert found == (3, 0)
+    assert value != pytest.approx(first[1])
