@@ -303,23 +303,21 @@ class ResidualChain(nn.Module):
             The output, and a `Cache` with ``state``, ``skip`` and ``branch`` of each block, by position or name, and
             ``context``. Gradients are recorded as in an ordinary forward pass.
         """
-        # Parts written by hand may work in place; exported ones do not.
-        own = torch.Tensor.clone if not self.eval_only else lambda tensor: tensor
         state, context = self.begin(*inputs, **keywords)
         states, skips, branches = [state], [], []
         for block in self:
-            shared = call_part(block.pre, own(state), context)
-            whole = block.added_up(own(shared), context) if _rounds_otherwise(block) else None
+            shared = call_part(block.pre, state, context)
+            whole = block.added_up(shared, context) if _rounds_otherwise(block) else None
             skip = None if block.skip is None else call_part(block.skip, shared, context)
             branch = None if block.branch is None else call_part(block.branch, shared, context)
             terms = [term for term in ((skip, branch) if whole is None else (whole,)) if term is not None]
-            state = call_part(block.post, own(functools.reduce(added, terms)), context)
+            state = call_part(block.post, functools.reduce(added, terms), context)
             states.append(state)
             skips.append(skip)
             branches.append(branch)
         names = [block.name for block in self]
         cache = Cache(ByBlock(states, names), ByBlock(skips, names), ByBlock(branches, names), context)
-        return call_part(self.head, own(state), context), cache
+        return call_part(self.head, state, context), cache
 
     def train(self, mode: bool = True) -> ResidualChain:
         """Set the mode of all parts, except of a chain that was read from a model, which keeps the mode of the model.

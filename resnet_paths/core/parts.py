@@ -12,6 +12,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from resnet_paths._utils.errors import ResnetPathsError
+from resnet_paths.core.in_place import keeps_its_input
 
 __all__ = [
     "BlockFields",
@@ -68,12 +69,14 @@ def call_part(part: nn.Module, x: torch.Tensor, context: Mapping[str, torch.Tens
 
     Args:
         part: A part of a block, a block, a chain inside a branch, or a head.
-        x: The state.
+        x: The state, which stays as it is: a part that may work in place is given a copy, since others read it too.
         context: The context of the whole chain by name.
 
     Returns:
         Its output.
     """
+    if not keeps_its_input(part):
+        x = x.clone()
     if not context:
         return part(x)  # type: ignore[no-any-return]
     return part(x, **{name: context[name] for name in context_read_by(part)})  # type: ignore[no-any-return]
@@ -126,9 +129,7 @@ class LinearCombination(nn.ModuleList):
 
     def forward(self, x: torch.Tensor, **context: torch.Tensor) -> torch.Tensor:
         """The sum at `x`."""
-        # On copies: parts written by hand may work in place.
-        inputs = [x] if len(self) == 1 else [x.clone() for _ in self]
-        terms = [f * call_part(part, given, context) for part, given, f in zip(self, inputs, self.factors, strict=True)]
+        terms = (f * call_part(part, x, context) for part, f in zip(self, self.factors, strict=True))
         return functools.reduce(added, terms)
 
     def extra_repr(self) -> str:

@@ -11,6 +11,7 @@ Without them a study of all single deletions of a preact-resnet-56 takes 1.21 ti
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable
 
@@ -21,7 +22,8 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import CodeGen
 
 from resnet_paths.core.chain import Block, ResidualChain, is_identity
-from resnet_paths.core.parts import Parallel
+from resnet_paths.core.in_place import keeps_its_input
+from resnet_paths.core.parts import Parallel, call_part
 
 __all__ = ["step_function"]
 
@@ -66,7 +68,7 @@ def step_function(step: nn.Module, known: _Known) -> Callable[[torch.Tensor], to
         known: Functions that were made before, filled here: each part is made once however many steps share it.
 
     Returns:
-        The function: the module itself where it is of no kind that is known here, or has hooks.
+        The function; it leaves the state as it was.
     """
     return _function(step, known)[0]
 
@@ -81,16 +83,16 @@ def _function(part: nn.Module, known: _Known, owns_input: bool = False) -> _Func
 
 def _made(part: nn.Module, known: _Known, owns_input: bool) -> _Function:
     if part._forward_hooks or part._forward_pre_hooks or nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
-        return part, False
+        return functools.partial(call_part, part, context={}), False
     if is_identity(part):
         return _same, owns_input
-    if isinstance(part, GraphModule) and type(part.graph._codegen) is CodeGen:
+    if isinstance(part, GraphModule) and type(part.graph._codegen) is CodeGen and keeps_its_input(part):
         return _of_graph(part, owns_input)
     if type(part) is ResidualChain:
         return _in_series([part.stem, *part, part.head], known)
     if type(part) is Block:
         return _of_block(part, known)
-    return part, False
+    return functools.partial(call_part, part, context={}), False
 
 
 def _in_series(parts: list[nn.Module], known: _Known) -> _Function:
@@ -107,7 +109,7 @@ def _in_series(parts: list[nn.Module], known: _Known) -> _Function:
 
 def _of_block(block: Block, known: _Known) -> _Function:
     if isinstance(block.branch, Parallel) and block.branch.onto_skip:
-        return block, False
+        return functools.partial(call_part, block, context={}), False
     if block.run is not None:
         return _in_series([block.pre, block.run, block.post], known)
     pre, _ = _function(block.pre, known)

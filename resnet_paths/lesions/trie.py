@@ -12,19 +12,18 @@ chains move forward side by side, as many as fill the budget of examples.
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.fx import GraphModule, Node
 
 from resnet_paths.core.chain import Block, ResidualChain, is_identity
 from resnet_paths.core.groups import ungrouped
+from resnet_paths.core.in_place import keeps_its_input
 from resnet_paths.core.inputs import each_tensor, num_examples
-from resnet_paths.core.parts import Constant, LinearCombination, Parallel, Placed, call_part, context_read_by
+from resnet_paths.core.parts import LinearCombination, Parallel, call_part, context_read_by
 from resnet_paths.core.placement import place_modules
 from resnet_paths.core.signature import arguments_of
 from resnet_paths.lesions.batchnorm import averaged_statistics, batch_statistics, given_statistics
@@ -102,12 +101,7 @@ class Trie:
     def _functions(self) -> list[Any]:
         """What each step computes; the steps are not moved any more."""
         known: dict[Any, Any] = {}
-        return [step if context_read_by(step) else step_function(step, known) for step in self.steps]
-
-    @cached_property
-    def _may_write(self) -> list[bool]:
-        """Whether each step may change its input in place."""
-        return [not _keeps_its_input(step) for step in self.steps]
+        return [_function_of(step, known) for step in self.steps]
 
     def placed(self, **placement: Any) -> Trie:
         """The same tree with its steps in another place, precision or form.
@@ -124,7 +118,7 @@ class Trie:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is found out of the steps: functions cannot be sent to another process."""
-        return {key: value for key, value in vars(self).items() if key not in ("_functions", "_may_write")}
+        return {key: value for key, value in vars(self).items() if key != "_functions"}
 
     def _sort_children(self) -> None:
         """Behind each node the child that holds most states comes first: it is run last, when no other waits."""
@@ -209,7 +203,7 @@ class Trie:
             stacked = _stacked_context(contexts, context_read_by(self.steps[step]), batch)
             if stacked is not None:
                 states = torch.cat([state for _, state, _ in tasks])
-                together = call_part(self._functions[step], states, stacked)
+                together = self._functions[step](states, stacked)
                 if _length(together) == len(tasks) * batch:
                     return list(zip(together.chunk(len(tasks)), contexts, strict=True))
                 self.stacks[number] = False  # it mixes the batch with another dimension: in which order is not known
@@ -219,15 +213,23 @@ class Trie:
         """State and context after a step; the state that it reads stays as it is, since others may read it."""
         number, state, context = task
         step = self.step_of[number]
-        state = each_tensor(torch.clone, state) if self._may_write[step] else state
         if self.place_of[number] == 0:
-            args, kwargs = arguments_of(state)
-            return cast("ResidualChain", self.steps[step]).begin(*args, **kwargs)
-        return call_part(self._functions[step], state, context), context
+            stem = cast("ResidualChain", self.steps[step])
+            args, kwargs = arguments_of(state if keeps_its_input(stem) else each_tensor(torch.clone, state))
+            return stem.begin(*args, **kwargs)
+        return self._functions[step](state, context), context
 
     def _tasks(self, nodes: Sequence[int], state: Any, context: Mapping[str, torch.Tensor], mask: int) -> list[_Task]:
         """A task for each of the nodes that leads to a wanted chain."""
         return [(node, state, context) for node in nodes if self.members[node] & mask]
+
+
+def _function_of(step: nn.Module, known: dict[Any, Any]) -> Callable[..., torch.Tensor]:
+    """A step as a function of its state and the context."""
+    if context_read_by(step):
+        return partial(call_part, step)
+    function = step_function(step, known)
+    return lambda state, _: function(state)
 
 
 def steps_of(chain: ResidualChain) -> list[tuple[int, nn.Module]]:
@@ -275,30 +277,6 @@ def _part_key(part: nn.Module | None, key_of: Callable[[nn.Module], Hashable]) -
     if isinstance(part, Parallel):
         return ("parallel", part.onto_skip, *(_part_key(branch, key_of) for branch in part))
     return key_of(part)
-
-
-def _keeps_its_input(part: nn.Module) -> bool:
-    """Whether a part is known to leave its input as it was: parts written by hand may work in place."""
-    if part._forward_hooks or part._forward_pre_hooks:
-        return False
-    if isinstance(part, GraphModule):
-        return all(map(_computes_only, part.graph.nodes))
-    ours = type(part) in (Block, Constant, LinearCombination, Parallel, Placed, ResidualChain)
-    of_torch = type(part).__module__.startswith("torch.nn.modules.") and not getattr(part, "inplace", False)
-    return (ours or of_torch) and all(map(_keeps_its_input, part.children()))
-
-
-def _computes_only(node: Node) -> bool:
-    target: Any = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return not target._schema.is_mutable
-    if node.op == "call_function":
-        return getattr(target, "__module__", "") in ("_operator", "math") and target not in _IN_PLACE
-    return node.op not in ("call_method", "call_module")
-
-
-# operator.iadd and its like
-_IN_PLACE = {getattr(operator, f"i{name.strip('_')}", None) for name in dir(operator)}
 
 
 def _has_batch_first(chain: ResidualChain, place: int) -> bool:

@@ -31,6 +31,7 @@ from resnet_paths._utils.threads import ONE_TRACE
 from resnet_paths.core.backward.linearize import Context, Pullback, linearize
 from resnet_paths.core.backward.operations import Step, linearize_operation
 from resnet_paths.core.backward.recursion import Linearizer
+from resnet_paths.core.in_place import keeps_its_input
 from resnet_paths.core.input_sizes import CheckedInputs
 from resnet_paths.core.parts import context_read_by
 from resnet_paths.core.segments import Segment
@@ -115,7 +116,8 @@ class Detached:
                     graph = make_fx(module, pre_dispatch=True)(state.clone())
             except Exception:
                 graph = None
-            if graph is not None:
+            # Rules are of operations that return what they compute, not of those that write it over their operand.
+            if graph is not None and keeps_its_input(graph):
                 return Segment(graph, graph.graph)
         self.tangents.add(type(module).__name__)
         return module
