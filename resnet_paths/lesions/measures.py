@@ -272,14 +272,17 @@ def _sums_of_values(values: torch.Tensor, weights: torch.Tensor | None, counts: 
         weights = counts if weights is None else weights * counts
     items = values.numel() // max(1, len(values))
     if values.dtype == torch.bool or not values.is_floating_point():
-        dtype = torch.uint8 if values.dtype == torch.bool and items < 256 else torch.int64
+        counted = values.dtype == torch.bool and (weights is None or weights.dtype == torch.bool)
+        dtype = torch.uint8 if counted and items < 256 else torch.int64
     else:
         dtype = values.dtype if values.dtype == torch.float64 else torch.float32
     if weights is None:
         sums = values.reshape(len(values), -1).sum(1, dtype=dtype)
         return torch.stack([sums, torch.full_like(sums, items)], 1)
     if weights.is_floating_point():
-        dtype = torch.promote_types(dtype, torch.float32)
+        dtype = torch.promote_types(torch.promote_types(dtype, torch.float32), weights.dtype)
+    if values.dtype != torch.bool:  # products have room for them
+        values = values.to(dtype)
     # Not a product alone: what does not count may not be finite.
     weighted = torch.where(weights != 0, values * weights, torch.zeros((), dtype=values.dtype, device=values.device))
     return torch.stack([x.reshape(len(x), -1).sum(1, dtype=dtype) for x in (weighted, weights)], 1)

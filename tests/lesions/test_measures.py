@@ -363,3 +363,33 @@ def test_p_values_are_adjusted_over_lesions(adjust):
 def test_what_cannot_be_measured_is_refused(options, message):
     with pytest.raises(rp.ResnetPathsError, match=message):
         study(random_chain(STEADY), labelled(), **options)
+
+
+VALUES = {
+    "bool": torch.tensor([True, False, True, True]),
+    "uint8": torch.tensor([200, 3, 255, 0], dtype=torch.uint8),
+    "float16": torch.tensor([300.0, -2.0, 0.5, 1.0], dtype=torch.float16),
+}
+WEIGHTS = {
+    "bool": torch.tensor([True, True, False, True]),
+    "uint8": torch.tensor([200, 1, 255, 0], dtype=torch.uint8),
+    "int64": torch.tensor([300, 1, 70_000, 0]),
+    "float16": torch.tensor([300.0, 1.0, 0.5, 0.0], dtype=torch.float16),
+    "float64": torch.tensor([1 / 3, 1.0, 2.5, 0.0], dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("values", VALUES)
+def test_values_and_weights_of_any_dtype(values, weights):
+    """Sums have room for products of small integers, and of half-precision numbers."""
+    chain = random_chain(STEADY)
+    given = VALUES[values], WEIGHTS[weights]
+    weighted = rp.measure(lambda outputs, labels: tuple(x.expand(len(outputs), 4) for x in given), name="weighted")
+    frame = study(
+        chain,
+        [(torch.zeros(n, 5, dtype=torch.float64), torch.zeros(n, dtype=torch.long)) for n in (2, 3)],
+        measures=[weighted],
+    )
+    expected = np.average(given[0].double().numpy(), weights=given[1].double().numpy())
+    assert frame.weighted.tolist() == pytest.approx([expected] * len(frame), rel=1e-6)
