@@ -127,8 +127,9 @@ def lesion_study(
         per_class: Whether to add ``num_examples_per_class`` and ``num_wrong_per_class``, tuples over classes.
         per_example: Whether to add ``m_per_example`` and ``intact_m_per_example`` for each measure m: arrays [example]
             in the order of the loader, with the measure of each example alone, NaN where nothing counts; and
-            ``m_influences``, what each example adds to ``m`` to first order, of sum 0: the variance of any linear
-            combination of rows is N / (N - 1) times the sum of squares of that of their influences.
+            ``m_influences`` and ``intact_m_influences``, what each example adds to ``m`` to first order, of sum 0: the
+            variance of any linear combination of rows is N / (N - 1) times the sum of squares of that of their
+            influences.
         adjust: ``"holm"`` or ``"fdr_bh"`` to add ``m_increase_p`` for each measure m: two-sided p-values of no increase
             (McNemar's test for rates, else the test that belongs to the interval), adjusted for the number of lesions:
             the family-wise error rate or the false discovery rate is controlled.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -13,7 +12,8 @@ from resnet_paths._utils.statistics import studentised_interval
 
 __all__ = ["deletions_of", "pair_interactions"]
 
-_OF_EXAMPLES, _INTACT = "error_rate_per_example", "intact_error_rate_per_example"
+_INFLUENCES, _INTACT_INFLUENCES = "error_rate_influences", "intact_error_rate_influences"
+_INTACT_RATES = "intact_error_rate_per_example"
 
 
 def deletions_of(argument: str, frame: pd.DataFrame, num_blocks: int, effects: Sequence[str]) -> pd.DataFrame:
@@ -81,8 +81,8 @@ def pair_interactions(frame: pd.DataFrame) -> pd.DataFrame:
     """
     single, pairs = (deletions_of("frame", frame, size, ["error_rate_increase"]) for size in (1, 2))
     alone = dict(zip(single["blocks"], single["error_rate_increase"].astype(float), strict=True))
-    has_examples = _OF_EXAMPLES in frame and _INTACT in frame
-    of_single = dict(zip(single["blocks"], map(_increase_of_examples, single.to_dict("records")), strict=True))
+    has_examples = all(name in frame for name in (_INFLUENCES, _INTACT_INFLUENCES, _INTACT_RATES))
+    of_single = dict(zip(single["blocks"], single[_INFLUENCES], strict=True)) if has_examples else {}
     rows = []
     for row in pairs.to_dict("records"):
         blocks, increase = row["blocks"], float(row["error_rate_increase"])
@@ -103,17 +103,11 @@ def pair_interactions(frame: pd.DataFrame) -> pd.DataFrame:
             "interaction": increase - additive,
         })
         if has_examples:
-            each = _increase_of_examples(row) - sum(of_single[block,] for block in blocks)
-            each = each[~np.isnan(each)]
-            interval = studentised_interval(increase - additive, (each - each.mean()) / len(each))
+            terms = np.stack([row[_INFLUENCES], *(-of_single[block,] for block in blocks), row[_INTACT_INFLUENCES]])
+            each = terms.sum(0)
+            each[np.abs(each) < 1e-12 * np.abs(terms).sum(0)] = 0.0  # rounding
+            has_items = ~np.isnan(row[_INTACT_RATES])
+            interval = studentised_interval(increase - additive, each[has_items])
             rows[-1] |= {"interaction_low": interval.low, "interaction_high": interval.high}
     intervals = ["interaction_low", "interaction_high"] if has_examples else []
     return pd.DataFrame(rows, columns=["first", "second", "error_rate_increase", "additive", "interaction", *intervals])
-
-
-def _increase_of_examples(row: Mapping[Hashable, Any]) -> np.ndarray:
-    """Increase of the error of each example; empty without ``per_example``."""
-    if _OF_EXAMPLES not in row or _INTACT not in row:
-        return np.empty(0)
-    increase: np.ndarray = np.asarray(row[_OF_EXAMPLES], float) - np.asarray(row[_INTACT], float)
-    return increase

@@ -111,6 +111,7 @@ def rows_of_study(
                 row[f"{measure.name}_per_example"] = values[index]
                 row[f"{measure.name}_influences"] = influences[index]
                 row[f"intact_{measure.name}_per_example"] = values[0]
+                row[f"intact_{measure.name}_influences"] = influences[0]
         if measure.statistic == "error_rate" and classes is not None:
             for row, of_lesion in zip(rows, sums, strict=True):
                 row |= _counts_of_classes(of_lesion, classes)

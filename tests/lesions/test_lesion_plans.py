@@ -12,10 +12,12 @@ import pandas as pd
 import pytest
 import torch
 from scipy import stats
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import resnet_paths as rp
-from resnet_paths.core.chain import ResidualChain
+from resnet_paths._utils.statistics import studentised_interval
+from resnet_paths.core.chain import Block, ResidualChain
 from resnet_paths.core.parts import Parallel
 from tests.chains import Plan, assert_same, inputs, random_chain, snapshot
 
@@ -96,8 +98,8 @@ def test_intervals_of_interactions_are_over_examples():
     """Against Hall's interval written out, on a sample of differences of differences."""
     chain = random_chain(STAGES)
     for index in range(7):
-        chain = rp.scale_block(chain, index, 4.0)
-    frame = rp.lesion_study(chain, loader(), rp.pair_deletions(chain), per_example=True, progress=False)
+        chain = rp.scale_block(chain, index, 1e-9 if index == 5 else 4.0)  # some pairs without any interaction
+    frame = rp.lesion_study(chain, loader(43), rp.pair_deletions(chain), per_example=True, progress=False)
     found = rp.pair_interactions(frame)
     wrong = dict(zip(frame.blocks, frame.error_rate_per_example, strict=True))
     intact = frame.intact_error_rate_per_example.iloc[0]
@@ -114,7 +116,34 @@ def test_intervals_of_interactions_are_over_examples():
             t = (each.mean() - end) / stats.sem(each)
             assert t + a * t**2 + a**2 * t**3 / 3 + a / 2 == pytest.approx(stats.t.ppf(1 - quantile, n - 1), abs=1e-6)
     assert num_known > 5
-    assert "interaction_low" not in rp.pair_interactions(frame.drop(columns="error_rate_per_example"))
+    assert "interaction_low" not in rp.pair_interactions(frame.drop(columns="error_rate_influences"))
+
+
+def test_interactions_of_tokens_are_of_pooled_rates():
+    """Texts of different lengths: against resampling of texts, and a mean of ratios by its linearization."""
+    torch.manual_seed(0)
+    blocks = [Block(nn.Linear(4, 4), nn.Identity(), name=f"b{i}", in_shape=(4,), out_shape=(4,)) for i in range(3)]
+    chain = ResidualChain(nn.Embedding(7, 4), blocks, nn.Linear(4, 7)).eval()
+    sizes = [1, 2, 40, 3, 1, 25, 60, 2, 9, 1, 3, 30, 4, 0, 12, 2]
+    tokens = torch.randint(7, (len(sizes), max(sizes)))
+    labels = torch.where(torch.arange(max(sizes)) < torch.tensor(sizes)[:, None], torch.randint(7, tokens.shape), -100)
+    loader = [(tokens[i : i + 5], labels[i : i + 5]) for i in (0, 5, 10, 15)]
+    frame = rp.lesion_study(chain, loader, rp.pair_deletions(chain), per_example=True, device="cpu", progress=False)
+    known = labels != -100
+
+    def wrong(*deleted):
+        return ((rp.delete_blocks(chain, deleted)(tokens).argmax(2) != labels) & known).sum(1).double().numpy()
+
+    n = known.sum(1).numpy()
+    drawn = np.random.default_rng(0).multinomial(len(n), np.full(len(n), 1 / len(n)), 20_000)
+    for row in rp.pair_interactions(frame).itertuples():
+        sums = wrong(row.first, row.second) - wrong(row.first) - wrong(row.second) + wrong()
+        assert row.interaction == pytest.approx(sums.sum() / n.sum(), abs=1e-12)
+        influences = (sums - n * sums.sum() / n.sum())[n > 0] / n.sum()
+        interval = studentised_interval(row.interaction, influences)
+        assert (row.interaction_low, row.interaction_high) == pytest.approx(interval[:2], abs=1e-12)
+        spread = (drawn @ sums / (drawn @ n)).std()
+        assert np.sqrt((influences**2).sum()) == pytest.approx(spread, rel=0.25)
 
 
 def test_interactions_are_of_deletions_alone():
