@@ -21,7 +21,7 @@ from resnet_paths.core.edits import (
     scale_block,
     swap_blocks,
 )
-from resnet_paths.core.groups import group_blocks
+from resnet_paths.core.groups import group_blocks, runs_of
 from resnet_paths.lesions.guard import guard_of
 
 __all__ = ["KINDS", "Lesion", "edits_of"]
@@ -127,13 +127,13 @@ class Lesion:
             return self.function(chain)
         if self.runs:
             return self._of_groups(chain).edit(group_blocks(chain, self.runs))
-        blocks = list(self.blocks or ())
+        if self.kind in ("swap", "permute") and self.order is not None:
+            return permute_blocks(chain, self.order)
         if self.kind == "delete":
-            return delete_blocks(chain, blocks)
-        if self.kind == "swap" and self.order is None:
-            return swap_blocks(chain, *blocks)
-        if self.kind in ("swap", "permute"):
-            return permute_blocks(chain, self.order or ())
+            return delete_blocks(chain, self.blocks or ())
+        if self.kind == "swap":
+            return swap_blocks(chain, *self.blocks or ())
+        blocks = [chain.block_index(block) for block in self.blocks or ()]  # positions in this chain
         if self.kind == "replace":
             return chain.with_blocks(b.replace(branch=self.branch) if i in blocks else b for i, b in enumerate(chain))
         if self.kind == "repeat":
@@ -153,11 +153,12 @@ class Lesion:
 
     def _of_groups(self, chain: ResidualChain) -> Lesion:
         """The lesion of the chain in which each run is one block."""
-        starts = {index: run[0] for run in self.runs for index in run}
+        starts = {index: run[0] for run in runs_of(chain, self.runs) for index in run}
         first = [starts.get(index, index) for index in range(len(chain))]
         numbers = {start: number for number, start in enumerate(dict.fromkeys(first))}
+        number_of = [numbers[start] for start in first]
         blocks, order = (
-            None if places is None else tuple(dict.fromkeys(numbers[first[index]] for index in places))
+            None if places is None else tuple(dict.fromkeys(number_of[chain.block_index(block)] for block in places))
             for places in (self.blocks, self.order)
         )
         return replace(self, blocks=blocks, order=order, runs=())

@@ -146,6 +146,31 @@ def test_interactions_of_tokens_are_of_pooled_rates():
         assert np.sqrt((influences**2).sum()) == pytest.approx(spread, rel=0.25)
 
 
+OPTIONS = {
+    "duplicate": {},
+    "scale": {"factor": 0.5},
+    "replace": {"branch": torch.nn.Tanh()},
+    "repeat": {},
+    "parallel": {"loops": 2},
+    "delete": {},
+    "swap": {},
+}
+
+
+@pytest.mark.parametrize("runs", [(), ((0,), (1,))])
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_positions_of_lesions_are_those_of_edits(kind, runs):
+    """Negative ones count from the end, and there are no others."""
+    chain, options = random_chain(STEADY), OPTIONS[kind] | {"runs": runs}
+    by_hand = rp.Lesion(kind, (4, 5), **options).edit(chain)
+    from_the_end = rp.Lesion(kind, (-2, -1), **options).edit(chain)
+    assert torch.equal(from_the_end(inputs()), by_hand(inputs()))
+    assert not torch.equal(from_the_end(inputs()), chain(inputs()))
+    for blocks in ((5, 99), (5, -7)):
+        with pytest.raises(rp.ResnetPathsError, match=f"block: got {blocks[1]}; allowed: a position from -6 to 5"):
+            rp.Lesion(kind, blocks, **options).edit(chain)
+
+
 def test_interactions_are_of_deletions_alone():
     chain = random_chain(STAGES)
     for index in range(7):
