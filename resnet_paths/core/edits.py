@@ -212,11 +212,9 @@ def scale_block(chain: ResidualChain, block: int | str, factor: float) -> Residu
         if branch is None:
             raise ResnetPathsError("block", block, "a block with a branch", "This one's branch is deleted.")
         if isinstance(branch, Parallel):
-            scaled_branches = [LinearCombination([b], [factor]) for b in branch]
-            return original.replace(branch=Parallel(scaled_branches, onto_skip=branch.onto_skip, names=branch.names))
-        if isinstance(branch, ResidualChain):  # its paths still count
-            return original.replace(branch=branch.with_head(LinearCombination([branch.head], [factor])))
-        return original.replace(branch=LinearCombination([branch], [factor]))
+            branches = (_times(factor, one) for one in branch)
+            return original.replace(branch=Parallel(branches, onto_skip=branch.onto_skip, names=branch.names))
+        return original.replace(branch=_times(factor, branch))
 
     return _with_changed(chain, block, scaled)
 
@@ -256,8 +254,7 @@ def parallel_blocks(
 
     If nothing follows the additions, the mean gives the average of the blocks' outputs, "parallel" in Sun et al.
     2024 (Layers as Painters), and the sum removes the paths through two or more of the branches and keeps all others.
-    What follows the addition, `post`, is that of the last block. The paths through a chain inside a branch count as
-    one.
+    What follows the addition, `post`, is that of the last block. All paths through a chain inside a branch are kept.
 
     Args:
         chain: The chain.
@@ -284,7 +281,7 @@ def parallel_blocks(
     names = [name for member in members for name in (member.branch_names or (member.name,) * len(member.branches))]
     names = names if len(set(names)) == len(names) else []
     if combine == "mean":
-        branches = [LinearCombination([branch], [1 / len(members)]) for branch in branches]
+        branches = [_times(1 / len(members), branch) for branch in branches]
     joined = members[-1].replace(branch=Parallel(branches, names=names), name="|".join(m.name for m in members))
     rest = list(chain)
     rest[places[0] : places[-1] + 1] = [joined]
@@ -320,6 +317,13 @@ def _take(block: Block, entry: Entry) -> Block:
     else:
         branch = block.branches[entry - 1]
     return block.replace(branch=branch, skip=None, skip_kind=None)
+
+
+def _times(factor: float, branch: nn.Module) -> nn.Module:
+    """A branch times a number; of a chain, whose paths still count, the head is."""
+    if isinstance(branch, ResidualChain):
+        return branch.with_head(LinearCombination([branch.head], [factor]))
+    return LinearCombination([branch], [factor])
 
 
 def _with_changed(chain: ResidualChain, block: int | str, change: Callable[[Block], Block]) -> ResidualChain:

@@ -16,6 +16,7 @@ from torch import nn
 
 import resnet_paths as rp
 from resnet_paths.core.chain import Block, ResidualChain
+from resnet_paths.core.parts import Parallel
 from tests.chains import assert_same, branch, inputs, plans, random_chain, random_model, snapshot
 
 STEADY = (3, ())
@@ -155,17 +156,48 @@ def test_parallel_blocks(combine):
         torch.testing.assert_close(edited[1](x), outputs)
 
 
-def test_a_branch_that_holds_a_chain_runs_in_parallel_as_a_whole():
+def with_inner_chain():
+    inner = ResidualChain(nn.Linear(3, 3), list(steady_chain(3, seed=1)), nn.Linear(3, 3)).double().eval()
+    return inner.with_blocks(block.replace(name=f"inner.{i}") for i, block in enumerate(inner))
+
+
+@pytest.mark.parametrize("combine", ["mean", "sum"])
+def test_paths_through_chains_inside_parallel_branches_count(combine):
     chain = steady_chain(3)
-    inner = ResidualChain(nn.Identity(), list(steady_chain(3)), nn.Identity()).eval()
+    inner = with_inner_chain()
     nested = chain.with_blocks([chain[0].replace(branch=inner), *list(chain)[1:]])
     assert nested.num_paths == 9 * 4
-    edited = rp.parallel_blocks(nested, [0, 1])
+    edited = rp.parallel_blocks(nested, [0, 1], combine=combine)
     x = chain.stem(inputs())
-    y = x + (inner(x) + chain[1].branch(x)) / 2
+    added = inner(x) + chain[1].branch(x)
+    y = x + (added / 2 if combine == "mean" else added)
     torch.testing.assert_close(edited(inputs()), chain.head(chain[2](y)))
-    assert edited.num_paths == 3 * 2
-    assert rp.path_histogram(edited).num_paths.tolist() == edited.length_polynomial("block") == [1, 3, 2]
+    # The skip, the other branch, and the 8 paths of the inner chain, of one length more each; then the last block.
+    lengths = np.convolve([1, 2, 3, 3, 1], [1, 1])
+    assert rp.path_histogram(edited).num_paths.tolist() == edited.length_polynomial("block") == lengths.tolist()
+    assert edited.num_paths == len(list(rp.enumerate_paths(edited))) == 20
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+@pytest.mark.parametrize("onto_skip", [False, True])
+def test_scaling_keeps_the_paths_of_chains_inside_several_branches(onto_skip, factor):
+    chain = steady_chain(2)
+    inner = with_inner_chain()
+    block = chain[0].replace(branch=Parallel([branch(3, 3), inner], onto_skip=onto_skip)).double().eval()
+    nested = chain.with_blocks([block, chain[1]])
+    scaled = rp.scale_block(nested, 0, factor)
+    assert scaled.path_choices == nested.path_choices
+    x, y = inputs(), torch.tensor([0, 1, 2, 0])
+    h = nested.stem(x)
+    by_hand = nested.head(nested[1](h + factor * (block.branch[0](h) + inner(h))))
+    torch.testing.assert_close(scaled(x), by_hand)
+    shares = [rp.gradient_by_path_length(c, x, y, progress=False).gradient_share for c in (scaled, nested)]
+    assert len(shares[0]) == 6
+    if factor == 1:
+        np.testing.assert_allclose(*shares, atol=1e-12)
+    assert torch.equal(
+        rp.delete_block(scaled, "inner.1")(x), rp.scale_block(rp.delete_block(nested, "inner.1"), 0, factor)(x)
+    )
 
 
 def test_paths_through_parallel_blocks_run_alone():
