@@ -16,7 +16,6 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy import stats
-from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from resnet_paths._utils.arguments import require_frame
@@ -344,7 +343,7 @@ def _scores(
         return torch.zeros(len(SCORES), 2, len(total), dtype=torch.float64)
     one, counts = vectors_of(wide(_after(block, alone, context)), dim, positions)
     other, _ = vectors_of(wide(state), dim, positions)
-    cosine = F.cosine_similarity(one, other, dim=-1).clamp(-1, 1)
+    cosine = (_unit(one) * _unit(other)).sum(-1).clamp(-1, 1)
     cosine[(one == 0).all(-1) & (other == 0).all(-1)] = 1  # nothing changed
     vectors, of_sums = zip(*(vectors_of(wide(s), dim, positions) for s in (total - alone, alone)), strict=True)
     changed, left = (v.norm(dim=-1) for v in vectors)
@@ -353,6 +352,12 @@ def _scores(
         torch.stack([torch.where(where, value, 0).sum(1), where.sum(1).to(value)])
         for value, where in ((1 - cosine, counts), (cosine.acos() / math.pi, counts), (norm, of_sums[0]))
     ])
+
+
+def _unit(vectors: torch.Tensor) -> torch.Tensor:
+    """Vectors of norm 1 in the same directions, however small they are; 0 for those that are 0."""
+    norm = vectors.norm(dim=-1, keepdim=True)
+    return torch.where(norm == 0, 0.0, vectors / norm)
 
 
 def _refuse_other_dim(dim: int | None, rank: int) -> None:

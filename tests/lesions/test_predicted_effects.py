@@ -326,6 +326,25 @@ def test_intervals_of_correlations_cover_them():
     assert all(math.isnan(end) for end in _interval_of_correlation(1.0, 54) + _interval_of_correlation(0.5, 3))
 
 
+@pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])
+def test_cosines_do_not_depend_on_the_size_of_the_states(size):
+    with seeded():
+        linear = [nn.Linear(3, 3, bias=False) for _ in range(2)]
+        blocks = [Block(branch, nn.Identity(), name=f"b{i}") for i, branch in enumerate(linear)]
+        chain = ResidualChain(nn.Linear(5, 3, bias=False), blocks, nn.Linear(3, 3)).double().eval()
+    chain.stem.weight.data.mul_(size)
+    x = torch.cat([inputs(), torch.zeros(1, 5, dtype=torch.float64)])
+    frame = effects(chain, [(x, torch.zeros(5, dtype=torch.long))])
+    states = chain.stem(x).detach().numpy() / size
+    for row, branch in zip(frame.itertuples(), linear, strict=True):
+        after = states + states @ branch.weight.detach().numpy().T
+        lengths = np.linalg.norm(states[:4], axis=1) * np.linalg.norm(after[:4], axis=1)
+        cosine = np.append((states * after).sum(1)[:4] / lengths, 1)  # a state of 0 stays 0
+        assert row.block_influence == pytest.approx((1 - cosine).mean(), rel=1e-9)
+        assert row.angular_distance == pytest.approx((np.arccos(cosine) / math.pi).mean(), rel=1e-9)
+        states = after
+
+
 def test_correlations_leave_out_what_cannot_be_deleted():
     kinds = [(3, "identity"), (2, "none"), (2, "identity"), (2, "none"), (2, "identity")]
     chain = random_chain((3, tuple(Plan(width, skip, False, False) for width, skip in kinds)))
