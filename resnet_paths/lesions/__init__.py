@@ -81,8 +81,8 @@ def lesion_study(
 
     Nothing is retrained and BatchNorm keeps the statistics of the intact network, as in the paper, unless
     `reestimate_batchnorm` is given. The chain is not changed. Without `precision`, `channels_last`, `batch_budget` and
-    `fold_batchnorm` each prediction is the lesioned chain's own, bit for bit. Examples with logits that are not finite
-    count as wrong.
+    `fold_batchnorm` each prediction is the lesioned chain's own, bit for bit. Examples count as wrong if a logit is
+    NaN or inf, or all logits are -inf; a logit of -inf is otherwise that of a masked class.
 
     When it is interrupted (Ctrl-C, the stop button of a notebook) it raises `StudyInterrupted`, a `KeyboardInterrupt`
     whose ``frame`` holds the rows over the batches that were finished.

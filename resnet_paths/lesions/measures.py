@@ -373,14 +373,14 @@ def _sums_of_items(
     return _sums_of_values(_each_item(function, outputs, labels, None if reads else intact), None, counts)
 
 
-def _finite(rows: torch.Tensor) -> torch.Tensor:
-    low, high = torch.aminmax(rows, dim=1)
-    return torch.isfinite(low) & torch.isfinite(high)
+def _has_prediction(rows: torch.Tensor) -> torch.Tensor:
+    """Whether the largest logit is finite: none is NaN or inf, and not all are -inf, that of a masked class."""
+    return torch.isfinite(rows.amax(1))
 
 
 def _predicted(rows: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-    """The predicted class, -1 where logits are not finite."""
-    return torch.where(_finite(rows), rows.argmax(1), -1)
+    """The predicted class, -1 where there is none."""
+    return torch.where(_has_prediction(rows), rows.argmax(1), -1)
 
 
 def _wrong(rows: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -391,7 +391,7 @@ def _not_in_top(k: int, rows: torch.Tensor, labels: torch.Tensor) -> torch.Tenso
     right = rows.gather(1, labels[:, None])
     classes = torch.arange(rows.shape[1], device=rows.device)
     before = (rows > right) | ((rows == right) & (classes < labels[:, None]))
-    return (before.sum(1) >= k) | ~_finite(rows)
+    return (before.sum(1) >= k) | ~_has_prediction(rows) | (right[:, 0] == -math.inf)
 
 
 def _cross_entropy(rows: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -37,7 +37,7 @@ from resnet_paths.zoo.weights import read_checked, write_tensors
 
 __all__ = ["Store"]
 
-_FORMAT = 3
+_FORMAT = 4
 _DIGITS = 16
 _STALE_AFTER = 3600.0  # seconds; a part is written in far less
 

@@ -393,3 +393,58 @@ def test_values_and_weights_of_any_dtype(values, weights):
     )
     expected = np.average(given[0].double().numpy(), weights=given[1].double().numpy())
     assert frame.weighted.tolist() == pytest.approx([expected] * len(frame), rel=1e-6)
+
+
+class Masked(nn.Module):
+    """Logits of 6 classes, two of which each example masks."""
+
+    def forward(self, x):
+        wide = torch.cat([x, -x, x.sin()], 1)[:, :6]
+        first = (x[:, :1] > 0).long()
+        return wide.scatter(1, torch.cat([first, first + 2], 1), -math.inf)
+
+
+def test_masked_classes_have_logits_of_minus_infinity():
+    chain = random_chain(STEADY).with_head(Masked())
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 5, dtype=torch.float64, generator=generator)
+    y = torch.randint(6, (60,), generator=generator)
+    names = ("error_rate", "top_2_error", "top_5_error", "agreement", "kl_divergence", "mean_iou")
+    frame = study(chain, [(x[:32], y[:32]), (x[32:], y[32:])], [lambda c: c, rp.Lesion("delete", (2,))], measures=names)
+    with torch.inference_mode():
+        intact = chain(x)
+        for row, logits in zip(frame.itertuples(), (intact, rp.delete_block(chain, 2)(x)), strict=True):
+            predicted = logits.max(1).indices
+            wrong = (predicted != y).double()
+            assert row.error_rate == pytest.approx(wrong.mean().item())
+            for k, found in ((2, row.top_2_error), (5, row.top_5_error)):
+                best = logits.masked_fill(logits == -math.inf, math.nan).numpy()
+                hits = [
+                    not math.isnan(best[i, label]) and (best[i] > best[i, label]).sum() < k for i, label in enumerate(y)
+                ]
+                assert found == pytest.approx(1 - np.mean(hits))
+            assert row.agreement == pytest.approx((predicted == intact.max(1).indices).double().mean().item())
+    assert frame.agreement[0] == 1
+    assert frame.kl_divergence[0] == pytest.approx(0, abs=1e-12)
+    assert 0 < frame.error_rate[0] < 1
+    assert frame.top_5_error[0] == pytest.approx((intact.gather(1, y[:, None]) == -math.inf).double().mean().item())
+
+
+@pytest.mark.parametrize("logits", [[math.nan, 0, -math.inf], [math.inf, 0, -math.inf], [-math.inf] * 3])
+def test_there_is_no_prediction_without_a_largest_finite_logit(logits):
+    chain = random_chain(STEADY).with_head(Constantly(logits))
+    frame = study(
+        chain,
+        [(torch.zeros(n, 5).double(), torch.zeros(n, dtype=torch.long)) for n in (2, 1)],
+        measures=["error_rate", "top_2_error", "agreement"],
+    )
+    assert frame[["error_rate", "top_2_error", "agreement"]].to_numpy().tolist() == [[1, 1, 0]] * len(frame)
+
+
+class Constantly(nn.Module):
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, x):
+        return torch.tensor(self.logits, dtype=x.dtype).expand(len(x), -1)
