@@ -33,6 +33,7 @@ def greedy_deletions(
     """Greedy deletion: each step deletes the block without which the measure is best.
 
     Each step is one `resnet_paths.lesion_study` over the blocks that are left, whose common blocks are computed once.
+    A block without which the measure is NaN is not chosen.
 
     Args:
         chain: The intact chain. Of a transformer take ``group_blocks(chain)`` to delete whole layers.
@@ -50,7 +51,8 @@ def greedy_deletions(
         one that the lesion before does not have.
 
     Raises:
-        ResnetPathsError: If `num_blocks` is not such a number, or the loader can be read only once.
+        ResnetPathsError: If `num_blocks` is not such a number, the loader can be read only once, or the measure is NaN
+            whatever is deleted.
     """
     left = [place for lesion in single_deletions(chain) for place in lesion.blocks or ()]
     num_blocks = require_int("num_blocks", num_blocks, 1, len(left))
@@ -73,5 +75,13 @@ def greedy_deletions(
             progress=progress,
         )
         values = frame[measured.name]
+        if values.isna().all():
+            deleted = ", ".join(chain[place].name or str(place) for place in ranking) or "none yet"
+            raise ResnetPathsError(
+                "measure",
+                f"{measured.name} = nan for each next block (deleted: {deleted})",
+                "a measure that is a number for at least one of them",
+                "Such as 'error_rate', where logits are not finite; or pass fewer num_blocks.",
+            )
         ranking.append(left.pop(int(values.argmax() if maximize else values.argmin())))
     return ranked_deletions(chain, ranking)

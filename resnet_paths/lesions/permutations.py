@@ -95,7 +95,7 @@ def sampled_shapley_values(
 
     Raises:
         ResnetPathsError: As `resnet_paths.lesion_study`; also if there are fewer than two blocks, scores do not fit
-            them, or the loader can be read only once.
+            them, the measure of a subset is not finite, or the loader can be read only once.
     """
     chosen = chosen_blocks(chain, blocks)
     if len(chosen) < 2:
@@ -193,6 +193,18 @@ class _Known:
             **self.options,  # type: ignore[arg-type]
         )
         name = self.measured.name
+        infinite = study[~np.isfinite(study[name])]
+        if len(infinite):
+            number, names = (
+                infinite[name].iloc[0],
+                ", ".join(self.chain[b].name or str(b) for b in infinite["blocks"].iloc[0]),
+            )
+            raise ResnetPathsError(
+                "measure",
+                f"{name} = {number} with {names or 'nothing'} deleted",
+                "a measure that is a finite number for each subset of the blocks",
+                "Such as 'error_rate', where logits are not finite; or pass other blocks.",
+            )
         self.value_of |= dict(zip(missing, study[name].tolist(), strict=True))
         self.influences |= dict(zip(missing, study[f"{name}_influences"], strict=True))
         self.block_evaluations += study.attrs["block_evaluations"]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 import resnet_paths as rp
+from resnet_paths.core.parts import Constant
 from tests.chains import Plan, inputs, random_chain
 
 STEADY = (3, tuple(Plan(3, "identity", False, False) for _ in range(5)))
@@ -50,3 +52,44 @@ def test_a_wrong_number_of_blocks_is_refused(num_blocks):
 def test_a_loader_that_is_read_once_is_refused():
     with pytest.raises(rp.ResnetPathsError, match=r"loader: got .*Pass list\(loader\)"):
         rp.greedy_deletions(random_chain(STEADY), iter([(inputs(), TARGETS)]), 1)
+
+
+class LogOfFirst(nn.Module):
+    """NaN where the first number of a state is below 50."""
+
+    def forward(self, x):
+        return x + torch.log(x[:, :1] - 50)
+
+
+def chain_that_needs_a_block():
+    """Without ``block1`` its logits are NaN."""
+    chain = random_chain((3, tuple(Plan(3, "identity", False, False) for _ in range(4))))
+    shift = chain[1].replace(branch=Constant(torch.tensor([100.0, 0, 0], dtype=torch.float64)))
+    return chain.with_blocks([chain[0], shift, *list(chain)[2:]]).with_head(LogOfFirst())
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_a_block_without_which_the_loss_is_nan_is_never_the_best(maximize):
+    chain, batches = chain_that_needs_a_block(), [(inputs(), TARGETS)]
+    lesions = rp.greedy_deletions(chain, batches, 3, maximize=maximize, progress=False)
+    ranking = []
+    for _ in range(3):
+        losses = {
+            place: F.cross_entropy(rp.delete_blocks(chain, [*ranking, place])(inputs()), TARGETS).item()
+            for place in {0, 2, 3} - set(ranking)
+        }
+        ranking.append((max if maximize else min)(losses, key=losses.__getitem__))
+    assert [lesion.blocks for lesion in lesions] == [tuple(sorted(ranking[: i + 1])) for i in range(3)]
+    named = r"measure: got 'cross_entropy = nan for each next block \(deleted: block\d, block\d, block\d\)'"
+    with pytest.raises(rp.ResnetPathsError, match=named):
+        rp.greedy_deletions(chain, batches, 4, maximize=maximize, progress=False)
+
+
+def test_shapley_values_of_a_loss_that_is_nan_are_refused():
+    chain = chain_that_needs_a_block()
+    with pytest.raises(rp.ResnetPathsError, match=r"measure: got 'cross_entropy = nan with .*block1.* deleted'"):
+        rp.sampled_shapley_values(chain, [(inputs(), TARGETS)], generator=torch.Generator(), progress=False)
+    rest = rp.sampled_shapley_values(
+        chain, [(inputs(), TARGETS)], blocks=[0, 2, 3], generator=torch.Generator(), progress=False
+    )
+    assert rest.shapley.notna().all()
