@@ -71,7 +71,7 @@ def plot_range_repeats(frame: pd.DataFrame, ax: Axes | None = None, value: str =
         ResnetPathsError: If columns are missing, there is no range, all values are NaN, the rows are of several
             networks, or a range occurs twice with different values.
     """
-    rows = _ranges(frame, value, "duplicate")
+    rows = _ranges(frame, value, "duplicate_range")
     ax = plt.gca() if ax is None else ax
     _draw(ax, _table(rows, "last", "first", value), value, diverging=value.endswith("_increase"))
     ax.set(xlabel="first repeated block (index from 0)", ylabel="last repeated block", aspect="equal")

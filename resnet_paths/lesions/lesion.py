@@ -26,7 +26,7 @@ from resnet_paths.lesions.guard import guard_of
 
 __all__ = ["KINDS", "Lesion", "edits_of"]
 
-KINDS = ("delete", "duplicate", "scale", "swap", "permute", "replace", "repeat", "parallel")
+KINDS = ("delete", "duplicate", "duplicate_range", "scale", "swap", "permute", "replace", "repeat", "parallel")
 """What a lesion may do to its blocks."""
 
 # The parameters that a kind needs.
@@ -39,9 +39,9 @@ class Lesion:
 
     Attributes:
         kind: What is done to `blocks`, and nothing else: ``"delete"``, ``"duplicate"`` (each run twice in a row),
-            ``"scale"`` (their branches times `factor`), ``"swap"`` (two in each other's place, or all blocks in
-            `order`), ``"permute"`` (all blocks in `order`),
-            ``"replace"`` (their branches by `branch`), ``"repeat"`` (the middle one in the place of each) or
+            ``"duplicate_range"`` (the range of neighbours run twice in a row), ``"scale"`` (their branches times
+            `factor`), ``"swap"`` (two in each other's place, or all blocks in `order`), ``"permute"`` (all blocks in
+            `order`), ``"replace"`` (their branches by `branch`), ``"repeat"`` (the middle one in the place of each) or
             ``"parallel"`` (run side by side and averaged, `loops` times); empty for a `function`.
         blocks: Positions of the blocks; None where they are not known.
         name: Name in tables and figures, such as ``"delete layer2.0"``.
@@ -138,6 +138,8 @@ class Lesion:
             return chain.with_blocks(b.replace(branch=self.branch) if i in blocks else b for i, b in enumerate(chain))
         if self.kind == "repeat":
             return _with_repeated_middle(chain, blocks)
+        if self.kind == "duplicate_range":
+            return duplicate_block(group_blocks(chain, [blocks]), min(blocks))
         if self.kind == "parallel":
             chain = parallel_blocks(chain, blocks)
             for _ in range(self.loops - 1):

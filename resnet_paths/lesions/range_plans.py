@@ -56,7 +56,7 @@ def range_repeats(chain: ResidualChain, lengths: Iterable[int] | None = None) ->
     """
     require_chain("chain", chain)
     return [
-        Lesion("duplicate", places, name=f"repeat {_named(chain, places)}", runs=(places,))
+        Lesion("duplicate_range", places, name=f"repeat {_named(chain, places)}")
         for length in _checked(chain, lengths)
         for places in _ranges(chain, length)
         if all(block.keeps_shape for block in _blocks(chain, places))

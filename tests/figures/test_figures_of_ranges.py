@@ -30,7 +30,14 @@ def _style() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def frames() -> dict[str, pd.DataFrame]:
     chain, loader = random_chain(STEADY), list(labelled(40))
-    plans = [*rp.range_deletions(chain), *rp.range_repeats(chain), *rp.pair_deletions(chain)[-1:], lambda c: c]
+    each_twice = [rp.Lesion("duplicate", (1, 2)), rp.Lesion("duplicate", (1,))]  # blocks 1, 1, 2, 2 and not 1, 2, 1, 2
+    plans = [
+        *each_twice,
+        *rp.range_deletions(chain),
+        *rp.range_repeats(chain),
+        *rp.pair_deletions(chain)[-1:],
+        lambda c: c,
+    ]
     predicted = rp.predicted_effects(chain, loader, span=range(1, 7), progress=False)
     return {"study": rp.lesion_study(chain, loader, plans, progress=False), "predicted": predicted}
 
@@ -67,7 +74,7 @@ def test_deletions_are_cells_and_the_lowest_of_each_number_is_joined(frames: dic
 def test_repeats_are_cells_and_increases_diverge_from_zero(frames: dict[str, pd.DataFrame]) -> None:
     ax = plot_range_repeats(frames["study"], plt.figure().gca())
     drawn = cells(ax)
-    rows = frames["study"][frames["study"].kind == "duplicate"]
+    rows = frames["study"][frames["study"].kind == "duplicate_range"]
     assert drawn.count() == len(rows) == 21
     for row in rows.itertuples():
         assert drawn[row.blocks[-1], row.blocks[0]] == pytest.approx(row.cross_entropy_increase)
@@ -103,7 +110,7 @@ def test_colours_end_at_percentiles_of_outliers_only_and_the_colour_bar_shows_it
 
 def test_what_is_no_study_of_ranges(frames: dict[str, pd.DataFrame]) -> None:
     study = frames["study"]
-    with pytest.raises(rp.ResnetPathsError, match=r"frame: got \"no row of kind 'duplicate'\"; .*range_repeats"):
+    with pytest.raises(rp.ResnetPathsError, match=r"frame: got \"no row of kind 'duplicate_range'\"; .*range_repeats"):
         plot_range_repeats(study[study.kind == "delete"])
     with pytest.raises(rp.ResnetPathsError, match=r"frame: got \['a'\]; allowed: a frame of lesion_study"):
         plot_range_deletions(pd.DataFrame({"a": [1]}))

@@ -148,6 +148,7 @@ def test_interactions_of_tokens_are_of_pooled_rates():
 
 OPTIONS = {
     "duplicate": {},
+    "duplicate_range": {},
     "scale": {"factor": 0.5},
     "replace": {"branch": torch.nn.Tanh()},
     "repeat": {},
@@ -194,6 +195,7 @@ def test_lesions_say_of_what_kind_they_are():
     plans = {
         "delete": [*rp.pair_deletions(chain), *rp.random_deletions(chain, [2], 1, seeded())],
         "duplicate": [*rp.duplications(chain), *rp.random_duplications(chain, [2], 1, seeded())],
+        "duplicate_range": rp.range_repeats(chain, [1, 2]),
         "scale": rp.scalings(chain, [0.5]),
         "swap": rp.random_swaps(chain, [2], 1, seeded()),
         "replace": [*rp.branch_replacements(chain, chain), *rp.mean_replacements(chain, inputs())],
