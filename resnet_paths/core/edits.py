@@ -10,7 +10,8 @@ Positions never shift when a block is deleted: it stays in its place with its sk
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
 from torch import nn
@@ -29,6 +30,7 @@ __all__ = [
     "parallel_blocks",
     "path_network",
     "permute_blocks",
+    "renamed",
     "reverse_blocks",
     "scale_block",
     "swap_blocks",
@@ -165,6 +167,8 @@ def swap_blocks(chain: ResidualChain, first: int | str, second: int | str) -> Re
 def duplicate_block(chain: ResidualChain, block: int | str) -> ResidualChain:
     """The network with a block run twice in a row; the copy shares its weights and is named ``NAME#2``.
 
+    Blocks inside its branches, and branches with names, have the same suffix in the copy.
+
     Args:
         chain: The chain.
         block: Position or name.
@@ -175,19 +179,40 @@ def duplicate_block(chain: ResidualChain, block: int | str) -> ResidualChain:
     Raises:
         ResnetPathsError: If there is no such block, or it changes the shape.
     """
+    require_chain("chain", chain)
+    taken = set(_names_in(chain))
 
     def duplicate(chain: ResidualChain) -> ResidualChain:
         index = chain.block_index(block)
-        names = {b.name for b in chain}
         original = chain[index]
         stem = original.name.split("#")[0]
-        name = next(f"{stem}#{k}" for k in range(2, len(chain) + 3) if f"{stem}#{k}" not in names)
+        copies = (renamed(original, f"{stem}#{k}", f"#{k}") for k in itertools.count(2))
+        copy = next(copy for copy in copies if taken.isdisjoint(_names_in([copy])))
         blocks = list(chain)
-        copy = original.replace(name=name)
         blocks.insert(index + 1, copy.moved_to(copy.replace(pre_stays=False)) if original.pre_stays else copy)
         return chain.with_blocks(blocks)
 
     return _at_depth_of(chain, block, duplicate)
+
+
+def renamed(block: Block, name: str, suffix: str) -> Block:
+    """A block under another name, for a chain that holds the block itself as well.
+
+    Args:
+        block: The block.
+        name: Its name.
+        suffix: What is added to the names of its branches and of all blocks inside them.
+
+    Returns:
+        A block that shares all weights.
+    """
+    for number, inner in _chains_in(block).items():
+        inside = (renamed(b, f"{b.name}{suffix}" if b.name else "", suffix) for b in inner)
+        block = block.with_branch(number, inner.with_blocks(inside))
+    if isinstance(block.branch, Parallel):
+        names = [f"{own}{suffix}" for own in block.branch.names]
+        block = block.replace(branch=Parallel(block.branch, onto_skip=block.branch.onto_skip, names=names))
+    return block.replace(name=name)
 
 
 def scale_block(chain: ResidualChain, block: int | str, factor: float) -> ResidualChain:
@@ -377,9 +402,15 @@ def _chains_in(block: Block) -> dict[int, ResidualChain]:
 
 
 def _holds(chain: ResidualChain, name: str) -> bool:
-    return any(
-        name in (b.name, *b.branch_names) or any(_holds(inner, name) for inner in _chains_in(b).values()) for b in chain
-    )
+    return any(name == own for own in _names_in(chain))
+
+
+def _names_in(blocks: Iterable[Block]) -> Iterator[str]:
+    """The names of blocks, of their branches, and of all blocks inside these."""
+    for block in blocks:
+        yield from filter(None, (block.name, *block.branch_names))
+        for inner in _chains_in(block).values():
+            yield from _names_in(inner)
 
 
 def _listed(blocks: Iterable[int | str]) -> list[int | str]:

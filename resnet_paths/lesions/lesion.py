@@ -18,6 +18,7 @@ from resnet_paths.core.edits import (
     duplicate_block,
     parallel_blocks,
     permute_blocks,
+    renamed,
     scale_block,
     swap_blocks,
 )
@@ -169,7 +170,8 @@ class Lesion:
 def _with_repeated_middle(chain: ResidualChain, blocks: Sequence[int]) -> ResidualChain:
     middle = chain[blocks[len(blocks) // 2]]
     return chain.with_blocks(
-        middle.replace(name=f"{middle.name}@{index}") if index in blocks else block for index, block in enumerate(chain)
+        renamed(middle, f"{middle.name}@{index}", f"@{index}") if index in blocks else block
+        for index, block in enumerate(chain)
     )
 
 

@@ -132,6 +132,40 @@ def test_duplicating_runs_a_block_twice():
     assert len(list(thrice.parameters())) == len(list(chain.parameters()))
 
 
+def all_names(blocks):
+    """Names of blocks and branches at any depth, by a walk over all modules."""
+    inside = [module for block in blocks for module in block.modules()]
+    branches = [name for module in inside if isinstance(module, Parallel) for name in module.names]
+    return branches + [module.name for module in inside if isinstance(module, Block)]
+
+
+@pytest.mark.parametrize("kind", ["chain", "branches", "group"])
+def test_blocks_inside_a_copy_have_names_of_their_own(kind):
+    chain = steady_chain(4)
+    if kind == "group":
+        chain = rp.group_blocks(chain, [[1, 2]])
+        first = "layer1.1"
+    else:
+        inner = with_inner_chain()
+        branches = inner if kind == "chain" else Parallel([branch(3, 3).double(), inner], names=["mlp", "inner"])
+        chain = chain.with_blocks([chain[0], chain[1].replace(branch=branches), *list(chain)[2:]])
+        first = "inner.0"
+    twice = rp.duplicate_block(chain, 1)
+    thrice = rp.duplicate_block(rp.duplicate_block(twice, twice[2].name), f"{first}#2")
+    repeated = rp.Lesion("repeat", (0, 1, 2, 3)).edit(chain) if kind != "group" else twice
+    for edited in (twice, thrice, repeated):
+        names = all_names(edited)
+        assert len(set(names)) == len(names)
+    x = chain.stem(inputs())
+    x = chain[0](x)
+    lost = rp.delete_block(chain, first)[1]
+    for name, runs in ((first, (lost, chain[1])), (f"{first}#2", (chain[1], lost))):
+        state = x
+        for block in (*runs, *list(chain)[2:]):
+            state = block(state)
+        assert torch.equal(rp.delete_block(twice, name)(inputs()), chain.head(state))
+
+
 @pytest.mark.parametrize("factor", [0.0, 0.5, 1.0, -2.0, 3, np.float32(0.5), np.int64(3)])
 def test_scaling(factor):
     chain = steady_chain(3)
