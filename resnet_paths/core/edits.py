@@ -85,9 +85,11 @@ def delete_blocks(chain: ResidualChain, blocks: Iterable[int | str]) -> Residual
             inside.append(block)
         else:
             own.add(chain.block_index(block))
-    # All at once: each new chain looks at every block. A block inside another one's branch goes with that.
+    known = set(_names_in(chain)) if inside else set()
     for block in inside:
-        chain = _with_changed(chain, block, _without_branch)
+        if block not in known or _holds(chain, block):  # it may be gone with a branch that was deleted before
+            chain = _with_changed(chain, block, _without_branch)
+    # All at once: each new chain looks at every block.
     return chain.with_blocks(_without_branch(b) if i in own else b for i, b in enumerate(chain))
 
 

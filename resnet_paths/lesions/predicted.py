@@ -39,8 +39,9 @@ from resnet_paths.core.placement import device_of, place_modules
 from resnet_paths.core.positions import Tokens, counted_positions, validate_tokens, vectors_of
 from resnet_paths.core.signature import arguments_of
 from resnet_paths.lesions.frames import deletions_of
-from resnet_paths.lesions.measures import Measure, measures_of, validate_outputs
+from resnet_paths.lesions.measures import Measure, measures_of
 from resnet_paths.lesions.runner import counts_of_items, shifted
+from resnet_paths.lesions.validation import validate_outputs
 
 __all__ = ["SCORES", "predicted_effects", "score_correlations"]
 

@@ -22,9 +22,10 @@ from resnet_paths._utils.fingerprint import fingerprint
 from resnet_paths._utils.threads import ignoring_warnings
 from resnet_paths.core.inputs import Inputs, each_tensor, num_examples, require_movable, split
 from resnet_paths.core.placement import PRECISIONS, device_of
-from resnet_paths.lesions.measures import IGNORED, Measure, validate_outputs
+from resnet_paths.lesions.measures import IGNORED, Measure
 from resnet_paths.lesions.results import Sums, joined, sums_of
 from resnet_paths.lesions.trie import Trie
+from resnet_paths.lesions.validation import validate_outputs
 
 __all__ = ["Runner", "counts_of_items", "num_workers", "run_batch", "shared_with_workers", "shifted"]
 

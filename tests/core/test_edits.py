@@ -132,6 +132,22 @@ def test_duplicating_runs_a_block_twice():
     assert len(list(thrice.parameters())) == len(list(chain.parameters()))
 
 
+@pytest.mark.parametrize(
+    "blocks", [["mlp", "mlp"], ["inner", "inner.1", "layer1.2"], ["inner.1", "inner.1", 2, 2, "inner"]]
+)
+def test_a_name_may_be_deleted_twice_or_with_what_holds_it(blocks):
+    chain = steady_chain(3)
+    branches = Parallel([branch(3, 3).double(), with_inner_chain()], names=["mlp", "inner"])
+    chain = chain.with_blocks([chain[0], chain[1].replace(branch=branches), chain[2]])
+    state = chain[0](chain.stem(inputs()))
+    kept = [name for name in ("mlp", "inner") if name not in blocks]
+    state = sum((branches[branches.names.index(name)](state) for name in kept), state)
+    state = state if "layer1.2" in blocks or 2 in blocks else chain[2](state)
+    torch.testing.assert_close(rp.delete_blocks(chain, blocks)(inputs()), chain.head(state), rtol=0, atol=1e-14)
+    with pytest.raises(rp.ResnetPathsError, match=r"block: got 'mpl'"):
+        rp.delete_blocks(chain, [*blocks, "mpl"])
+
+
 def all_names(blocks):
     """Names of blocks and branches at any depth, by a walk over all modules."""
     inside = [module for block in blocks for module in block.modules()]

@@ -448,3 +448,18 @@ class Constantly(nn.Module):
 
     def forward(self, x):
         return torch.tensor(self.logits, dtype=x.dtype).expand(len(x), -1)
+
+
+@pytest.mark.parametrize("shape", [(1,), (1, 2, 2), (4, 1)])
+def test_one_logit_is_no_distribution_over_classes(shape):
+    class Shaped(nn.Module):
+        def forward(self, x):
+            return x[:, :1, None].expand(-1, 1, 4).reshape(len(x), 4)[:, : math.prod(shape)].reshape(len(x), *shape)
+
+    chain = random_chain(STEADY).with_head(Shaped())
+    x, y = torch.zeros(3, 5, dtype=torch.float64), torch.zeros(3, *[n for n in shape if n > 1], dtype=torch.long)
+    for measures in (["error_rate"], ["agreement"], ["cross_entropy", "kl_divergence"]):
+        with pytest.raises(rp.ResnetPathsError, match=r"measures: .*the one logit .*Pass a function"):
+            study(chain, [(x, y)], measures=measures)
+    own = rp.measure(lambda outputs, labels: (outputs.flatten(1) > 0) != labels.flatten(1), name="own")
+    assert study(chain, [(x, y if y.dim() > 1 else y[:, None])], measures=[own]).own.notna().all()
