@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
 
 import torch
 from torch import nn
@@ -42,7 +41,7 @@ def keeps_its_input(part: nn.Module) -> bool:
 
 
 def _computes_only(node: Node) -> bool:
-    target: Any = node.target
+    target: object = node.target
     if isinstance(target, torch._ops.OpOverload):
         return not target._schema.is_mutable
     if node.op == "call_function":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 
@@ -13,7 +12,7 @@ from resnet_paths.lesions.measures import IGNORED, Measure
 __all__ = ["validate_logits", "validate_outputs"]
 
 
-def validate_logits(logits: Any, labels: torch.Tensor | None) -> int:
+def validate_logits(logits: object, labels: torch.Tensor | None) -> int:
     """Validate logits and labels.
 
     Args:
