@@ -28,7 +28,18 @@ COLUMNS = (
     *("source", "larger_run", "headline"),
 )
 _MOST_IN_A_CELL = 6
-_TEXT = ("profile", "unit", "over", "prediction", "verdict", "refuted_by", "networks", "source", "larger_run")
+_TEXT = (
+    "profile",
+    "unit",
+    "over",
+    "prediction",
+    "verdict",
+    "expected",
+    "refuted_by",
+    "networks",
+    "source",
+    "larger_run",
+)
 
 
 def collect_findings(folder: Path) -> pd.DataFrame:
