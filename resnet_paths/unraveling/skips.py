@@ -4,7 +4,7 @@ The value at the fork itself is; else the one with the fewest weight layers on t
 convolutions. Where several have as few, a name that the caller gives decides, then the names that modules have, then
 the number of weights: a 1x1 convolution beside a 3x3, a linear map beside a recurrent layer.
 
-Any operation may be on a skip, such as pooling or slicing: kinds of skip are not listed here. Which nodes join a skip
+Every operation may be on a skip, such as pooling or slicing: kinds of skip are not listed here. Which nodes join a skip
 and a branch is decided in `merges.is_merge`; other forms of an addition are rewritten in `rewrites`.
 """
 
