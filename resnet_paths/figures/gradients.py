@@ -178,7 +178,7 @@ def plot_coherence(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax = plt.gca() if ax is None else ax
     ax.axhline(1, color=MUTED, linewidth=0.7, zorder=0)
     # The maximum, for equal gradients, is the square root of the number of paths.
-    most = np.array([math.exp(min(math.log(count) / 2, 700.0)) for count in frame["num_paths"]])  # within a float
+    most = np.array([math.exp(min(math.log(count) / 2, 600.0)) for count in frame["num_paths"]])  # within a float
     ax.plot(frame["path_length"], most, color=MUTED, linewidth=0.7, linestyle="dashed", label="all paths equal")
     ax.errorbar(
         frame["path_length"],

@@ -218,7 +218,7 @@ def draw_map(
         ax: The axes.
         x: Whole numbers along the horizontal axis, in increasing order; those left out get grey cells.
         y: Likewise along the vertical axis.
-        values: Array [y, x], NaN where there is no value.
+        values: Array [y, x], NaN where there is no value; infinite ones have the first or the last colour.
         label: Of the colour bar.
         sequential: A sequential colour map; None for one that diverges from 0.
         robust: Whether colours end at the 2nd and the 98th percentile where values are farther beyond them than half of
@@ -227,11 +227,12 @@ def draw_map(
         vmin: Value of the first colour; that of the map if None.
         vmax: Likewise of the last colour.
     """
-    least, most = float(np.nanmin(values)), float(np.nanmax(values))
+    finite = values[np.isfinite(values)] if np.isfinite(values).any() else np.zeros(1)
+    least, most = float(finite.min()), float(finite.max())
     low, high = least, most
     if robust:  # values of the map itself: between two, one extreme value would count
-        low = float(np.nanpercentile(values, 2, method="higher"))
-        high = float(np.nanpercentile(values, 98, method="lower"))
+        low = float(np.percentile(finite, 2, method="higher"))
+        high = float(np.percentile(finite, 98, method="lower"))
         half = (high - low) / 2 or np.inf  # if nearly all values are equal, all are shown
         low, high = (low if low - least > half else least, high if most - high > half else most)
     if sequential is None:

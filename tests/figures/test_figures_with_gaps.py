@@ -33,6 +33,15 @@ def test_pairs_of_some_blocks(ax):
     assert all(cell(ax, x, y) is np.ma.masked for x, y in [(4, 0), (0, 4), (5, 5), (8, 5)])
 
 
+def test_infinite_values_leave_the_colours_of_the_others(ax):
+    table = [(0, 1, 0.5), (0, 2, 2.0), (1, 2, np.inf)]
+    frame = pd.DataFrame(table, columns=["deleted_index", "block_index", "relative_change"])
+    figures.plot_effect_matrix(frame, ax)
+    (mesh,) = ax.collections
+    assert mesh.get_clim() == (0, 200)
+    assert cell(ax, 1, 0) == pytest.approx(50)
+
+
 def by_source(sources, lengths):
     rows = [(name, index, length, 0.01 * (length + 1)) for name, index in sources for length in lengths]
     frame = pd.DataFrame(rows, columns=["source", "block_index", "path_length", "share"])
