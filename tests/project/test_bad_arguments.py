@@ -84,6 +84,7 @@ BAD = {
     "name": ["banana", 3, None, [], b"x"],
     "path of weights": [5, b"x", "a\0b", "/nowhere", []],
     "optional name": ["banana", 3, [], b"x", "../networks"],
+    "name of a data set": [3, [], b"x", "../networks"],  # of any other, no network is trained
     "optional seed": ["x", 1.5, -1, 10**19, [], True],
     "function": [None, 3, "x", lambda: 0, []],
     "example": [None, 3, "x", [], {}, (), object(), [3]],
@@ -197,7 +198,7 @@ FUNCTIONS = {
             "stop_when": "precision of intervals",
         },
     ),
-    "list_networks": ({}, {"dataset": "optional name"}),
+    "list_networks": ({}, {"dataset": "name of a data set"}),
     "load_dataset": ({}, {"name": "name", "split": "name", "folder": "store"}),
     "load_network": (
         {"name": "preact-resnet-20"},
