@@ -50,7 +50,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("notebooks")
     always = ("profile =", "import ", "rp.widgets.")
     nbformat.write(needed_cells("09", (*always, "depth, weights =")), folder / "09.ipynb")
-    notebook = needed_cells("10", (*always, "num_images ="))
+    notebook = needed_cells("10", (*always, "test_images ="))
     notebook.cells.insert(1, nbformat.v4.new_code_cell('network = "preact-resnet-20"  # less to compute'))
     nbformat.write(notebook, folder / "10.ipynb")
     return folder
