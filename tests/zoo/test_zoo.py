@@ -437,6 +437,7 @@ def test_logs_of_digits_have_every_seed_also_without_its_weights():
     schedules = epochs.map(len).reset_index(name="schedule")
     seeds = schedules.groupby(["schedule", "network"]).seed.agg(list)
     names = (*(f"preact-resnet-{depth}" for depth in (8, 14, 20, 32, 44, 56, 110)), "effective-110")
+    names += tuple(f"{kind}-{depth}" for kind in ("plain", "resnet") for depth in (20, 56))  # notebook 08
     assert seeds[50].drop("preact-resnet-110-option-a").to_dict() == {name: [0, 1, 2] for name in names}
     for schedule in (25, 100, 200):  # notebook 05
         assert seeds[schedule, "effective-110"] == seeds[schedule, "preact-resnet-110"]
