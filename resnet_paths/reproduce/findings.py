@@ -50,7 +50,7 @@ class Finding:
         over: What the interval is over: ``"images"``, ``"seeds"``, ``"blocks"``, ``"sets of blocks"``.
         at_least: Lower end of the predicted range.
         at_most: Its upper end.
-        expected: ``"agrees"``, ``"differs"`` where an earlier run refuted the prediction, or empty if either may be.
+        expected: ``"agrees"``, ``"differs"`` where an earlier run refuted the prediction, or empty to accept either.
         networks: Names of the networks.
         seeds: Number of training runs.
         images: Number of examples.
@@ -278,7 +278,7 @@ def on_dataset(findings: Sequence[Finding], dataset: str) -> list[Finding]:
     """The findings of a notebook whose parameter is a data set.
 
     Which predictions hold is known of the included results, which are of Fashion-MNIST. On another data set either
-    verdict may be, so that a notebook does not fail where its results differ from those.
+    verdict is accepted, so that a notebook does not fail because its results differ from those.
 
     Args:
         findings: The findings. Those with a data set of their own are returned as they are.
