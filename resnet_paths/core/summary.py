@@ -28,6 +28,13 @@ _NAMES = {
     "adaptive_avg_pool2d": "average pool",
     "addmm": "linear",
     "softmax": "softmax",
+    "baddbmm": "bmm",
+    "lstm": "LSTM",
+    "gru": "GRU",
+    "lstm_cell": "LSTM cell",
+    "gru_cell": "GRU cell",
+    "rnn_tanh_cell": "RNN cell",
+    "rnn_relu_cell": "RNN cell",
 }
 # They compute nothing; what concatenation is made of is said by the kind of the skip.
 _SILENT = ("Identity", "Placed", "Take", "WithEmptySum")
@@ -51,6 +58,9 @@ _SHOWN = {
     "matmul",
     "bmm",
     "einsum",
+    "bilinear",
+    "tensordot",
+    "inner",
     "cat",
     "upsample_bilinear2d",
     "upsample_nearest2d",

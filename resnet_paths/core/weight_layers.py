@@ -6,6 +6,8 @@ Pooling in windows makes a branch as well, although it is no weight layer.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +15,7 @@ from torch.fx import GraphModule, Node
 
 from resnet_paths.core.parts import LinearCombination, Parallel
 
-__all__ = ["CONVOLUTIONS", "is_weighted", "makes_branch", "weight_layers"]
+__all__ = ["CONVOLUTIONS", "is_product", "is_weighted", "makes_branch", "weight_layers"]
 
 _ATEN = torch.ops.aten
 CONVOLUTIONS = {
@@ -26,49 +28,28 @@ CONVOLUTIONS = {
 }
 """Convolutions that are not transposed."""
 
-_OTHER_CONVOLUTIONS = {
-    _ATEN.conv_transpose1d.default,
-    _ATEN.conv_transpose2d.input,
-    _ATEN.conv_transpose3d.input,
-    _ATEN.convolution.default,
+# Names of ATen operations, whatever their overload.
+_WITH_BIAS = {
+    *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution"),
+    *("conv_tbc", "linear", "bilinear"),
 }
 _PRODUCTS = {
-    _ATEN.linear.default,
-    _ATEN.addmm.default,
-    _ATEN.mm.default,
-    _ATEN.matmul.default,
-    _ATEN.bmm.default,
-    _ATEN.einsum.default,
+    *("mm", "mv", "bmm", "matmul", "linalg_matmul", "einsum", "tensordot", "inner", "dot", "vdot", "linalg_vecdot"),
+    *("chain_matmul", "linalg_multi_dot", "_grouped_mm", "scaled_dot_product_attention"),
 }
+_ADDED_TO = {"addmm", "addmv", "addbmm", "baddbmm"}
 _RECURRENT = {
-    _ATEN.lstm.input,
-    _ATEN.gru.input,
-    _ATEN.rnn_tanh.input,
-    _ATEN.rnn_relu.input,
-    _ATEN.lstm.data,
-    _ATEN.gru.data,
-    _ATEN.rnn_tanh.data,
-    _ATEN.rnn_relu.data,
+    *("lstm", "gru", "rnn_tanh", "rnn_relu"),
+    *("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"),
 }
-_WEIGHTED = CONVOLUTIONS | _OTHER_CONVOLUTIONS | _PRODUCTS | _RECURRENT
 _FOURIER = {
-    "aten::fft_fft",
-    "aten::fft_ifft",
-    "aten::fft_rfft",
-    "aten::fft_irfft",
-    "aten::fft_fft2",
-    "aten::fft_ifft2",
-    "aten::fft_rfft2",
-    "aten::fft_irfft2",
-    "aten::fft_fftn",
-    "aten::fft_ifftn",
-    "aten::fft_rfftn",
-    "aten::fft_irfftn",
-    "aten::_fft_c2c",
-    "aten::_fft_r2c",
-    "aten::_fft_c2r",
+    *("fft_fft", "fft_ifft", "fft_rfft", "fft_irfft", "fft_hfft", "fft_ihfft"),
+    *("fft_fft2", "fft_ifft2", "fft_rfft2", "fft_irfft2", "fft_hfft2", "fft_ihfft2"),
+    *("fft_fftn", "fft_ifftn", "fft_rfftn", "fft_irfftn", "fft_hfftn", "fft_ihfftn"),
+    *("_fft_c2c", "_fft_r2c", "_fft_c2r", "stft", "istft"),
 }
-_OTHERS = {"aten::scaled_dot_product_attention", "aten::_native_multi_head_attention", "aten::_grouped_mm"}
+_WEIGHTED = _WITH_BIAS | _PRODUCTS | _ADDED_TO | _RECURRENT | _FOURIER | {"_native_multi_head_attention"}
+_OF_LISTS = {"einsum": 1, "chain_matmul": 0, "linalg_multi_dot": 0}
 _POOLINGS = {
     _ATEN.avg_pool1d.default,
     _ATEN.avg_pool2d.default,
@@ -77,14 +58,15 @@ _POOLINGS = {
     _ATEN.max_pool2d.default,
     _ATEN.max_pool3d.default,
 }
-_MODULES = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear)
+_MODULES = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.RNNBase, nn.RNNCellBase)
 
 
 def is_weighted(node: Node) -> bool:
     """Whether a node mixes features as a weight layer does.
 
-    These are convolutions of any kind, linear maps and other products of matrices, also of two activations, recurrent
-    layers, attention and Fourier transforms. Normalisation, activations and products number by number are not.
+    These are convolutions of any kind, linear and bilinear maps and other products of matrices, also of two
+    activations, recurrent layers and their cells, attention and Fourier transforms. Normalisation, activations and
+    products number by number are not.
 
     Args:
         node: A node of an exported graph.
@@ -92,14 +74,35 @@ def is_weighted(node: Node) -> bool:
     Returns:
         Whether the node makes the operand a branch.
     """
-    if node.target in _WEIGHTED:
-        return True
-    name = node.target._schema.name if isinstance(node.target, torch._ops.OpOverload) else ""
-    if name in _FOURIER or name in _OTHERS:
-        return True
+    namespace, name = _name_of(node)
+    if namespace == "aten":
+        return name in _WEIGHTED
     # An operation of another library that reads a weight, such as a deformable convolution.
-    is_foreign = bool(name) and not name.startswith(("aten::", "prim"))
+    is_foreign = bool(name) and not namespace.startswith("prim")
     return is_foreign and any(source.op == "get_attr" for source in node.all_input_nodes)
+
+
+def is_product(node: Node) -> bool:
+    """Whether a node multiplies what it reads, and adds none of it to the product.
+
+    These are products of matrices or vectors, also of a signal and a kernel that is computed, and attention.
+
+    Args:
+        node: A node of an exported graph.
+
+    Returns:
+        Whether the node is a product.
+    """
+    namespace, name = _name_of(node)
+    return namespace == "aten" and name in _PRODUCTS | _WITH_BIAS and not _adds_inputs(node, name)
+
+
+def _name_of(node: Node) -> tuple[str, str]:
+    """The library and the name of a node's operation, ``("aten", "linear")``; empty where it is no operator."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return "", ""
+    namespace, _, name = node.target._schema.name.partition("::")
+    return namespace, name
 
 
 def makes_branch(node: Node) -> bool:
@@ -155,9 +158,30 @@ def _longest_route(module: GraphModule) -> int:
 
 def _has_weight(node: Node, learned: set[Node]) -> bool:
     """Whether an operand of a convolution or product is learned, other than a bias."""
-    if node.target in _RECURRENT:
-        return any(operand in learned for operand in node.all_input_nodes)
-    operands = node.args[1] if node.target is _ATEN.einsum.default else node.args
-    assert isinstance(operands, tuple | list)  # of the operators above
-    operands = operands[1:] if node.target is _ATEN.addmm.default else operands[:2]
-    return any(operand in learned for operand in operands)
+    return any(operand in learned for operand in _factors(node))
+
+
+def _factors(node: Node) -> Sequence[Node]:
+    """What a weight layer multiplies; its bias, or what it adds its product to, is left out."""
+    _, name = _name_of(node)
+    if name in _RECURRENT:
+        return node.all_input_nodes
+    operands: Any = node.args
+    if name in _OF_LISTS:
+        operands = operands[_OF_LISTS[name]]
+    elif name in _ADDED_TO:
+        operands = operands[1:3]
+    else:
+        operands = operands[: _place_of_bias(name)]
+    return [operand for operand in operands if isinstance(operand, Node)]
+
+
+def _place_of_bias(name: str) -> int:
+    return 3 if name == "bilinear" else 2
+
+
+def _adds_inputs(node: Node, name: str) -> bool:
+    """Whether a layer's bias may depend on the inputs."""
+    place = _place_of_bias(name)
+    bias = node.args[place] if len(node.args) > place else node.kwargs.get("bias")
+    return name in _WITH_BIAS and isinstance(bias, Node) and bias.op != "get_attr"

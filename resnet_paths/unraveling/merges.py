@@ -21,7 +21,7 @@ import torch
 from torch.fx import Node
 
 from resnet_paths._utils.errors import ResnetPathsError
-from resnet_paths.core.weight_layers import is_weighted, makes_branch
+from resnet_paths.core.weight_layers import is_product, is_weighted, makes_branch
 from resnet_paths.unraveling.concatenations import are_apart, concatenated, is_in_groups
 from resnet_paths.unraveling.packing import Packed, pack
 from resnet_paths.unraveling.parts import LadderStep, Lane, Part
@@ -44,11 +44,6 @@ _CAT = torch.ops.aten.cat.default
 _PRODUCTS = {
     torch.ops.aten.mul.Tensor,
     torch.ops.aten.div.Tensor,
-    torch.ops.aten.matmul.default,
-    torch.ops.aten.bmm.default,
-    torch.ops.aten.mm.default,
-    torch.ops.aten.einsum.default,
-    torch.ops.aten.scaled_dot_product_attention.default,
     operator.add,  # of a layer and its adapter
 }
 
@@ -139,7 +134,9 @@ def refuse_other_merge(traced: Trace, fork: Node, node: Node) -> None:
         ResnetPathsError: If it does.
     """
     # Gates and attention (products) stand inside a segment; a concatenation of slices (patch merging) is no merge.
-    if node.target in _PRODUCTS or len(traced.dependent_inputs(node)) < 2 or is_in_groups(traced, fork, node):
+    if node.target in _PRODUCTS or is_product(node):
+        return
+    if len(traced.dependent_inputs(node)) < 2 or is_in_groups(traced, fork, node):
         return
     if any(is_weighted(n) for n in traced.region([fork], node) if n is not node):
         how = "concatenate it" if node.target is _CAT else f"join it by {getattr(node.target, '__name__', node.target)}"
