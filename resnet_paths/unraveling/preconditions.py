@@ -14,6 +14,8 @@ from resnet_paths._utils.errors import UnravelError
 __all__ = ["refuse_arguments", "refuse_model", "refuse_operations", "refuse_output"]
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+# What a model has in place of operators in order to be quantized later; they compute with ordinary tensors.
+_STAND_INS = (torch.ao.nn.quantized.FloatFunctional, torch.ao.nn.quantized.FXFloatFunctional)
 _PAST = ("past_key_values", "past_key_value", "cache_params")
 
 
@@ -35,7 +37,7 @@ def refuse_model(model: nn.Module) -> None:
             raise UnravelError(
                 "model", f"{shown}, compiled by TorchScript", "ordinary modules", "Pass the module that was compiled."
             )
-        if ".quantized" in type(module).__module__:
+        if ".quantized" in type(module).__module__ and not isinstance(module, _STAND_INS):
             raise UnravelError(
                 "model",
                 f"{shown}, which is quantized",

@@ -326,6 +326,22 @@ def test_quantized_modules_name_what_to_pass():
         rp.unravel(model, x().float())
 
 
+def test_additions_that_stand_in_for_quantized_ones_are_additions():
+    class Quantizable(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.skip_add = nn.Conv1d(3, 3, 1), torch.ao.nn.quantized.FloatFunctional()
+
+        def forward(self, x):
+            return self.skip_add.add_relu(x, self.conv(x))
+
+    model, images = nn.Sequential(Quantizable(), Quantizable()).eval(), torch.randn(2, 3, 5)
+    chain = rp.unravel(model, images)
+    assert [block.skip_kind for block in chain] == ["identity"] * 2
+    assert torch.equal(chain(images), model(images))
+    assert torch.equal(rp.delete_block(chain, "0")(images), model[1](images.relu()))
+
+
 def test_a_model_without_values_has_its_paths_counted():
     model = nn.Sequential(*(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True) for _ in range(3))).eval()
     tokens = torch.zeros(2, 5, 8)
