@@ -46,7 +46,8 @@ def context_of(traced: Trace, parts: Sequence[Part]) -> list[Node]:
     inside: set[Node] = set()  # computed by the block, or the head, that reads it
     for node in traced.in_order(beside):
         given = [arg for arg in node.all_input_nodes if arg in owners and arg not in inside]
-        alone = len(owners[node]) == 1 and _STEM not in owners[node] and node.op != "placeholder"
+        made_before = node.op == "placeholder" or IS_CONTEXT in node.meta
+        alone = len(owners[node]) == 1 and _STEM not in owners[node] and not made_before
         if alone and all(map(_is_tensor, given)):
             inside.add(node)
     inner = {node for node, index in readers.items() if index != _STEM} | inside

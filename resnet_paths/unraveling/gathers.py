@@ -1,7 +1,8 @@
 """States of blocks in a row that a later concatenation gathers, as the head of an ECAPA-TDNN or a C2f module of a YOLO.
 
 ``cat(x_1, x_2, x_3)`` with x_2 = x_1 + f(x_1) and x_3 = x_2 + g(x_2) is no block: x_3 holds x_1 itself, by way of the
-skips. The state of these blocks holds, beside x, what is gathered so far.
+skips. The same holds for a sum, ``a * x_1 + b * x_2 + c * x_3``, as the weighted average of a DenseFormer. The state of
+these blocks holds, beside x, what is gathered so far.
 """
 
 from __future__ import annotations
@@ -14,32 +15,40 @@ from torch.fx import Node
 
 from resnet_paths.core.weight_layers import makes_branch
 from resnet_paths.unraveling.concatenations import dimension
-from resnet_paths.unraveling.merges import trunk_between
+from resnet_paths.unraveling.merges import is_held, summands_of, trunk_between
 from resnet_paths.unraveling.packing import Packed, pack
 from resnet_paths.unraveling.parts import Part
 from resnet_paths.unraveling.tracing import Trace
 
 __all__ = ["gathering_parts"]
 
+_ADD = torch.ops.aten.add.Tensor
 _CAT = torch.ops.aten.cat.default
 
 
 def gathering_parts(
-    traced: Trace, fork: Node, cat: Node, blocks_between: Callable[[Node, Node], Sequence[Part]]
+    traced: Trace, fork: Node, merge: Node, blocks_between: Callable[[Node, Node], Sequence[Part]]
 ) -> tuple[Part, ...]:
-    """The blocks whose states a concatenation gathers.
+    """The blocks whose states a concatenation or a sum gathers.
 
     Args:
         traced: The graph.
-        fork: The node on the trunk before the concatenation.
-        cat: The concatenation.
+        fork: The node on the trunk before it.
+        merge: The concatenation, or the last addition of the sum.
         blocks_between: The blocks on the way from one node to another.
 
     Returns:
-        The blocks, whose states hold what is gathered beside the value; none where the concatenation is a merge, or
-        gathers anything else.
+        The blocks, whose states hold what is gathered beside the value; none where the node is something else, such as
+        a merge of skip and branch. A sum of two states is such a merge, of a skip around some blocks.
     """
-    operands = _operands(cat)
+    if merge.target is _CAT:
+        operands = _operands(merge)
+    elif merge.target is _ADD and len(summands_of(traced, fork, merge)) > 2:
+        operands = summands_of(traced, fork, merge, states=True)
+    else:
+        return ()
+    if merge.target is _ADD and len(operands) < 3:
+        return ()
     last = _last_state(traced, fork, operands)
     if last is None:
         return ()
@@ -65,23 +74,15 @@ def _operands(cat: Node) -> list[Node]:
 
 
 def _last_state(traced: Trace, fork: Node, operands: Sequence[Node]) -> Node | None:
-    """The last operand that holds the fork's value, or a part of it, by way of skips alone; None if there is none."""
-    found = None
+    """What is behind most layers and holds the fork's value, or a part of it, by way of skips; None if none does."""
+    found, most = None, 0
     for operand in traced.in_order(set(operands)):
         if not traced.depends_on_input(operand):
             return None
-        way = traced.region([fork], operand)
-        if any(map(makes_branch, way)) and _holds(traced, fork, operand, way):
-            found = operand
+        layers = sum(map(makes_branch, traced.region([fork], operand)))
+        if layers and layers >= most and is_held(traced, fork, operand):
+            found, most = operand, layers
     return found
-
-
-def _holds(traced: Trace, fork: Node, operand: Node, way: set[Node]) -> bool:
-    reached = {fork}
-    for node in traced.in_order(way):
-        if not makes_branch(node) and not reached.isdisjoint(traced.dependent_inputs(node)):
-            reached.add(node)
-    return operand in reached
 
 
 def _slots(traced: Trace, parts: Sequence[Part], trunk: Sequence[Node], gathered: Sequence[Node]) -> dict[Node, int]:

@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from resnet_paths._utils.errors import ResnetPathsError, UnravelError
 from resnet_paths.unraveling.context import context_of
-from resnet_paths.unraveling.merges import residual_additions
+from resnet_paths.unraveling.merges import residual_additions, trunk_between
 from resnet_paths.unraveling.parts import Options, Part
 from resnet_paths.unraveling.plain import plain_parts
 from resnet_paths.unraveling.residual import residual_parts
@@ -82,7 +82,9 @@ def _with_early_values_as_context(
     early = (early - {addition}) | {first}
     late = {node: [user for user in node.users if user not in early and user is not addition] for node in early}
     late = {node: users for node, users in late.items() if any(traced.comes_before(addition, user) for user in users)}
-    if sum(map(len, late.values())) < 2:
+    num_reads = sum(map(len, late.values()))
+    # A single one may be the end of a skip around all blocks, which is one with these inside.
+    if num_reads == 0 or (num_reads == 1 and _number(found) >= len(additions)):
         return traced, found
     reads = {}
     for node in traced.in_order(late):
@@ -94,9 +96,13 @@ def _with_early_values_as_context(
         node.replace_all_uses_with(read, delete_user_cb={*readers}.difference({read}).__contains__)
         reads[read] = node
     changed = Trace(traced.graph, traced.inputs, traced.output, traced.tensors)
-    parts = _parts_given(changed.seen_from([first], list(reads)), options)
-    if len(parts) >= len(additions):
-        return changed, parts
+    reduced = changed.seen_from([first], list(reads))
+    parts = _parts_given(reduced, options)
+    if parts:
+        # ``f(x + x_0)`` adds what is read inside a branch.
+        inside = set().union(*late.values()).difference(trunk_between(reduced, first, reduced.output))
+        if len(parts) >= sum(node not in inside for _, node in additions):
+            return changed, parts
     for read, node in reads.items():
         read.replace_all_uses_with(node)
         traced.graph.erase_node(read)

@@ -31,11 +31,13 @@ from resnet_paths.unraveling.tracing import Trace, common_module, describe, is_w
 __all__ = [
     "Core",
     "core_of",
+    "is_held",
     "is_merge",
     "owner_of",
     "refuse_node",
     "refuse_other_merge",
     "residual_additions",
+    "summands_of",
     "trunk_between",
 ]
 
@@ -139,6 +141,13 @@ def refuse_other_merge(traced: Trace, fork: Node, node: Node) -> None:
     if len(traced.dependent_inputs(node)) < 2 or is_in_groups(traced, fork, node):
         return
     if any(is_weighted(n) for n in traced.region([fork], node) if n is not node):
+        if node.target is _ADD and not fork.meta["val"].is_floating_point():
+            refuse_node(
+                node,
+                "one state between the blocks; this adds two, both made from the same integers, such as tokens",
+                "An encoder and its decoder, or two towers, are chains of their own: unravel(model.encoder, ...). Or "
+                "pass the decoder's input as an argument of its own, such as decoder_input_ids.",
+            )
         how = "concatenate it" if node.target is _CAT else f"join it by {getattr(node.target, '__name__', node.target)}"
         refuse_node(node, f"blocks that add their branch to the skip, not {how}")
 
@@ -165,7 +174,7 @@ def core_of(traced: Trace, fork: Node, merge: Node, skips: Sequence[str] = ()) -
     if merge.kwargs.get("alpha", 1) != 1:
         refuse_node(merge, "an addition with alpha=1")
     operands = traced.dependent_inputs(merge)
-    summands = _summands(traced, fork, merge)
+    summands = summands_of(traced, fork, merge)
     if len(summands) > 2 and _are_alternatives(traced, fork, summands):
         skip, guess = skip_among(traced, fork, summands, skips)
         branches = tuple(s for s in summands if s is not skip)
@@ -242,16 +251,34 @@ def owner_of(traced: Trace, core: Core) -> str:
     return common_module([core.merge, *region])  # the addition is a module of its own
 
 
-def _summands(traced: Trace, fork: Node, merge: Node) -> list[Node]:
-    """What a merge adds up, sums of sums written out, from left to right."""
+def summands_of(traced: Trace, fork: Node, merge: Node, *, states: bool = False) -> list[Node]:
+    """What a merge adds up, sums of sums written out, from left to right.
+
+    Args:
+        traced: The graph.
+        fork: The node on the trunk before the merge.
+        merge: An addition.
+        states: Whether what blocks return, such as x + f(x), is left as it is.
+
+    Returns:
+        Its summands.
+    """
     found: list[Node] = []
     for operand in traced.dependent_inputs(merge):
         inner = operand is not fork and operand.target is _ADD and operand.kwargs.get("alpha", 1) == 1
-        if inner and len(operand.users) == 1 and len(traced.dependent_inputs(operand)) == len(operand.all_input_nodes):
-            found += _summands(traced, fork, operand)
+        inner = inner and len(operand.users) == 1 and not (states and _adds_branch(traced, operand))
+        if inner and len(traced.dependent_inputs(operand)) == len(operand.all_input_nodes):
+            found += summands_of(traced, fork, operand, states=states)
         else:
             found.append(operand)
     return found
+
+
+def _adds_branch(traced: Trace, addition: Node) -> bool:
+    """Whether an addition adds to a value what a layer makes of it, and not a later state, which holds it."""
+    pairs = itertools.permutations(traced.dependent_inputs(addition), 2)
+    made = (pair for pair in pairs if traced.comes_before(*pair) and _is_made_by_a_layer(traced, *pair))
+    return any(not is_held(traced, *pair) for pair in made)
 
 
 def _are_alternatives(traced: Trace, fork: Node, summands: Sequence[Node]) -> bool:
@@ -290,15 +317,45 @@ def _ladder(traced: Trace, fork: Node, merge: Node, summands: Sequence[Node]) ->
     read = [(step.fork, made) for step in ladder for made in (step.branch, step.side) if made is not None]
     if any(fork in traced.region([x], made) for x, made in read if x is not fork and made is not x):
         return ()  # a block reads the fork beside its own value
+    if not all(_shares_layers(traced, step) for step in ladder):
+        return ()  # a sum of states, each of which holds the one before
     return tuple(ladder)
 
 
-def refuse_node(node: Node, allowed: str) -> NoReturn:
+def _shares_layers(traced: Trace, step: LadderStep) -> bool:
+    """Whether a layer makes both what a step adds to x and what it adds to the sum, and neither holds x itself."""
+    made = [node for node in (step.branch, step.side) if node is not None]
+    shared = set.intersection(*(traced.region([step.fork], node) for node in made))
+    return any(map(is_weighted, shared)) and not any(is_held(traced, step.fork, node) for node in made)
+
+
+def is_held(traced: Trace, value: Node, node: Node) -> bool:
+    """Whether a node holds a value by way of skips: whether a way from one to the other passes no layer.
+
+    Args:
+        traced: The graph.
+        value: The value.
+        node: A node that is computed from it.
+
+    Returns:
+        Whether there is such a way.
+    """
+    reached = {value}
+    for each in traced.in_order(traced.region([value], node)):
+        if not makes_branch(each) and not reached.isdisjoint(traced.dependent_inputs(each)):
+            reached.add(each)
+    return node in reached
+
+
+def refuse_node(
+    node: Node, allowed: str, advice: str = "Only networks whose blocks are in series can be unraveled."
+) -> NoReturn:
     """Refuse a graph that is no chain.
 
     Args:
         node: The node that breaks it.
         allowed: What would be a chain.
+        advice: What to do.
 
     Raises:
         ResnetPathsError: Always.
@@ -307,5 +364,5 @@ def refuse_node(node: Node, allowed: str) -> NoReturn:
         "model",
         f"{node.name} ({describe(node)})",
         allowed,
-        "Only networks whose blocks are in series can be unraveled.",
+        advice,
     )

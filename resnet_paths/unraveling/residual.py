@@ -55,7 +55,7 @@ def _parts(traced: Trace, trunk: list[Node], options: Options, *, strict: bool =
     extended = trunk[:1]
     for fork, node in itertools.pairwise(trunk):
         between = partial(_blocks_between, traced, options=options)
-        gathering = gathering_parts(traced, fork, node, between) if node.target is _CAT else ()
+        gathering = gathering_parts(traced, fork, node, between)
         if gathering:
             cores.append(Core(fork, node, None, (), gathering=gathering))
         elif is_merge(traced, fork, node, parts_too=strict):
