@@ -198,7 +198,7 @@ def residual_additions(traced: Trace) -> list[tuple[Node, Node]]:
         traced: The graph.
 
     Returns:
-        (Value, addition) in the order of the graph.
+        (Value, addition), the earliest values first: an addition inside a branch stands behind that of its block.
     """
     found = []
     for node in traced.graph.nodes:
@@ -207,7 +207,8 @@ def residual_additions(traced: Trace) -> list[tuple[Node, Node]]:
         for value, other in itertools.permutations(traced.dependent_inputs(node), 2):
             if traced.comes_before(value, other) and _is_made_by_a_layer(traced, value, other):
                 found.append((value, node))
-    return found
+    values = {value: i for i, value in enumerate(traced.in_order({value for value, _ in found}))}
+    return sorted(found, key=lambda pair: values[pair[0]])
 
 
 def _is_made_by_a_layer(traced: Trace, value: Node, made: Node) -> bool:

@@ -86,6 +86,25 @@ def test_each_addition_is_a_block(run, number):
     assert_shares(chain, model, [X], number)
 
 
+def test_additions_in_the_gate_of_a_branch_do_not_hide_its_block():
+    def run(m, x, add=torch.add):
+        x = m.stem(x)
+        y = m.up(x)
+        gate = torch.abs(y)
+        for layer in m.f:
+            gate = gate + torch.tanh(layer(gate))
+        x = add(x, m.down(y * torch.sigmoid(gate)))
+        return m.head(add(x, torch.tanh(m.last(x))))
+
+    parts = {name: linear() for name in ("stem", "up", "down", "last", "head")}
+    model = network(run, f=linears(3), **parts)
+    chain = rp.unravel(model, X)
+    assert len(names_in(chain)) == 2
+    for index in range(2):
+        close(rp.delete_block(chain, index)(X), model(X, add=without(index)))
+    assert_shares(chain, model, [X], 2)
+
+
 def two_skips_that_cross(m, x, add=torch.add):
     x0, _, middle, last = states_of(m, x, add)
     return m.head(torch.tanh(m.up(last + x0)) + middle)
