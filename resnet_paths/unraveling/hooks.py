@@ -1,8 +1,8 @@
 """A model while it is read: hooks that only store are left out, and its attributes are as before afterwards.
 
 What a hook returns, or writes into its tensors, is part of what the model computes and is exported. A hook that stores
-activations computes nothing; run by the exporter it would keep tensors without values. The same holds for what a
-model's forward stores in attributes of its modules.
+activations computes nothing, unless the model reads them; run by the exporter it would keep tensors without values. The
+same holds for what a model's forward stores in attributes of its modules.
 """
 
 from __future__ import annotations
@@ -40,11 +40,21 @@ class _Hooks:
 
         return watched
 
-    def silence(self) -> None:
-        """Put all hooks back but those that ran without effect."""
+    def silence(self, runs_alike: Callable[[], bool]) -> None:
+        """Put all hooks back but those that ran without effect, unless the model reads what these store.
+
+        Args:
+            runs_alike: Whether the model returns without them what it returned before.
+        """
+        self.restore()
+        silent = self._run - self._effective
+        if not silent:
+            return
         for table, originals in zip(self._tables, self._originals, strict=True):
             table.clear()
-            table.update({k: hook for k, hook in originals.items() if k in self._effective or k not in self._run})
+            table.update({key: hook for key, hook in originals.items() if key not in silent})
+        if not runs_alike():
+            self.restore()
 
     def restore(self) -> None:
         """Put all hooks back, in their order."""
@@ -92,7 +102,7 @@ def _is_same(holder: Collection[object], content: Collection[object]) -> bool:
 
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[_Hooks]:
-    """Watch a model's forward hooks while it runs once, then silence those without effect; restore what was changed.
+    """Watch a model's forward hooks while it runs once, to silence those without effect; restore what was changed.
 
     Args:
         model: The model.

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import resnet_paths as rp
-from tests.unraveling.networks import WIDTH, draw, linear, linears, network, without
+from tests.unraveling.networks import WIDTH, draw, linear, linears, network, without, zeroed
 from tests.unraveling.test_faults import assert_shares, close, found_or_refused, names_in
 
 X = draw(4, WIDTH)
@@ -103,6 +103,37 @@ def test_additions_in_the_gate_of_a_branch_do_not_hide_its_block():
     for index in range(2):
         close(rp.delete_block(chain, index)(X), model(X, add=without(index)))
     assert_shares(chain, model, [X], 2)
+
+
+def test_states_that_hooks_store_and_the_head_reads():
+    """As models of transformers that collect the states of their layers for a decoder."""
+    states = []
+
+    def run(m, x):
+        states.clear()
+        for layer in m.f:
+            x = layer(x)
+        return m.both(torch.cat(states, 1))
+
+    model = network(run, f=lambda: nn.ModuleList(Residual() for _ in range(2)), both=linear(2 * WIDTH, 3))
+    for layer in model.f:
+        layer.register_forward_hook(lambda module, args, output: states.append(output))
+    model(X)
+    chain = rp.unravel(model, X)
+    assert names_in(chain) == ["f.0", "f.1"]
+    for index in range(2):
+        with zeroed(model.f[index].layer):
+            close(rp.delete_block(chain, index)(X), model(X))
+    close(chain(X), model(X))
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return x + self.layer(x)
 
 
 def two_skips_that_cross(m, x, add=torch.add):
