@@ -52,9 +52,10 @@ _CIFAR_10_RECORD = 1 + 3 * 32 * 32  # one label byte, then the red, green and bl
 
 @dataclass(frozen=True)
 class DatasetFacts:
-    """Shape, normalisation, classes and augmentation of a data set.
+    """Title, shape, normalisation, classes and augmentation of a data set.
 
     Attributes:
+        title: Its name in text and tables.
         shape: Channels, height and width of an image.
         mean: Mean of the pixels in [0, 1] of each channel.
         std: Their standard deviation.
@@ -63,6 +64,7 @@ class DatasetFacts:
         flips: Whether training images are flipped at random.
     """
 
+    title: str
     shape: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -73,6 +75,7 @@ class DatasetFacts:
 
 DATASETS = {
     "fashion-mnist": DatasetFacts(
+        title="Fashion-MNIST",
         shape=(1, 28, 28),
         mean=(0.2860,),
         std=(0.3530,),
@@ -90,6 +93,7 @@ DATASETS = {
         ),
     ),
     "digits": DatasetFacts(
+        title="digits",
         shape=(1, 8, 8),
         mean=(0.3059,),
         std=(0.3754,),
@@ -98,6 +102,7 @@ DATASETS = {
         flips=False,
     ),
     "cifar-10": DatasetFacts(
+        title="CIFAR-10",
         shape=(3, 32, 32),
         mean=(0.4914, 0.4822, 0.4465),
         std=(0.2470, 0.2435, 0.2616),

@@ -18,6 +18,7 @@ from scipy import stats
 
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths._utils.statistics import rate_interval
+from resnet_paths.reproduce.datasets import DATASETS
 
 __all__ = [
     "UNDECIDED",
@@ -34,8 +35,7 @@ UNDECIDED = ("too small to tell", "no interval")
 """Verdicts of a sample that does not decide about a prediction."""
 
 _EXPECTATIONS = ("agrees", "differs", "")
-_TITLES = {"fashion-mnist": "Fashion-MNIST", "cifar-10": "CIFAR-10"}
-_INCLUDED = _TITLES["fashion-mnist"]  # the data set of the results that are included with the project
+_INCLUDED = DATASETS["fashion-mnist"].title  # the data set of the results that are included with the project
 
 
 @dataclass(frozen=True)
@@ -292,7 +292,7 @@ def on_dataset(findings: Sequence[Finding], dataset: str) -> list[Finding]:
         >>> finding.dataset, finding.verdict, as_expected([finding])
         ('CIFAR-10', 'differs', True)
     """
-    title = _TITLES.get(dataset, dataset)
+    title = DATASETS[dataset].title if dataset in DATASETS else dataset
     if title == _INCLUDED:
         return list(findings)
     return [
