@@ -13,7 +13,6 @@ import pandas as pd
 import torch
 
 from resnet_paths._utils.devices import wide
-from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths._utils.statistics import mean_over_items
 from resnet_paths.core.chain import ResidualChain, require_chain
 from resnet_paths.core.inputs import (
@@ -21,7 +20,6 @@ from resnet_paths.core.inputs import (
     InputsOrLoader,
     batches_of,
     each_tensor,
-    num_examples,
     refusing_other_dtypes,
     require_movable,
 )
@@ -67,11 +65,8 @@ def block_norms(chain: ResidualChain, inputs: InputsOrLoader, *, tokens: Tokens 
     device = device_of(chain)
     found = []
     for batch, _ in batches_of(inputs):
-        if num_examples(batch):
-            require_movable("inputs", batch, device)
-            found.append(_of_batch(chain, each_tensor(lambda t: t.to(device), batch), tokens))
-    if not found:
-        raise ResnetPathsError("inputs", "no examples", "at least one example")
+        require_movable("inputs", batch, device)
+        found.append(_of_batch(chain, each_tensor(lambda t: t.to(device), batch), tokens))
     values = np.concatenate(found, 3)  # [block, column, sum and number, example]
     mean, error = mean_over_items(values[:, :, 0], values[:, :, 1])
     frame = pd.DataFrame({

@@ -153,24 +153,29 @@ def batches_of(inputs: InputsOrLoader, targets: object = None) -> Iterator[tuple
 
     Yields:
         Inputs, a tensor, tuple or dictionary, and targets of each batch; the targets are None where a batch has no
-        targets.
+        targets. Batches without examples are left out.
 
     Raises:
-        ResnetPathsError: If there is no batch, or one is no such inputs.
+        ResnetPathsError: If there is no batch or no example, or one is no such inputs.
     """
+    given: Iterable[object] = inputs if isinstance(inputs, Iterable) else []
     if is_one_batch(inputs):
-        yield _inputs_and_targets(inputs if targets is None and isinstance(inputs, Mapping) else (inputs, targets))
-        return
-    if targets is not None:
+        given = [inputs if targets is None and isinstance(inputs, Mapping) else (inputs, targets)]
+    elif targets is not None:
         raise ResnetPathsError("targets", type(targets).__name__, "None where inputs is a loader of (inputs, targets)")
-    empty = True
-    for batch in inputs if isinstance(inputs, Iterable) else []:
-        empty = False
+    num_batches = num_seen = 0
+    for batch in given:
+        num_batches += 1
         if not isinstance(batch, Mapping) and not (isinstance(batch, tuple | list) and len(batch) == 2):
             raise ResnetPathsError("inputs", type(batch).__name__, "batches of (inputs, targets), or mappings")
-        yield _inputs_and_targets(batch)
-    if empty:
+        own, truth = _inputs_and_targets(batch)
+        if num_examples(own):
+            num_seen += num_examples(own)
+            yield own, truth
+    if not num_batches:
         raise ResnetPathsError("inputs", type(inputs).__name__, f"{_FORMS}; or a loader with a batch")
+    if not num_seen:
+        raise ResnetPathsError("inputs", "no examples", "at least one example")
 
 
 def batches_with_bar(

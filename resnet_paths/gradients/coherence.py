@@ -23,7 +23,7 @@ from resnet_paths._utils.arguments import require_float, require_generator, requ
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.core.backward.forward import forward, prepared, split_to_fit
 from resnet_paths.core.chain import ResidualChain
-from resnet_paths.core.inputs import Inputs, InputsOrLoader, batches_with_bar, checked_inputs, is_one_batch
+from resnet_paths.core.inputs import Inputs, InputsOrLoader, batches_of, batches_with_bar, is_one_batch
 from resnet_paths.core.paths import lengths_up_to, path_polynomial
 from resnet_paths.gradients.estimates import SIGNS_AT_ONCE, Draws, Points, measure_exactly, rows_at_once
 from resnet_paths.gradients.losses import Loss
@@ -158,7 +158,7 @@ def drawn_examples(num_blocks: int, num_examples: int, num_others: int, generato
     return torch.cat([*orders, torch.zeros(0, num_examples, dtype=torch.int64, device=generator.device)])[:num_blocks]
 
 
-def _checked_others(chain: ResidualChain, others: object) -> Inputs:
+def _checked_others(chain: ResidualChain, others: Inputs) -> Inputs:
     """The other examples as the chain takes them."""
     if chain.context_names:
         raise ResnetPathsError(
@@ -170,7 +170,8 @@ def _checked_others(chain: ResidualChain, others: object) -> Inputs:
     try:
         if not is_one_batch(others):
             raise ResnetPathsError("inputs", type(others).__name__, "the inputs of one batch, or None")
-        return prepared(chain, checked_inputs(others), None)[0]
+        ((inputs, _),) = batches_of(others)
+        return prepared(chain, inputs, None)[0]
     except ResnetPathsError as error:  # the checks of inputs, under the name that they have here
         raise ResnetPathsError("others", error.value, error.allowed, error.advice) from error
 

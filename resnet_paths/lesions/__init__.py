@@ -36,7 +36,7 @@ from resnet_paths._utils.devices import choose_device
 from resnet_paths._utils.errors import ResnetPathsError, StudyInterrupted
 from resnet_paths._utils.fingerprint import fingerprint
 from resnet_paths.core.chain import ResidualChain, require_chain
-from resnet_paths.core.inputs import Inputs, each_tensor, inputs_of, require_loader
+from resnet_paths.core.inputs import Inputs, each_tensor, inputs_of, num_examples, require_loader
 from resnet_paths.core.modes import require_eval_mode
 from resnet_paths.core.placement import validate_precision
 from resnet_paths.lesions.adaptive import Precision, levels_of_looks, narrow_lesions, rows_of_adaptive_study
@@ -379,14 +379,14 @@ def _inputs_of(batches: Iterable[object] | None, fold_batchnorm: bool) -> tuple[
             "Pass a list of a few batches of training images.",
         )
     # Copied as they come: a loader may use its tensors again.
-    inputs = tuple(each_tensor(torch.clone, inputs_of(batch)) for batch in batches)
-    if not inputs or not all(isinstance(x, torch.Tensor | tuple | dict) for x in inputs):
-        raise ResnetPathsError("reestimate_batchnorm", "no tensors", "at least one batch of inputs")
+    inputs = [each_tensor(torch.clone, inputs_of(batch)) for batch in batches]
+    if not all(isinstance(x, torch.Tensor | tuple | dict) for x in inputs) or not any(map(num_examples, inputs)):
+        raise ResnetPathsError("reestimate_batchnorm", "no tensors", "batches of inputs with at least one example")
     if fold_batchnorm:
         raise ResnetPathsError(
             "fold_batchnorm", True, "False with reestimate_batchnorm", "What is folded has no statistics to estimate."
         )
-    return inputs
+    return tuple(x for x in inputs if num_examples(x))
 
 
 def _length_of(loader: Iterable[object]) -> int | None:

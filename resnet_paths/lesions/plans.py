@@ -305,7 +305,7 @@ def mean_replacements(chain: ResidualChain, inputs: Any) -> list[Lesion]:
     require_eval_mode("chain", chain)
     inputs = checked_inputs(inputs)
     if not num_examples(inputs):
-        raise ResnetPathsError("inputs", "0 examples", "at least one example")
+        raise ResnetPathsError("inputs", "no examples", "at least one example")
     device = device_of(chain)
     require_movable("inputs", inputs, device)
     args, kwargs = arguments_of(each_tensor(lambda t: t.to(device, copy=True), inputs))

@@ -24,6 +24,7 @@ from resnet_paths._utils.errors import ResnetPathsError, UnravelError
 from resnet_paths._utils.threads import ONE_TRACE
 from resnet_paths.core.chain import ResidualChain
 from resnet_paths.core.input_sizes import CheckedInputs, InputSizes
+from resnet_paths.core.inputs import num_examples
 from resnet_paths.core.modes import require_eval_mode
 from resnet_paths.core.signature import Call, Inputs, Signature, arguments_of, chosen
 from resnet_paths.core.source import Source
@@ -231,6 +232,9 @@ def _check_arguments(model: nn.Module, example_inputs: Inputs) -> tuple[tuple[ob
             "a tensor, a tuple of arguments or a mapping of keyword arguments with tensors among them",
             "Pass a batch such as torch.zeros(2, 3, 224, 224).",
         )
+    if not num_examples(tensors):
+        shapes = [list(tensor.shape) for tensor in tensors]
+        raise ResnetPathsError("example_inputs", shapes, "at least one example, with the batch in dimension 0")
     require_eval_mode("model", model)
     own = list(itertools.chain(model.parameters(), model.buffers()))
     devices = {tensor.device for tensor in own}

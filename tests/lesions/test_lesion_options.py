@@ -335,7 +335,8 @@ def test_batchnorm_statistics_are_taken_again_for_each_lesion(options, tmp_path)
     assert plain.intact_error_rate[0] != frame.intact_error_rate[0]
     assert not np.allclose(plain.cross_entropy, frame.cross_entropy, rtol=1e-3)
     # Batches of (inputs, labels), and a generator of them, will do.
-    again = study(chain, loader, lesions, reestimate_batchnorm=((x, None) for x in batches), store=tmp_path, **options)
+    pairs = ((x, None) for x in (*batches, batches[0][:0]))  # batches without examples are left out
+    again = study(chain, loader, lesions, reestimate_batchnorm=pairs, store=tmp_path, **options)
     assert again.equals(frame)
 
 
@@ -371,6 +372,7 @@ def test_batchnorm_statistics_of_exported_chains():
 
 
 def test_what_statistics_cannot_be_taken_from():
-    for batches, message in ((5, "got 5"), ([], "got 'no tensors'"), ([1, 2], "got 'no tensors'"), (True, "got True")):
+    none, empty = "got 'no tensors'", torch.zeros(0, 5, dtype=torch.float64)
+    for batches, message in ((5, "got 5"), ([], none), ([1, 2], none), ([empty], none), (True, "got True")):
         with pytest.raises(rp.ResnetPathsError, match=f"reestimate_batchnorm: {message}; allowed: .*inputs"):
             study(norm_chain(), labelled(), reestimate_batchnorm=batches)

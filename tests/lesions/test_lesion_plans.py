@@ -344,7 +344,7 @@ def test_means_of_parts_in_place():
     def keep():
         return torch.nn.Identity()
 
-    with pytest.raises(rp.ResnetPathsError, match=r"inputs: got '0 examples'; allowed: at least one"):
+    with pytest.raises(rp.ResnetPathsError, match=r"inputs: got 'no examples'; allowed: at least one"):
         rp.mean_replacements(plain, x[:0])
     inner = ResidualChain(keep(), list(plain)[:3], keep()).eval()
     outer = plain.with_blocks([plain[0].replace(branch=inner), *list(plain)[1:]])

@@ -87,7 +87,7 @@ BAD = {
     "name of a data set": [3, [], b"x", "../networks"],  # of any other, no network is trained
     "optional seed": ["x", 1.5, -1, 10**19, [], True],
     "function": [None, 3, "x", lambda: 0, []],
-    "example": [None, 3, "x", [], {}, (), object(), [3]],
+    "example": [None, 3, "x", [], {}, (), object(), [3], X[:0]],
     "names": [3, [], [3], "x", ["banana"]],
     "depth": [*NOT_NUMBERS, -1, float("nan")],
 }
@@ -361,6 +361,30 @@ def test_inputs_of_another_dtype_than_the_chain_are_one_clear_error(dtype):
     assert not wrong
 
 
+def shown(made):
+    made = made.to_frame() if hasattr(made, "to_frame") else made
+    return made.to_csv() if isinstance(made, pd.DataFrame) else repr(made)
+
+
+OF_LOADERS = [name for name, (_, kinds) in FUNCTIONS.items() if {"loader", "inputs"} & set(kinds)]
+
+
+@pytest.mark.parametrize("name", sorted({*OF_LOADERS} - {"mean_replacements"}))  # which takes one batch
+def test_batches_without_examples_are_left_out(name):
+    arguments, kinds = FUNCTIONS[name]
+    argument = "loader" if "loader" in kinds else "inputs"
+    given = {key: value for key, value in arguments.items() if key != "targets"} | {"chain": RUNNING}
+
+    def of(*batches):
+        own = {"generator": torch.Generator().manual_seed(0)} if "generator" in given else {}
+        return getattr(rp, name)(**given | own | {argument: list(batches)})
+
+    batch, empty = (X + 1, Y), (X[:0], Y[:0])
+    assert shown(of(empty, batch, empty)) == shown(of(batch))
+    with pytest.raises(rp.ResnetPathsError, match=rf"{argument}: got 'no (examples|batches)'; allowed: .*at least one"):
+        of(empty)
+
+
 def test_a_chain_that_converts_its_inputs_takes_any():
     class Converting(nn.Linear):
         def forward(self, x):
@@ -450,7 +474,7 @@ OTHERS = {
     partial(rp.gradients.null_coherence, chain=CHAIN, inputs=X, targets=Y, progress=False): [
         ("chain", BAD["chain"]),
         ("inputs", BAD["inputs"]),
-        ("others", [bad for bad in BAD["inputs"] if bad is not None]),
+        ("others", [X[:0], *(bad for bad in BAD["inputs"] if bad is not None)]),
         ("num_repeats", [*BAD["int at least 1"], 1]),
         ("max_length", BAD["optional length"]),
         ("loss", BAD["loss"]),

@@ -97,15 +97,13 @@ def prepared(chain: ResidualChain, inputs: Inputs, targets: T) -> tuple[Inputs, 
         Inputs and targets.
 
     Raises:
-        ResnetPathsError: If the inputs hold no example, or autograd does not run in this process.
+        ResnetPathsError: If a tensor has no values, or autograd does not run in this process.
     """
     refuse_fork_after_autograd()
     device = device_of(chain)
     require_movable("inputs", inputs, device)
     require_movable("targets", targets, device)
     inputs, targets = each_tensor(lambda t: _ordinary(t.to(device)), (inputs, targets))
-    if not num_examples(inputs):
-        raise ResnetPathsError("inputs", "no examples", "at least one example")
     return each_tensor(_laid_out, inputs) if chain.eval_only else inputs, targets
 
 
