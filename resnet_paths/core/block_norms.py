@@ -20,7 +20,6 @@ from resnet_paths.core.inputs import (
     InputsOrLoader,
     batches_of,
     each_tensor,
-    refusing_other_dtypes,
     require_movable,
 )
 from resnet_paths.core.modes import require_eval_mode
@@ -84,8 +83,7 @@ def block_norms(chain: ResidualChain, inputs: InputsOrLoader, *, tokens: Tokens 
 def _of_batch(chain: ResidualChain, inputs: Inputs, tokens: Tokens) -> np.ndarray:
     """[block, column, sum over the vectors of an example and their number, example] in float64."""
     args, kwargs = arguments_of(each_tensor(torch.clone, inputs))
-    with refusing_other_dtypes(chain, inputs, "chain"):
-        _, cache = chain.run_with_cache(*args, **kwargs)
+    _, cache = chain.run_with_cache(*args, **kwargs)
     kept = cache.state[0]
     states = [state for state in cache.state if state is not None]  # every block has one
     dim, positions = None if tokens is None else -1, counted_positions(inputs, tokens, states)

@@ -24,7 +24,7 @@ from torch import nn
 from resnet_paths._utils.arguments import is_boolean, require_int, require_list, require_module
 from resnet_paths._utils.errors import ResnetPathsError, nearest_names
 from resnet_paths.core.cache import ByBlock, Cache
-from resnet_paths.core.inputs import refusing_other_inputs
+from resnet_paths.core.inputs import refusing_other_dtypes, refusing_other_inputs
 from resnet_paths.core.parts import BlockFields, LinearCombination, Parallel, Placed, added, call_part, context_read_by
 from resnet_paths.core.paths import Choice, InBranch, num_paths
 from resnet_paths.core.polynomials import shown_count
@@ -288,9 +288,10 @@ class ResidualChain(nn.Module):
     def forward(self, *inputs: object, **keywords: object) -> torch.Tensor:
         """What the network returns."""
         x, context = self.begin(*inputs, **keywords)
-        for block in self:
-            x = call_part(block, x, context)
-        return call_part(self.head, x, context)
+        with refusing_other_dtypes((inputs, keywords), "chain", self):
+            for block in self:
+                x = call_part(block, x, context)
+            return call_part(self.head, x, context)
 
     def run_with_cache(self, *inputs: object, **keywords: object) -> tuple[torch.Tensor, Cache]:
         """The output of the network, with the state, skip and branch of each block.
@@ -305,19 +306,20 @@ class ResidualChain(nn.Module):
         """
         state, context = self.begin(*inputs, **keywords)
         states, skips, branches = [state], [], []
-        for block in self:
-            shared = call_part(block.pre, state, context)
-            whole = block.added_up(shared, context) if _rounds_otherwise(block) else None
-            skip = None if block.skip is None else call_part(block.skip, shared, context)
-            branch = None if block.branch is None else call_part(block.branch, shared, context)
-            terms = [term for term in ((skip, branch) if whole is None else (whole,)) if term is not None]
-            state = call_part(block.post, functools.reduce(added, terms), context)
-            states.append(state)
-            skips.append(skip)
-            branches.append(branch)
+        with refusing_other_dtypes((inputs, keywords), "chain", self):
+            for block in self:
+                shared = call_part(block.pre, state, context)
+                whole = block.added_up(shared, context) if _rounds_otherwise(block) else None
+                skip = None if block.skip is None else call_part(block.skip, shared, context)
+                branch = None if block.branch is None else call_part(block.branch, shared, context)
+                terms = [term for term in ((skip, branch) if whole is None else (whole,)) if term is not None]
+                state = call_part(block.post, functools.reduce(added, terms), context)
+                states.append(state)
+                skips.append(skip)
+                branches.append(branch)
+            output = call_part(self.head, state, context)
         names = [block.name for block in self]
-        cache = Cache(ByBlock(states, names), ByBlock(skips, names), ByBlock(branches, names), context)
-        return call_part(self.head, state, context), cache
+        return output, Cache(ByBlock(states, names), ByBlock(skips, names), ByBlock(branches, names), context)
 
     def train(self, mode: bool = True) -> ResidualChain:
         """Set the mode of all parts, except of a chain that was read from a model, which keeps the mode of the model.

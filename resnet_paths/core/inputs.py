@@ -246,28 +246,28 @@ def checked_inputs(inputs: object) -> Inputs:
 
 
 @contextlib.contextmanager
-def refusing_other_dtypes(part: nn.Module, inputs: object, name: str = "stem") -> Iterator[None]:
-    """Context of a call of a stem or a block, where an error that is due to the dtype of the inputs says so.
+def refusing_other_dtypes(inputs: object, name: str, *parts: nn.Module) -> Iterator[None]:
+    """Context of a call of a stem or a chain, where an error that is due to the dtype of the inputs says so.
 
-    Nothing is refused that the part takes: it may convert its inputs itself.
+    Nothing is refused that the parts take: they may convert their inputs themselves.
 
     Args:
-        part: The module.
         inputs: Its arguments, in any nesting.
-        name: What it is, for the message.
+        name: What is called, for the message.
+        *parts: Its modules.
 
     Yields:
         Nothing.
 
     Raises:
-        ResnetPathsError: If torch refuses a dtype, and no input has one of the part's weights.
-        RuntimeError: Every other error of the part, as it was.
+        ResnetPathsError: If torch refuses a dtype, and no input has one of the parts' weights.
+        RuntimeError: Every other error of the parts, as it was.
     """
     try:
         yield
     except RuntimeError as error:
         given = {leaf.dtype for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor)}
-        own = {weight.dtype for weight in part.parameters()}
+        own = {weight.dtype for part in parts for weight in part.parameters()}
         if "type" not in str(error) or not own or given & own:
             raise
         raise ResnetPathsError(
@@ -295,7 +295,7 @@ def refusing_other_inputs(stem: nn.Module, args: Sequence[object], kwargs: Mappi
         TypeError: Every other error of the stem, as it was.
     """
     try:
-        with refusing_other_dtypes(stem, (args, kwargs)):
+        with refusing_other_dtypes((args, kwargs), "stem", stem):
             yield
     except TypeError as error:
         expected = inspect.signature(stem.forward)

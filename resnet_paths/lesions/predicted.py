@@ -28,6 +28,7 @@ from resnet_paths.core.inputs import (
     Inputs,
     each_tensor,
     num_examples,
+    refusing_other_dtypes,
     require_loader,
     require_movable,
     unpack,
@@ -248,10 +249,10 @@ def _of_batch(chain: ResidualChain, inputs: Inputs, labels: torch.Tensor | None,
         start, context = chain.begin(*args, **kwargs)
     with torch.set_grad_enabled(bool(scored.measures)):
         # From the first state on, which requires gradients even where no parameter does.
-        states, totals = _states(
-            chain, start.requires_grad_(start.is_floating_point() and bool(scored.measures)), context
-        )
-        outputs = call_part(chain.head, states[-1] if chain.eval_only else states[-1].clone(), context)
+        start = start.requires_grad_(start.is_floating_point() and bool(scored.measures))
+        with refusing_other_dtypes(inputs, "chain", chain):
+            states, totals = _states(chain, start, context)
+            outputs = call_part(chain.head, states[-1] if chain.eval_only else states[-1].clone(), context)
         labels = shifted(labels) if scored.shift_labels and labels is not None else labels
         validate_outputs(scored.measures, outputs, labels)
         counts = counts_of_items(inputs, labels, scored.shift_labels)

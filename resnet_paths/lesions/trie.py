@@ -22,7 +22,7 @@ from torch import nn
 from resnet_paths.core.chain import Block, ResidualChain, is_identity
 from resnet_paths.core.groups import ungrouped
 from resnet_paths.core.in_place import keeps_its_input
-from resnet_paths.core.inputs import each_tensor, num_examples
+from resnet_paths.core.inputs import each_tensor, num_examples, refusing_other_dtypes
 from resnet_paths.core.parts import LinearCombination, Parallel, call_part, context_read_by
 from resnet_paths.core.placement import place_modules
 from resnet_paths.core.signature import arguments_of
@@ -147,14 +147,15 @@ class Trie:
         batch = num_examples(inputs)
         at_once = 1 if most_examples is None or self.statistics else max(1, most_examples // max(1, batch))
         pool = self._tasks(self.roots, inputs, {}, mask)
-        while pool:
-            tasks = self._next_tasks(pool, at_once, mask)
-            for task, (state, context) in zip(tasks, self._run(tasks, batch), strict=True):
-                for index in self.ends[task[0]]:
-                    if mask >> index & 1:
-                        yield index, state
-                pool += self._tasks(self.children[task[0]], state, context, mask)
-            del tasks, task, state
+        with refusing_other_dtypes(inputs, "chain", *self.steps):
+            while pool:
+                tasks = self._next_tasks(pool, at_once, mask)
+                for task, (state, context) in zip(tasks, self._run(tasks, batch), strict=True):
+                    for index in self.ends[task[0]]:
+                        if mask >> index & 1:
+                            yield index, state
+                    pool += self._tasks(self.children[task[0]], state, context, mask)
+                del tasks, task, state
 
     def estimate(self, inputs: Any) -> None:
         """Re-estimate the BatchNorm statistics of every node on a batch; further batches are averaged in.
@@ -168,7 +169,7 @@ class Trie:
         while pool:
             task = pool.pop()
             number = task[0]
-            with batch_statistics() as found:
+            with refusing_other_dtypes(inputs, "chain", *self.steps), batch_statistics() as found:
                 state, context = self._step(task)
             self.statistics[number] = averaged_statistics(self.statistics.get(number, []), self.num_estimated, found)
             pool += self._tasks(self.children[number], state, context, -1)

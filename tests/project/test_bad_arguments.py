@@ -348,17 +348,21 @@ RUNNING = chain_of(nn.Linear(3, 3))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int64, torch.complex128])
-def test_inputs_of_another_dtype_than_the_chain_are_one_clear_error(dtype):
-    x, wrong = X.to(dtype), {}
+@pytest.mark.parametrize("stem", [nn.Linear(3, 3), nn.Identity()], ids=["stem", "stem without weights"])
+def test_inputs_of_another_dtype_than_the_chain_are_one_clear_error(stem, dtype):
+    x, chain, wrong = X.to(dtype), chain_of(stem), {}
     message = r"inputs: got 'torch\.\w+'; allowed: .* weights are torch\.float64\. Convert|have no gradient"
     for name, (arguments, kinds) in FUNCTIONS.items():
         given = {"inputs": x, "loader": [(x, Y)]}
         given = {argument: value for argument, value in given.items() if argument in kinds}
         if given:
-            found = refused(name, arguments | {"chain": RUNNING} | given)
+            found = refused(name, arguments | {"chain": chain} | given)
             if not isinstance(found, rp.ResnetPathsError) or not re.search(message, str(found)):
                 wrong[name] = repr(found)[:200]
     assert not wrong
+    for call in (chain, chain.run_with_cache):
+        with pytest.raises(rp.ResnetPathsError, match=message):
+            call(x)
 
 
 def shown(made):

@@ -69,7 +69,7 @@ def states_from(state: torch.Tensor, chain: ResidualChain, context: Mapping[str,
     states = [state]
     for index, block in enumerate(chain):
         own = states[-1] if chain.eval_only else states[-1].clone()
-        with refusing_other_dtypes(block, own, "chain"):
+        with refusing_other_dtypes(own, "chain", block):
             states.append(call_part(block, own, context))
         _check_finite(f"block {block.name or index!r}", states[-1])
     return states
