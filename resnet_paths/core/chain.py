@@ -41,7 +41,7 @@ class Block(nn.Module):
 
     Args:
         branch: The residual function f; None once deleted. It may be a `ResidualChain`, whose own paths then count.
-        skip: Identity, or the projection at a change of shape; None in a plain net.
+        skip: Identity, or the projection at a change of shape, to the shape of the sum; None in a plain net.
         pre: What skip and branch share: the pre-activation at a change of stage (He et al. 2016b), a downsampling
             layer between two stages.
         pre_stays: Whether `pre` belongs to the place and not to the block, as a layer between two stages does: it stays

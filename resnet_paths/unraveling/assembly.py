@@ -56,9 +56,9 @@ class _Assembler:
         self.names: set[str] = set()
         self.notes: list[str] = []
 
-    def cut(self, source: Node | Packed, target: Node | Packed) -> nn.Module:
-        """What leads from one state to another."""
-        return self.traced.segment(source, target, context=self.context)
+    def cut(self, source: Node | Packed, target: Node | Packed, term_of: Node | Packed | None = None) -> nn.Module:
+        """What leads from one state to another, or to a term of a sum."""
+        return self.traced.segment(source, target, context=self.context, term_of=term_of)
 
     def chain(
         self,
@@ -66,6 +66,7 @@ class _Assembler:
         parts: Sequence[Part],
         target: Node | Packed,
         *,
+        term_of: Node | Packed | None = None,
         context_names: Sequence[str] = (),
         outer_names: Collection[str] = (),
     ) -> ResidualChain:
@@ -86,7 +87,7 @@ class _Assembler:
             state = part.end
             if part.guess:
                 self.notes.append(f"{name}: {part.guess}.")
-        chain = ResidualChain(stem, blocks, self.cut(state, target), context_names)
+        chain = ResidualChain(stem, blocks, self.cut(state, target, term_of), context_names)
         chain.training = chain.blocks.training = False
         chain.eval_only = True
         return chain
@@ -96,7 +97,7 @@ class _Assembler:
         self.names.update(branch_names)
         block = Block(
             branches[0] if len(branches) == 1 else Parallel(branches, onto_skip=part.onto_skip, names=branch_names),
-            None if part.skip is None else self.cut(part.fork, part.skip),
+            None if part.skip is None else self.cut(part.fork, part.skip, _sum_of(part)),
             pre=self.cut(part.start, part.fork),
             pre_stays=part.pre_stays,
             post=self.cut(part.merge, part.end),
@@ -114,15 +115,21 @@ class _Assembler:
         made: list[nn.Module] = []
         for branch, inner in zip(part.branches, part.inner, strict=True):
             if inner:
-                made.append(self.chain(self.cut(part.fork, inner[0].start), inner, branch, outer_names=outer_names))
+                stem = self.cut(part.fork, inner[0].start)
+                made.append(self.chain(stem, inner, branch, term_of=_sum_of(part), outer_names=outer_names))
             else:
-                made.append(self.cut(part.fork, branch))
+                made.append(self.cut(part.fork, branch, _sum_of(part)))
         return made
 
     def _shape(self, state: Node | Packed) -> tuple[int, ...]:
         """Shape without the batch, on the example; a dimension that varies with the batch is -1."""
         shape = state.shape if isinstance(state, Packed) else state.meta["val"].shape
         return on_example(shape[1:], self.traced.inputs)
+
+
+def _sum_of(part: Part) -> Node | Packed | None:
+    """What the terms of a block add up to; None where they are concatenated, each in a place of its own."""
+    return None if part.joins else part.merge
 
 
 def _value(state: Node | Packed) -> Node:

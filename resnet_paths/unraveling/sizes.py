@@ -19,8 +19,9 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from resnet_paths._utils.errors import UnravelError
 from resnet_paths.core.input_sizes import InputSizes
+from resnet_paths.unraveling.packing import Packed
 
-__all__ = ["SizeReader", "expression", "fixed_size", "input_sizes", "on_example", "same_shape"]
+__all__ = ["SizeReader", "broadcast_sizes", "expression", "fixed_size", "input_sizes", "on_example", "same_shape"]
 
 
 def expression(size: int | torch.SymInt) -> sympy.Expr:
@@ -31,6 +32,25 @@ def expression(size: int | torch.SymInt) -> sympy.Expr:
 def same_shape(one: Node, other: Node) -> bool:
     """Whether two nodes have tensors of one shape for all inputs: comparing sizes as they are would make them equal."""
     return str(one.meta["val"].shape) == str(other.meta["val"].shape)
+
+
+def broadcast_sizes(term: Node | Packed, total: Node | Packed) -> list[int | torch.SymInt]:
+    """What `torch.Tensor.expand` takes to give a term the shape of a sum.
+
+    Args:
+        term: A node with a tensor, or several values in one tensor, which no addition broadcasts.
+        total: A sum with this term.
+
+    Returns:
+        The sizes of the sum where the term has none or 1, else -1; empty where the term has all sizes of the sum.
+    """
+    if isinstance(term, Packed) or isinstance(total, Packed):
+        return []
+    own, wanted = term.meta["val"].shape, total.meta["val"].shape
+    is_one = [str(size) == "1" for size in (*[1] * (len(wanted) - len(own)), *own)]  # as text, as in `same_shape`
+    if not any(one and str(size) != "1" for one, size in zip(is_one, wanted, strict=True)):
+        return []
+    return [size if one else -1 for one, size in zip(is_one, wanted, strict=True)]
 
 
 def fixed_size(node: Node, dim: int) -> int:
@@ -173,6 +193,26 @@ class SizeReader:
             env[symbol] = Proxy(node, tracer)
         made = sympy_interp(PythonReferenceAnalysis, env, found)
         return made.node if isinstance(made, Proxy) else made
+
+    def expanded(
+        self, tensor: Node, sizes: Sequence[int | torch.SymInt], graph: Graph, copies: dict[Node, Node]
+    ) -> Node:
+        """Write into a graph a tensor expanded to some sizes.
+
+        Args:
+            tensor: Its node in the graph.
+            sizes: From `broadcast_sizes`.
+            graph: As for `write`.
+            copies: As for `write`.
+
+        Returns:
+            The node of the expanded tensor; `tensor` where the sources do not tell a size.
+        """
+        found = [size if isinstance(size, int) else self.read(size) for size in sizes]
+        if None in found:
+            return tensor
+        shape = [size if isinstance(size, int) else self.write(size, graph, copies) for size in found]
+        return graph.call_function(torch.ops.aten.expand.default, (tensor, shape))
 
 
 def input_sizes(inputs: Sequence[Node]) -> InputSizes:

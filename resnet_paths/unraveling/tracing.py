@@ -31,7 +31,7 @@ from resnet_paths.unraveling.packing import Packed, values_of
 from resnet_paths.unraveling.preconditions import refuse_operations
 from resnet_paths.unraveling.rewrites import apply_rewrites, write_out_of_place
 from resnet_paths.unraveling.rewrites.in_place import draws_random_numbers
-from resnet_paths.unraveling.sizes import SizeReader, input_sizes
+from resnet_paths.unraveling.sizes import SizeReader, broadcast_sizes, input_sizes
 
 __all__ = ["IS_CONTEXT", "Trace", "module_path", "takes_any_number_of_inputs", "trace", "user_frame"]
 
@@ -112,7 +112,11 @@ class Trace:
         return sorted(nodes, key=self._position.__getitem__)
 
     def segment(
-        self, source: Node | Packed | Sequence[Node], *targets: Node | Packed, context: Sequence[Node] = ()
+        self,
+        source: Node | Packed | Sequence[Node],
+        *targets: Node | Packed,
+        context: Sequence[Node] = (),
+        term_of: Node | Packed | None = None,
     ) -> nn.Module:
         """The module that computes `targets` from a state, or from the inputs of the model.
 
@@ -121,6 +125,8 @@ class Trace:
             *targets: The node that it returns; several are returned as a tuple.
             context: Nodes that the module may read beside the source. Those that it does read become further inputs,
                 under their names in the graph.
+            term_of: The sum of which the one target is a term, if it is one: the module returns the term in the shape
+                of the sum, as the addition broadcasts it, so that it can stand without the other terms.
 
         Returns:
             An `nn.Identity` if the one target is the source, else a `Segment` in eval mode.
@@ -128,7 +134,8 @@ class Trace:
         Raises:
             UnravelError: If something besides the source and the context is needed.
         """
-        if targets == (source,):
+        broadcast = [] if term_of is None else broadcast_sizes(targets[0], term_of)
+        if targets == (source,) and not broadcast:
             return nn.Identity().eval()
         graph = Graph()
         copies: dict[Node, Node] = {}
@@ -170,6 +177,8 @@ class Trace:
             else:
                 copies[node] = graph.node_copy(node, copies.__getitem__)
         results = [target.packed(graph, copies) if isinstance(target, Packed) else copies[target] for target in targets]
+        if broadcast:
+            results = [reader.expanded(results[0], broadcast, graph, copies)]
         graph.output(results[0] if len(results) == 1 else tuple(results))
         for node in beside:
             if not copies[node].users:
