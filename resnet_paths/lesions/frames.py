@@ -14,6 +14,7 @@ __all__ = ["deletions_of", "pair_interactions"]
 
 _INFLUENCES, _INTACT_INFLUENCES = "error_rate_influences", "intact_error_rate_influences"
 _INTACT_RATES = "intact_error_rate_per_example"
+_OF_EXAMPLES = {"num_examples", "intact_error_rate"}  # the same for all lesions that were measured on the same examples
 
 
 def deletions_of(argument: str, frame: pd.DataFrame, num_blocks: int, effects: Sequence[str]) -> pd.DataFrame:
@@ -73,16 +74,16 @@ def pair_interactions(frame: pd.DataFrame) -> pd.DataFrame:
         One row per pair: ``first``, ``second`` (positions), ``error_rate_increase``, ``additive`` (the sum of both
         single increases), ``interaction`` (the difference): above 0 where each block compensates for the loss of the
         other. Of a study with ``per_example=True`` also ``interaction_low`` and ``interaction_high``, its 95 % interval
-        over examples, corrected for skewness; missing where it is the same for all examples.
+        over examples, corrected for skewness; missing where it is the same for all examples. With ``stop_when`` the
+        interval has the level of those of the study, the column ``interval_level``.
 
     Raises:
-        ResnetPathsError: If the frame is of another kind or of two studies, or a pair lacks one of its single
-            deletions.
+        ResnetPathsError: If the frame is of another kind or of two studies, a pair lacks one of its single deletions,
+            or they were measured on other examples, as with ``stop_when``.
     """
     single, pairs = (deletions_of("frame", frame, size, ["error_rate_increase"]) for size in (1, 2))
-    alone = dict(zip(single["blocks"], single["error_rate_increase"].astype(float), strict=True))
+    alone = {row["blocks"]: row for row in single.to_dict("records")}
     has_examples = all(name in frame for name in (_INFLUENCES, _INTACT_INFLUENCES, _INTACT_RATES))
-    of_single = dict(zip(single["blocks"], single[_INFLUENCES], strict=True)) if has_examples else {}
     rows = []
     for row in pairs.to_dict("records"):
         blocks, increase = row["blocks"], float(row["error_rate_increase"])
@@ -94,7 +95,16 @@ def pair_interactions(frame: pd.DataFrame) -> pd.DataFrame:
                 "single deletions of all blocks in pairs",
                 "Study pair_deletions(chain), which holds them.",
             )
-        additive = sum(alone[block,] for block in blocks)
+        singles = [alone[block,] for block in blocks]
+        for name in _OF_EXAMPLES & row.keys():
+            if any(one[name] != row[name] for one in singles):
+                raise ResnetPathsError(
+                    "frame",
+                    f"{name} {row[name]} of blocks {blocks}, {' and '.join(str(one[name]) for one in singles)} of each",
+                    "a pair and its single deletions measured on the same examples",
+                    "With stop_when, lesions stop after different numbers of examples: leave it out.",
+                )
+        additive = sum(float(one["error_rate_increase"]) for one in singles)
         rows.append({
             "first": blocks[0],
             "second": blocks[1],
@@ -103,11 +113,11 @@ def pair_interactions(frame: pd.DataFrame) -> pd.DataFrame:
             "interaction": increase - additive,
         })
         if has_examples:
-            terms = np.stack([row[_INFLUENCES], *(-of_single[block,] for block in blocks), row[_INTACT_INFLUENCES]])
+            terms = np.stack([row[_INFLUENCES], *(-one[_INFLUENCES] for one in singles), row[_INTACT_INFLUENCES]])
             each = terms.sum(0)
             each[np.abs(each) < 1e-12 * np.abs(terms).sum(0)] = 0.0  # rounding
             has_items = ~np.isnan(row[_INTACT_RATES])
-            interval = studentised_interval(increase - additive, each[has_items])
+            interval = studentised_interval(increase - additive, each[has_items], row.get("interval_level", 0.95))
             rows[-1] |= {"interaction_low": interval.low, "interaction_high": interval.high}
     intervals = ["interaction_low", "interaction_high"] if has_examples else []
     return pd.DataFrame(rows, columns=["first", "second", "error_rate_increase", "additive", "interaction", *intervals])

@@ -119,6 +119,34 @@ def test_intervals_of_interactions_are_over_examples():
     assert "interaction_low" not in rp.pair_interactions(frame.drop(columns="error_rate_influences"))
 
 
+def test_interactions_of_a_study_that_stops():
+    """The interval of differences of differences is that of the level at which lesions stopped; else it is refused."""
+    chain, batches = random_chain(STAGES), [(x, y) for x, y in DataLoader(loader(480).dataset, batch_size=120)]
+    for index in range(7):
+        chain = rp.scale_block(chain, index, 4.0)
+
+    def study(half_width):
+        precision = rp.lesions.Precision(half_width)
+        options = {"stop_when": precision, "per_example": True, "progress": False}
+        return rp.lesion_study(chain, batches, rp.pair_deletions(chain), **options)
+
+    frame = study(1.0)  # all stop at the first look
+    assert frame.num_examples.unique().tolist() == [120]
+    (level,) = frame.interval_level.unique()
+    assert level > 0.95
+    influences = dict(zip(frame.blocks, frame.error_rate_influences, strict=True))
+    for row in rp.pair_interactions(frame).itertuples():
+        each = influences[row.first, row.second] - influences[row.first,] - influences[row.second,]
+        each = each + frame.intact_error_rate_influences[0]
+        each[abs(each) < 1e-12] = 0
+        expected = studentised_interval(row.interaction, each, level)[:2]
+        assert (row.interaction_low, row.interaction_high) == pytest.approx(expected, nan_ok=True)
+    frame = study(0.06)
+    assert len(set(frame.num_examples)) > 1
+    with pytest.raises(rp.ResnetPathsError, match=r"frame: got 'num_examples .*; allowed: a pair .*With stop_when"):
+        rp.pair_interactions(frame)
+
+
 def test_interactions_of_tokens_are_of_pooled_rates():
     """Texts of different lengths: against resampling of texts, and a mean of ratios by its linearization."""
     torch.manual_seed(0)
