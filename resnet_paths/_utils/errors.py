@@ -46,7 +46,10 @@ class ResnetPathsError(ValueError):
         self.value = value
         self.allowed = allowed
         self.advice = advice
-        shown = repr(value)
+        try:
+            shown = repr(value)
+        except Exception as error:  # such as an int of more than 4300 digits
+            shown = f"<{type(value).__name__}: {error}>"
         if len(shown) > _LONGEST_VALUE:
             shown = shown[:_LONGEST_VALUE] + "..."
         message = f"{argument}: got {shown}; allowed: {allowed.rstrip('.')}."

@@ -13,8 +13,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal
 
-__all__ = ["lengths_of_product", "multiplied", "product_of_powers", "shown_count"]
+import pandas as pd
+
+__all__ = ["lengths_of_product", "multiplied", "product_of_powers", "shown_count", "with_counts_as_text"]
 
 
 def multiplied(one: Sequence[int], other: Sequence[int]) -> list[int]:
@@ -152,3 +155,26 @@ def shown_count(count: int) -> str:
     # math.log10 takes ints of any size; Python refuses to convert those of more than 4300 digits to text.
     power, rest = divmod(math.log10(count), 1)
     return f"{10**rest:.2f}e+{power:.0f}"
+
+
+def with_counts_as_text(frame: pd.DataFrame) -> pd.DataFrame:
+    """A frame of counts that can be written to a file, whatever their size.
+
+    Python refuses to convert integers of more than 4300 digits to text, so that pandas does as well.
+
+    Args:
+        frame: A frame, such as that of `resnet_paths.path_histogram`.
+
+    Returns:
+        A frame with the text of all digits in place of integers beyond 64 bits.
+    """
+
+    def written(value: object) -> object:
+        return str(Decimal(value)) if isinstance(value, int) and value.bit_length() > 64 else value
+
+    frame = frame.copy()
+    for position, dtype in enumerate(frame.dtypes):
+        if pd.api.types.is_object_dtype(dtype):
+            values = pd.Series([written(value) for value in frame.iloc[:, position]], index=frame.index, dtype=object)
+            frame.isetitem(position, values)  # type: ignore[arg-type]  # the stubs do not know of Series
+    return frame

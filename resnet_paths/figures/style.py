@@ -25,6 +25,7 @@ from resnet_paths._utils.arguments import require_int, require_module, require_p
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths._utils.files import write_then_rename
 from resnet_paths._utils.fingerprint import fingerprint
+from resnet_paths.core.polynomials import with_counts_as_text
 
 __all__ = ["COLUMN_INCHES", "paper_style", "save_figure", "weights_hash"]
 
@@ -153,7 +154,7 @@ def save_figure(
             fig.savefig(buffer, format=kind, dpi=300, metadata=metadata | ({_FACTS_KEY[kind]: facts} if facts else {}))
             contents[kind] = buffer.getvalue()
     if data is not None:
-        contents["csv"] = data.to_csv(index=False, lineterminator="\n").encode()
+        contents["csv"] = with_counts_as_text(data).to_csv(index=False, lineterminator="\n").encode()
     # Not with_suffix, which would change "fig1.5" to "fig1".
     paths = [stem.with_name(f"{stem.name}.{kind}") for kind in contents]
     with contextlib.ExitStack() as unfinished:

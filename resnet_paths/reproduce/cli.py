@@ -333,8 +333,9 @@ def paths(
 ) -> None:
     """Print the number and the fraction of paths of each length through n residual blocks."""
     from resnet_paths.core.paths import path_histogram
+    from resnet_paths.core.polynomials import with_counts_as_text
 
-    typer.echo(path_histogram(num_blocks).to_string(index=False))
+    typer.echo(with_counts_as_text(path_histogram(num_blocks)).to_string(index=False))
 
 
 @app.command()

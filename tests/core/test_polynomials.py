@@ -15,7 +15,13 @@ from torch import nn
 
 import resnet_paths as rp
 from resnet_paths.core.chain import Block, ResidualChain
-from resnet_paths.core.polynomials import lengths_of_product, multiplied, product_of_powers, shown_count
+from resnet_paths.core.polynomials import (
+    lengths_of_product,
+    multiplied,
+    product_of_powers,
+    shown_count,
+    with_counts_as_text,
+)
 
 FACTORS = st.dictionaries(
     st.lists(st.integers(0, 3), min_size=1, max_size=4).filter(any).map(tuple), st.integers(0, 5), max_size=4
@@ -46,6 +52,21 @@ def test_counts_are_shown_whatever_their_size():
         mantissa, power = shown_count(2**n).split("e+")
         assert float(mantissa) == pytest.approx(10 ** (n * math.log10(2) % 1), abs=0.006)
         assert int(power) == int(n * math.log10(2))
+
+
+def test_counts_are_written_whatever_their_size():
+    frame = rp.path_histogram(16_000).iloc[[0, 1, 8_000]].assign(name=["first", None, 3])
+    written = with_counts_as_text(frame).to_csv()
+    text = written.splitlines()[-1].split(",")[2]
+    digits = 0
+    for start in range(0, len(text), 4_000):  # by hand: Python converts no more at once
+        part = text[start : start + 4_000]
+        digits = digits * 10 ** len(part) + int(part)
+    assert len(text) > 4_300
+    assert digits == math.comb(16_000, 8_000)
+    small = rp.path_histogram(200)
+    assert with_counts_as_text(small).to_csv() == small.to_csv()
+    assert frame.num_paths.map(type).eq(int).all()  # the frame itself stays as it is
 
 
 @functools.cache

@@ -184,6 +184,12 @@ def test_frame_is_saved_exactly(tmp_path: Path) -> None:
     assert (read["fraction"] == frame["fraction"]).all()
 
 
+def test_counts_of_any_size_are_saved(tmp_path: Path) -> None:
+    frame = rp.path_histogram(15_000)
+    *_, path = save_figure(plt.figure(), tmp_path / "figure", data=frame.iloc[7_500:7_501])
+    assert len(path.read_text().splitlines()[1]) > 4_500
+
+
 def test_dots_in_a_stem_are_kept(tmp_path: Path) -> None:
     assert [path.name for path in save_figure(plt.figure(), tmp_path / "fig1.5")] == [
         "fig1.5.pdf",

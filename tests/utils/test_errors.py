@@ -32,6 +32,10 @@ def test_message_without_advice_ends_with_one_full_stop(allowed):
     assert str(ResnetPathsError("x", None, allowed)) == "x: got None; allowed: an int."
 
 
+def test_a_value_that_cannot_be_shown_is_no_other_error():
+    assert "length: got <int: Exceeds the limit (4300 digits)" in str(ResnetPathsError("length", 10**5_000, "an int"))
+
+
 def test_text_is_shown_quoted():
     assert "got 'a b'" in str(ResnetPathsError("x", "a b", "y"))
 
