@@ -21,6 +21,7 @@ from resnet_paths._utils.errors import ResnetPathsError
 __all__ = [
     "is_boolean",
     "require_float",
+    "require_fraction",
     "require_frame",
     "require_function",
     "require_generator",
@@ -28,6 +29,7 @@ __all__ = [
     "require_list",
     "require_module",
     "require_path",
+    "seeded_generator",
 ]
 
 T = TypeVar("T")
@@ -97,6 +99,26 @@ def require_float(argument: str, value: object, allowed: str = "a finite number"
     raise ResnetPathsError(argument, value, allowed)
 
 
+def require_fraction(argument: str, value: object) -> float:
+    """Validate a number between 0 and 1.
+
+    Args:
+        argument: Name of the argument, for the message.
+        value: The value received; numbers of NumPy are allowed.
+
+    Returns:
+        The number as a plain float.
+
+    Raises:
+        ResnetPathsError: If it is not a real number, or is 0, 1 or outside of them.
+    """
+    allowed = "a number between 0 and 1, both excluded"
+    number = require_float(argument, value, allowed)
+    if not 0 < number < 1:
+        raise ResnetPathsError(argument, value, allowed)
+    return number
+
+
 def require_generator(argument: str, value: object) -> torch.Generator:
     """Validate a source of random numbers.
 
@@ -113,6 +135,19 @@ def require_generator(argument: str, value: object) -> torch.Generator:
     if not isinstance(value, torch.Generator):
         raise ResnetPathsError(argument, value, "a torch.Generator", "Pass torch.Generator().manual_seed(0).")
     return value
+
+
+def seeded_generator(argument: str, value: object) -> torch.Generator:
+    """A source of random numbers, where None stands for a new one that is seeded with 0.
+
+    Args:
+        argument: Name of the argument, for the message.
+        value: The value received.
+
+    Returns:
+        The generator.
+    """
+    return torch.Generator().manual_seed(0) if value is None else require_generator(argument, value)
 
 
 def is_boolean(value: object) -> bool:

@@ -29,7 +29,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from resnet_paths._utils.arguments import require_float, require_generator, require_int
+from resnet_paths._utils.arguments import require_int
 from resnet_paths._utils.errors import ResnetPathsError, nearest_names
 from resnet_paths._utils.statistics import mean_over_examples
 from resnet_paths.core.chain import ResidualChain
@@ -201,13 +201,12 @@ def gradient_by_path_length(
     """
     place = Place.of(chain, with_respect_to)
     memory_budget = require_int("memory_budget", memory_budget, 1)
-    paths = _checked_options(method, paths, num_draws, relative_error, average)
+    paths = _checked_options(method, paths, average)
+    draws = Draws.of(num_draws, relative_error, generator)
     if not per_example and place.of_parameters:
         raise ResnetPathsError("per_example", per_example, "True for gradients of parameters")
     counts = path_polynomial(place.above)
     lengths = lengths_up_to(counts, max_length)
-    generator = torch.Generator().manual_seed(0) if generator is None else require_generator("generator", generator)
-    draws = Draws(num_draws, relative_error, generator)
     all_measured = []
     for batch_inputs, batch_targets in batches_with_bar("gradient", inputs, targets, progress):
 
@@ -444,9 +443,7 @@ def _measure(
     return functools.reduce(Measurements.beside, parts)
 
 
-def _checked_options(
-    method: str, paths: str | None, num_draws: int | None, relative_error: float, average: str
-) -> str | None:
+def _checked_options(method: str, paths: str | None, average: str) -> str | None:
     """What is drawn, once all options are known to be allowed."""
     if not isinstance(method, str) or method not in _PATHS:
         raise ResnetPathsError("method", method, f"one of {nearest_names(str(method), _PATHS, cutoff=0)}")
@@ -458,11 +455,6 @@ def _checked_options(
     if paths is not None and paths not in allowed:
         names = " or ".join(map(repr, allowed))
         raise ResnetPathsError("paths", paths, f"{names} for method={method!r} and average={average!r}")
-    if num_draws is not None:
-        require_int("num_draws", num_draws, 2)  # so that the error can be estimated
-    between = "a number between 0 and 1, both excluded"
-    if not 0 < require_float("relative_error", relative_error, between) < 1:
-        raise ResnetPathsError("relative_error", relative_error, between)
     return allowed[0] if paths is None else paths
 
 

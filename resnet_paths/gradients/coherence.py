@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from resnet_paths._utils.arguments import require_float, require_generator, require_int
+from resnet_paths._utils.arguments import require_int
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.core.backward.forward import forward, prepared, split_to_fit
 from resnet_paths.core.chain import ResidualChain
@@ -108,15 +108,9 @@ def null_coherence(
     place = Place.of_states(chain, with_respect_to)
     memory_budget = require_int("memory_budget", memory_budget, 1)
     num_repeats = require_int("num_repeats", num_repeats, 2)
-    if num_draws is not None:
-        require_int("num_draws", num_draws, 2)
-    between = "a number between 0 and 1, both excluded"
-    if not 0 < require_float("relative_error", relative_error, between) < 1:
-        raise ResnetPathsError("relative_error", relative_error, between)
     polynomial = path_polynomial(place.above)
     counts = {k: polynomial[k] for k in lengths_up_to(polynomial, max_length)}
-    generator = torch.Generator().manual_seed(0) if generator is None else require_generator("generator", generator)
-    draws = Draws(num_draws, relative_error, generator)
+    draws = Draws.of(num_draws, relative_error, generator)
     beside = None if others is None else _checked_others(chain, others)
     pool: list[torch.Tensor] = []
     own: list[Measurements] = []
@@ -130,9 +124,11 @@ def null_coherence(
         if beside is not None and not pool:  # not before inputs and loss are known to be right
             pool = _states_of(chain, beside, memory_budget)
         if beside is None:
-            found = _with_signs(points, own[-1], counts, num_repeats, generator)
+            found = _with_signs(points, own[-1], counts, num_repeats, draws.generator)
         else:
-            found = [_measured(place, _at_others(points, place, pool, own[-1], generator), counts, draws) for _ in null]
+            found = [
+                _measured(place, _at_others(points, place, pool, own[-1], draws.generator), counts, draws) for _ in null
+            ]
         for repeat, one in zip(null, found, strict=True):
             repeat.append(one)
     return _frame(counts, Measurements.joined(own), [Measurements.joined(repeat) for repeat in null])

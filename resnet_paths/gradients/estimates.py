@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from resnet_paths._utils.arguments import require_fraction, require_int, seeded_generator
 from resnet_paths._utils.statistics import mean_over_examples
 from resnet_paths.core.paths import Path, enumerate_paths
 from resnet_paths.core.sampling import sample_paths
@@ -56,6 +57,22 @@ class Draws:
     relative_error: float
     generator: torch.Generator
 
+    @classmethod
+    def of(cls, num_draws: object, relative_error: object, generator: object) -> Draws:
+        """What a caller asked for.
+
+        Args:
+            num_draws: The number, of at least 2, so that the error can be estimated; or None.
+            relative_error: Between 0 and 1.
+            generator: None for a new one, seeded with 0.
+
+        Returns:
+            The number, the error and the generator.
+        """
+        number = None if num_draws is None else require_int("num_draws", num_draws, 2)
+        error = require_fraction("relative_error", relative_error)
+        return cls(number, error, seeded_generator("generator", generator))
+
 
 def rows_at_once(lengths: Sequence[int], signs: Draws | None) -> int:
     """Rows of cotangents that `measure_exactly` carries."""
@@ -92,7 +109,8 @@ def measure_exactly(point: Point, lengths: Sequence[int], signs: Draws | None = 
         now = min(most - energies.shape[1], SIGNS_AT_ONCE)
 
         def draw_signs(now: int = now) -> torch.Tensor:
-            bits = torch.randint(2, (now, point.num_examples), generator=signs.generator)
+            source = signs.generator
+            bits = torch.randint(2, (now, point.num_examples), generator=source, device=source.device)
             return (2 * bits - 1).to(point.device)
 
         drawn = point.norms(point.by_length(lengths[-1], now, draw_signs))[0][rows] ** 2
@@ -138,9 +156,7 @@ def measure_uniform(place: Place, points: Points, lengths: Sequence[int], draws:
     )
 
 
-def measure_weighted(
-    place: Place, points: Points, counts: Mapping[int, int], draws: Draws, *, rows: int = _PATHS_AT_ONCE
-) -> Measurements:
+def measure_weighted(place: Place, points: Points, counts: Mapping[int, int], draws: Draws) -> Measurements:
     """Norms of paths drawn in proportion to what they are expected to carry, with their weights.
 
     Where a length has no more paths than would be drawn, each is measured once. All examples of a batch take the same
@@ -151,7 +167,6 @@ def measure_weighted(
         points: The batch.
         counts: Number of paths of each length.
         draws: How many paths to draw.
-        rows: Paths that are carried at once.
 
     Returns:
         What was measured.
@@ -176,7 +191,7 @@ def measure_weighted(
             known |= dict.fromkeys(new, _NOT_YET)
             vjps += k * len(new)
         new = [path for path, measured in known.items() if measured is _NOT_YET]
-        norms, lost, num_examples = norms_of(points, new, rows)
+        norms, lost, num_examples = norms_of(points, new, _PATHS_AT_ONCE)
         known |= zip(new, zip(norms, lost.tolist(), strict=True), strict=True)
         for k in wanted:
             found[k] = _weighted(drawn[k], k, counts[k], np.stack([known[path][0] for path in drawn[k]]), proposal)

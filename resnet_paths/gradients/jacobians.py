@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from resnet_paths._utils.arguments import require_float, require_generator, require_int
+from resnet_paths._utils.arguments import require_float, require_int, seeded_generator
 from resnet_paths._utils.devices import wide
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths._utils.statistics import mean_over_examples
@@ -155,7 +155,7 @@ def jacobian_svd(
     rank, max_iterations = require_int("rank", rank, 1), require_int("max_iterations", max_iterations, 1)
     tolerance = require_float("tolerance", tolerance, "a finite number of at least 0", 0)
     memory_budget = require_int("memory_budget", memory_budget, 1)
-    generator = torch.Generator().manual_seed(0) if generator is None else require_generator("generator", generator)
+    generator = seeded_generator("generator", generator)
     chosen = [index for index, block in enumerate(chain) if block.branches]
     if not chosen:
         raise ResnetPathsError("chain", "no branch", "a chain with a branch that is not deleted")
@@ -266,7 +266,7 @@ def _of_branch(
     num_in, num_out = state[0].numel(), output[0].numel()
     least = min(num_in, num_out)
     rank = min(rank, least)
-    start = torch.randn(least, rank, generator=generator, dtype=torch.float64).to(state)
+    start = torch.randn(least, rank, generator=generator, dtype=torch.float64, device=generator.device).to(state)
     start = start.expand(len(state), least, rank)
     if num_out >= num_in:
         return _leading_triplets(push, pull, start, num_out, rank, tolerance, max_iterations)

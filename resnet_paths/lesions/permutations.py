@@ -27,7 +27,7 @@ import pandas as pd
 import torch
 from scipy import special
 
-from resnet_paths._utils.arguments import require_float, require_generator, require_int, require_list
+from resnet_paths._utils.arguments import require_float, require_fraction, require_generator, require_int, require_list
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.core.chain import ResidualChain
 from resnet_paths.core.edits import delete_blocks
@@ -102,9 +102,7 @@ def sampled_shapley_values(
         raise ResnetPathsError("blocks", f"{len(chosen)} blocks", "two blocks at least that can be deleted")
     require_generator("generator", generator)
     num_pairs = None if num_pairs is None else require_int("num_pairs", num_pairs, _FEWEST_PAIRS)
-    between = "a number between 0 and 1"
-    if not 0 < require_float("relative_error", relative_error, between) < 1:
-        raise ResnetPathsError("relative_error", relative_error, between)
+    relative_error = require_fraction("relative_error", relative_error)
     given = None if scores is None else _checked_scores(scores, len(chosen))
     require_loader(loader)
     if iter(loader) is loader:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from resnet_paths._utils.arguments import require_float, require_generator, require_int, require_list
+from resnet_paths._utils.arguments import require_float, require_generator, require_int, require_list, seeded_generator
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.core.chain import ResidualChain, is_identity, require_chain
 from resnet_paths.core.edits import deletable
@@ -362,7 +362,7 @@ def layer_schedules(
             [chain[i].name for i in places],
             "at least two neighbouring layers or blocks with identity skips and branches",
         )
-    generator = torch.Generator().manual_seed(0) if generator is None else require_generator("generator", generator)
+    generator = seeded_generator("generator", generator)
     draw = torch.randperm(len(layers), generator=generator, device=generator.device).tolist()
 
     def in_order(order: Iterable[int]) -> tuple[int, ...]:

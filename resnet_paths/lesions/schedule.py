@@ -33,11 +33,11 @@ def finished_batches(
     runner: Runner,
     loader: Iterable[object],
     *,
-    store: Store | None = None,
-    keys: tuple[Sequence[str], Sequence[int]] = ((), ()),
-    executor: Executor | None = None,
-    wanted: Sequence[int] | None = None,
-    looks: Collection[int] = (),
+    store: Store | None,
+    keys: tuple[Sequence[str], Sequence[int]],
+    executor: Executor | None,
+    wanted: Sequence[int],
+    looks: Collection[int],
 ) -> Iterator[Finished]:
     """The result of each batch, as it is finished; results that are computed are stored first.
 
@@ -48,13 +48,12 @@ def finished_batches(
         keys: Where there is a store, from `resnet_paths.lesions.keys.network_key`, one per chain; and indices of chains
             whose key does not say all that they compute.
         executor: Runs the batches; None for here.
-        wanted: Indices of the chains to run, which the caller may change at each look; all if None.
+        wanted: Indices of the chains to run, which the caller may change at each look.
         looks: Numbers of batches after which all results are yielded before the next batch is handed out.
 
     Yields:
         Position of the batch, its labels, result of all wanted chains, and whether all of it came from the store.
     """
-    wanted = range(runner.trie.num_chains) if wanted is None else wanted
     jobs = _jobs(runner, _read(loader), store, *keys, wanted, copies=executor is not None)
     yield from _run_here(runner, jobs) if executor is None else _run_on(executor, runner, jobs, looks)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from resnet_paths._utils.arguments import seeded_generator
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths._utils.statistics import mean_over_examples
 from resnet_paths.core.chain import ResidualChain
@@ -53,7 +54,7 @@ def pooled_share(
     Args:
         values: Array [row, example].
         totals: Array [row, example], or [example] for all rows.
-        generator: Source of the random numbers, on the CPU; None for a new one, seeded with 0.
+        generator: Source of the random numbers; None for a new one, seeded with 0.
 
     Returns:
         Shares, and lower and upper ends of their intervals, [row]. The ends are NaN for a single example, and where
@@ -65,8 +66,8 @@ def pooled_share(
     with np.errstate(divide="ignore", invalid="ignore"):
         share = values.sum(1) / totals.sum(-1)
         if num > 1:
-            generator = torch.Generator().manual_seed(0) if generator is None else generator
-            drawn = torch.randint(num, (_NUM_RESAMPLES, num), generator=generator)
+            generator = seeded_generator("generator", generator)
+            drawn = torch.randint(num, (_NUM_RESAMPLES, num), generator=generator, device=generator.device).cpu()
             counts = torch.zeros(_NUM_RESAMPLES, num, dtype=torch.float64)
             counts.scatter_add_(1, drawn, torch.ones(drawn.shape, dtype=torch.float64))
             sums = counts.numpy() @ (totals if totals.ndim > 1 else totals[None]).T

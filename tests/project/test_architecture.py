@@ -88,6 +88,26 @@ def test_few_types_are_any():
     assert sum(len(re.findall(r"\bAny\b", path.read_text())) for path in FILES.values()) < 150
 
 
+def draws_of(path: Path) -> list[tuple[str, str | None]]:
+    """(Generator, device) of each random draw of a file, but for those from a generator that is made beside it."""
+    tree, found = ast.parse(path.read_text()), []
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    own = {node for f in functions if "torch.Generator()" in ast.unparse(f) for node in ast.walk(f)}
+    for node in ast.walk(tree):
+        given = {k.arg: ast.unparse(k.value) for k in node.keywords} if isinstance(node, ast.Call) else {}
+        if "generator" in given and node not in own and re.match(r"torch\.rand\w*\(", ast.unparse(node)):
+            found.append((given["generator"], given.get("device")))
+    return found
+
+
+def test_random_numbers_are_drawn_where_their_generator_is():
+    """A caller's generator may be on the GPU; torch refuses to draw from it for another device."""
+    instruments = ("core.", "gradients.", "lesions.", "predictions.")
+    draws = [draw for name, path in FILES.items() if name.startswith(instruments) for draw in draws_of(path)]
+    assert len(draws) > 9
+    assert {device for generator, device in draws if device != f"{generator}.device"} == set()
+
+
 def test_the_root_of_the_package_is_small():
     """The wings, and three files: the package itself, the list of its public names, the marker of a typed package."""
     entries = {path.name for path in PACKAGE.iterdir()} - {"__pycache__"}
