@@ -20,6 +20,7 @@ from resnet_paths._utils.errors import ResnetPathsError
 
 __all__ = [
     "is_boolean",
+    "require_choice",
     "require_float",
     "require_fraction",
     "require_frame",
@@ -97,6 +98,22 @@ def require_float(argument: str, value: object, allowed: str = "a finite number"
             if math.isfinite(number) and number >= least:
                 return number
     raise ResnetPathsError(argument, value, allowed)
+
+
+def require_choice(argument: str, value: object, choices: Iterable[str]) -> None:
+    """Validate that a value is one of some names.
+
+    Args:
+        argument: Name of the argument, for the message.
+        value: The value received.
+        choices: The names.
+
+    Raises:
+        ResnetPathsError: If it is none of them.
+    """
+    choices = list(choices)
+    if not isinstance(value, str) or value not in choices:
+        raise ResnetPathsError(argument, value, f"one of {', '.join(map(repr, choices))}")
 
 
 def require_fraction(argument: str, value: object) -> float:

@@ -16,12 +16,11 @@ from itertools import cycle
 from typing import TYPE_CHECKING
 
 import lazy_loader
-import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 
-from resnet_paths._utils.errors import ResnetPathsError
+from resnet_paths._utils.arguments import require_choice
 from resnet_paths.figures.blocks import (
     plot_block_directions,
     plot_block_norms,
@@ -41,7 +40,7 @@ from resnet_paths.figures.gradients import (
 )
 from resnet_paths.figures.graphs import plot_unraveled_graph
 from resnet_paths.figures.jacobians import plot_residual_alignment, plot_singular_values
-from resnet_paths.figures.layout import MARKERS, checked, groups_of, legend_above, whole_numbers_from_zero
+from resnet_paths.figures.layout import MARKERS, axes_of, checked, groups_of, legend_above, whole_numbers_from_zero
 from resnet_paths.figures.lesions import (
     plot_layer_schedules,
     plot_lesion_counts,
@@ -138,7 +137,7 @@ def plot_path_histogram(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """
     by = ["network"] if isinstance(frame, pd.DataFrame) and "network" in frame else []
     frame = checked("frame", frame, "fraction", [*by, "path_length"], rate=True)
-    ax = plt.gca() if ax is None else ax
+    ax = axes_of(ax)
     groups = groups_of(frame, by, "path_length")
     for index, ((network, rows), marker) in enumerate(zip(groups, cycle(MARKERS), strict=False)):
         x, y, colour = rows["path_length"], 100 * rows["fraction"], f"C{index}"
@@ -169,11 +168,10 @@ def plot_training_curves(frame: pd.DataFrame, ax: Axes | None = None, value: str
         ResnetPathsError: If `value` is unknown, columns are missing, all values are NaN, an epoch occurs twice in one
             run, or a rate is not in [0, 1].
     """
-    if value not in _CURVE_LABELS:
-        raise ResnetPathsError("value", value, f"one of {', '.join(map(repr, _CURVE_LABELS))}")
+    require_choice("value", value, _CURVE_LABELS)
     rate = value.endswith("_rate")
     frame = checked("frame", frame, value, ["network", "seed", "epoch"], rate=rate)
-    ax = plt.gca() if ax is None else ax
+    ax = axes_of(ax)
     colours = [f"C{index}" for index in range(frame["network"].nunique())]
     frame = frame.assign(**{value: frame[value] * (100 if rate else 1)})
     sns.lineplot(

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import cycle
 
-import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from resnet_paths._utils.arguments import require_int, require_list
 from resnet_paths._utils.errors import ResnetPathsError
-from resnet_paths.figures.layout import MARKERS, MUTED, checked, groups_of, legend_above, mark_stages
+from resnet_paths.figures.layout import MARKERS, MUTED, axes_of, checked, groups_of, legend_above, mark_stages
 
 __all__ = [
     "plot_block_directions",
@@ -81,9 +81,9 @@ def plot_gradient_by_depth(frame: pd.DataFrame, ax: Axes | None = None, networks
     """
     by = ["network"] if isinstance(frame, pd.DataFrame) and "network" in frame else []
     frame = checked("frame", frame, "gradient_norm", [*by, "depth"], ["gradient_norm_se"])
-    ax = plt.gca() if ax is None else ax
+    ax = axes_of(ax)
     groups = groups_of(frame, by, "depth")
-    order = [name for name, _ in groups] if networks is None else list(networks)
+    order = [name for name, _ in groups] if networks is None else require_list("networks", networks, "a list of names")
     for network, rows in groups:
         if network not in order:
             raise ResnetPathsError("networks", order, f"names that include {network!r}")
@@ -122,7 +122,7 @@ def plot_scalar_gradients(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ResnetPathsError: If columns are missing, or a depth occurs twice in one network.
     """
     frame = checked("frame", frame, "gradient", ["network", "depth"])
-    ax = plt.gca() if ax is None else ax
+    ax = axes_of(ax)
     labels = {"plain": "product of F', plain", "residual": "product of 1 + F', residual"}
     for (network, rows), marker in zip(groups_of(frame, ["network"], "depth"), cycle(MARKERS), strict=False):
         size = rows["gradient"].abs()
@@ -147,8 +147,10 @@ def _plot_along_blocks(
     columns = [column for name in names for column in (name, f"{name}_se")]
     always = list(names)[-1]  # the others are NaN in a plain net
     frame = checked("frame", frame, always, ["block_index"], [*columns, "stage"]).sort_values("block_index")
-    ax = plt.gca() if ax is None else ax
+    ax = axes_of(ax)
     x = frame["block_index"]
+    if highlight is not None:
+        highlight = require_int("highlight", highlight, 0, int(x.max()), noun="the position of a block")
     for (name, label), marker in zip(names.items(), cycle(MARKERS), strict=False):
         ax.errorbar(
             x,

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import matplotlib as mpl
-import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
@@ -18,7 +17,7 @@ from matplotlib.path import Path as Curve
 
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.core.paths import Choice, Entry, check_path
-from resnet_paths.figures.layout import INK, MUTED, draw_sum, legend_above
+from resnet_paths.figures.layout import INK, MUTED, axes_of, draw_sum, legend_above
 
 __all__ = ["plot_chain"]
 
@@ -54,7 +53,7 @@ def plot_chain(frame: pd.DataFrame, ax: Axes | None = None, highlight: Sequence[
     blocks = _blocks_of(frame)
     if highlight is not None:
         _set_entries(blocks, check_path([block.choices for block in blocks], highlight))
-    ax = plt.gca() if ax is None else ax
+    ax = axes_of(ax)
     ax.set_axis_off()
     folded = _fold(blocks)
     width, height = sum(run.width for run in folded), max(run.height for run in folded)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from itertools import cycle
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator, ScalarFormatter
 
-from resnet_paths._utils.errors import ResnetPathsError
-from resnet_paths.figures.layout import MARKERS, checked, groups_of, legend_above
+from resnet_paths._utils.arguments import require_choice
+from resnet_paths.figures.layout import MARKERS, axes_of, checked, groups_of, legend_above
 
 __all__ = ["plot_cost_by_depth", "plot_training_memory"]
 
@@ -43,7 +42,7 @@ def plot_training_memory(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ResnetPathsError: If columns are missing, or a network occurs twice.
     """
     frame = checked("frame", frame, "peak_megabytes", ["network"], ["parameters_megabytes", "saved_megabytes"])
-    ax = plt.gca() if ax is None else ax
+    ax = axes_of(ax)
     rest = frame["peak_megabytes"] - frame["parameters_megabytes"] - frame["saved_megabytes"]
     frame = frame.assign(rest_megabytes=rest.clip(lower=0))
     left = np.zeros(len(frame))
@@ -74,10 +73,9 @@ def plot_cost_by_depth(frame: pd.DataFrame, value: str, ax: Axes | None = None) 
     Raises:
         ResnetPathsError: If `value` is unknown, columns are missing, or a number of blocks occurs twice for a kind.
     """
-    if value not in _COSTS:
-        raise ResnetPathsError("value", value, f"one of {', '.join(map(repr, _COSTS))}")
+    require_choice("value", value, _COSTS)
     frame = checked("frame", frame, value, ["kind", "num_blocks"])
-    ax = plt.gca() if ax is None else ax
+    ax = axes_of(ax)
     for (kind, rows), marker in zip(groups_of(frame, ["kind"], "num_blocks"), cycle(MARKERS), strict=False):
         ax.plot(rows["num_blocks"], rows[value], marker=marker, label=str(kind), linewidth=0.8)
     ax.set(xscale="log", yscale="log", xlabel="blocks", ylabel=_COSTS[value])

@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from itertools import cycle
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from resnet_paths._utils.arguments import require_float
 from resnet_paths._utils.errors import ResnetPathsError
-from resnet_paths.figures.layout import INK, MARKERS, MUTED, checked, draw_map, groups_of, legend_above
+from resnet_paths.figures.layout import INK, MARKERS, MUTED, axes_of, checked, draw_map, groups_of, legend_above
 from resnet_paths.gradients import PAPER_WINDOW, BlockIndependence, GeometricDecay, effective_window
 
 __all__ = [
@@ -67,7 +67,11 @@ def plot_path_gradients(
                 "each column of norms in one frame",
                 "Draw the other frames into other axes, or drop the column from them.",
             )
-    ax = plt.gca() if ax is None else ax
+    if decay is not None and not isinstance(decay, GeometricDecay):
+        raise ResnetPathsError("decay", type(decay).__name__, "what gradients.fit_decay returns, or None")
+    if min_norm is not None:
+        min_norm = require_float("min_norm", min_norm, "a number above 0", math.ulp(0.0))
+    ax = axes_of(ax)
     for (frame, name), marker in zip(columns, cycle(MARKERS), strict=False):
         rows = checked("frames", frame, name, ["path_length"]).sort_values("path_length")
         rows = rows[rows[name] > 0]
@@ -117,7 +121,7 @@ def plot_effective_window(
     """
     frame = checked("frame", frame, quantity, ["path_length"], ["path_length"])
     window = effective_window(frame, quantity, share)
-    ax = plt.gca() if ax is None else ax
+    ax = axes_of(ax)
     total = frame[quantity].sum()
     low, high = window.shortest - 0.5, window.longest + 0.5
     ax.axvspan(low, high, color="0.9", zorder=0)
@@ -175,7 +179,7 @@ def plot_coherence(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ResnetPathsError: If columns are missing or a length occurs twice.
     """
     frame = checked("frame", frame, "coherence", ["path_length"], ["coherence_se"]).sort_values("path_length")
-    ax = plt.gca() if ax is None else ax
+    ax = axes_of(ax)
     ax.axhline(1, color=MUTED, linewidth=0.7, zorder=0)
     # The maximum, for equal gradients, is the square root of the number of paths.
     most = np.array([math.exp(min(math.log(count) / 2, 600.0)) for count in frame["num_paths"]])  # within a float
@@ -216,7 +220,7 @@ def plot_block_independence(independence: BlockIndependence, ax: Axes | None = N
         raise ResnetPathsError(
             "independence", type(independence).__name__, "the result of resnet_paths.gradients.block_independence"
         )
-    ax = plt.gca() if ax is None else ax
+    ax = axes_of(ax)
     laws = independence.laws
     ax.bar(laws["path_length"], 100 * laws["gradient_share"], width=0.8, color="0.8", label="gradient share")
     names = {
@@ -258,7 +262,7 @@ def plot_pair_covariances(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ResnetPathsError: If columns are missing, all values are NaN, a pair occurs twice, or there is no pair.
     """
     frame = checked("frame", frame, "covariance", ["first", "second"], ["first_stage", "second_stage"])
-    ax = plt.gca() if ax is None else ax
+    ax = axes_of(ax)
     pairs = frame[frame["first"] != frame["second"]]
     if pairs.empty:
         raise ResnetPathsError("frame", f"{len(frame)} rows", "covariances of at least two blocks")
@@ -300,7 +304,7 @@ def plot_path_shares(
     for name, rows in groups:
         if not rows[quantity].sum() > 0:
             raise ResnetPathsError("quantity", quantity, f"a column with a positive sum at {by} {name}")
-    ax = plt.gca() if ax is None else ax
+    ax = axes_of(ax)
     colours = sns.color_palette("crest", len(groups)) if ordered else [f"C{index}" for index in range(len(groups))]
     for (name, rows), marker, colour in zip(groups, cycle(MARKERS), colours, strict=False):
         percent = 100 / rows[quantity].sum()
@@ -346,7 +350,7 @@ def plot_windows(frame: pd.DataFrame, along: str, ax: Axes | None = None, *, num
     """
     dot = "mean_path_length" if "mean_path_length" in getattr(frame, "columns", ()) else "peak"
     frame = checked("frame", frame, dot, [along], ["shortest", "longest"])
-    ax = plt.gca() if ax is None else ax
+    ax = axes_of(ax)
     places = range(len(frame))
     ax.bar(
         places,

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import matplotlib as mpl
-import matplotlib.pyplot as plt
 import networkx as nx
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
 from matplotlib.path import Path as Curve
 
+from resnet_paths._utils.arguments import require_list
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.core.paths import Entry
-from resnet_paths.figures.layout import INK, MUTED, draw_sum
+from resnet_paths.figures.layout import INK, MUTED, axes_of, draw_sum
 
 __all__ = ["plot_unraveled_graph"]
 
@@ -44,7 +44,7 @@ def plot_unraveled_graph(graph: nx.DiGraph, ax: Axes | None = None, highlight: S
     if highlight is not None:
         path = _check_entries(offered, highlight)
         route = {"input", "output", *(path[i:] for i in range(len(path)))}
-    ax = plt.gca() if ax is None else ax
+    ax = axes_of(ax)
     ax.set_axis_off()
     num_blocks = len(offered)
     height, num_leaves = _heights(graph, offered)
@@ -129,6 +129,7 @@ def _offered(graph: nx.DiGraph) -> list[list[Entry]]:
 
 def _check_entries(offered: Sequence[Sequence[Entry]], path: Sequence[Entry]) -> tuple[Entry, ...]:
     """Validate a path."""
+    path = require_list("path", path, f"{len(offered)} entries, one per block")
     if len(path) != len(offered):
         raise ResnetPathsError("path", tuple(path), f"{len(offered)} entries, one per block")
     for index, (entry, entries) in enumerate(zip(path, offered, strict=True)):

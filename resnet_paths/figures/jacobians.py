@@ -10,8 +10,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from resnet_paths._utils.errors import ResnetPathsError
-from resnet_paths.figures.layout import checked, draw_map, mark_stages
+from resnet_paths._utils.arguments import require_choice
+from resnet_paths.figures.layout import axes_of, checked, draw_map, mark_stages
 
 __all__ = ["plot_residual_alignment", "plot_singular_values"]
 
@@ -38,7 +38,7 @@ def plot_singular_values(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ResnetPathsError: If columns are missing, all values are NaN, or a block and order occur twice.
     """
     frame = checked("frame", frame, "singular_value", ["block_index", "order"], ["singular_value_se", "stage"])
-    ax = plt.gca() if ax is None else ax
+    ax = axes_of(ax)
     orders = sorted(frame["order"].unique())
     colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(orders)))
     for order, colour in zip(orders, colours, strict=True):
@@ -73,10 +73,9 @@ def plot_residual_alignment(frame: pd.DataFrame, ax: Axes | None = None, value: 
         ResnetPathsError: If `value` is unknown, columns are missing, all values are NaN, or a pair of blocks occurs
             twice.
     """
-    if value not in _ALIGNMENTS:
-        raise ResnetPathsError("value", value, f"one of {', '.join(map(repr, _ALIGNMENTS))}")
+    require_choice("value", value, _ALIGNMENTS)
     frame = checked("frame", frame, value, ["block_index", "other_index"])
-    ax = plt.gca() if ax is None else ax
+    ax = axes_of(ax)
     blocks = np.arange(frame["block_index"].min(), frame["block_index"].max() + 1)
     table = frame.pivot_table(index="block_index", columns="other_index", values=value)
     table = table.reindex(index=blocks, columns=blocks).astype(float)

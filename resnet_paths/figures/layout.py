@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.artist import Artist
@@ -18,6 +19,7 @@ __all__ = [
     "INK",
     "MARKERS",
     "MUTED",
+    "axes_of",
     "checked",
     "draw_map",
     "draw_sum",
@@ -46,12 +48,31 @@ _LABELS = {
 
 def label_and_scale(value: str) -> tuple[str, int]:
     """The axis label of a measure or an output, and what its numbers are multiplied by: rates are shown in percent."""
+    if not isinstance(value, str):
+        raise ResnetPathsError("value", value, "the name of a measure")
     return _LABELS.get(value, value.replace("_", " ")), 100 if value in ("error_rate", "error_rate_increase") else 1
 
 
 def unit_of(label: str) -> str:
     """The unit in parentheses at the end of a label; an empty string if there is none."""
     return label.removesuffix(")").rpartition(" (")[2] if label.endswith(")") else ""
+
+
+def axes_of(ax: Axes | None) -> Axes:
+    """The axes to draw into: those that are given, or the current ones.
+
+    Args:
+        ax: Axes, or None.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ResnetPathsError: If it is something else.
+    """
+    if ax is not None and not isinstance(ax, Axes):
+        raise ResnetPathsError("ax", type(ax).__name__, "matplotlib Axes, or None")
+    return plt.gca() if ax is None else ax
 
 
 def checked(
@@ -76,6 +97,9 @@ def checked(
         ResnetPathsError: If the frame is invalid.
     """
     needed = [*keys, value, *others]
+    for name in needed:
+        if not isinstance(name, str):
+            raise ResnetPathsError(f"column of {argument}", name, "the name of a column")
     if not isinstance(frame, pd.DataFrame):
         raise ResnetPathsError(argument, type(frame).__name__, f"a pandas DataFrame with columns {', '.join(needed)}")
     missing = [name for name in needed if name not in frame]

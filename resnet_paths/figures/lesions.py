@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from itertools import cycle
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.artist import Artist
@@ -14,10 +13,12 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from resnet_paths._utils.arguments import require_choice, require_float, require_int, require_list
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.figures.layout import (
     INK,
     MARKERS,
+    axes_of,
     checked,
     draw_map,
     groups_of,
@@ -79,18 +80,20 @@ def plot_single_deletions(
         ResnetPathsError: If columns are missing, all values are NaN, a block occurs twice in one network, or a rate is
             not in [0, 1].
     """
+    quantity, scale = label_and_scale(value)
     if value != "error_rate" and not (published is None and chance is None):
         raise ResnetPathsError("value", value, "'error_rate' with published results or chance")
     by = ["network"] if isinstance(frame, pd.DataFrame) and "network" in frame else []
     low, high, intact = bounds = [f"{value}_low", f"{value}_high", f"intact_{value}"]
-    quantity, scale = label_and_scale(value)
     frame = checked("frame", frame, value, [*by, "block_index"], bounds, rate=scale == 100)
     if published is not None:
         keys = ["network", "dataset", "block_index"]
         published = checked("published", published, "error_percent", keys, ["intact_error_percent"])
-    if chance is not None and not 0 <= chance <= 1:
+    if chance is not None and not 0 <= require_float("chance", chance, "an error rate in [0, 1]") <= 1:
         raise ResnetPathsError("chance", chance, "an error rate in [0, 1]")
-    ax = plt.gca() if ax is None else ax
+    given = require_list("stage_starts", stage_starts, "a list of positions of blocks")
+    starts = sorted(require_int("stage_starts", start, 0) for start in given)
+    ax = axes_of(ax)
     handles: list[Artist] = []
     behind: list[Artist] = []
     style: dict[str, Any]
@@ -120,9 +123,9 @@ def plot_single_deletions(
     if scale == 100:
         ax.set_ylim(0, min(ax.get_ylim()[1], 102))
     whole_numbers_from_zero(ax)
-    if len(stage_starts):
-        mark_stages(ax, sorted(stage_starts))
-    legend_above(ax, behind, handles, gap_points=11 if len(stage_starts) else 3)
+    if starts:
+        mark_stages(ax, starts)
+    legend_above(ax, behind, handles, gap_points=11 if starts else 3)
     return ax
 
 
@@ -196,7 +199,7 @@ def plot_layer_schedules(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     by = ["network"] if isinstance(frame, pd.DataFrame) and "network" in frame else []
     bounds = ["error_rate_low", "error_rate_high", "intact_error_rate"]
     frame = checked("frame", frame, "error_rate", [*by, "lesion"], bounds, rate=True)
-    ax = plt.gca() if ax is None else ax
+    ax = axes_of(ax)
     names = list(frame["lesion"].unique())
     networks = list(frame.groupby(by, sort=False)) if by else [((None,), frame)]
     handles: list[Artist] = []
@@ -229,7 +232,7 @@ def plot_pair_interactions(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ResnetPathsError: If columns are missing, all values are NaN, or a pair occurs twice.
     """
     frame = checked("frame", frame, "interaction", ["first", "second"])
-    ax = plt.gca() if ax is None else ax
+    ax = axes_of(ax)
     blocks = np.union1d(frame["first"], frame["second"])
     both = pd.concat([frame, frame.rename(columns={"first": "second", "second": "first"})])
     table = 100 * both.pivot_table(index="first", columns="second", values="interaction").reindex(
@@ -265,15 +268,14 @@ def plot_predicted_effects(
             studies.
     """
     label = _score_label(score)
-    if effect not in _EFFECTS:
-        raise ResnetPathsError("effect", effect, f"one of {', '.join(map(repr, _EFFECTS))}")
+    require_choice("effect", effect, _EFFECTS)
     predicted = checked("predicted", predicted, score, ["blocks"], [f"{score}_se", "num_blocks", "block_index"])
     spans = predicted["num_blocks"].unique().tolist()
     if len(spans) > 1:
         raise ResnetPathsError("predicted", f"ranges of {spans} blocks", "the rows of one span")
     deleted = checked("study", deletions_of("study", study, spans[0], [effect]), effect, ["blocks"])
     both = predicted.merge(deleted[["blocks", effect]], on="blocks")
-    ax = plt.gca() if ax is None else ax
+    ax = axes_of(ax)
     y = both[effect] * (100 if effect == "error_rate_increase" else 1)
     ax.errorbar(both[score], y, xerr=both[f"{score}_se"], linestyle="none", marker="o", markersize=2.5, elinewidth=0.5)
     if len(both) <= 12:
@@ -299,8 +301,7 @@ def plot_score_correlations(frame: pd.DataFrame, ax: Axes | None = None, effect:
         ResnetPathsError: If the effect is unknown or not in the frame, columns are missing, or a score occurs twice for
             one network.
     """
-    if effect not in _EFFECTS:
-        raise ResnetPathsError("effect", effect, f"one of {', '.join(map(repr, _EFFECTS))}")
+    require_choice("effect", effect, _EFFECTS)
     several = isinstance(frame, pd.DataFrame) and "network" in frame
     keys = ["score", "effect", *(["network"] if several else [])]
     frame = checked("frame", frame, "spearman", keys, ["spearman_low", "spearman_high"])
@@ -310,7 +311,7 @@ def plot_score_correlations(frame: pd.DataFrame, ax: Axes | None = None, effect:
     networks = rows["network"] if several else pd.Series("", rows.index)
     places = pd.Series(range(networks.nunique()), networks.unique())
     scores = list(rows["score"].unique())
-    ax = plt.gca() if ax is None else ax
+    ax = axes_of(ax)
     for number, (score, marker) in enumerate(zip(scores, cycle(MARKERS), strict=False)):
         of_score = rows[rows["score"] == score]
         x = of_score["spearman"]
@@ -343,7 +344,7 @@ def plot_scalings(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """
     bounds = ["error_rate_low", "error_rate_high", "intact_error_rate"]
     frame = checked("frame", frame, "error_rate", ["block", "factor"], bounds, rate=True)
-    ax = plt.gca() if ax is None else ax
+    ax = axes_of(ax)
     for intact in frame["intact_error_rate"].unique():
         ax.axhline(100 * intact, color=INK, linestyle="--", linewidth=0.7, zorder=1, label="intact")
     for (block, rows), marker in zip(groups_of(frame, ["block"], "factor"), cycle(MARKERS), strict=False):
@@ -369,12 +370,10 @@ def plot_scalings(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 def _score_label(score: str) -> str:
     """The label of an axis for a column of `resnet_paths.predicted_effects`."""
-    measure = score.removeprefix("first_order_").removesuffix("_increase")
-    if score == f"first_order_{measure}_increase":
+    measure = str(score).removeprefix("first_order_").removesuffix("_increase")
+    if str(score) == f"first_order_{measure}_increase":
         return f"first-order increase of the {label_and_scale(measure)[0]}"
-    if score not in _SCORES:
-        known = ", ".join(map(repr, (*_SCORES, "first_order_cross_entropy_increase")))
-        raise ResnetPathsError("score", score, f"one of {known}")
+    require_choice("score", score, (*_SCORES, "first_order_cross_entropy_increase"))
     return _SCORES[score]
 
 
@@ -396,7 +395,7 @@ def _plot_quartiles(
     if published is not None:
         names = ["network", "dataset", published_along]
         published = checked("published", published, quartiles[0], names, quartiles[1:])
-    ax = plt.gca() if ax is None else ax
+    ax = axes_of(ax)
     behind: list[Artist] = []
     if published is not None:
         greys = cycle(("0.5", "0.7", "0.6"))

@@ -6,18 +6,18 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from resnet_paths._utils.arguments import require_float
+from resnet_paths._utils.arguments import require_choice, require_float, require_int
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.figures.layout import (
     INK,
     MARKERS,
+    axes_of,
     checked,
     draw_map,
     groups_of,
@@ -90,13 +90,12 @@ def plot_prediction_by_path_length(
         ResnetPathsError: If `value` is unknown, columns are missing, all values are NaN, a length occurs twice, or `ax`
             has no place in a grid that could be divided.
     """
-    if value not in _SPLIT_LABELS:
-        raise ResnetPathsError("value", value, f"one of {', '.join(map(repr, _SPLIT_LABELS))}")
+    require_choice("value", value, _SPLIT_LABELS)
     bounds = {"share": ["share_low", "share_high"], "contribution": ["contribution_se"]}.get(value, [])
     frame = checked("frame", frame, value, ["path_length"], bounds)
     if gradient is not None:
         gradient = checked("gradient", gradient, "gradient_share", ["path_length"], ["gradient_share_se"])
-    ax = plt.gca() if ax is None else ax
+    ax = axes_of(ax)
     heights, interval, unit = frame[value], None, unit_of(_output_of(frame))
     if value == "share":
         heights, interval, unit = 100 * heights, 100 * frame[bounds].to_numpy().T, "%"
@@ -129,7 +128,7 @@ def plot_prediction_by_source(frame: pd.DataFrame, ax: Axes | None = None) -> Ax
         ResnetPathsError: If columns are missing, all values are NaN, or a source and length occur twice.
     """
     frame = checked("frame", frame, "share", ["source", "path_length"], ["block_index"])
-    ax = plt.gca() if ax is None else ax
+    ax = axes_of(ax)
     numbers = frame.groupby("source", sort=False)["block_index"].first()
     names = list(numbers.index)
     table = frame.pivot_table(index="source", columns="path_length", values="share").reindex(names)
@@ -158,11 +157,10 @@ def plot_lens(frame: pd.DataFrame, ax: Axes | None = None, value: str = "kl_dive
         ResnetPathsError: If `value` is unknown, columns are missing, all values are NaN, or a state and length occur
             twice.
     """
-    if value not in _LENS_LABELS:
-        raise ResnetPathsError("value", value, f"one of {', '.join(map(repr, _LENS_LABELS))}")
+    require_choice("value", value, _LENS_LABELS)
     bounds = ["agreement_low", "agreement_high"] if value == "agreement" else [f"{value}_se"]
     frame = checked("frame", frame, value, ["depth", "path_length"], bounds)
-    ax = plt.gca() if ax is None else ax
+    ax = axes_of(ax)
     scale = 100 if value == "agreement" else 1
     lengths = frame["path_length"].to_numpy()
     if (lengths == lengths[0]).all():
@@ -199,13 +197,12 @@ def plot_iterative_inference(frame: pd.DataFrame, ax: Axes | None = None, value:
         ResnetPathsError: If `value` is unknown, columns are missing, all values are NaN, or a block occurs twice in one
             network.
     """
-    if value not in _ITERATIVE_LABELS:
-        raise ResnetPathsError("value", value, f"one of {', '.join(map(repr, _ITERATIVE_LABELS))}")
+    require_choice("value", value, _ITERATIVE_LABELS)
     is_rate = value in ("error_rate", "final_share")
     bounds = [f"{value}_low", f"{value}_high"] if is_rate else [f"{value}_se"]
     by = ["network"] if isinstance(frame, pd.DataFrame) and "network" in frame else []
     frame = checked("frame", frame, value, [*by, "block_index"], [*bounds, *([] if by else ["stage"])])
-    ax = plt.gca() if ax is None else ax
+    ax = axes_of(ax)
     for place, (network, rows) in enumerate(groups_of(frame, by, "block_index")):
         y = (100 if is_rate else 1) * rows[value].to_numpy()
         if is_rate:
@@ -250,13 +247,12 @@ def plot_effect_matrix(
         ResnetPathsError: If `value` is unknown, `vmax` is not above 0, columns are missing, all values are NaN, or a
             pair of blocks occurs twice.
     """
-    if value not in _EFFECT_LABELS:
-        raise ResnetPathsError("value", value, f"one of {', '.join(map(repr, _EFFECT_LABELS))}")
+    require_choice("value", value, _EFFECT_LABELS)
     allowed = "a finite number above 0, or None"
     if vmax is not None and not require_float("vmax", vmax, allowed) > 0:
         raise ResnetPathsError("vmax", vmax, allowed)
     frame = checked("frame", frame, value, ["deleted_index", "block_index"])
-    ax = plt.gca() if ax is None else ax
+    ax = axes_of(ax)
     blocks = np.arange(frame["deleted_index"].min(), frame["block_index"].max() + 1)
     table = frame.pivot_table(index="deleted_index", columns="block_index", values=value)
     table = table.reindex(index=blocks, columns=blocks).astype(float)
@@ -286,7 +282,7 @@ def plot_deletion_account(frame: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ResnetPathsError: If columns are missing, all values are NaN, or a block occurs twice.
     """
     frame = checked("frame", frame, "total_effect", ["deleted_index"], ["direct_effect", *_ACCOUNT_TERMS])
-    ax = plt.gca() if ax is None else ax
+    ax = axes_of(ax)
     blocks = frame["deleted_index"].astype(int)
     terms = {"direct effect, removed": -frame["direct_effect"]}
     # A term that is 0 up to rounding is not in the legend.
@@ -332,9 +328,8 @@ def plot_waterfall(
     value = "direct_effect" if isinstance(frame, pd.DataFrame) and "direct_effect" in frame else "contribution"
     key = "source" if isinstance(frame, pd.DataFrame) and "source" in frame else "path_length"
     frame = checked("frame", frame, value, [key, "path_length"] if value == "contribution" else [key])
-    if not isinstance(num_bars, int) or num_bars < 1:
-        raise ResnetPathsError("num_bars", num_bars, "an int of at least 1")
-    ax = plt.gca() if ax is None else ax
+    num_bars = require_int("num_bars", num_bars, 1)
+    ax = axes_of(ax)
     if image is not None:
         _draw_image(_beside(ax, "image", columns=(1, 2)), image)
     names, values = _largest(frame.groupby(key, sort=False)[value].sum(), num_bars)
@@ -374,13 +369,16 @@ def _largest(values: pd.Series, num_bars: int) -> tuple[list[str], np.ndarray]:
 
 
 def _draw_image(ax: Axes, image: torch.Tensor | np.ndarray) -> None:
+    allowed = "an image [height, width] or [1 or 3, height, width]"
+    if not isinstance(image, torch.Tensor | np.ndarray):
+        raise ResnetPathsError("image", type(image).__name__, allowed)
     pixels = np.asarray(torch.as_tensor(image).detach().cpu(), dtype=float)
     if pixels.ndim == 4 and len(pixels) == 1:
         pixels = pixels[0]
     if pixels.ndim == 3 and pixels.shape[0] in (1, 3):
         pixels = np.moveaxis(pixels, 0, 2)
     if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] not in (1, 3)):
-        raise ResnetPathsError("image", list(np.shape(image)), "an image [height, width] or [1 or 3, height, width]")
+        raise ResnetPathsError("image", list(np.shape(image)), allowed)
     low, high = pixels.min(), pixels.max()
     ax.imshow((pixels - low) / ((high - low) or 1.0), cmap="gray", interpolation="nearest")
     ax.set_axis_off()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.patheffects import Normal, Stroke
 
 from resnet_paths._utils.errors import ResnetPathsError
-from resnet_paths.figures.layout import INK, checked, draw_map, label_and_scale, legend_above
+from resnet_paths.figures.layout import INK, axes_of, checked, draw_map, label_and_scale, legend_above
 
 __all__ = ["plot_range_deletions", "plot_range_repeats"]
 
@@ -36,7 +35,7 @@ def plot_range_deletions(frame: pd.DataFrame, ax: Axes | None = None, value: str
             networks, or a range occurs twice with different values.
     """
     rows = _ranges(frame, value, "delete")
-    ax = plt.gca() if ax is None else ax
+    ax = axes_of(ax)
     table = _table(rows, "num_blocks", "first", value)
     _draw(ax, table, value, diverging=False)
     best = rows.loc[rows.groupby("num_blocks")[value].idxmin()]
@@ -72,7 +71,7 @@ def plot_range_repeats(frame: pd.DataFrame, ax: Axes | None = None, value: str =
             networks, or a range occurs twice with different values.
     """
     rows = _ranges(frame, value, "duplicate_range")
-    ax = plt.gca() if ax is None else ax
+    ax = axes_of(ax)
     _draw(ax, _table(rows, "last", "first", value), value, diverging=value.endswith("_increase"))
     ax.set(xlabel="first repeated block (index from 0)", ylabel="last repeated block", aspect="equal")
     return ax
@@ -92,7 +91,9 @@ def _ranges(frame: pd.DataFrame, value: str, kind: str) -> pd.DataFrame:
     if len(networks) > 1:
         raise ResnetPathsError("frame", networks, "rows of one network", "Draw one map for each network.")
     rows = rows.assign(first=[b[0] for b in rows["blocks"]], last=[b[-1] for b in rows["blocks"]])
-    if value in rows:  # the same lesion twice in a plan, such as that of one block and of a range of one block
+    if (
+        isinstance(value, str) and value in rows
+    ):  # the same lesion twice in a plan, such as that of one block and of a range of one block
         rows = rows.drop_duplicates(["first", "last", value])
     return checked("frame", rows, value, ["first", "last"], ["num_blocks"]).reset_index(drop=True)
 

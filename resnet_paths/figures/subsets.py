@@ -5,17 +5,18 @@ from __future__ import annotations
 from itertools import cycle
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from resnet_paths._utils.arguments import require_choice
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.figures.layout import (
     INK,
     MARKERS,
     MUTED,
+    axes_of,
     checked,
     draw_map,
     groups_of,
@@ -54,7 +55,7 @@ def plot_shapley_values(frame: pd.DataFrame, ax: Axes | None = None, sampled: pd
         argument = "sampled" if rows is sampled else "frame"
         drawn[number] = (checked(argument, rows, column, ["block_index"], _ends(column)), *drawn[number][1:])
     label, scale = _label_of_measure(pd.concat([rows for rows, _, _ in drawn]))
-    ax = plt.gca() if ax is None else ax
+    ax = axes_of(ax)
     for number, ((rows, column, name), marker) in enumerate(zip(drawn, cycle(MARKERS), strict=False)):
         low, high = (scale * rows[end] for end in _ends(column))
         value = scale * rows[column]
@@ -91,11 +92,10 @@ def plot_shapley_interactions(frame: pd.DataFrame, ax: Axes | None = None, value
     Raises:
         ResnetPathsError: If columns are missing, all values are NaN, a pair occurs twice, or the value is another one.
     """
-    if value not in ("shapley_interaction", "banzhaf_interaction"):
-        raise ResnetPathsError("value", value, "'shapley_interaction' or 'banzhaf_interaction'")
+    require_choice("value", value, ("shapley_interaction", "banzhaf_interaction"))
     frame = checked("frame", frame, value, ["first", "second"])
     label, scale = _label_of_measure(frame)
-    ax = plt.gca() if ax is None else ax
+    ax = axes_of(ax)
     blocks = np.arange(frame["first"].min(), frame["second"].max() + 1)
     both = pd.concat([frame, frame.rename(columns={"first": "second", "second": "first"})])
     table = both.pivot_table(index="first", columns="second", values=value).reindex(blocks, columns=blocks)
@@ -123,7 +123,7 @@ def plot_interaction_spectrum(frame: pd.DataFrame, ax: Axes | None = None) -> Ax
     by = ["network"] if has and "network" in frame else ["measure"] if has and "measure" in frame else []
     name = "variance_share"
     frame = checked("frame", frame, name, [*by, "order"], [*_ends(name), "noise_share"])
-    ax = plt.gca() if ax is None else ax
+    ax = axes_of(ax)
     groups = groups_of(frame, by, "order")
     for number, ((group, rows), marker) in enumerate(zip(groups, cycle(MARKERS), strict=False)):
         at, value = rows["order"] + 0.12 * (number - (len(groups) - 1) / 2), 100 * rows[name]

@@ -129,7 +129,7 @@ def test_interactions_of_plain_pytorch_are_cells(frames: dict[str, pd.DataFrame]
         assert drawn[i, j] == drawn[j, i] == pytest.approx((signs * plain).sum() / 2 ** (N - 2))
     assert drawn.count() == N * (N - 1)
     assert mesh.colorbar.ax.get_ylabel() == "interaction (logits)"
-    with pytest.raises(rp.ResnetPathsError, match=r"value: got 'margin'; allowed: 'shapley_interaction' or"):
+    with pytest.raises(rp.ResnetPathsError, match=r"value: got 'margin'; allowed: one of 'shapley_interaction'"):
         plot_shapley_interactions(frame, value="margin")
 
 

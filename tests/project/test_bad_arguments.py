@@ -8,6 +8,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -566,6 +567,44 @@ def test_a_wrong_frame_is_one_clear_error_of_each_figure(name):
         return function(frame, **given) if first.kind is not first.VAR_POSITIONAL else function(frame, frame)
 
     assert not wrong_answers(call, "frame", BAD["frame"])
+
+
+COLUMNS = ["x", 3, [], {}, object(), ["banana"], np.zeros(2), torch.zeros(2), True]
+STUDY = rp.lesion_study(RUNNING, LOADER, rp.single_deletions(RUNNING), progress=False)
+EVIDENCE = rp.prediction_by_path_length(RUNNING, X + 1, by_source=True)
+OF_FIGURES = {
+    "plot_block_norms": (rp.block_norms(RUNNING, X), {"highlight": ["x", -1, 3, 1.5, [], True, np.zeros(2), 10**400]}),
+    "plot_effective_window": (FRAME, {"quantity": COLUMNS}),
+    "plot_gradient_by_depth": (rp.gradient_by_depth(RUNNING, X, Y).assign(network="a"), {"networks": [3, "a", ["b"]]}),
+    "plot_lens": (rp.lens(RUNNING, X), {"value": COLUMNS}),
+    "plot_path_gradients": (FRAME, {"decay": [3, "x", FRAME], "min_norm": ["x", 0, -1, float("nan"), [], 10**400]}),
+    "plot_path_shares": (FRAME, {"by": COLUMNS}),
+    "plot_predicted_effects": (rp.predicted_effects(RUNNING, LOADER), {"study": [STUDY[:0], 3], "score": COLUMNS}),
+    "plot_range_deletions": (STUDY, {"value": COLUMNS}),
+    "plot_single_deletions": (
+        STUDY,
+        {"value": COLUMNS, "chance": ["x", 2, float("nan"), []], "stage_starts": [3, "x", ["x"], [None], [-1], [1.5]]},
+    ),
+    "plot_unraveled_graph": (rp.unraveled_graph(3), {"highlight": [3, "x", [True], object(), True]}),
+    "plot_waterfall": (EVIDENCE, {"num_bars": BAD["int at least 1"], "image": [3, "x", [], {}, np.zeros(3)]}),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"), [(name, argument) for name, (_, kinds) in OF_FIGURES.items() for argument in (*kinds, "ax")]
+)
+def test_another_wrong_argument_is_one_clear_error_of_a_figure(name, argument):
+    frame, kinds = OF_FIGURES[name]
+    needed = {
+        "plot_effective_window": ["quantity"],
+        "plot_path_shares": ["by"],
+        "plot_predicted_effects": ["study", "score"],
+    }
+    right = {"quantity": "mean_path_gradient_norm", "by": "path_length", "study": STUDY, "score": "block_influence"}
+    given = {key: right[key] for key in needed.get(name, [])}
+    call = partial(getattr(rp.figures, name), frame, **given)
+    assert not wrong_answers(call, argument, kinds.get(argument, [3, "x", FIGURE, [None]]))
+    plt.close("all")
 
 
 @pytest.mark.parametrize("name", WIDGETS)
