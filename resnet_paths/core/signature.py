@@ -195,7 +195,7 @@ def chosen(returned: object, output: str | int | None) -> torch.Tensor:
         key = next((name for name in (*_MAIN_OUTPUTS, *tensors) if name in tensors), None)
     if isinstance(key, int) and -len(named) <= key < len(named):
         key = list(named)[key]
-    tensor = named.get(key)
+    tensor = named.get(key) if isinstance(key, str | int) else None
     if not isinstance(tensor, torch.Tensor):
         raise ResnetPathsError("output", key, f"one of {tensors}", f"The model returns a {type(returned).__name__}.")
     return tensor

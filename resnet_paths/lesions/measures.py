@@ -116,7 +116,7 @@ def measure(
             f"Built in are {', '.join(map(repr, [*_BUILT_IN, 'top_5_error']))}.",
         )
     name = getattr(function, "__name__", "") if name is None else name
-    if not name.isidentifier():
+    if not isinstance(name, str) or not name.isidentifier():
         raise ResnetPathsError(
             "measures", name or function, "functions with a name", "Write measure(function, name='...')."
         )

@@ -12,7 +12,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -21,7 +20,7 @@ from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths.core.chain import ResidualChain, is_identity, require_chain
 from resnet_paths.core.edits import deletable
 from resnet_paths.core.groups import group_blocks, runs_of
-from resnet_paths.core.inputs import checked_inputs, each_tensor, num_examples, require_movable
+from resnet_paths.core.inputs import Inputs, checked_inputs, each_tensor, num_examples, require_movable
 from resnet_paths.core.modes import require_eval_mode
 from resnet_paths.core.parts import Constant
 from resnet_paths.core.placement import device_of
@@ -273,8 +272,10 @@ def branch_replacements(chain: ResidualChain, source: ResidualChain, name: str =
     Raises:
         ResnetPathsError: If the chains' blocks do not have the same shapes.
     """
-    for each in (chain, source):
-        require_chain("chain", each)
+    for argument, each in (("chain", chain), ("source", source)):
+        require_chain(argument, each)
+    if not isinstance(name, str):
+        raise ResnetPathsError("name", name, "a str")
     shapes, others = ([(block.in_shape, block.out_shape) for block in each] for each in (chain, source))
     if shapes != others:
         raise ResnetPathsError(
@@ -287,7 +288,7 @@ def branch_replacements(chain: ResidualChain, source: ResidualChain, name: str =
     ]
 
 
-def mean_replacements(chain: ResidualChain, inputs: Any) -> list[Lesion]:
+def mean_replacements(chain: ResidualChain, inputs: Inputs) -> list[Lesion]:
     """Each block's branch in turn replaced by its mean output, so that only its dependence on the example is lost.
 
     Args:

@@ -18,7 +18,7 @@ import torch
 from scipy import stats
 from tqdm.auto import tqdm
 
-from resnet_paths._utils.arguments import require_frame
+from resnet_paths._utils.arguments import require_frame, require_int
 from resnet_paths._utils.devices import wide
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths._utils.statistics import mean_over_items
@@ -114,6 +114,7 @@ def predicted_effects(
     require_chain("chain", chain)
     require_eval_mode("chain", chain)
     require_loader(loader)
+    feature_dim = None if feature_dim is None else require_int("feature_dim", feature_dim)
     validate_tokens(tokens, feature_dim)
     spans = _checked_spans(span, len(chain))
     scored = _Scored(_differentiable(measures), shift_labels, spans, tokens, feature_dim)

@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from resnet_paths._utils.arguments import require_generator, require_int
+from resnet_paths._utils.arguments import require_generator, require_int, require_list
 from resnet_paths._utils.devices import wide
 from resnet_paths._utils.errors import ResnetPathsError
 from resnet_paths._utils.statistics import mean_over_examples
@@ -261,15 +261,12 @@ def _checked(chain: ResidualChain, lesions: Iterable[Deletion] | None) -> list[_
     possible = deletable(chain)
     if lesions is None:
         return [_Blocks((index,), "") for index in possible]
+    allowed = "deletions of blocks that can be deleted, such as resnet_paths.single_deletions(chain)"
     deletions = []
-    for lesion in lesions:
+    for lesion in require_list("lesions", lesions, allowed):
         blocks = getattr(lesion, "blocks", None)
         if getattr(lesion, "kind", None) != "delete" or not blocks or not set(blocks) <= set(possible):
-            raise ResnetPathsError(
-                "lesions",
-                getattr(lesion, "name", lesion),
-                "deletions of blocks that can be deleted, such as resnet_paths.single_deletions(chain)",
-            )
+            raise ResnetPathsError("lesions", getattr(lesion, "name", lesion), allowed)
         deletions.append(_Blocks(tuple(sorted(blocks)), lesion.name))
     if not deletions:
         raise ResnetPathsError("lesions", [], "at least one deletion")

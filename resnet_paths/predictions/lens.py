@@ -22,7 +22,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from resnet_paths._utils.arguments import require_int
+from resnet_paths._utils.arguments import require_function, require_int
 from resnet_paths._utils.statistics import mean_over_examples, mean_rate_interval
 from resnet_paths.core.backward.forward import ForwardPass, prepared, split_to_fit
 from resnet_paths.core.backward.linearize import Context, Pullback, expanded, unchanged
@@ -104,6 +104,8 @@ def lens(
     linearizer, tangents = linearizer_of(linearization)
     memory_budget = require_int("memory_budget", memory_budget, 1)
     max_length = None if max_length is None else require_int("max_length", max_length, 0)
+    if logits is not None:
+        require_function("logits", logits, "a function from outputs to logits [batch, ..., class], or None")
     blocks = list(chain)
     counts = [path_polynomial(chain.with_blocks(blocks[start:])) for start in range(len(blocks) + 1)]
     # One row per state and length of its paths.

@@ -151,7 +151,8 @@ def _classes(logits: torch.Tensor, targets: object) -> torch.Tensor:
         )
     if targets is None:
         return logits.argmax(1)
-    if not isinstance(targets, torch.Tensor) or targets.is_floating_point() or targets.shape != logits.shape[:1]:
+    real = isinstance(targets, torch.Tensor) and (targets.is_floating_point() or targets.is_complex())
+    if not isinstance(targets, torch.Tensor) or real or targets.shape != logits.shape[:1]:
         found = (
             f"{targets.dtype} {list(targets.shape)}" if isinstance(targets, torch.Tensor) else type(targets).__name__
         )

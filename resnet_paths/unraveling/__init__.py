@@ -119,7 +119,8 @@ def unravel(
         return model
     args, kwargs = _check_arguments(model, example_inputs)
     signature, tensors = Signature.of(args, kwargs)
-    options = Options(max_depth, (skip,) if isinstance(skip, str) else tuple(skip))
+    skips = [skip] if isinstance(skip, str) else require_list("skip", skip, "the name of a module, or a list of names")
+    options = Options(max_depth, tuple(skips))
     kept = None
     if cache is not None and blocks is None and has_values(tensors):
         kept = Kept(cache, model, signature, tensors, [output, max_depth, options.skips, adapters])

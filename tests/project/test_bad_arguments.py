@@ -110,14 +110,17 @@ OF_RANDOM = {"chain": "chain", "counts": "counts", "repeats": "int at least 0", 
 FUNCTIONS = {
     "as_causal_lm": (CHAINED | {"config": None}, {"chain": "chain"}),
     "block_norms": (PREDICTION, {"chain": "chain", "inputs": "inputs", "tokens": "one of some"}),
-    "branch_replacements": ({"chain": CHAIN, "source": CHAIN}, {"chain": "chain", "source": "chain"}),
+    "branch_replacements": (
+        {"chain": CHAIN, "source": CHAIN},
+        {"chain": "chain", "source": "chain", "name": "text"},
+    ),
     "delete_block": ({"model": CHAIN, "block": 0}, {"model": "model", "block": "block"}),
     "delete_blocks": ({"model": CHAIN, "blocks": [0]}, {"model": "model", "blocks": "blocks"}),
-    "deletion_account": (PREDICTION, OF_PREDICTION | {"generator": "optional generator"}),
+    "deletion_account": (PREDICTION, OF_PREDICTION | {"lesions": "deletions", "generator": "optional generator"}),
     "direct_effects": (PREDICTION, OF_PREDICTION | {"generator": "optional generator"}),
     "duplicate_block": (CHAINED | {"block": 0}, {"chain": "chain", "block": "block"}),
     "duplications": (CHAINED, {"chain": "chain"}),
-    "effect_matrix": (PREDICTION, OF_PREDICTION),
+    "effect_matrix": (PREDICTION, OF_PREDICTION | {"lesions": "deletions"}),
     "effective_window": (
         {"frame": pd.DataFrame({"path_length": [0, 1], "gradient_share": [0.5, 0.5]}), "quantity": "gradient_share"},
         {"frame": "frame", "quantity": "choice", "share": "share"},
@@ -179,6 +182,7 @@ FUNCTIONS = {
             "inputs": "inputs",
             "max_length": "optional int at least 0",
             "linearization": "choice",
+            "logits": "optional function",
             "memory_budget": "budget",
         },
     ),
@@ -213,7 +217,10 @@ FUNCTIONS = {
         },
     ),
     "mean_replacements": (PREDICTION, {"chain": "chain", "inputs": "inputs"}),
-    "measure": ({"function": lambda outputs, labels: labels}, {"function": "function"}),
+    "measure": (
+        {"function": lambda outputs, labels: labels},
+        {"function": "function", "name": "name of a measure", "key": "optional text", "is_rate": "unlike a bool"},
+    ),
     "neighbour_swaps": (CHAINED, {"chain": "chain"}),
     "pair_deletions": (CHAINED, {"chain": "chain", "blocks": "blocks"}),
     "pair_interactions": ({}, {"frame": "frame"}),
@@ -234,6 +241,7 @@ FUNCTIONS = {
             "span": "spans",
             "device": "device",
             "tokens": "one of some",
+            "feature_dim": "dimension",
         },
     ),
     "prediction_by_path_length": (
@@ -294,7 +302,14 @@ FUNCTIONS = {
     "swap_blocks": (CHAINED | {"first": 0, "second": 1}, {"chain": "chain", "first": "block", "second": "block"}),
     "unravel": (
         {"model": MODEL, "example_inputs": X.float()},
-        {"model": "model", "example_inputs": "example", "max_depth": "depth", "blocks": "names"},
+        {
+            "model": "model",
+            "example_inputs": "example",
+            "output": "output of a model",
+            "max_depth": "depth",
+            "blocks": "names",
+            "skip": "names of skips",
+        },
     ),
     "unraveled_graph": ({"chain": 2}, {"chain": "chain or int", "max_nodes": "int at least 1"}),
 }
@@ -306,6 +321,15 @@ BAD["labelled loader"] += [
     [{"x": X, "labels": torch.zeros(4, 2).to_sparse()}],
     [(X, Y.to(torch.complex64))],
 ]
+BAD["text"] = [None, 3, [], b"x"]
+BAD["optional text"] = [3, [], b"x"]
+BAD["name of a measure"] = [3, [], b"x", "", "two words"]
+BAD["unlike a bool"] = ["x", 3, None]
+BAD["deletions"] = [3, "x", [], [3.5], [None], [7], ["b9"], [True], np.zeros(2), object()]
+BAD["dimension"] = ["x", 1.5, [], True, object()]
+BAD["output of a model"] = ["x", 3, -9, 1.5, [], b"x", object()]
+BAD["names of skips"] = [None, 3, object()]
+BAD["class indices"] = [3, "x", [], Y[:2], Y + 7, Y - 7, Y.double(), Y.to(torch.complex64), nn.Linear]
 BAD["tolerance"] = [None, "x", -1, float("nan"), [], True]
 BAD["svd"] = [None, 3, "x", CHAIN, SVD.to_frame(), [SVD]]
 BAD["optional svd"] = [3, "x", CHAIN, SVD.to_frame(), [SVD], SVD.examples([0])]
@@ -449,6 +473,9 @@ OTHERS = {
         ("split", BAD["frame"]),
         ("through", BAD["frame"]),
     ],
+    partial(rp.direct_effects, RUNNING, X): [("targets", BAD["class indices"])],
+    partial(rp.iterative_inference, RUNNING, X): [("targets", BAD["class indices"])],
+    partial(rp.prediction_by_path_length, RUNNING, X): [("targets", BAD["class indices"])],
     rp.gradients.decay_factors: [("frame", BAD["frame"])],
     partial(rp.gradients.fit_decay, frame=FRAME): [
         ("frame", BAD["frame"]),
