@@ -21,7 +21,7 @@ from resnet_paths._utils.errors import UnravelError
 from resnet_paths.core.input_sizes import InputSizes
 from resnet_paths.unraveling.packing import Packed
 
-__all__ = ["SizeReader", "broadcast_sizes", "expression", "fixed_size", "input_sizes", "on_example", "same_shape"]
+__all__ = ["SizeReader", "broadcast_sizes", "expression", "input_sizes", "on_example", "same_shape"]
 
 
 def expression(size: int | torch.SymInt) -> sympy.Expr:
@@ -51,25 +51,6 @@ def broadcast_sizes(term: Node | Packed, total: Node | Packed) -> list[int | tor
     if not any(one and str(size) != "1" for one, size in zip(is_one, wanted, strict=True)):
         return []
     return [size if one else -1 for one, size in zip(is_one, wanted, strict=True)]
-
-
-def fixed_size(node: Node, dim: int) -> int:
-    """A size that is the same for all inputs.
-
-    Args:
-        node: A node with a tensor.
-        dim: The dimension.
-
-    Returns:
-        The size.
-
-    Raises:
-        UnravelError: If it varies.
-    """
-    size = node.meta["val"].shape[dim]
-    if not isinstance(size, int):
-        raise UnravelError("model", f"{node.name} with a size {size}", "a size that does not vary with the input")
-    return size
 
 
 def on_example(shape: Sequence[int | torch.SymInt], batch: Iterable[Node]) -> tuple[int, ...]:
