@@ -331,15 +331,15 @@ def test_the_page_of_coverage_has_a_row_for_each_method():
         ]
         for method, options in coverage.METHODS.items()
     }
-    chains = coverage.on_chains(range(2))
-    found = coverage.page(chains, 2, runs, "a chain")
+    chains = coverage.on_chains(range(2), 1)
+    found = coverage.page(chains, 2, 1, runs, "a chain")
     rows = [line for line in found.splitlines() if (line.startswith("| ") and "paths" in line) or "signs" in line]
     assert sum("`mean_path_gradient_norm` | " in row for row in rows) == 2 * 3
     assert sum("`rms_path_gradient_norm` | " in row for row in rows) == 2 * 3
     assert "nan" not in found
     assert "other methods" in found
     assert "block VJPs to a true error of 10 %" in found
-    some = coverage.page(chains, 2, runs | {"uniform paths": [], "random signs": []}, "a chain")
+    some = coverage.page(chains, 2, 1, runs | {"uniform paths": [], "random signs": []}, "a chain")
     assert "other methods" not in some
     assert "40 uniform paths" not in some.partition("ResNet-110: `")[2]
 
