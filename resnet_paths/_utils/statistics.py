@@ -214,6 +214,12 @@ def studentised_interval(
         influences that are all 0 is 1 if the value is 0.
     """
     num = len(influences)
+    scale = float(np.max(np.abs(influences), initial=0.0))
+    if np.isfinite(scale) and scale > 0:
+        # Squares and cubes of very small or large influences would under- or overflow.
+        value, influences = value / scale, influences / scale
+    else:
+        scale = 1.0
     squares = float(np.sum(influences**2)) if num > 1 else np.nan
     if not squares > 0 or not np.isfinite(squares) or not np.isfinite(value):
         return Estimate(np.nan, np.nan, 1.0 if squares == 0 and value == 0 else np.nan)
@@ -221,7 +227,7 @@ def studentised_interval(
     skewness = float(np.sum(influences**3)) * np.sqrt(num) / squares**1.5
     degrees = num - 1 if degrees is None else degrees
     quantile = special.stdtrit(degrees, (1 + level) / 2)
-    low, high = (value - error * _without_correction(q, skewness, num) for q in (quantile, -quantile))
+    low, high = (scale * (value - error * _without_correction(q, skewness, num)) for q in (quantile, -quantile))
     p_value = 2 * special.stdtr(degrees, -abs(_corrected(value / error, skewness, num)))
     return Estimate(float(low), float(high), float(p_value))
 

@@ -158,6 +158,14 @@ def test_values_that_are_equal_show_no_variance():
     assert (np.isnan(low), np.isnan(high), p) == (True, True, 1.0)
 
 
+@pytest.mark.parametrize("scale", [1e-200, 1e200])
+def test_an_interval_scales_with_its_statistic(scale):
+    values = np.random.default_rng(1).gamma(1.0, size=30)
+    low, high, p = studentised_interval(values.mean(), (values - values.mean()) / 30)
+    found = studentised_interval(scale * values.mean(), scale * ((values - values.mean()) / 30))
+    assert found == pytest.approx((scale * low, scale * high, p), rel=1e-9, abs=0)
+
+
 def test_adjusted_p_values_by_hand():
     p = np.array([0.02, np.nan, 0.01, 0.9, 0.04])
     assert adjusted_p_values(p, "holm").tolist() == pytest.approx([0.06, np.nan, 0.04, 0.9, 0.08], nan_ok=True)
