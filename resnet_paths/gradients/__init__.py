@@ -140,10 +140,10 @@ def gradient_by_path_length(
         num_draws: Number of draws. What a draw is, and the default, depends on `paths`:
 
             - ``"weighted"``: paths that are carried from block to block together, a population for all lengths; there
-              are four populations or more, so that their errors have 60 degrees of freedom. By default 64 paths in each
-              population, and populations until `relative_error` is reached, 100 at most. Lengths with no more paths
-              than a population are measured exactly, by default also those for which this takes few block VJPs
-              compared with the populations;
+              are four populations or more, so that their errors have 60 degrees of freedom. By default 128 paths in
+              each population (64 with eight examples or more), and populations until `relative_error` is
+              reached, 100 at most. Lengths with no more paths than a population are measured exactly, by default also
+              those for which this takes few block VJPs compared with the populations;
             - ``"weighted"`` where `per_example` is False: paths of each length. By default 128 to 5000 of them, or all
               where there are at most 256;
             - ``"uniform"``: paths of each length, 20 by default;

@@ -26,7 +26,11 @@ from resnet_paths.gradients.points import Place, Point
 
 __all__ = ["Chooser", "kept", "measure_populations"]
 
-_PATHS = 64
+# One population of twice as many paths is better than two, but the errors take several. The mean over more examples
+# has a smaller error anyway.
+_MOST_PATHS = 128
+_LEAST_PATHS = 64
+_PATHS_OF_ALL_EXAMPLES = 512
 # Degrees of freedom of a standard error, over populations and examples. With half as many, errors were too small where
 # a path of much weight was kept, by chance, in every population, or in none.
 _LEAST_DEGREES = 60
@@ -125,7 +129,7 @@ def measure_populations(place: Place, points: Points, counts: Mapping[int, int],
     """Mean norms and energies of the paths of all lengths from populations; each example has its own paths.
 
     Where a length has no more paths than a population, each is measured once; if their number is not given, also where
-    that takes no more block VJPs than there would be paths in all populations.
+    that takes at most a tenth of the block VJPs of the populations.
 
     Args:
         place: Where the gradients are wanted.
@@ -136,14 +140,16 @@ def measure_populations(place: Place, points: Points, counts: Mapping[int, int],
     Returns:
         What was measured.
     """
-    number = draws.number or _PATHS
-    few = [k for k, count in counts.items() if count <= number]
+    num_examples = sum(point.num_examples for point in points(1))
+    number = draws.number or min(_MOST_PATHS, max(_LEAST_PATHS, _PATHS_OF_ALL_EXAMPLES // num_examples))
     if draws.number is None:
-        num_examples = sum(point.num_examples for point in points(1))
-        few = [k for k, count in counts.items() if k * count <= number * _least_populations(num_examples)]
+        of_populations = number * _least_populations(num_examples) * len(place.above)
+        few = [k for k, count in counts.items() if k * count <= of_populations / 10]
+    else:
+        few = [k for k, count in counts.items() if count <= number]
     found: dict[int, PathDraws] = {}
     paths = {k: list(enumerate_paths(place.above, k)) for k in few}
-    norms, lost, num_examples = norms_of(points, [path for k in few for path in paths[k]])
+    norms, lost, _ = norms_of(points, [path for k in few for path in paths[k]])
     underflowed = dict.fromkeys(counts, False)
     for k in few:
         of_length, norms, lost_here, lost = norms[: counts[k]], norms[counts[k] :], lost[: counts[k]], lost[counts[k] :]
@@ -152,7 +158,7 @@ def measure_populations(place: Place, points: Points, counts: Mapping[int, int],
     vjps = sum(k * counts[k] for k in few)
     others = {k: count for k, count in counts.items() if k not in few}
     if others:
-        means, of_populations = _from_populations(points, others, draws, num_examples)
+        means, of_populations = _from_populations(points, others, draws, number, num_examples)
         found |= means
         vjps += of_populations
         for k, one in means.items():
@@ -168,10 +174,10 @@ def measure_populations(place: Place, points: Points, counts: Mapping[int, int],
 
 
 def _from_populations(
-    points: Points, counts: Mapping[int, int], draws: Draws, num_examples: int
+    points: Points, counts: Mapping[int, int], draws: Draws, number: int, num_examples: int
 ) -> tuple[dict[int, PopulationMeans], int]:
-    """Means at some lengths, and the block VJPs that they took."""
-    lengths, number = list(counts), draws.number or _PATHS
+    """Means at some lengths from populations of a number of paths, and the block VJPs that they took."""
+    lengths = list(counts)
     log_counts = np.array([math.log(count) for count in counts.values()])
     shares = [_expected_shares(point, lengths) for point in points(1)]
     priorities = np.clip(np.concatenate(shares, 1).mean(1) / _WORTH, _LEAST_PRIORITY, 1.0)

@@ -132,14 +132,25 @@ def test_the_work_is_that_of_the_populations():
     assert frame.num_draws[[0, 1, 5, 6]].tolist() == [1, 6, 6, 1]
 
 
-def test_all_paths_are_measured_where_that_takes_no_more_than_populations_would():
+def test_all_paths_are_measured_where_that_takes_a_tenth_of_what_populations_take():
     chain = scaled_identities([0.5] * 12)
     frame = rp.gradient_by_path_length(chain, *batch(60), method="sampled")
-    # Of 60 examples there are four populations of 64 paths or more, at lengths of more than 256 block VJPs.
-    exact = [k for k in range(13) if k * math.comb(12, k) <= 4 * 64]
+    # Of 60 examples there are four populations of 64 paths or more.
+    exact = [k for k in range(13) if k * math.comb(12, k) <= 4 * 64 * 12 / 10]
     assert exact == [0, 1, 2, 11, 12]
     assert frame.path_length[frame.mean_path_gradient_norm_se == 0].tolist() == exact
     assert frame.num_draws[exact].tolist() == [math.comb(12, k) for k in exact]
+
+
+@pytest.mark.parametrize(("num_examples", "num_paths"), [(1, 128), (4, 128), (6, 85), (60, 64)])
+def test_populations_of_fewer_examples_have_more_paths(num_examples, num_paths):
+    chain = scaled_identities([0.5] * 24)
+    frame = rp.gradient_by_path_length(chain, *batch(num_examples), method="sampled")
+    num_populations = max(4, 1 + math.ceil(60 / num_examples))
+    to_enumerate = [k * math.comb(24, k) for k in range(25)]
+    exact = sum(vjps for vjps in to_enumerate if vjps <= num_paths * num_populations * 24 / 10)
+    of_population = sum(min(2**block, num_paths) for block in range(24))
+    assert frame.attrs["num_block_vjps"] == exact + num_populations * of_population
 
 
 def test_path_lengths_of_mixed_chains_are_those_of_paths():

@@ -309,13 +309,13 @@ def test_stated_errors_are_right():
 @pytest.mark.filterwarnings("ignore:At path lengths")
 @pytest.mark.parametrize(
     ("options", "num_chains", "least_drawn"),
-    [({}, 200, 100), ({"num_draws": 64}, 60, 250), ({"per_example": False}, 60, 40)],
-    ids=["populations", "populations of 64 paths", "the same paths for all examples"],
+    [({"num_draws": 64}, 200, 800), ({"per_example": False}, 60, 40)],
+    ids=["populations of 64 paths", "the same paths for all examples"],
 )
 def test_estimates_of_random_chains_are_within_four_standard_errors(options, num_chains, least_drawn):
     """In all but 1 of 1,000, at the lengths that hold a thousandth.
 
-    With a number of draws no length is exact but those that have no more paths.
+    With a number of draws no length is exact but those that have no more paths. At the default settings nearly all are.
     """
     far, drawn = [], 0
     for seed in range(num_chains):
