@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Collection, Sequence
 
 from torch.fx import Node
@@ -10,7 +11,7 @@ from torch.fx import Node
 from resnet_paths.core.weight_layers import is_weighted
 from resnet_paths.unraveling.packing import Packed, values_of
 from resnet_paths.unraveling.parts import Part
-from resnet_paths.unraveling.tracing import Trace, common_module, common_path, module_path
+from resnet_paths.unraveling.tracing import Trace, call_of, common_module, common_path, module_path
 
 __all__ = ["names_of", "names_of_branches"]
 
@@ -18,8 +19,8 @@ __all__ = ["names_of", "names_of_branches"]
 def names_of(traced: Trace, parts: Sequence[Part], taken: Collection[str] = ()) -> list[str]:
     """A name for each block of a chain.
 
-    The name is that of the module whose forward merges. Where one module merges several times, each block is named
-    after the innermost module that holds its branch.
+    The name is that of the module whose forward merges. Where one module merges several times in one call, each block
+    is named after the innermost module that holds its branch.
 
     Args:
         traced: The graph.
@@ -31,11 +32,16 @@ def names_of(traced: Trace, parts: Sequence[Part], taken: Collection[str] = ()) 
         ``layer``, ``layer@1``, ``layer@2``...
     """
     by_merge = [part.module for part in parts]
+    calls = Counter((part.module, call_of(values_of(part.merge)[0], part.module)) for part in parts)
+    merging_again = {module for (module, _), number in calls.items() if number > 1}
     names: list[str] = []
     for index, (part, name) in enumerate(zip(parts, by_merge, strict=True)):
         used = {"", *taken, *names}
         if name not in used and by_merge.count(name) == 1:
             names.append(name)
+            continue
+        if name and by_merge.count(name) > 1 and name not in merging_again:
+            names.append(_numbered(name, used))
             continue
         candidates, last = _modules_of_branch(traced, part, part.branches)
         # What is computed elsewhere for all blocks, such as angles of rotary positions, belongs to none.
@@ -45,14 +51,19 @@ def names_of(traced: Trace, parts: Sequence[Part], taken: Collection[str] = ()) 
         if free:
             names.append(free[0])
         elif known in {*taken, *names}:
-            again = (f"{known}@{k}" for k in itertools.count(1))
-            names.append(next(each for each in again if each not in used))
+            names.append(_numbered(known, used))
         elif unused := [each for each in last if each not in used | set(by_merge)]:
             names.append(unused[0])
         else:
             several = (f"{name or 'block'}{'#' if name else ''}{k}" for k in itertools.count(index))
             names.append(next(each for each in several if each not in used))
     return names
+
+
+def _numbered(name: str, used: Collection[str]) -> str:
+    """The first of ``layer``, ``layer@1``, ``layer@2``... that is not used."""
+    each = itertools.chain([name], (f"{name}@{k}" for k in itertools.count(1)))
+    return next(numbered for numbered in each if numbered not in used)
 
 
 def names_of_branches(traced: Trace, part: Part, name: str, taken: Collection[str] = ()) -> list[str]:

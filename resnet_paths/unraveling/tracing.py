@@ -33,7 +33,7 @@ from resnet_paths.unraveling.rewrites import apply_rewrites, write_out_of_place
 from resnet_paths.unraveling.rewrites.in_place import draws_random_numbers
 from resnet_paths.unraveling.sizes import SizeReader, broadcast_sizes, input_sizes
 
-__all__ = ["IS_CONTEXT", "Trace", "module_path", "takes_any_number_of_inputs", "trace", "user_frame"]
+__all__ = ["IS_CONTEXT", "Trace", "call_of", "module_path", "takes_any_number_of_inputs", "trace", "user_frame"]
 
 _TRAINING = {
     torch.ops.aten._native_batch_norm_legit.default,
@@ -325,6 +325,20 @@ def module_stack(node: Node) -> list[tuple[str, str]]:
     stack = node.meta.get("nn_module_stack") or {}
     # A module that is called twice is distinguished by "@1"; the name is the same.
     return [(str(name).split("@")[0], getattr(kind, "__name__", str(kind))) for name, kind in stack.values()]
+
+
+def call_of(node: Node, module: str) -> str:
+    """Which of a module's calls made a node.
+
+    Args:
+        node: A node of the graph.
+        module: The module's name.
+
+    Returns:
+        A key, the same for all nodes that one call made; empty if the module was not called around the node.
+    """
+    stack = node.meta.get("nn_module_stack") or {}
+    return next((key for key, (name, _) in stack.items() if str(name).split("@")[0] == module), "")
 
 
 def is_within(path: str, module: str) -> bool:

@@ -278,6 +278,31 @@ def test_tied_blocks_are_numbered_and_share_their_weights():
     assert torch.allclose(rp.delete_block(chain, "layer@2")(x), model.out(state))
 
 
+class AddsInside(nn.Module):
+    """A layer of two modules that add, like one of a transformer whose layers share their weights."""
+
+    def __init__(self, inner=True):
+        super().__init__()
+        self.inner = AddsInside(inner=False) if inner else nn.Identity()
+        self.first, self.second, self.norm = nn.Linear(4, 4), nn.Linear(4, 4), nn.LayerNorm(4)
+
+    def forward(self, x):
+        x = self.inner(x)
+        return self.norm(x + self.second(torch.tanh(self.first(x))))
+
+
+def test_modules_that_add_and_run_again_are_numbered():
+    model, x = build(lambda: Stack(lambda m, i, x: m.shared(x))), inputs()
+    model.shared = AddsInside().to(x)
+    chain = rp.unravel(model, x)
+    assert [block.name for block in chain] == [
+        name + again for again in ("", "@1", "@2") for name in ("shared.inner", "shared")
+    ]
+    state = model.shared(model.inp(x))
+    state = model.shared(model.shared.norm(model.shared.inner(state)))  # without the branch of the second call
+    assert torch.allclose(rp.delete_block(chain, "shared@1")(x), model.out(state))
+
+
 def test_keyword_arguments_constants_and_chosen_outputs():
     model, x = build(Tied), inputs()
     scale = torch.full((4, 1), 0.5, dtype=torch.float64)
