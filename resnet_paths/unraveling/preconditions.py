@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -20,7 +21,7 @@ _PAST = ("past_key_values", "past_key_value", "cache_params")
 
 
 def refuse_model(model: nn.Module) -> None:
-    """Refuse wrappers of a model, compiled TorchScript, and quantized modules.
+    """Refuse wrappers of a model, compiled TorchScript, quantized modules, and tensors that autograd cannot use.
 
     Args:
         model: The model.
@@ -43,6 +44,15 @@ def refuse_model(model: nn.Module) -> None:
                 f"{shown}, which is quantized",
                 "modules with floating-point weights",
                 "Pass the model as it was before quantization.",
+            )
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if tensor.is_inference():
+            raise UnravelError(
+                "model",
+                f"{kind}, whose {name!r} was made in torch.inference_mode()",
+                "parameters and buffers that autograd can use",
+                "Make or load the model outside torch.inference_mode(); or pass copy.deepcopy(model), called outside "
+                "it.",
             )
 
 

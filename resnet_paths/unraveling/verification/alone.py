@@ -110,6 +110,14 @@ def run_or_refuse(
     try:
         return run(inputs)
     except Exception as error:
+        if "inference tensor" in str(error).lower():  # autograd has no class of its own for these errors
+            raise UnravelError(
+                "model",
+                f"{name_of(claim.model)}, which computes with tensors made in torch.inference_mode()",
+                "operations that autograd can record",
+                f"It failed at {user_frame(error, claim.model)}. Write a part without gradient as f(x.detach()), "
+                "outside torch.inference_mode(), and copy tensors that were made in it by clone().",
+            ) from error
         raise UnravelError(
             "model",
             f"{name_of(claim.model)} fails on {what}: {type(error).__name__}: {error}",

@@ -77,7 +77,8 @@ class _Watch(TorchFunctionMode):
         elif not torch.is_grad_enabled() and not self._is_quiet and _needs_gradient((args, kwargs)):
             name, place = getattr(func, "__name__", str(func)), _user_line()
             if place and name not in _WITHOUT_GRADIENT:
-                self.found.append(f"{name} under no_grad, {place}")
+                mode = "inference_mode" if torch.is_inference_mode_enabled() else "no_grad"
+                self.found.append(f"{name} under {mode}, {place}")
                 self._is_quiet = True
         return func(*args, **kwargs)
 

@@ -65,8 +65,8 @@ def check_gradients(claim: Claim, alone: Alone) -> None:
         rule or f"{name_of(claim.model)}: the chain's gradient differs from the model's own",
         "operations whose derivative is that of what they compute",
         "torch.export records the forward pass only. Write a straight-through estimate as x + (f(x) - x).detach(), and "
-        "a part without gradient as f(x.detach()); both are kept. verify=False accepts the chain with the derivative "
-        "of the forward pass.",
+        "a part without gradient as f(x.detach()), outside no_grad and inference_mode; both are kept. verify=False "
+        "accepts the chain with the derivative of the forward pass.",
     )
 
 
