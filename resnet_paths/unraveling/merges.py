@@ -29,6 +29,7 @@ from resnet_paths.unraveling.skips import skip_among
 from resnet_paths.unraveling.tracing import Trace, common_module, describe, is_within, module_path
 
 __all__ = [
+    "EARLIER_STATE",
     "Core",
     "core_of",
     "is_held",
@@ -48,6 +49,11 @@ _PRODUCTS = {
     torch.ops.aten.div.Tensor,
     operator.add,  # of a layer and its adapter
 }
+
+EARLIER_STATE = (
+    "What blocks read beside the state before them must be an input of the model, or be made before the first block. "
+    "Wrap what follows the earlier state in a module that takes it as an input, and unravel that."
+)
 
 
 def trunk_between(traced: Trace, source: Node | None, target: Node) -> list[Node]:
@@ -185,10 +191,23 @@ def core_of(traced: Trace, fork: Node, merge: Node, skips: Sequence[str] = ()) -
     if layout is not None:
         return Core(fork, merge, None, (), ladder=ladder, layout=layout)
     if shared:
+        _refuse_reader_of_the_fork(traced, fork, operands)
         node = traced.in_order(shared)[0]
         refuse_node(node, f"a skip and a branch that share nothing between fork {fork.name} and merge {merge.name}")
     skip, guess = skip_among(traced, fork, operands, skips)
     return Core(fork, merge, skip, tuple(o for o in operands if o is not skip), guess=guess)
+
+
+def _refuse_reader_of_the_fork(traced: Trace, fork: Node, operands: Sequence[Node]) -> None:
+    """Refuse a branch that is made from the skip of its block, a later state, and from the fork."""
+    for state, made in itertools.permutations(operands):
+        before, region = traced.region([fork], state), traced.region([fork], made)
+        readers = [node for node in region - before if fork in node.all_input_nodes]
+        if state in region and readers:
+            allowed = (
+                f"blocks that read the state before them alone, {state.name}; this reads an earlier one, {fork.name}"
+            )
+            refuse_node(traced.in_order(readers)[0], allowed, EARLIER_STATE)
 
 
 def residual_additions(traced: Trace) -> list[tuple[Node, Node]]:

@@ -149,7 +149,41 @@ def logits_of_every_state(m, x, add=torch.add):
 
 @pytest.mark.parametrize("run", [two_skips_that_cross, logits_of_every_state])
 def test_what_is_no_chain_of_its_additions_is_refused(run):
-    assert found_or_refused(made(run), X, "share nothing", "inside block") is None
+    assert found_or_refused(made(run), X, "share nothing", "inside block", "reads an earlier one") is None
+
+
+def reads_the_middle(m, x, add=torch.add, *, readers=(2,)):
+    """The last branches read the state after the first block beside the one before them."""
+    x = middle = m.stem(x)
+    for i, layer in enumerate(m.f):
+        y = m.both(torch.cat([x, middle], 1)) if i in readers else x
+        x = add(x, torch.tanh(layer(y)))
+        middle = x if i == 0 else middle
+    return m.head(x)
+
+
+@pytest.mark.parametrize(
+    ("num_blocks", "readers", "named"),
+    [(3, (2,), "this reads an earlier one, add"), (4, (2, 3), "inside block"), (4, (3,), "inside block")],
+)
+def test_a_branch_that_reads_a_state_in_the_middle_is_refused_with_what_to_wrap(num_blocks, readers, named):
+    def run(m, x, add=torch.add):
+        return reads_the_middle(m, x, add, readers=readers)
+
+    model = network(run, stem=linear(), f=linears(num_blocks), both=linear(2 * WIDTH, WIDTH), head=linear())
+    with pytest.raises(rp.ResnetPathsError, match=f"{named}.*Wrap what follows the earlier state in a module"):
+        rp.unravel(model, X)
+
+    def rest(m, x):
+        middle = x
+        for i, layer in enumerate(m.f[1:], start=1):
+            x = x + torch.tanh(layer(m.both(torch.cat([x, middle], 1)) if i in readers else x))
+        return m.head(x)
+
+    wrapped = network(rest, f=lambda: model.f, both=lambda: model.both, head=lambda: model.head)
+    chain, x = rp.unravel(wrapped, X), draw(3, WIDTH, seed=1)
+    assert len(chain) == num_blocks - 1
+    close(chain(x), rest(model, x))
 
 
 def test_an_encoder_and_a_decoder_of_the_same_tokens_name_what_to_pass():

@@ -16,6 +16,7 @@ from resnet_paths._utils.errors import UnravelError
 from resnet_paths.core.chain import ResidualChain
 from resnet_paths.core.parts import context_read_by
 from resnet_paths.core.weight_layers import is_weighted
+from resnet_paths.unraveling.merges import EARLIER_STATE
 from resnet_paths.unraveling.packing import Packed
 from resnet_paths.unraveling.tracing import common_module, describe, is_within, module_stack
 from resnet_paths.unraveling.verification.claim import Claim
@@ -52,23 +53,26 @@ def check_structure(claim: Claim) -> None:
                 "model",
                 f"{hidden[0].name} ({describe(hidden[0])})",
                 f"residual additions between the blocks; this one is inside {place}",
-                _advice(place, _tower(hidden)),
+                EARLIER_STATE if _enters_a_lane(claim, module) else _advice(place, _tower(hidden)),
             )
 
 
 def _are_beside_the_state(claim: Claim, module: nn.Module, hidden: Sequence[Node]) -> bool:
     """Whether some nodes make what blocks in a row read beside their own value, such as one query for all of them."""
-    entered = [
-        block.pre
-        for block, part in zip(claim.chain, claim.parts, strict=True)
-        if isinstance(part.start, Node) and isinstance(part.fork, Packed) and not part.joins
-    ]
-    if not any(module is pre for pre in entered):
+    if not _enters_a_lane(claim, module):
         return False
     (result,) = hidden[0].graph.output_node().args
     if not isinstance(result, Node) or result.target is not torch.ops.aten.cat.default:
         return False
     return set(hidden).isdisjoint(_needed(result.all_input_nodes[0]))
+
+
+def _enters_a_lane(claim: Claim, module: nn.Module) -> bool:
+    """Whether a module makes the state of the first of several blocks that read something beside their own value."""
+    return any(
+        module is block.pre and isinstance(part.start, Node) and isinstance(part.fork, Packed) and not part.joins
+        for block, part in zip(claim.chain, claim.parts, strict=True)
+    )
 
 
 def _only_blocks_read(chain: ResidualChain, module: nn.Module, hidden: Sequence[Node]) -> bool:
