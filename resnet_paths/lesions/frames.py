@@ -14,7 +14,7 @@ __all__ = ["deletions_of", "pair_interactions"]
 
 _INFLUENCES, _INTACT_INFLUENCES = "error_rate_influences", "intact_error_rate_influences"
 _INTACT_RATES = "intact_error_rate_per_example"
-_OF_EXAMPLES = {"num_examples", "intact_error_rate"}  # the same for all lesions that were measured on the same examples
+_OF_EXAMPLES = ("num_examples", "intact_error_rate")  # the same for all lesions that were measured on the same examples
 
 
 def deletions_of(argument: str, frame: pd.DataFrame, num_blocks: int, effects: Sequence[str]) -> pd.DataFrame:
@@ -96,8 +96,8 @@ def pair_interactions(frame: pd.DataFrame) -> pd.DataFrame:
                 "Study pair_deletions(chain), which holds them.",
             )
         singles = [alone[block,] for block in blocks]
-        for name in _OF_EXAMPLES & row.keys():
-            if any(one[name] != row[name] for one in singles):
+        for name in _OF_EXAMPLES:
+            if name in row and any(one[name] != row[name] for one in singles):
                 raise ResnetPathsError(
                     "frame",
                     f"{name} {row[name]} of blocks {blocks}, {' and '.join(str(one[name]) for one in singles)} of each",

@@ -217,7 +217,7 @@ def residual_additions(traced: Trace) -> list[tuple[Node, Node]]:
         traced: The graph.
 
     Returns:
-        (Value, addition), the earliest values first: an addition inside a branch stands behind that of its block.
+        (Value, addition), the earliest values first: an addition inside a branch comes after that of its block.
     """
     found = []
     for node in traced.graph.nodes:

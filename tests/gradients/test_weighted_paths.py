@@ -162,7 +162,7 @@ def test_estimates_and_the_work_that_they_take(mixed, monkeypatch):
 def test_paths_are_drawn_until_the_error_is_reached():
     chain = build((*MIXED, *[Recipe(2, "identity")] * 6))
     drawn = []
-    for wanted in (0.1, 0.02):
+    for wanted in (0.1, 0.005):
         frame = estimated(chain, *batch(), num_draws=None, relative_error=wanted)
         relative = frame.mean_path_gradient_norm_se / frame.mean_path_gradient_norm
         worth = frame.total_gradient_magnitude >= frame.total_gradient_magnitude.sum() / 1000

@@ -401,8 +401,8 @@ def test_branches_replaced_by_those_of_another_chain():
         rp.ResnetPathsError, match=r"source: got '6 blocks'; allowed: a chain of 7 blocks with the shapes"
     ):
         rp.branch_replacements(chain, random_chain(STEADY))
-    for pair in ((chain, torch.nn.Linear(2, 2)), (torch.nn.Linear(2, 2), chain)):
-        with pytest.raises(rp.ResnetPathsError, match=r"chain: got 'Linear'; allowed: a ResidualChain"):
+    for argument, pair in (("source", (chain, torch.nn.Linear(2, 2))), ("chain", (torch.nn.Linear(2, 2), chain))):
+        with pytest.raises(rp.ResnetPathsError, match=rf"^{argument}: got 'Linear'; allowed: a ResidualChain"):
             rp.branch_replacements(*pair)
 
 
