@@ -38,7 +38,7 @@ ERROR = 0.1
 WORTH = 1e-3
 """Lengths that hold less than this share of the energy are left out where the energy is compared."""
 Answer = dict[str, Any]
-_LITTLE = {"paths": 2, "weighted_paths": 2, "error": 1.0}
+_LITTLE = {"paths": 2, "weighted_paths": 2, "error": 0.5}
 
 
 @dataclass(frozen=True)
