@@ -140,10 +140,11 @@ def gradient_by_path_length(
         num_draws: Number of draws. What a draw is, and the default, depends on `paths`:
 
             - ``"weighted"``: paths that are carried from block to block together, a population for all lengths; there
-              are four populations or more, so that their errors have 60 degrees of freedom. By default 128 paths in
-              each population (64 with eight examples or more), and populations until `relative_error` is
-              reached, 100 at most. Lengths with no more paths than a population are measured exactly, by default also
-              those for which this takes few block VJPs compared with the populations;
+              are four populations or more, so that their errors have 60 degrees of freedom. By default each
+              population has 128 paths, with more than four examples 512 divided by their number, but at least 64; and
+              populations are drawn until `relative_error` is reached, 100 at most. Lengths with no more paths than a
+              population are measured exactly, by default also those for which this takes few block VJPs compared with
+              the populations;
             - ``"weighted"`` where `per_example` is False: paths of each length. By default 128 to 5000 of them, or all
               where there are at most 256;
             - ``"uniform"``: paths of each length, 20 by default;
@@ -154,7 +155,7 @@ def gradient_by_path_length(
             other lengths are rough. Where paths are nearly all alike (coherence of hundreds and more) few draws of
             signs show too little of the spread: the energy is too low, with too small an error.
         average: For ``"sampled"``: ``"mean"``, or ``"log-mean"`` for the geometric mean of the norms.
-        generator: Source of the random numbers, on the CPU; None for a new one, seeded with 0.
+        generator: Source of the random numbers; None for a new one, seeded with 0.
         memory_budget: Bytes that stacks of cotangents and kept activations may take; batches are split to fit.
         progress: Whether to show a bar over the batches of a loader.
 

@@ -130,7 +130,7 @@ def jacobian_svd(
         tolerance: The iteration stops when ``J^T u - s v`` (``J v - s u`` where the output of the branch is smaller
             than the input) has at most this norm, over the largest singular value, for all examples of a batch.
         max_iterations: Maximum number of iterations, each of `rank` products with the Jacobian and with its transpose.
-        generator: Source of the first vectors, on the CPU; None for a new one, seeded with 0.
+        generator: Source of the first vectors; None for a new one, seeded with 0.
         memory_budget: Maximum number of bytes for vectors and activations; batches are split to fit.
         progress: Whether to show a progress bar over the batches of a loader.
 

@@ -61,7 +61,7 @@ def prediction_by_path_length(
         by_source: Whether each source has rows of its own: the stem, every block and the head; ``"parts"`` for pre,
             skip, branch and post of a block apart. A chain inside a branch belongs to its block.
         max_length: The longest paths of interest: longer ones are not computed. None for all.
-        generator: Source of the random numbers of the bootstrap, on the CPU; None for a new one, seeded with 0.
+        generator: Source of the random numbers of the bootstrap; None for a new one, seeded with 0.
         memory_budget: Bytes that stacks of cotangents and kept activations may take; batches are split to fit.
         progress: Whether to show a bar over the batches of a loader.
 

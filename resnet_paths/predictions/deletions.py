@@ -145,7 +145,7 @@ def deletion_account(
         lesions: Likewise.
         output: Likewise.
         linearization: Likewise.
-        generator: Source of the random numbers of the bootstrap, on the CPU; None for a new one, seeded with 0.
+        generator: Source of the random numbers of the bootstrap; None for a new one, seeded with 0.
         memory_budget: Likewise.
         progress: Likewise.
 

@@ -63,7 +63,7 @@ def direct_effects(
             attribution; ``"tangent"``: the Jacobian, which assigns the output of a head with LayerNorm to the
             constants, since LayerNorm does not depend on the scale of the state. They are equal where the head is
             piecewise linear.
-        generator: Source of the random numbers of the bootstrap, on the CPU; None for a new one, seeded with 0.
+        generator: Source of the random numbers of the bootstrap; None for a new one, seeded with 0.
         memory_budget: Maximum number of bytes for activations; batches are split to fit.
         progress: Whether to show a progress bar over the batches of a loader.
 

@@ -43,11 +43,11 @@ def gathering_parts(
     """
     if merge.target is _CAT:
         operands = _operands(merge)
-    elif merge.target is _ADD and len(summands_of(traced, fork, merge)) > 2:
+    elif merge.target is _ADD:
         operands = summands_of(traced, fork, merge, states=True)
+        if len(operands) < 3:
+            return ()
     else:
-        return ()
-    if merge.target is _ADD and len(operands) < 3:
         return ()
     last = _last_state(traced, fork, operands)
     if last is None:
