@@ -306,8 +306,7 @@ def plot_score_correlations(frame: pd.DataFrame, ax: Axes | None = None, effect:
     keys = ["score", "effect", *(["network"] if several else [])]
     frame = checked("frame", frame, "spearman", keys, ["spearman_low", "spearman_high"])
     rows = frame[frame["effect"] == effect]
-    if not len(rows):
-        raise ResnetPathsError("effect", effect, f"one of {', '.join(map(repr, frame['effect'].unique()))}")
+    require_choice("effect", effect, frame["effect"].unique())
     networks = rows["network"] if several else pd.Series("", rows.index)
     places = pd.Series(range(networks.nunique()), networks.unique())
     scores = list(rows["score"].unique())

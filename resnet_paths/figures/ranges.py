@@ -91,9 +91,8 @@ def _ranges(frame: pd.DataFrame, value: str, kind: str) -> pd.DataFrame:
     if len(networks) > 1:
         raise ResnetPathsError("frame", networks, "rows of one network", "Draw one map for each network.")
     rows = rows.assign(first=[b[0] for b in rows["blocks"]], last=[b[-1] for b in rows["blocks"]])
-    if (
-        isinstance(value, str) and value in rows
-    ):  # the same lesion twice in a plan, such as that of one block and of a range of one block
+    # The same lesion may be twice in a plan, such as that of one block and of a range of one block.
+    if isinstance(value, str) and value in rows:
         rows = rows.drop_duplicates(["first", "last", value])
     return checked("frame", rows, value, ["first", "last"], ["num_blocks"]).reset_index(drop=True)
 

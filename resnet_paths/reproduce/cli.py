@@ -220,12 +220,10 @@ def lesion(
 
 def _check_arguments(plan: str, repeats: int, batch_size: int, output: Path | None) -> None:
     """Refuse what `lesion` cannot do, before any work."""
-    from resnet_paths._utils.arguments import require_int
-    from resnet_paths._utils.errors import ResnetPathsError
+    from resnet_paths._utils.arguments import require_choice, require_int
     from resnet_paths._utils.files import check_output
 
-    if plan not in _PLANS:
-        raise ResnetPathsError("plan", plan, f"one of {', '.join(map(repr, _PLANS))}")
+    require_choice("plan", plan, _PLANS)
     require_int("batch_size", batch_size, 1)
     require_int("repeats", repeats, 1)
     if output is not None:

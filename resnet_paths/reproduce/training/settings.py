@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
+from resnet_paths._utils.arguments import require_choice, require_fraction
 from resnet_paths._utils.errors import ResnetPathsError, nearest_names
 from resnet_paths.reproduce.datasets import DATASETS, DatasetFacts
 from resnet_paths.reproduce.texts import TEXTS
@@ -105,14 +106,12 @@ class TrainingSettings:
                 raise ResnetPathsError(name, value, "a finite number of at least 0")
         if not self.learning_rate > 0:
             raise ResnetPathsError("learning_rate", self.learning_rate, "a positive number")
-        if not 0 < self.momentum < 1:
-            raise ResnetPathsError("momentum", self.momentum, "a number between 0 and 1, both excluded")
+        require_fraction("momentum", self.momentum)
         norm = self.max_gradient_norm
         if norm is not None and not (isinstance(norm, (int, float)) and norm > 0):
             raise ResnetPathsError("max_gradient_norm", norm, "a positive number, inf for no limit")
         for name, known in (("precision", _PRECISIONS), ("optimizer", _OPTIMIZERS)):
-            if getattr(self, name) not in known:
-                raise ResnetPathsError(name, getattr(self, name), f"one of {', '.join(map(repr, known))}")
+            require_choice(name, getattr(self, name), known)
 
 
 def learning_rate_at(settings: TrainingSettings, epoch: float) -> float:
